@@ -15,7 +15,7 @@ _FORMS = {
     "folded": "Its permutations are folded into the neighbouring weights: it is N:M as it is "
     "stored, and transformers loads it like any other model.",
     "gathered": "It is N:M as it is stored, and gathers activations where no neighbouring weight "
-    "absorbs an order: transformers loads it after `import permllm.export`, of a checkout of PermLLM.",
+    "absorbs an order: transformers loads it after `import permllm.export`, of a PermLLM checkout.",
 }
 
 

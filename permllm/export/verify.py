@@ -26,7 +26,7 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import DENSE
 from permllm.runs.files import file_sha256
 from permllm.runs.masks import violations
-from permllm.runtime.terminal import Answer
+from permllm.runtime.terminal import Answer, terminal
 
 _SEQUENCES, _LENGTH = 4, 64
 _SHOWN = 20
@@ -209,23 +209,23 @@ def work(options: argparse.Namespace) -> Answer:
 def _show(folder: Path, report: Report) -> None:
     sizes = [math.prod(layer.shape) for layer in report.layers]
     zeros = sum(layer.zeros * size for layer, size in zip(report.layers, sizes, strict=True))
-    verdict = "passed" if report.passed else "FAILED"
-    print(f"{verdict}: {folder}, {report.pattern} in stored order")
-    for problem in report.problems[:_SHOWN]:
-        print(f"- {problem}")
-    if len(report.problems) > _SHOWN:
-        print(f"- and {len(report.problems) - _SHOWN} more")
     bad = sum(layer.violations for layer in report.layers)
-    print(
+    verdict = "passed" if report.passed else "FAILED"
+    lines = [f"{verdict}: {folder}, {report.pattern} in stored order"]
+    lines += [f"- {problem}" for problem in report.problems[:_SHOWN]]
+    if len(report.problems) > _SHOWN:
+        lines.append(f"- and {len(report.problems) - _SHOWN} more")
+    lines.append(
         f"{len(report.layers)} weights, {zeros / max(sum(sizes), 1):.2%} zeros, {bad} violations, "
         f"{report.bytes / 1e6:.1f} MB on disk"
     )
     if report.dense:
-        print(f"dense, as {SUMMARY} says: {', '.join(report.dense)}")
+        lines.append(f"dense, as {SUMMARY} says: {', '.join(report.dense)}")
     if found := report.difference:
-        print(
+        lines.append(
             f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, "
             f"KL {found['kl']:.2e} nats, the same next token at {found['agreement']:.2%}"
         )
-    without = f"not compared: no {SUMMARY} states their sha256"
-    print(f"contents {'compared with their sha256' if report.checksums else without}")
+    compared = "compared with" if report.checksums else "not compared: nothing states"
+    lines.append(f"contents {compared} their sha256")
+    terminal().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
