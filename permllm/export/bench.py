@@ -112,7 +112,7 @@ def load(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """Sizes of the batches and texts that are measured.
 
     Attributes:
         batch_sizes: sequences at a time.

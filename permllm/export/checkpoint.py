@@ -52,7 +52,7 @@ class Summary(TypedDict):
 
 @dataclass(frozen=True)
 class Request:
-    """What an export is asked for.
+    """Settings of an export, group `export`.
 
     Attributes:
         form: one of `FORMS`; None is the first that the permutations allow.

@@ -108,7 +108,7 @@ def leave_out_gathers(model: nn.Module) -> None:
 
 
 def _attach(model: PreTrainedModel, orders: Mapping[str, Tensor], file: Path) -> None:
-    """Have modules gather their inputs, and the model be saved as it was loaded."""
+    """Hook a gather before each module, and replace `save_pretrained` so that it keeps them."""
     groups = channel_groups(model)
     readers = {group.prefix + group.table.reader: group.channels for group in groups}
     for path, order in orders.items():

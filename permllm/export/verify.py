@@ -34,7 +34,7 @@ _SHOWN = 20
 
 @dataclass
 class LayerReport:
-    """What one weight is.
+    """Zeros of one weight that should be sparse.
 
     Attributes:
         name: of the tensor.
@@ -62,7 +62,7 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What a checkpoint is.
+    """Result of the check of a checkpoint.
 
     Attributes:
         passed: every linear is N:M as it should be, and the difference of the logits is finite.
