@@ -1,8 +1,9 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
 `permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes
-it, and `permllm.load` opens a checkpoint that was written. `import permllm.export` lets
-transformers load gathered ones by itself. Importing `permllm` alone costs nothing.
+it, `permllm.load` opens a checkpoint that was written, and `permllm.results` reads runs.
+`import permllm.export` lets transformers load gathered checkpoints by itself. Importing `permllm`
+alone costs nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
-    from permllm.api import Pruned, load, perplexity, prune, save
+    from permllm.api import Pruned, load, perplexity, prune, results, save
 
-__all__ = ["Pruned", "__version__", "load", "perplexity", "prune", "save"]
+__all__ = ["Pruned", "__version__", "load", "perplexity", "prune", "results", "save"]
 
 
 def __getattr__(name: str) -> Any:

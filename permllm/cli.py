@@ -53,9 +53,9 @@ COMMANDS = {
     "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
     "results": ("make one table of many runs, or one file", "permllm.runs.results_command"),
     "report": ("write a page or a picture of many runs", "permllm.runs.report_command"),
-    "export": ("write a run's pruned model as a checkpoint", "permllm.export.export_command"),
-    "verify": ("prove that a checkpoint is whole and N:M", "permllm.export.verify_command"),
-    "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench_command"),
+    "export": ("write a run's pruned model as a checkpoint", "permllm.export.checkpoint"),
+    "verify": ("check that a checkpoint is whole and N:M", "permllm.export.verify"),
+    "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench"),
 }
 # Packages whose errors are those of a launcher's processes.
 _LAUNCHERS = ("submitit", "joblib", "loky")
@@ -112,42 +112,35 @@ def _answered(name: str, words: Sequence[str]) -> int:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    """Write the pruned model of a run as a checkpoint.
-
-    permllm export runs/RUN --form folded --to DIR
-    """
+    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR."""
+    forms = ("folded", "gathered", "simulate")
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--to", type=Path, required=True, help="folder, new or empty")
-    parser.add_argument("--form", choices=("simulate", "folded", "gathered"), default="folded")
+    parser.add_argument("--form", choices=forms, help="default: the first that the run allows")
     parser.add_argument("--dtype", help="of the weights (default: that of the run)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (5)")
     parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
-    """Prove that a checkpoint is N:M sparse as it is stored, and whole.
+    """Reload a checkpoint, count N:M in stored order, and compare its logits with another's.
 
-    The checkpoint is any that transformers can load from safetensors files. The files hold the
-    tensors of the config and no others, all numbers are finite, every permutation is one, and every
-    pruned linear is N:M, or dense where an export says so. The exit code is 0 where all holds, 1
-    where not, 2 where the checkpoint cannot be read.
+    Every linear of the decoder layers must be N:M, or dense where an export says so. The exit code
+    is 0 where all holds, 1 where not, 2 where the checkpoint is not whole.
     """
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
     parser.add_argument("--pattern", help="N:M of every linear (default: the export's, else 2:4)")
     parser.add_argument(
         "--against", type=Path, metavar="DENSE", help="checkpoint to compare logits with"
     )
-    parser.add_argument(
-        "--stock", type=Path, metavar="RUN", help="run whose perplexity must be found"
-    )
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     """Measure prefill and decoding of a checkpoint, the cost of its gathers, loading, sizes.
 
-    With --against DENSE the dense model is measured beside it, interleaved. On a GPU with sparse
-    tensor cores every pruned linear of a 2:4 model in half precision runs on them. The output says
-    where no kernel is faster than a dense one.
+    With --against DENSE the dense model is measured too. On a GPU with sparse tensor cores the 2:4
+    linears of a model in half precision run on them, by cuSPARSELt, for which the fastest algorithm
+    is searched, and by CUTLASS. What is missing for that is said.
     """
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
     parser.add_argument(
@@ -156,8 +149,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
-    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of a timed product")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement, at least")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's"

@@ -1,305 +1,183 @@
-"""What a checkpoint costs: prefill and decoding, its gathers, loading, sizes.
+"""Command `permllm bench`: speed and memory of a checkpoint, one variant of it after the other.
 
-With `--against DENSE` the dense model is measured beside it, interleaved. On a GPU with sparse
-tensor cores every pruned linear of a 2:4 model in half precision runs on them; elsewhere a sparse
-matrix product has no faster kernel than a dense one, which the output says.
+A variant is the checkpoint as it is stored, without its gathers, the dense model, or the checkpoint
+with its 2:4 weights on the sparse tensor cores of a GPU by one of torch's two libraries.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import inspect
-import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+from torch.utils.benchmark import Timer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.config import NMPattern
-from permllm.errors import ConfigError, DataError
-from permllm.export.gathered import gathered_modules
-from permllm.export.verify import Stated, stated_patterns
-from permllm.models.checkpoint import (
-    check_checkpoint,
-    check_runs,
-    check_values,
-    transformers_reads,
-    vocabulary_of,
-    weight_files,
-)
-from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.errors import ConfigError, check_positive, check_whole, first_line
+from permllm.export.gathered import gathered_modules, leave_out_gathers
+from permllm.export.verify import stated_patterns
+from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
+from permllm.models.families import linear_at
 from permllm.runs.environment import hardware, versions
 from permllm.runs.masks import violations
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import (
-    keep_freed_memory,
-    peak_memory,
-    reset_peak_memory,
-    return_freed_memory,
-)
-from permllm.runtime.speed import interleaved
+from permllm.runtime.memory import peak_memory, reset_peak_memory
+from permllm.runtime.terminal import Answer, terminal
 
+BACKENDS = ("cuSPARSELt", "CUTLASS")
 _TWO_OF_FOUR = NMPattern(2, 4)
-# Of a row of the first layer: seconds.
-LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s")
+# Changes a model in place, and says what it used.
+Change = Callable[[nn.Module], str | None]
 
 
 def sparse_tensor_cores(device: torch.device) -> bool:
-    """Whether the device multiplies 2:4 sparse matrices natively: an NVIDIA GPU from Ampere on."""
+    """Tell whether a device multiplies 2:4 matrices natively: an NVIDIA GPU from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def use_sparse_tensor_cores(model: nn.Module, stated: Stated) -> int:
-    """Give every 2:4 linear that can take it a semi-structured weight; the number of them.
+def what_is_missing(
+    device: torch.device, patterns: Collection[NMPattern | None], dtype: torch.dtype
+) -> str | None:
+    """Return why no sparse tensor cores multiply linears of such patterns; None where they may."""
+    if not sparse_tensor_cores(device):
+        return "2:4 products need an NVIDIA GPU of compute capability 8.0 or more"
+    if _TWO_OF_FOUR not in patterns:
+        return "sparse tensor cores multiply 2:4, and no linear has it"
+    if dtype.itemsize != 2:
+        return "2:4 products need half precision: --dtype bfloat16"
+    return None
+
+
+def use_backend(
+    backend: str, patterns: dict[str, NMPattern | None], rows: int, model: nn.Module
+) -> str:
+    """Put the 2:4 linears whose sizes allow it on sparse tensor cores, and say what was used.
 
     Args:
+        backend: one of `BACKENDS`.
+        patterns: N:M by linear.
+        rows: of the activations for which cuSPARSELt searches its fastest algorithm.
         model: with its weights in stored order.
-        stated: which linears are 2:4.
 
     Raises:
-        DataError: a weight is not 2:4 in stored order.
+        ConfigError: a weight is not 2:4 in stored order, or none has a size that allows it.
+        RuntimeError: torch has no such kernel for this device.
     """
-    from torch.sparse import to_sparse_semi_structured
-
-    converted = 0
-    for group in channel_groups(model):
-        for path in (path for path in group.members if stated.of(path) == _TWO_OF_FOUR):
-            linear = linear_at(model, path)
-            if violations(linear.weight, None, _TWO_OF_FOUR):
-                raise DataError(f"{path}.weight is not 2:4 in stored order")
-            rows, channels = linear.weight.shape
-            if rows % 32 == 0 and channels % 64 == 0:
-                linear.weight = nn.Parameter(
-                    to_sparse_semi_structured(linear.weight.detach()), requires_grad=False
-                )
-                converted += 1
-    return converted
-
-
-@contextmanager
-def without_gathers(model: nn.Module) -> Iterator[None]:
-    """The model as if its orders were free of cost; it computes something else then, in the same shapes."""
-    hooks = {module: dict(module._forward_pre_hooks) for module in gathered_modules(model).values()}
-    for module in hooks:
-        module._forward_pre_hooks.clear()
-    try:
-        yield
-    finally:
-        for module, kept in hooks.items():
-            module._forward_pre_hooks.update(kept)
-
-
-@torch.no_grad()
-def speed(
-    variants: dict[str, PreTrainedModel],
-    batch_sizes: Sequence[int],
-    prompt: int,
-    new_tokens: int,
-    repeats: int,
-) -> list[dict[str, Any]]:
-    """Prefill and decoding of each variant at each batch size, interleaved.
-
-    Args:
-        variants: models by name; one with gathers is measured without them too.
-        batch_sizes: sequences at a time.
-        prompt: tokens of each sequence.
-        new_tokens: tokens decoded one by one after the prompt.
-        repeats: of each measurement; medians are given.
-
-    Returns:
-        A row a variant and batch size; `prefill_bytes` is what the first prefill takes beside the
-        weights.
-    """
-    device = next(iter(variants.values())).device
-    known = min(200, *map(vocabulary_of, variants.values()))
-    rows = []
-    for batch in batch_sizes:
-        tokens = torch.randint(
-            known, (batch, prompt), generator=torch.Generator().manual_seed(0)
-        ).to(device)
-        works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
-        peaks = {}
-        for name, model in variants.items():
-            prefill_ = _prefill(model, tokens)
-            return_freed_memory()  # of the variants before
-            reset_peak_memory(device)
-            before = peak_memory(device)
-            prefill_()
-            peaks[name] = peak_memory(device) - before
-            works[name] = (prefill_, _decode(model, tokens, new_tokens))
-            if gathered_modules(model):
-                works[f"{name}, gathers left out"] = tuple(
-                    _bare(model, work) for work in works[name]
-                )  # type: ignore[assignment]
-        prefill = interleaved({name: pair[0] for name, pair in works.items()}, repeats, device)
-        decode = interleaved({name: pair[1] for name, pair in works.items()}, repeats, device)
-        for name in works:
-            rows.append(
-                {
-                    "variant": name,
-                    "batch": batch,
-                    "prefill_tokens_a_second": batch * prompt / statistics.median(prefill[name]),
-                    "prefill_spread": _spread(prefill[name]),
-                    "decode_tokens_a_second": batch * new_tokens / statistics.median(decode[name]),
-                    "decode_spread": _spread(decode[name]),
-                    "prefill_bytes": peaks.get(name),
-                }
-            )
-    return rows
-
-
-@torch.no_grad()
-def layers(
-    model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, repeats: int
-) -> list[dict[str, Any]]:
-    """The first decoder layer, group by group: products dense and sparse, and the gather before them (the paper's table 3).
-
-    Args:
-        model: whose linears are dense.
-        sparse: the same with semi-structured weights; None where there are no sparse tensor cores.
-        tokens: rows of the activations.
-        repeats: of each measurement.
-    """
-    device, dtype = model.device, model.dtype
-    rows = []
-    for group in (group for group in channel_groups(model) if group.layer == 0):
-        x = torch.randn(tokens, group.channels, device=device).to(dtype)
-        order = torch.randperm(group.channels).to(device, torch.int32)
-        works: dict[str, Callable[[], Any]] = {"dense_s": _products(model, group.members, x)}
-        if sparse is not None:
-            works["sparse_s"] = _products(sparse, group.members, x)
-        works["gather_s"] = partial(x.index_select, -1, order)
-        found = interleaved(works, repeats, device)
-        row = {
-            name: statistics.median(found[name]) if name in found else None
-            for name in LAYER_COLUMNS
-        }
-        rows.append(
-            {
-                "group": group.table.name,
-                "channels": group.channels,
-                "rows": sum(group.rows),
-                "tokens": tokens,
-            }
-            | row
-        )
-    return rows
+    SparseSemiStructuredTensor._FORCE_CUTLASS = backend == "CUTLASS"
+    algorithms: dict[torch.Size, int] = {}
+    used = 0
+    for path in [path for path, pattern in patterns.items() if pattern == _TWO_OF_FOUR]:
+        linear = linear_at(model, path)
+        if violations(linear.weight, None, _TWO_OF_FOUR):
+            raise ConfigError(f"{path}.weight is not 2:4 in stored order")
+        if linear.out_features % 32 or linear.in_features % 64:
+            continue
+        weight: Any = to_sparse_semi_structured(linear.weight.detach())
+        if backend == "cuSPARSELt":
+            if weight.shape not in algorithms:
+                x = torch.ones(-(-rows // 8) * 8, linear.in_features).to(linear.weight)
+                algorithms[weight.shape] = torch._cslt_sparse_mm_search(weight.packed, x.t())
+            weight.alg_id_cusparselt = algorithms[weight.shape]
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        used += 1
+    if not used:
+        raise ConfigError("no linear has rows that 32 divides and channels that 64 divides")
+    chosen = f", algorithms {sorted(set(algorithms.values()))}" if algorithms else ""
+    return f"{used} linears by {backend}{chosen}"
 
 
 def load(
     folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, float]:
-    """A checkpoint on a device, and the seconds of loading.
-
-    Raises:
-        DataError: its files are not what its config says, or transformers cannot load or run it.
-    """
-    check_checkpoint(folder)
+    """Load a checkpoint to a device; return it and the seconds. Errors as `read_weights`."""
     started = time.perf_counter()
-    with transformers_reads(folder):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
-        )
-    nn.Module.to(model, device=device)
+    model = read_weights(folder, dtype, device).eval().requires_grad_(False)
     seconds = time.perf_counter() - started
-    check_values(folder, model)
     check_runs(folder, model)
-    return model.eval().requires_grad_(False), seconds
+    return model, seconds
 
 
-def measure(
-    folder: Path,
-    against: Path | None = None,
-    *,
-    batch_sizes: Sequence[int] = (1, 8),
-    prompt: int = 256,
-    new_tokens: int = 16,
-    layer_tokens: int = 2048,
-    repeats: int = 5,
-    device: str = "auto",
-    dtype: str | None = None,
-) -> dict[str, Any]:
-    """Everything that can be measured here, as plain values.
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the batches and texts that are measured.
 
-    Args:
-        folder: of the checkpoint.
-        against: folder of the dense model.
+    Attributes:
         batch_sizes: sequences at a time.
         prompt: tokens of each sequence.
         new_tokens: tokens decoded one by one after the prompt.
-        layer_tokens: rows of the products that are timed one by one.
-        repeats: of each measurement; medians are given.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the weights; None is that of the checkpoint.
-
-    Raises:
-        ConfigError: the two do not go together. DataError: one of them is no checkpoint.
+        seconds: that each measurement takes, at least.
     """
-    place = resolve_device(device)
-    if place.type == "cpu":
-        keep_freed_memory()
-    asked = getattr(torch, dtype) if dtype else None
-    model, seconds = load(folder, place, asked)
-    variants = {"as stored": model}
-    sizes = {"as stored": _size(folder)}
-    loading = {"as stored": seconds}
-    sparse = None
-    stated = stated_patterns(folder)
-    note = why_dense(place, stated.all(), model.dtype)
-    if not note:
-        sparse, _ = load(folder, place, asked)
-        try:
-            note = f"{use_sparse_tensor_cores(sparse, stated)} linears on sparse tensor cores"
-            variants["sparse tensor cores"] = sparse
-        except DataError as error:
-            sparse, note = None, f"not on sparse tensor cores: {error}"
-    if against:
-        dense, seconds = load(against, place, asked or model.dtype)
-        if len(decoder_layers(dense)) != len(decoder_layers(model)):
-            raise ConfigError(f"{against} has another number of layers than {folder}")
-        variants = {"dense": dense} | variants
-        loading["dense"], sizes["dense"] = seconds, _size(against)
+
+    batch_sizes: Sequence[int] = (1, 8)
+    prompt: int = 256
+    new_tokens: int = 16
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_whole("--prompt", self.prompt, 1)
+        check_whole("--new-tokens", self.new_tokens, 1)
+        for size in self.batch_sizes:
+            check_whole("--batch-sizes", size, 1)
+        check_positive("--seconds", self.seconds)
+
+
+def _variant(
+    folder: Path,
+    name: str,
+    change: Change | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    sizes: Sizes,
+) -> dict[str, Any]:
+    """Load a checkpoint, change it, and measure it; nothing of it stays in memory."""
+    model, loading = load(folder, device, dtype)
+    used = change(model) if change else None
     return {
-        "checkpoint": folder.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "note": note,
-        "gathers": len(gathered_modules(model)),
-        "file_bytes": sizes,
-        "weight_bytes": {name: _weight_bytes(variant) for name, variant in variants.items()},
+        "variant": name,
+        "used": used,
+        "file_bytes": sum(file.stat().st_size for file in weight_files(folder)),
         "loading_s": loading,
-        "speed": speed(variants, batch_sizes, prompt, new_tokens, repeats),
-        "layers": layers(model, sparse, layer_tokens, repeats),
-        "prompt": prompt,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "hardware": hardware(place),
-        "versions": versions(),
+        "speed": [_speed(model, batch, sizes) for batch in sizes.batch_sizes],
     }
 
 
-def why_dense(
-    device: torch.device, patterns: Collection[NMPattern | None], dtype: torch.dtype
-) -> str:
-    """Why no sparse tensor cores multiply a checkpoint of such patterns and format; nothing where they do."""
-    if not sparse_tensor_cores(device):
-        return "no sparse tensor cores here: sparse products run as dense ones"
-    if _TWO_OF_FOUR not in patterns:
-        return "sparse tensor cores multiply 2:4 alone, and no linear has it: sparse products run as dense ones"
-    if dtype.itemsize != 2:
-        name = str(dtype).removeprefix("torch.")
-        return f"sparse tensor cores are used in half precision, and this is {name} (--dtype bfloat16): no sparse products"
-    return ""
-
-
-def _prefill(model: PreTrainedModel, tokens: Tensor) -> Callable[[], Any]:
+@torch.no_grad()
+def _speed(model: PreTrainedModel, batch: int, sizes: Sizes) -> dict[str, Any]:
+    """Measure prefill and decoding: medians, and what a prefill takes beside the weights."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary_of(model), (batch, sizes.prompt), generator=generator)
+    tokens = tokens.to(model.device)
     # Logits of the last token alone, as generation asks for.
-    return lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
+    reset_peak_memory(model.device)
+    before = peak_memory(model.device)
+    prefill()
+    taken = peak_memory(model.device) - before
+    decode = _decode(model, tokens, sizes.new_tokens)
+    return {
+        "batch": batch,
+        "prefill_tokens_a_second": batch * sizes.prompt / _measured(prefill, sizes.seconds),
+        "decode_tokens_a_second": batch * sizes.new_tokens / _measured(decode, sizes.seconds),
+        "prefill_bytes": taken,
+    }
+
+
+def _measured(work: Callable[[], Any], seconds: float) -> float:
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
 def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable[[], Any]:
@@ -308,51 +186,103 @@ def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
 
-    slides = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
-
     def work() -> None:
-        token = tokens[:, -1:]
-        used = copy.deepcopy(cache) if slides else cache  # what has slid out cannot be had back
+        token, used = tokens[:, -1:], copy.deepcopy(cache)
         for _ in range(new_tokens):
             token = model(input_ids=token, use_cache=True, **{name: used}).logits[:, -1:].argmax(-1)
-        if not slides:
-            used.crop(-new_tokens)
 
     return work
 
 
-def _bare(model: PreTrainedModel, work: Callable[[], Any]) -> Callable[[], Any]:
-    def bare() -> None:
-        with without_gathers(model):
-            work()
+def measure(
+    folder: Path,
+    against: Path | None = None,
+    sizes: Sizes | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint, one variant in memory at a time.
 
-    return bare
+    Args:
+        folder: of the checkpoint.
+        against: folder of the dense model.
+        sizes: what is measured.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: of the weights; None is that of each checkpoint.
+
+    Returns:
+        Plain values: `variants`, what each costs, and `missing`, a line for what is not measured.
+
+    Raises:
+        ConfigError: the device is not there. DataError: a folder holds no whole checkpoint.
+    """
+    sizes = sizes or Sizes()
+    place, asked = resolve_device(device), getattr(torch, dtype) if dtype else None
+    model, _ = load(folder, place, asked)
+    patterns, gathers = stated_patterns(folder, model), len(gathered_modules(model))
+    missing = what_is_missing(place, set(patterns.values()), model.dtype)
+    del model
+    changes: dict[str, Change | None] = {"as stored": None}
+    if gathers:
+        changes["as stored, gathers left out"] = leave_out_gathers
+    for backend in () if missing else BACKENDS:
+        rows = max(sizes.batch_sizes) * sizes.prompt
+        changes[f"2:4 by {backend}"] = partial(use_backend, backend, patterns, rows)
+    own = partial(_variant, device=place, dtype=asked, sizes=sizes)
+    variants = [own(against, "dense", None)] if against else []
+    lines = [missing] if missing else []
+    for name, change in changes.items():
+        try:
+            variants.append(own(folder, name, change))
+        except (ConfigError, RuntimeError) as error:
+            if not name.startswith("2:4"):
+                raise
+            lines.append(f"{name}: {first_line(error)}")
+    return {
+        "checkpoint": folder.name,
+        "prompt": sizes.prompt,
+        "new_tokens": sizes.new_tokens,
+        "gathers": gathers,
+        "variants": variants,
+        "missing": lines,
+        "hardware": hardware(place),
+        "versions": versions(),
+    }
 
 
-def _products(model: nn.Module, members: tuple[str, ...], x: Tensor) -> Callable[[], Any]:
-    linears = [linear_at(model, path) for path in members]
-    # Not by calling the modules: a gather that hangs on one is timed by itself.
-    return lambda: [nn.functional.linear(x, linear.weight, linear.bias) for linear in linears]
+def work(options: argparse.Namespace) -> Answer:
+    """Do the work of the command."""
+    disable_progress_bar()
+    set_verbosity_error()
+    sizes = Sizes(options.batch_sizes, options.prompt, options.new_tokens, options.seconds)
+    report = measure(options.folder, options.against, sizes, options.device, options.dtype)
+    return Answer(report, lambda: _show(report))
 
 
-def _spread(times: list[float]) -> float:
-    """Largest less smallest, as a share of the median."""
-    return (max(times) - min(times)) / statistics.median(times)
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    # Tied parameters come once; a semi-structured one has no storage of its own to tell it by.
-    return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
-
-
-def _bytes(tensor: Tensor) -> int:
-    parts = [
-        part
-        for part in (getattr(tensor, name, None) for name in ("packed", "meta"))
-        if isinstance(part, Tensor)
-    ]
-    return sum(part.numel() * part.element_size() for part in parts or [tensor])
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in weight_files(folder))
+def _show(report: dict[str, Any]) -> None:
+    console = terminal()
+    title = f"{escape(report['checkpoint'])}, prompt of {report['prompt']} tokens"
+    table = Table("variant", "batch", title=title, title_justify="left")
+    for heading in (
+        "prefill, tokens/s",
+        "decode, tokens/s",
+        "prefill, MB",
+        "loading, s",
+        "file, MB",
+    ):
+        table.add_column(heading, justify="right")
+    for variant in report["variants"]:
+        for row in variant["speed"]:
+            table.add_row(
+                variant["used"] or variant["variant"],
+                str(row["batch"]),
+                f"{row['prefill_tokens_a_second']:.1f}",
+                f"{row['decode_tokens_a_second']:.1f}",
+                f"{row['prefill_bytes'] / 1e6:.0f}",
+                f"{variant['loading_s']:.2f}",
+                f"{variant['file_bytes'] / 1e6:.1f}",
+            )
+    console.print(table)
+    console.print(f"{report['gathers']} gathers")
+    for line in report["missing"]:
+        console.print(f"missing: {escape(line)}")

@@ -1,4 +1,4 @@
-"""In which order the tensors of an exported model are stored: what is permuted, and where a gather stays.
+"""Order in which the tensors of a checkpoint are stored: what is permuted, what is gathered.
 
 A channel order is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M.
 What gives it its inputs must then give them in that order:
@@ -20,16 +20,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
 from permllm.models.head import head_path
 from permllm.permutation.foldable import RESIDUAL, foldable, local_order
 
-FORMS = ("simulate", "folded", "gathered")
+# The command takes the first that a run allows.
+FORMS = ("folded", "gathered", "simulate")
 
 
 @dataclass
 class StoredOrder:
-    """How the tensors of a model are stored.
+    """Index vectors that give the tensors of a checkpoint from those in original order.
 
     Attributes:
         rows: int64 index along the first dimension, by parameter name.
@@ -42,7 +44,7 @@ class StoredOrder:
     gathers: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as it is stored."""
+        """Return a tensor as it is stored."""
         if name in self.rows:
             tensor = tensor.index_select(0, self.rows[name])
         if name in self.columns:
@@ -50,10 +52,19 @@ class StoredOrder:
         return tensor
 
 
+def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> str:
+    """Return `folded` where all orders fold, else `gathered`."""
+    try:
+        foldable([group for group in groups if group.name in orders], orders)
+    except ConfigError:
+        return "gathered"
+    return "folded"
+
+
 def stored_order(
     form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
 ) -> StoredOrder:
-    """How a pruned model is stored in one of the `FORMS`.
+    """Return which tensors are permuted, and which inputs gathered, in one of the `FORMS`.
 
     Args:
         form: `simulate`, `folded` or `gathered`.
@@ -76,12 +87,12 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     parameters = dict(model.named_parameters())
     family = family_of(model)
 
-    def put(target: dict[str, Tensor], paths: Iterable[str], order: Tensor) -> None:
-        for path in paths:
-            names = (
-                (f"{path}.weight", f"{path}.bias") if target is stored.rows else (f"{path}.weight",)
-            )
-            target.update({name: order for name in names if name in parameters})
+    def put_rows(paths: Iterable[str], order: Tensor) -> None:
+        names = [f"{path}.{kind}" for path in paths for kind in ("weight", "bias")]
+        stored.rows.update({name: order for name in names if name in parameters})
+
+    def put_columns(paths: Iterable[str], order: Tensor) -> None:
+        stored.columns.update({f"{path}.weight": order for path in paths})
 
     stream = shared.get(RESIDUAL)
     for group in groups:
@@ -89,35 +100,31 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
             continue
         order = orders.get(group.name) if group.table.producers else stream
         if order is not None:
-            put(stored.columns, group.members, order)
+            put_columns(group.members, order)
             _put_producers(stored, parameters, group, shared.get(group.name, order))
     if stream is None:  # nothing that reads it was pruned
         return stored
     for index in range(len(decoder_layers(model))):
-        put(
-            stored.rows,
-            [f"{family.layers}.{index}.{path}" for path in family.norms + family.writers],
-            stream,
-        )
-    put(stored.rows, [path for path in family.after if path not in family.projections], stream)
-    into, out_of = [
-        path if f"{path}.weight" in parameters else None for path in family.projections
-    ] or (None, None)
+        prefix = f"{family.layers}.{index}."
+        put_rows([prefix + path for path in family.norms + family.writers], stream)
+    put_rows([path for path in family.after if path not in family.projections], stream)
     tokens, *others = family.embeddings
-    put(stored.columns, others, stream)
-    if into is None:
-        put(stored.columns, [tokens], stream)
+    put_columns(others, stream)
+    present = [path for path in family.projections if f"{path}.weight" in parameters]
+    into, out_of = family.projections or (None, None)
+    if into in present:
+        put_rows([into], stream)
     else:
-        put(stored.rows, [into], stream)
+        put_columns([tokens], stream)
     # A head tied to the embedding is no parameter of its own, and follows it.
-    put(stored.columns, [head_path(model) if out_of is None else out_of], stream)
+    put_columns([out_of if out_of in present else head_path(model)], stream)
     return stored
 
 
 def _put_producers(
     stored: StoredOrder, parameters: dict[str, nn.Parameter], group: ChannelGroup, order: Tensor
 ) -> None:
-    """The rows that a group's producers write as its channels; of a fused one, a part each time."""
+    """Permute the rows that a group's producers write as its channels, of a fused one in parts."""
     for producer, part in group.table.produced():
         for name in (f"{group.prefix}{producer}.weight", f"{group.prefix}{producer}.bias"):
             if name in parameters:

@@ -1,4 +1,4 @@
-"""The pruned model of a run, from the dense one."""
+"""Make the pruned model of a run from the dense one."""
 
 from __future__ import annotations
 

@@ -18,9 +18,6 @@ Schema = TypeVar("Schema")
 
 # Characters of a value that are shown.
 _SHOWN = 60
-# 64 bits hold it, so that arithmetic cannot fail.
-_MOST = 2**63 - 1
-Whole = Annotated[int, Field(ge=0, le=_MOST)]
 Object = dict[str, JsonValue]
 FileName = Annotated[str, Field(pattern=r"^[^/\\\\\x00]+$")]
 
@@ -76,16 +73,6 @@ def _cut(text: str) -> str:
 @cache
 def _adapter(schema: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(cast(Any, schema))
-
-
-class ExportSummary(TypedDict):
-    """Part of `permllm.json` beside an exported model that `permllm verify` reads; its size in bytes."""
-
-    sparsity: str
-    patterns: NotRequired[dict[str, str]]
-    bytes: Whole
-    gathers: Whole
-    sha256: dict[FileName, str]
 
 
 class TensorIndex(TypedDict):

@@ -1,4 +1,4 @@
-"""Exported models: what stock transformers computes with them, what is stored, and what is refused."""
+"""Checkpoints: what transformers computes with each form, what is stored, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,469 +11,332 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 import permllm
-from permllm.config import ModelConfig, NMPattern
-from permllm.errors import ConfigError, DataError
-from permllm.export.checkpoint import Request, export_run
-from permllm.export.rebuild import apply_record
+from permllm.cli import call
+from permllm.config import NMPattern
+from permllm.errors import ConfigError
+from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
+from permllm.export.gathered import ORDERS
+from permllm.export.verify import verify
 from permllm.models.families import channel_groups, decoder_layers, linear_at
-from permllm.models.load import folder_identity
-from permllm.models.selection import differing_patterns, pruned_groups
-from permllm.permutation.foldable import expanded, shared_orders
-from permllm.runs.files import file_sha256, write_json, write_text
+from permllm.runs.files import file_sha256, read_json, write_json, write_text
 from permllm.runs.masks import violations
-from permllm.runs.tensors import save_masks, save_tensors
-from permllm.sparsity.nm import permuted_nm_mask
-from tests.conftest import FAMILY_SETTINGS, tiny_config
-from tests.permutation.test_foldable import random_order
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{family: {} for family in FAMILY_SETTINGS},
-    "llama-mha": {"num_key_value_heads": 4},
-    "llama-tied": {"tie_word_embeddings": True},
-    "llama-biases": {"attention_bias": True, "mlp_bias": True},
-    "qwen3-tied": {"tie_word_embeddings": True},
-    "opt-projected": {"word_embed_proj_dim": 16},
-    "opt-post-norm": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
-    "opt-tied": {"tie_word_embeddings": True},
-}
-
-
-def variant_model(name: str, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
-    settings = tiny_config(name.split("-", maxsplit=1)[0]) | VARIANTS[name] | extra
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype
-    )
-    for parameter in model.parameters():
-        nn.init.normal_(
-            parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3
-        )  # norms that are not all the same
-    return model.eval().requires_grad_(False)
-
-
-def make_run(
-    folder: Path,
-    model: PreTrainedModel,
-    constraint: str,
-    pattern: NMPattern | None = None,
-    dtype: str = "float32",
-    keep_dense: tuple[str, ...] = (),
-    sparsity_of: dict[str, str] | None = None,
-) -> Path:
-    """A run directory with random orders under a constraint, and magnitude masks; the dense model beside it."""
-    pattern = pattern or NMPattern(2, 4)
-    model.save_pretrained(folder / "dense")
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "dense")
-    groups = pruned_groups(channel_groups(model), pattern, keep_dense, sparsity_of or {})
-    shared = shared_orders(groups, constraint)  # type: ignore[arg-type]
-    orders = expanded(
-        shared, {order.name: random_order(order, seed) for seed, order in enumerate(shared)}
-    )
-    masks = {
-        path: permuted_nm_mask(
-            linear_at(model, path).weight.float().abs(),
-            orders[group.name],
-            group.pattern or pattern,
-        )
-        for group in groups
-        for path in group.members
-    }
-    settings = {
-        "name": "local",
-        "source": "local",
-        "path": str(folder / "dense"),
-        "dtype": dtype,
-        "device": "cpu",
-    }
-    config = ModelConfig(**settings)  # type: ignore[arg-type]
-    identity = folder_identity(config, folder / "dense")
-    run = folder / "run"
-    write_text(
-        run / "config.yaml",
-        json.dumps(
-            {
-                "name": "x",
-                "model": settings | {"hub_name": None},
-                "seed": 0,
-                "sparsity": str(pattern),
-                "pruner": {"name": "x"},
-                "permutation": {"name": "x"},
-                "mask": {"name": "pruner"},
-                "reconstruction": {"name": "none"},
-            }
-        ),
-    )
-    sparsity = {
-        "pattern": str(pattern),
-        "fraction": 1 - pattern.n / pattern.m,
-        "of_model": 0.5,
-        "violations": 0,
-    }
-    if keep_dense or sparsity_of:
-        sparsity["patterns"] = differing_patterns(channel_groups(model), groups)
-    sparsity |= {"weights_changed": False, "weights_kept": False}
-    save_tensors(run / "permutations.safetensors", orders)
-    save_masks(run / "masks.safetensors", masks)
-    digests = {file.name: file_sha256(file) for file in run.glob("*.safetensors")}
-    finished = {
-        "schema_version": 3,
-        "status": "finished",
-        "name": "x",
-        "config_hash": "0",
-        "seconds": {},
-    }
-    write_json(
-        run / "metrics.json",
-        finished | {"model": identity, "sparsity": sparsity, "sha256": digests},
-    )
-    return run
-
-
-def logits(model: PreTrainedModel, seed: int = 1) -> Tensor:
-    tokens = torch.randint(259, (2, 13), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-def load(folder: Path, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def reference(model: PreTrainedModel, run: Path) -> PreTrainedModel:
-    """The pruned model in the original order, by multiplying the masks."""
-    apply_record(model, json.loads((run / "metrics.json").read_text())["model"], run)
-    return model
-
-
-def relative(first: Tensor, second: Tensor) -> float:
-    return float((first - second).norm() / second.norm())
+from permllm.runs.tensors import save_tensors
+from tests.export.pruned import (
+    TWO_OF_FOUR,
+    VARIANTS,
+    change_metrics,
+    load,
+    logits,
+    make_run,
+    reference,
+    relative,
+    take_as_pruned,
+    variant_model,
+)
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_folded_models_are_stock_and_compute_the_same(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_folded_models_are_stock_and_compute_what_simulate_computes(
+    name: str, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, variant_model(name), "foldable")
-    export_run(run, Request("folded"), tmp_path / "out")
-    pruned = reference(variant_model(name), run)
-    folded = load(tmp_path / "out")
-    assert type(folded) is type(pruned)
+    for form in ("folded", "simulate"):
+        export_run(run, Request(form), tmp_path / form)
+    folded, simulated = load(tmp_path / "folded"), load(tmp_path / "simulate")
     assert type(folded).__module__.startswith("transformers.")
-    assert relative(logits(folded), logits(pruned)) < 1e-4
-    groups = channel_groups(folded)
-    for group in groups:
-        for path in group.members:
-            weight = linear_at(folded, path).weight
-            assert violations(weight, torch.arange(group.channels), NMPattern(2, 4)) == 0, path
-            assert float((weight == 0).float().mean()) == 0.5
-            assert not (weight.signbit() & (weight == 0)).any()
-    assert not any(
-        torch.equal(linear_at(folded, p).weight, linear_at(pruned, p).weight)
-        for g in groups
-        for p in g.members
-    )
+    assert relative(logits(folded), logits(simulated)) < 1e-5
+    pruned = reference(variant_model(name), run).state_dict()
+    assert all(torch.equal(value, pruned[key]) for key, value in simulated.state_dict().items())
+    for path in (path for group in channel_groups(folded) for path in group.members):
+        weight = linear_at(folded, path).weight
+        assert violations(weight, None, TWO_OF_FOUR) == 0, path
+        assert float((weight == 0).float().mean()) == 0.5
+        assert not (weight.signbit() & (weight == 0)).any()
+        assert not torch.equal(weight, pruned[f"{path}.weight"])
 
-    # In float64 the stock norms compute in float32; with norms in float64 nothing but rounding is
-    # left.
+
+def test_folding_leaves_nothing_but_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with norms in float64, which transformers computes in float32."""
+    run = make_run(tmp_path, variant_model("qwen3"), "foldable")
+    export_run(run, Request("folded"), tmp_path / "out")
     double = {"dtype": torch.float64}
-    folded64, pruned64 = (
-        load(tmp_path / "out", **double),
-        reference(load(tmp_path / "dense", **double), run),
-    )
-    assert relative(logits(folded64), logits(pruned64)) < 1e-6
-    monkeypatch.setattr(nn.Module, "__call__", _norms_in_float64(nn.Module.__call__))
-    assert relative(logits(folded64), logits(pruned64)) < 1e-10
+    pruned = reference(load(tmp_path / "dense", **double), run)
+    call_module: Any = nn.Module.__call__
+
+    def norms_in_float64(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not type(module).__name__.endswith("RMSNorm"):
+            return call_module(module, *args, **kwargs)
+        mean = args[0].pow(2).mean(-1, keepdim=True)
+        return module.weight * args[0] * torch.rsqrt(mean + module.variance_epsilon)
+
+    monkeypatch.setattr(nn.Module, "__call__", norms_in_float64)
+    assert relative(logits(load(tmp_path / "out", **double)), logits(pruned)) < 1e-10
 
 
-def _norms_in_float64(call: Any) -> Any:
-    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if type(module).__name__.endswith("RMSNorm"):
-            x, gemma = args[0], type(module).__name__.startswith("Gemma")
-            weight, epsilon = (
-                (1 + module.weight, module.eps)
-                if gemma
-                else (module.weight, module.variance_epsilon)
-            )
-            return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-        return call(module, *args, **kwargs)
-
-    return patched
-
-
-@pytest.mark.parametrize("name", sorted(VARIANTS))
+@pytest.mark.parametrize("name", ["gemma3_text", "llama-biases", "opt-projected", "qwen3-tied"])
 def test_gathered_models_keep_any_order(name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model(name), "free")
     summary = export_run(run, Request("gathered"), tmp_path / "out")
-    pruned = reference(variant_model(name), run)
-    gathered = load(tmp_path / "out")
+    pruned, gathered = reference(variant_model(name), run), load(tmp_path / "out")
     assert relative(logits(gathered), logits(pruned)) < 1e-5
     # Two readers of the residual stream and the attention output of each layer; the MLP's inner
     # order folds.
     assert summary["gathers"] == 3 * len(decoder_layers(pruned))
-    for group in channel_groups(gathered):
-        for path in group.members:
-            assert (
-                violations(
-                    linear_at(gathered, path).weight, torch.arange(group.channels), NMPattern(2, 4)
-                )
-                == 0
-            )
+    assert verify(tmp_path / "out").passed
+    prompt = torch.tensor([[5, 6, 7]])
+    ours, theirs = (one.generate(prompt, max_new_tokens=4) for one in (gathered, pruned))
+    assert torch.equal(ours, theirs)
+    half = load(tmp_path / "out", dtype=torch.bfloat16, device_map="cpu")
+    assert (half.dtype, len(half.state_dict())) == (torch.bfloat16, len(pruned.state_dict()))
+
+
+def test_a_gathered_model_is_saved_and_pickled_with_its_orders(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    export_run(run, Request("gathered"), tmp_path / "out")
+    gathered = load(tmp_path / "out")
     gathered.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(load(tmp_path / "again")), logits(gathered))
-    generated = gathered.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
-    assert torch.equal(
-        generated, pruned.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
-    )
+    torch.save(gathered, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    whole.save_pretrained(tmp_path / "third")
+    for one in (load(tmp_path / "again"), whole, load(tmp_path / "third")):
+        assert torch.equal(logits(one), logits(gathered))
 
 
-@pytest.mark.parametrize("constraint", ["free", "foldable"])
-def test_simulate_keeps_the_original_order(constraint: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("qwen2"), constraint)
-    export_run(run, Request("simulate"), tmp_path / "out")
-    simulated, pruned = load(tmp_path / "out"), reference(variant_model("qwen2"), run)
-    assert all(
-        torch.equal(value, pruned.state_dict()[name])
-        for name, value in simulated.state_dict().items()
-    )
+def test_gathered_models_are_read_from_the_hubs_cache(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    folder = tmp_path / "models--some--model"
+    write_text(folder / "refs" / "main", "0" * 40)
+    (folder / "snapshots").mkdir()
+    export_run(run, Request("gathered"), folder / "snapshots" / ("0" * 40))
+    found = load(Path("some/model"), cache_dir=tmp_path, local_files_only=True)
+    assert relative(logits(found), logits(reference(variant_model("llama"), run))) < 1e-5
 
 
-@pytest.mark.parametrize("seed", range(6))
+WITHOUT_PERMLLM = """
+import sys
+sys.modules["permllm"] = None  # whoever imports it fails
+import torch
+from transformers import AutoModelForCausalLM as Auto, LlamaForCausalLM
+folded, simulated, gathered = sys.argv[1:]
+tokens = torch.arange(30).view(2, 15)
+with torch.no_grad():
+    one, other = (Auto.from_pretrained(f)(tokens).logits for f in (folded, simulated))
+print(float((one - other).norm() / other.norm()))
+for kind in (Auto, LlamaForCausalLM):
+    try:
+        kind.from_pretrained(gathered)
+    except Exception as error:
+        print("import permllm.export" in str(error))
+"""
+
+
+def test_a_process_without_permllm_loads_folded_models_and_no_gathered_ones(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    forms = ("folded", "simulate", "gathered")
+    for form in forms:
+        export_run(run, Request(form), tmp_path / form)
+    command = [sys.executable, "-c", WITHOUT_PERMLLM, *(str(tmp_path / form) for form in forms)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    difference, *refused = result.stdout.split()
+    assert float(difference) < 1e-5
+    assert refused == ["True", "True"]
+
+
+# What the process grows by over its memory after the imports: all pages, those of mapped files too.
+GROWTH = """
+import sys
+from pathlib import Path
+import torch
+from permllm.export.checkpoint import Request, export_run
+from permllm.runtime.memory import peak_host_memory, reset_peak_memory
+reset_peak_memory(torch.device("cpu"))
+before = peak_host_memory()
+export_run(Path(sys.argv[1]), Request("folded", shard_gb=float(sys.argv[3])), Path(sys.argv[2]))
+print(peak_host_memory() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_an_export_takes_the_memory_of_a_layer_and_a_file(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4}
+    model = variant_model("llama", torch.bfloat16, num_attention_heads=16, **sizes)
+    layer = sum(parameter.nbytes for parameter in decoder_layers(model)[0].parameters())
+    run = make_run(tmp_path, model, "foldable")
+    shard = layer // 2
+    command = [sys.executable, "-c", GROWTH, str(run), str(tmp_path / "out"), str(shard / 1e9)]
+    growth = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0 < growth < layer + shard
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_folding_holds_for_random_shapes(seed: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def one_of(*options: int) -> int:
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 
-    n, m = [(2, 4), (4, 8), (1, 4), (2, 6), (3, 8)][seed % 5]
-    key_value = one_of(1, 2, 3)
-    shape = {
-        "num_key_value_heads": key_value,
-        "num_attention_heads": key_value * one_of(1, 2, 4),
-        "head_dim": 2 * m * one_of(1, 2),
-        "hidden_size": 24 * one_of(1, 2, 3),
-        "intermediate_size": 24 * one_of(2, 3, 5),
-        "num_hidden_layers": one_of(1, 3),
-    }
-    name = ["qwen3", "mistral", "qwen3-tied"][seed % 3]
-    pattern = NMPattern(n, m)
-    run = make_run(tmp_path, variant_model(name, **shape), "foldable", pattern)
-    export_run(run, Request("folded", "float64"), tmp_path / "out")
-    folded, pruned = (
-        load(tmp_path / "out", dtype=torch.float64),
-        reference(variant_model(name, **shape), run).double(),
-    )
-    assert relative(logits(folded), logits(pruned)) < 1e-6
-    for group in channel_groups(folded):
-        for path in group.members:
-            assert (
-                violations(linear_at(folded, path).weight, torch.arange(group.channels), pattern)
-                == 0
-            )
+    name, n, m = [("qwen3", 4, 8), ("mistral", 1, 4), ("qwen3-tied", 2, 6)][seed]
+    shape = {"num_key_value_heads": one_of(1, 2, 3), "head_dim": 2 * m * one_of(1, 2)}
+    shape["num_attention_heads"] = shape["num_key_value_heads"] * one_of(1, 2, 4)
+    shape |= {"hidden_size": 24 * one_of(1, 2, 3), "intermediate_size": 24 * one_of(2, 3, 5)}
+    run = make_run(tmp_path, variant_model(name, **shape), "foldable", NMPattern(n, m))
+    export_run(run, Request("folded"), tmp_path / "out")
+    pruned = reference(variant_model(name, **shape), run)
+    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
+    report = verify(tmp_path / "out")
+    assert (report.passed, report.pattern) == (True, f"{n}:{m}")
+    assert verify(tmp_path / "out", NMPattern(1, m)).passed == (n == 1)
 
 
-def test_changed_weights_are_exported(tmp_path: Path) -> None:
+# A layer, a member of a group, and a group of the residual stream stay dense; another M is there.
+PARTS = {
+    "llama-biases": (
+        ("layers.1.mlp", "v_proj", "layers.0.mlp.gate_up_proj"),
+        {"layers.0.mlp.down_proj": "4:8"},
+    ),
+    "opt-projected": (("-1", "q_proj"), {"fc2": "8:16"}),
+}
+
+
+@pytest.mark.parametrize("form", ["folded", "gathered"])
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_what_stays_dense_follows_the_orders_around_it(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    constraint = "foldable" if form == "folded" else "free"
+    run = make_run(tmp_path, variant_model(name), constraint, TWO_OF_FOUR, *PARTS[name])
+    export_run(run, Request(form), tmp_path / "out")
+    pruned = logits(reference(variant_model(name), run))
+    assert relative(logits(load(tmp_path / "out")), pruned) < 1e-5
+    report, told = verify(tmp_path / "out"), read_json(run / "metrics.json")["sparsity"]["patterns"]
+    assert report.passed, report.problems
+    assert report.dense == sorted(f"{path}.weight" for path in told if told[path] == "dense")
+    state = load_file(tmp_path / "out" / "model.safetensors")  # by hand, from the file alone
+    assert all(bool((state[name] != 0).all()) for name in report.dense)
+    for layer in report.layers:
+        assert layer.pattern == told.get(layer.name.removesuffix(".weight"), "2:4")
+        pattern = NMPattern.parse(layer.pattern)
+        assert int((state[layer.name] != 0).view(-1, pattern.m).sum(1).max()) == pattern.n
+
+
+def test_changed_weights_are_exported_in_shards(tmp_path: Path) -> None:
     model = variant_model("llama")
     run = make_run(tmp_path, model, "foldable")
+    paths = [path for group in channel_groups(model) for path in group.members]
     generator = torch.Generator().manual_seed(5)
     weights = {
         path: torch.randn(linear_at(model, path).weight.shape, generator=generator)
-        for group in channel_groups(model)
-        for path in group.members
+        for path in paths
     }
-    save_tensors(run / "weights/00000.safetensors", weights)
-    metrics = json.loads((run / "metrics.json").read_text())
-    metrics["sparsity"] |= {"weights_changed": True, "weights_kept": True}
-    metrics["sha256"]["weights/00000.safetensors"] = file_sha256(run / "weights/00000.safetensors")
-    write_json(run / "metrics.json", metrics)
-    export_run(run, Request("folded"), tmp_path / "out")
-    assert (
-        relative(logits(load(tmp_path / "out")), logits(reference(variant_model("llama"), run)))
-        < 1e-4
-    )
-
-
-def test_shards_are_split_as_transformers_does_and_load(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    file = run / "weights/00000.safetensors"
+    save_tensors(file, weights)
+    metrics = read_json(run / "metrics.json")
+    kept = {"weights_changed": True, "weights_kept": True}
+    digests = metrics["sha256"] | {"weights/00000.safetensors": file_sha256(file)}
+    change_metrics(run, sparsity=metrics["sparsity"] | kept, sha256=digests)
     export_run(run, Request("folded", shard_gb=2e-5), tmp_path / "out")
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert (
-        relative(logits(load(tmp_path / "out")), logits(reference(variant_model("llama"), run)))
-        < 1e-4
-    )
+    pruned = reference(variant_model("llama"), run)
+    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
 
 
 def test_a_checkpoint_in_another_layout_is_loaded_as_a_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("opt"), "foldable")
-    state = load_file(tmp_path / "dense" / "model.safetensors")
-    renamed = {
-        name.removeprefix("model."): value for name, value in state.items()
-    }  # as OPT's files on the hub have them
-    save_file(renamed, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
-    config = ModelConfig("local", "local", path=str(tmp_path / "dense"), device="cpu")
-    metrics = json.loads((run / "metrics.json").read_text())
-    metrics["model"] = folder_identity(config, tmp_path / "dense")
-    write_json(run / "metrics.json", metrics)
+    file = tmp_path / "dense" / "model.safetensors"
+    state = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})  # as OPT's files on the hub
+    take_as_pruned(run, tmp_path / "dense")
     export_run(run, Request("folded"), tmp_path / "out")
-    assert (
-        relative(logits(load(tmp_path / "out")), logits(reference(variant_model("opt"), run)))
-        < 1e-4
-    )
-
-
-def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    summary = export_run(run, Request("gathered"), tmp_path / "out")
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert summary["bytes"] < size < summary["bytes"] + 20_000  # the rest is the header
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {
-        "config.json",
-        "generation_config.json",
-        "tokenizer_config.json",
-        "README.md",
-        "model.safetensors",
-    } <= names
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids
-        == ByT5Tokenizer(extra_ids=0)("abc").input_ids
-    )
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "2:4" in card
-    for written in (card, (tmp_path / "out" / "config.json").read_text()):
-        assert permllm.__version__ in written
-        # Whoever had the name on a package index would have the machines of everyone who follows
-        # the advice.
-        assert "install permllm" not in written
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
-        assert file.metadata()["format"] == "pt"
-    assert not list(tmp_path.glob(".out*"))
-
-
-def test_an_export_carries_the_licence_and_the_notice_of_its_model(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("gemma3_text"), "free")
-    config = json.loads((run / "config.yaml").read_text())
-    config["model"] |= {
-        "licence": "gemma",
-        "terms": "https://example.org/terms",
-        "notice": "X is under the Terms of X",
-    }
-    config["mask"] = {"name": "refined"}  # which learns nothing
-    write_text(run / "config.yaml", json.dumps(config))
-    export_run(run, Request("gathered"), tmp_path / "out")
-    said = "X is under the Terms of X. The weights of local were changed: they were pruned to 2:4."
-    assert (tmp_path / "out" / "NOTICE").read_text() == f"{said}\n"
-    head, card = (
-        (tmp_path / "out" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
-    )
-    assert yaml.safe_load(head)["license"] == "gemma"
-    assert f"{said} The terms: https://example.org/terms" in card
-    assert ", masks: refined" in card
-
-
-WITHOUT_PERMLLM = """
-import sys
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-for folder in sys.argv[1:]:
-    for cls in (AutoModelForCausalLM, LlamaForCausalLM):
-        try:
-            cls.from_pretrained(folder)
-            print("LOADED")
-        except Exception as error:
-            print("REFUSED" if "import permllm.export" in str(error) else repr(error))
-assert "permllm" not in sys.modules
-"""
-
-
-def test_without_permllm_ours_say_what_to_import_and_a_folded_model_needs_nothing(
-    tmp_path: Path,
-) -> None:
-    forms = ("gathered", "folded")
-    for form in forms:
-        run = make_run(
-            tmp_path / form, variant_model("llama"), "free" if form == "gathered" else "foldable"
-        )
-        export_run(run, Request(form), run.parent / "out")
-    result = _python(WITHOUT_PERMLLM, *(tmp_path / form / "out" for form in forms))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["REFUSED"] * 2 + ["LOADED"] * 2, result.stdout
-
-
-def _python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_bad_requests(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    for request, text in [
-        (Request("flat"), "export.form='flat'"),
-        (Request("folded", dtype="int8"), "export.dtype='int8'"),
-        (Request("folded", shard_gb=0), "export.shard_gb=0"),
-    ]:
-        with pytest.raises(ConfigError, match=text):
-            export_run(run, request, tmp_path / "out")
-    with pytest.raises(ConfigError, match="is there already"):
-        export_run(run, Request("folded"), tmp_path / "dense")
-    with pytest.raises(ConfigError, match="is not a run directory"):
-        export_run(tmp_path / "dense", Request("folded"), tmp_path / "out")
-    variant_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "dense")
-    with pytest.raises(DataError, match="was pruned from"):
-        export_run(run, Request("folded"), tmp_path / "out")
-
-
-def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    model = variant_model("llama")
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e30
-    run = make_run(tmp_path, model, "foldable")
-    with pytest.raises(
-        DataError, match=r"model.layers.1.mlp.up_proj.weight does not fit into float16"
-    ):
-        export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
-
-
-def test_truncated_files_are_refused(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered"), tmp_path / "out")
-    file = tmp_path / "out" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match="cannot load"):
-        load(tmp_path / "out")
-
-
-def take_as_pruned(run: Path, dense: Path) -> None:
-    """Have a run be one of a folder as it is now."""
-    metrics = json.loads((run / "metrics.json").read_text())
-    identity = folder_identity(ModelConfig(name="local", source="local", path=str(dense)), dense)
-    write_json(run / "metrics.json", metrics | {"model": identity})
+    pruned = reference(variant_model("opt"), run)
+    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
 
 
 def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_exported(
     tmp_path: Path,
 ) -> None:
     run = make_run(tmp_path, variant_model("llama"), "foldable")
-    state = load_file(tmp_path / "dense" / "model.safetensors")
-    assert "lm_head.weight" in state
-    config = json.loads((tmp_path / "dense" / "config.json").read_text())
-    (tmp_path / "dense" / "config.json").write_text(
-        json.dumps(config | {"tie_word_embeddings": True})
-    )
+    config = read_json(tmp_path / "dense" / "config.json")
+    write_json(tmp_path / "dense" / "config.json", config | {"tie_word_embeddings": True})
     take_as_pruned(run, tmp_path / "dense")
     export_run(run, Request("folded"), tmp_path / "out")
-    assert (
-        relative(logits(load(tmp_path / "out")), logits(reference(load(tmp_path / "dense"), run)))
-        < 1e-5
-    )
+    pruned = reference(load(tmp_path / "dense"), run)
+    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
+
+
+def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("gemma3_text"), "free")
+    config = json.loads((run / "config.yaml").read_text())
+    config["model"] |= {"licence": "gemma", "terms": "https://x.org", "notice": "X is under terms"}
+    write_text(run / "config.yaml", json.dumps(config))
+    summary = export_run(run, Request("gathered"), tmp_path / "out")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert summary["bytes"] < size < summary["bytes"] + 20_000  # the rest is the header
+    assert {"generation_config.json", ORDERS} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    tokenizers = AutoTokenizer.from_pretrained(tmp_path / "out"), ByT5Tokenizer(extra_ids=0)
+    assert len({tuple(tokenizer("abc").input_ids) for tokenizer in tokenizers}) == 1
+    said = "X is under terms. The weights of local were changed: they were pruned to 2:4."
+    assert (tmp_path / "out" / "NOTICE").read_text() == f"{said}\n"
+    _, head, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "gemma"
+    assert f"{said} The terms: https://x.org" in card
+    assert permllm.__version__ in card
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(("constraint", "form"), [("foldable", "folded"), ("free", "gathered")])
+def test_the_command_takes_the_first_form_that_the_run_allows(
+    constraint: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, variant_model("llama"), constraint)
+    assert call("export", [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"({form}, bfloat16)" in said[0]
+    assert said[1].startswith(f"{form} is the first of folded, gathered, simulate")
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_requests_that_cannot_be_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = make_run(tmp_path, variant_model("llama"), "free"), tmp_path / "out"
+    for request, key in [
+        (Request("flat"), "export.form='flat'"),
+        (Request("folded", dtype="int8"), "export.dtype='int8'"),
+        (Request("folded", shard_gb=0), "export.shard_gb=0"),
+        (Request("folded"), "export=gathered"),
+    ]:
+        with pytest.raises(ConfigError, match=key):
+            export_run(run, request, out)
+    for directory, target in [(run, tmp_path / "dense"), (tmp_path / "dense", out)]:
+        with pytest.raises(ConfigError, match="dense"):
+            export_run(directory, Request(), target)
+    out.mkdir()
+    monkeypatch.chdir(out)
+    with pytest.raises(ConfigError, match="cannot be replaced"):
+        export_run(run, Request(), out)
+    change_metrics(run, status="running")
+    with pytest.raises(ConfigError, match="not finished"):
+        export_run(run, Request(), tmp_path / "other")
+    assert not list(out.iterdir())
+
+
+def test_an_export_is_present_where_it_is_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    out = tmp_path / "out"
+    assert export_run(run, Request("gathered"), out) == present_export(out)
+    for file in (ORDERS, SUMMARY):
+        (out / file).write_text("[]")
+        assert present_export(out) is None
+    assert present_export(tmp_path / "nothing") is None

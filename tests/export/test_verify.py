@@ -1,201 +1,258 @@
-"""Proving checkpoints: ours in every form, foreign ones, and broken ones."""
+"""The check of checkpoints: ours in every form, foreign ones, and what is wrong in bad ones."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from permllm import job
+import permllm
 from permllm.cli import call
-from permllm.config import NMPattern, read_config
-from permllm.errors import ConfigError, DataError
-from permllm.export.checkpoint import Request, export_run
+from permllm.config import NMPattern
+from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.export.checkpoint import SUMMARY, Request, export_run
+from permllm.export.gathered import ORDERS
 from permllm.export.verify import verify
-from tests.conftest import run_module
-from tests.export.test_checkpoint import make_run, variant_model
-from tests.test_config import composed
+from tests.export.pruned import change_metrics, load, logits, make_run, variant_model
+
+Tensors = dict[str, Tensor]
+Change = Callable[[Tensors, dict[str, Any]], object]
+
+WEIGHTS, UP = "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+ORDER = "model.layers.0.self_attn.o_proj.input_order"
+GATHERED = ORDER.removesuffix(".input_order")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path, variant_model("llama"), "foldable")
-
-
-@pytest.mark.parametrize("form", ["folded", "gathered"])
-def test_exports_that_are_sparse_in_stored_order_pass(form: str, run: Path, tmp_path: Path) -> None:
-    export_run(run, Request(form), tmp_path / "out")
-    report = verify(tmp_path / "out", against=tmp_path / "dense")
-    assert report.passed
-    assert len(report.layers) == 14
-    assert all(layer.zeros == 0.5 for layer in report.layers)
-    assert report.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert report.difference is not None
-    assert report.difference["relative"] > 0.1  # pruning a random model is not subtle
-
-
-def test_the_difference_from_the_unfolded_model_is_rounding(run: Path, tmp_path: Path) -> None:
-    export_run(run, Request("folded"), tmp_path / "out")
-    export_run(run, Request("simulate"), tmp_path / "plain")
-    found = verify(tmp_path / "out", against=tmp_path / "plain").difference
-    assert found is not None
-    assert found["relative"] < 1e-5
-    assert abs(found["kl"]) < 1e-8
-    assert found["agreement"] == 1.0
-
-
-def test_the_original_order_fails_with_counted_violations(run: Path, tmp_path: Path) -> None:
-    export_run(run, Request("simulate"), tmp_path / "out")
-    report = verify(tmp_path / "out")
-    assert not report.passed
-    state = load_file(tmp_path / "out" / "model.safetensors")
-    for layer in report.layers:
-        groups = (state[layer.name] != 0).view(-1, 4)
-        assert layer.violations == sum(int(sum(group) > 2) for group in groups.tolist())
-    assert sum(layer.violations or 0 for layer in report.layers) > 0
-
-
-def test_other_patterns_are_read_from_our_exports_and_can_be_asked_for(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable", NMPattern(4, 8))
-    export_run(run, Request("folded"), tmp_path / "out")
-    assert verify(tmp_path / "out").pattern == "4:8"
-    assert verify(tmp_path / "out").passed
-    assert not verify(tmp_path / "out", NMPattern(2, 4)).passed
-
-
-def foreign(folder: Path, tensors: dict[str, Tensor], config: PreTrainedConfig) -> Path:
-    """A checkpoint as another tool writes it: without checksums, and without anything of ours beside it."""
-    folder.mkdir(exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    config.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export in each form, and the run that they are from."""
+    folder = tmp_path_factory.mktemp("exports")
+    for form, constraint in (("folded", "foldable"), ("gathered", "free")):
+        run = make_run(folder / f"of-{form}", variant_model("llama"), constraint)
+        export_run(run, Request(form), folder / form)
+    export_run(folder / "of-folded" / "run", Request("simulate"), folder / "simulate")
     return folder
 
 
-def test_another_tools_checkpoints_of_families_that_we_do_not_know(tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 4,
-        "intermediate_size": 4,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 8,
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes))
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name, tensor in tensors.items():
-        if name.endswith("weight") and tensor.dim() == 2 and not name.startswith("embed"):
-            tensor[:, 2:] = 0.0
-    report = verify(foreign(tmp_path / "good", tensors, model.config))
-    assert report.passed
-    assert not report.checksums
-    assert len(report.layers) == 4
-    name = "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
-    tensors[name] = torch.tensor(
-        [[1.0, 2, 0, -0.0], [0, float("nan"), 3, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+def rewritten(source: Path, folder: Path, file: str, change: Change) -> Path:
+    """Copy an export and change a file's tensors or the config, as a tool that states no sha256."""
+    shutil.copytree(source, folder)
+    tensors, config = load_file(folder / file), json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(
+        {name: one.contiguous() for name, one in tensors.items()}, folder / file, {"format": "pt"}
     )
-    report = verify(foreign(tmp_path / "bad", tensors, model.config))
-    (layer,) = [layer for layer in report.layers if layer.name == name]
-    assert (layer.violations, layer.negative_zeros, layer.nan) == (1, 1, 1)
-    assert [problem.removeprefix(f"{name} ") for problem in report.problems] == [
-        "holds values that are not finite",
-        "has 1 groups of 4 with more than 2 nonzeros",
-        "holds 1 zeros as -0.0",
-    ]
-    assert verify(tmp_path / "good", NMPattern(2, 6)).layers[0].violations is None
-    assert not verify(tmp_path / "good", NMPattern(2, 6)).passed
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / SUMMARY).unlink(missing_ok=True)
+    return folder
 
 
-def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a folder"):
-        verify(tmp_path / "nothing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no safetensors files"):
-        verify(tmp_path / "empty")
-    export_run(run, Request("folded", shard_gb=2e-5), tmp_path / "out")
-    second = sorted((tmp_path / "out").glob("*.safetensors"))[1]
-    second.rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=f"lacks {second.name}"):
-        verify(tmp_path / "out")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"123")
-    with pytest.raises(DataError, match="broken"):
-        verify(tmp_path / "broken")
+def put(name: str, value: float) -> Change:
+    """Make the last number of a tensor another."""
+    return lambda tensors, config: tensors[name].view(-1)[-1:].fill_(value)
 
 
-def test_the_command_line(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    exported = run_module(
-        "permllm", "export", str(run), "--form", "folded", "--dtype", "bfloat16", "--to", str(out)
-    )
-    assert exported.returncode == 0, exported.stderr
-    assert "(folded, bfloat16)" in exported.stdout
-    passed = run_module("permllm", "verify", str(out), "--against", str(tmp_path / "dense"))
-    assert passed.returncode == 0, passed.stderr
-    assert "passed" in passed.stdout
-    failed = run_module("permllm", "verify", str(tmp_path / "dense"))
-    assert (failed.returncode, "FAILED" in failed.stdout) == (1, True)
+def become(name: str, change: Callable[[Tensor], Tensor]) -> Change:
+    """Make a tensor another."""
+    return lambda tensors, config: tensors.update({name: change(tensors[name])})
 
 
-def test_stock_transformers_finds_the_perplexity_of_the_run(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def gone(name: str) -> Change:
+    """Leave a tensor out."""
+    return lambda tensors, config: tensors.pop(name)
+
+
+def settings(**values: Any) -> Change:
+    """Have the config say something else."""
+    return lambda tensors, config: config.update(values)
+
+
+def test_the_command_gives_its_verdict_first(
+    exports: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = (
-        "model=tiny",
-        "permutation=heuristic",
-        "permutation.constraint=foldable",
-        "export=folded",
-        "logger=none",
-    )
-    small = ("calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=3")
-    assert job.run(read_config(composed(*words, *small, f"run_dir={tmp_path}/run"))) is not None
-    capsys.readouterr()
-    checkpoint = tmp_path / "run" / "export"
-    assert call("verify", [str(checkpoint), "--stock", str(tmp_path / "run"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["stock"]
-    assert found["class"].endswith(".LlamaForCausalLM")
-    assert found["perplexity_stock"] == pytest.approx(found["perplexity_of_the_run"], rel=1e-5)
-    other = AutoModelForCausalLM.from_pretrained(checkpoint)
-    other.lm_head.weight.data.mul_(1.5)  # which changes no pattern
-    other.save_pretrained(tmp_path / "other")
-    for file in checkpoint.glob("tokenizer*"):
-        copyfile(file, tmp_path / "other" / file.name)
-    assert (
-        call("verify", [str(tmp_path / "other"), "--stock", str(tmp_path / "run"), "--json"]) == 1
-    )
-    report = json.loads(capsys.readouterr().out)
-    assert not report["passed"]
-    assert report["problems"] == [
-        f"stock transformers finds another perplexity than the run {report['stock']['run']}"
-    ]
+    def command(*words: str) -> tuple[int, list[str]]:
+        return call("verify", list(words)), capsys.readouterr().out.splitlines()
+
+    for form in ("folded", "gathered"):
+        code, said = command(str(exports / form))
+        assert (code, said[0].split()[0]) == (0, "passed:")
+        assert "14 weights, 50.00% zeros, 0 violations" in said[1]
+        assert said[-1] == "contents compared with their sha256"
+    code, said = command(str(exports / "simulate"))
+    assert (code, said[0].split()[0]) == (1, "FAILED:")
+    against = ["--against", str(exports / "simulate"), "--json"]
+    code, said = command(str(exports / "folded"), *against)
+    report = json.loads("\n".join(said))
+    assert (code, report["passed"], report["checksums"], report["problems"]) == (0, True, True, [])
+    assert report["difference"]["relative"] < 1e-5
+    assert abs(report["difference"]["kl"]) < 1e-8
+    assert report["difference"]["agreement"] == 1.0
+    assert report["bytes"] == (exports / "folded" / WEIGHTS).stat().st_size
+    code, said = command(str(exports / "nowhere"), "--json")
+    assert code == 2
+    assert "nowhere" in json.loads("\n".join(said))["error"]
 
 
-def test_linears_of_an_unknown_family_are_told_by_their_class(tmp_path: Path) -> None:
-    """Not its head, and none whose inputs are the rows."""
-    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    with pytest.raises(DataError, match=r"GPT2LMHeadModel stores weights as \(C_in, C_out\)"):
-        verify(tmp_path / "gpt2")
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_heads": 4,
-        "vocab_size": 64,
-        "intermediate_size": 64,
-    }
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).save_pretrained(
-        tmp_path / "rwkv"
-    )
-    names = [layer.name for layer in verify(tmp_path / "rwkv").layers]
-    assert len(names) == 2 * 7
-    assert not any("head" in name or "embed" in name for name in names)
+def test_the_original_order_fails_with_counted_violations(exports: Path) -> None:
+    report, state = verify(exports / "simulate"), load_file(exports / "simulate" / WEIGHTS)
+    for layer in report.layers:
+        groups = (state[layer.name] != 0).view(-1, 4)
+        assert layer.violations == sum(int(sum(group) > 2) for group in groups.tolist())
+    assert len(report.problems) == sum(layer.violations > 0 for layer in report.layers) > 0
+    assert not report.passed
+
+
+def test_another_tools_checkpoint_of_a_family_without_a_table(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("gpt_neox", **sizes, num_attention_heads=4, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.gpt_neox.layers.named_parameters():
+        if name.endswith("weight") and parameter.dim() == 2:
+            parameter.data.view(-1, 4)[:, 2:] = 0.0
+    model.save_pretrained(tmp_path / "good")
+    report = verify(tmp_path / "good")
+    assert (report.passed, report.checksums, len(report.layers)) == (True, False, 4)
+    with pytest.raises(ConfigError, match="2:6: M does not divide"):
+        verify(tmp_path / "good", NMPattern(2, 6))
+    name = "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
+    model.get_parameter(name).data[0, :4] = torch.tensor([1.0, 2.0, 3.0, -0.0])
+    model.save_pretrained(tmp_path / "bad")
+    report = verify(tmp_path / "bad")
+    assert [problem.split()[0] for problem in report.problems] == [name] * 2
+    (layer,) = [layer for layer in report.layers if layer.name == name]
+    assert (layer.violations, layer.negative_zeros) == (1, 1)
+
+
+# What is done to an export, and what is said of it.
+BAD: dict[str, tuple[str, str, Change, str]] = {
+    "a linear is missing": ("folded", WEIGHTS, gone(UP), UP),
+    "a linear of a gathered model is missing": ("gathered", WEIGHTS, gone(UP), UP),
+    "another shape": ("folded", WEIGHTS, become(UP, lambda weight: weight[:60]), UP),
+    "a stranger": (
+        "gathered",
+        WEIGHTS,
+        lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 4)}),
+        "x.weight",
+    ),
+    "whole numbers": ("folded", WEIGHTS, become(UP, lambda weight: weight.to(torch.int8)), UP),
+    "NaN": ("gathered", WEIGHTS, put(UP, float("nan")), UP),
+    "an infinite head": ("folded", WEIGHTS, put("lm_head.weight", float("inf")), "lm_head.weight"),
+    "fewer layers in the config": ("folded", WEIGHTS, settings(num_hidden_layers=1), "layers.1."),
+    "settings that make NaN": ("folded", WEIGHTS, settings(rms_norm_eps=-1e30), "logits"),
+    "an order is missing": ("gathered", ORDERS, gone(ORDER), GATHERED),
+    "an order names a channel twice": ("gathered", ORDERS, put(ORDER, 0), ORDER),
+    "an order is too short": (
+        "gathered",
+        ORDERS,
+        become(ORDER, lambda order: order.sort().values[:-1]),
+        GATHERED,
+    ),
+    "an order of fractions": ("gathered", ORDERS, become(ORDER, Tensor.float), ORDER),
+    "another gather": ("gathered", ORDERS, settings(gathers=["x"]), ORDERS),
+    "gathers of nothing": ("gathered", ORDERS, settings(gathers=None), "gathers"),
+    "no config": ("gathered", ORDERS, settings(dense_config={"dense_type": "x"}), "x"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_not_whole_is_one_line(name: str, exports: Path, tmp_path: Path) -> None:
+    form, file, change, named = BAD[name]
+    folder = rewritten(exports / form, tmp_path / "bad", file, change)
+    reads: list[Callable[[Path], object]] = [verify]
+    if name != "settings that make NaN":  # which only a forward shows
+        reads.append(permllm.load)
+    for read in reads:
+        with pytest.raises(PermLLMError, match=re.escape(named)) as refused:
+            read(folder)
+        assert "\n" not in str(refused.value)
+        assert str(folder) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        (SUMMARY, "{", SUMMARY),
+        (SUMMARY, '{"sparsity": "2:4"}', "sha256"),
+        (SUMMARY, '{"sparsity": "2:4", "sha256": {"model.safetensors": "0"}}', "sha256"),
+        (SUMMARY, None, "sparsity=4:2"),
+        ("config.json", "[]", "config.json"),
+        ("config.json", "", "config.json"),
+        (ORDERS, "garbage", ORDERS),
+        (WEIGHTS, "garbage", "bad"),
+    ],
+)
+def test_garbage_in_a_file_is_one_line(
+    file: str, content: str | None, named: str, exports: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exports / "gathered", tmp_path / "bad")
+    if content is None:
+        content = (folder / file).read_text().replace('"2:4"', '"4:2"')
+    elif file != SUMMARY:
+        (folder / SUMMARY).unlink()
+    (folder / file).write_text(content)
+    with pytest.raises(PermLLMError, match=f"^[^\n]*{re.escape(named)}[^\n]*$"):
+        verify(folder)
+
+
+def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {"keep_dense": ("0",), "sparsity_of": {"down_proj": "4:8"}}
+    run = make_run(tmp_path, variant_model("llama"), "foldable", **parts)
+    export_run(run, Request("folded"), tmp_path / "out")
+    assert verify(tmp_path / "out").passed
+    assert not verify(tmp_path / "out", NMPattern(2, 4)).passed  # which is of every linear
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    kept = {path: text for path, text in summary["patterns"].items() if text != "4:8"}
+    (tmp_path / "out" / SUMMARY).write_text(json.dumps(summary | {"patterns": kept}))
+    assert "down_proj.weight" in verify(tmp_path / "out").problems[0]
+    (tmp_path / "out" / SUMMARY).write_text(json.dumps(summary | {"patterns": {"x": "2:4"}}))
+    with pytest.raises(DataError, match="patterns: the model has no linear x"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_difference_that_is_not_finite_fails(
+    value: float, exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exports / "folded"
+    monkeypatch.setattr("permllm.export.verify.logits_difference", lambda *_: {"kl": value})
+    assert verify(folder, against=folder).passed == (value == 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (gone(UP), UP),
+        (put("model.norm.weight", float("nan")), "model.norm.weight holds"),
+        (put(UP, 1e30), f"{UP} does not fit into float16"),
+        (None, "was pruned from"),
+    ],
+    ids=["missing", "not finite", "does not fit", "another model"],
+)
+def test_a_dense_model_that_is_not_whole_is_not_exported(
+    change: Change | None, named: str, exports: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(exports / "of-folded" / "run", tmp_path / "run")
+    dense = exports / "of-folded" / "dense"
+    if change is None:
+        change_metrics(run, model="local:other:float32")
+    else:
+        change_metrics(run, model="a hub's")  # which a folder cannot be compared with
+        dense = rewritten(dense, tmp_path / "dense", WEIGHTS, change)
+    with pytest.raises(DataError, match=re.escape(named)):
+        export_run(run, Request("folded", "float16"), tmp_path / "out", dense)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_moved_dense_model_is_taken(exports: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(exports / "of-folded" / "dense", tmp_path / "moved")
+    export_run(exports / "of-folded" / "run", Request("folded"), tmp_path / "out", dense)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(exports / "folded")))

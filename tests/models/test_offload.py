@@ -88,25 +88,23 @@ def test_the_models_own_forward_finds_its_layers(checkpoint: Path, placement: st
         model(ids)
 
 
-def test_orders_and_generation_settings_come_from_the_files(
-    tmp_path: Path, checkpoint: Path
-) -> None:
-    run(checkpoint, tmp_path, "device", "permutation=heuristic", "export=gathered")
-    gathered = tmp_path / "device" / "export"
+def test_generation_settings_come_from_the_files(tmp_path: Path, checkpoint: Path) -> None:
+    run(checkpoint, tmp_path, "device", "permutation=heuristic", "export=simulate")
+    export = tmp_path / "device" / "export"
     windows = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
-    config = json.loads((gathered / "config.json").read_text())
+    config = json.loads((export / "config.json").read_text())
     # Without a file of their own they may stand in the config, whose class drops them when it is
     # read.
     for file, settings_of in (("generation_config.json", {}), ("config.json", config)):
-        (gathered / file).write_text(json.dumps(settings_of | {"repetition_penalty": 1.5}))
-        models = [load_model(settings(gathered, one), 0).model for one in ("device", "disk")]
+        (export / file).write_text(json.dumps(settings_of | {"repetition_penalty": 1.5}))
+        models = [load_model(settings(export, one), 0).model for one in ("device", "disk")]
         assert perplexity(models[0], windows, 32) == perplexity(models[1], windows, 32)
-        source = dense_source(settings(gathered, "device"), 0)
+        source = dense_source(settings(export, "device"), 0)
         generations = [*(model.generation_config for model in models), source.generation]
         assert [generation.repetition_penalty for generation in generations if generation] == [
             1.5
         ] * 3
-        (gathered / "generation_config.json").unlink(missing_ok=True)
+        (export / "generation_config.json").unlink(missing_ok=True)
 
 
 def test_a_head_that_is_another_than_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
