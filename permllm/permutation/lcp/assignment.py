@@ -29,16 +29,20 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
     `<P, P_soft> = sum_ij P[i, j] P_soft[i, j]`. Each rank solves every n-th block.
 
     Args:
-        softs: stacks of blocks, `(blocks, B, B)` each, finite, on one device, the same in all
-            ranks; row = source channel, column = target position.
+        softs: stacks of blocks, `(blocks, B, B)` each, on one device, the same in all ranks; row =
+            source channel, column = target position.
 
     Returns:
         int64 `(blocks, B)` each, on that device, the same in all ranks; entry j of a block is the
         source channel at position j (`P[perm[j], j] = 1`).
+
+    Raises:
+        ValueError: an entry is not finite.
     """
     rank, ranks = parallel.rank(), parallel.world_size()
     if ranks == 1:
         return _solved(softs)
+    _check_finite(softs)  # in all ranks alike
     found = [torch.zeros(soft.shape[:2], dtype=torch.int64, device=soft.device) for soft in softs]
     for whole, mine in zip(found, _solved([soft[rank::ranks] for soft in softs]), strict=True):
         whole[rank::ranks] = mine
@@ -48,17 +52,21 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
 
 def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
     """Solve blocks where they are if that is a GPU with Triton, and on the host otherwise."""
-    device = softs[0].device
+    device, solved = softs[0].device, None
     if device.type == "cuda":
         fits = max(soft.shape[1] for soft in softs) <= _LARGEST
         solved = _on_gpu(softs) if fits else None
-        if solved is not None:
-            return solved
-        # All at once, because each transfer is waited for.
-        together = to_host(torch.cat([soft.flatten() for soft in softs]))
-        parts = together.split([soft.numel() for soft in softs])
-        softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
-    return [to_device(perm, device) for perm in _on_host(softs)]
+        if solved is None:  # all at once, because each transfer is waited for
+            together = to_host(torch.cat([soft.flatten() for soft in softs]))
+            parts = together.split([soft.numel() for soft in softs])
+            softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
+    _check_finite(softs)
+    return solved or [to_device(perm, device) for perm in _on_host(softs)]
+
+
+def _check_finite(softs: Sequence[Tensor]) -> None:
+    if not bool(torch.stack([soft.sum().isfinite() for soft in softs]).all()):
+        raise ValueError("a soft permutation is not finite")
 
 
 def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:

@@ -83,9 +83,13 @@ class OrderLearner(Learner):
     def begin(self, moment: Moment) -> None:
         self._before = self.present
         self._batches = soft_batches(self.blocks, self.temperature(moment), self.halves)
-        _check_finite(self._batches)
         hards, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
-        solved = harden([batch.soft for batch in self._batches])
+        try:
+            solved = harden([batch.soft for batch in self._batches])
+        except ValueError as error:
+            parts = (part for batch in self._batches for part in batch.parts(batch.soft).items())
+            broken = next(name for (name, _), soft in parts if not bool(soft.isfinite().all()))
+            raise ValueError(f"the soft permutation of {broken} is not finite") from error
         for batch, hard in zip(self._batches, solved, strict=True):
             del batch.soft
             hards |= batch.parts(hard)
@@ -156,13 +160,3 @@ class OrderLearner(Learner):
         self.logits.load_state_dict(state["logits"])
         self.present = {name: order.to(self.device) for name, order in state["present"].items()}
         self._at_epoch = {name: order.to(self.device) for name, order in state["at_epoch"].items()}
-
-
-def _check_finite(batches: list[SoftBatch]) -> None:
-    """Raise ValueError that names the permutation where a soft one is not finite."""
-    if bool(torch.stack([batch.soft.sum().isfinite() for batch in batches]).all()):
-        return
-    for batch in batches:
-        for (name, _), soft in batch.parts(batch.soft).items():
-            if not bool(soft.isfinite().all()):
-                raise ValueError(f"the soft permutation of {name} is not finite")
