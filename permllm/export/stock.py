@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from permllm.config import PerplexityConfig
-from permllm.data.registry import perplexity_texts
+from permllm.data.texts import perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.runs.files import read_json, read_yaml

@@ -30,10 +30,11 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from permllm.data.texts.builtin import TEXT as BUILTIN
+from permllm.data.texts import TEXTS
 from tests.conftest import tiny_config
 
 VOCABULARY = 400
+BUILTIN = TEXTS["builtin"]
 MODELS = {
     "llama": "huggyllama/llama-7b",
     "mistral": "mistralai/Mistral-7B-v0.1",

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 from permllm.config import read_config
-from permllm.data.windows import (
-    calibration_tokens,
-    document_windows,
-    joined_windows,
-    overlapping_windows,
-)
+from permllm.data.windows import calibration_tokens
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill, KeptWeights, WeightLearner
@@ -177,14 +172,6 @@ def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> N
         7,
         16,
     )
-    documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
-    for draw in (joined_windows, document_windows, overlapping_windows):
-        more = draw(TOKENIZER, documents, 8, 40, seed=0, further=6)
-        assert torch.equal(more[:8], draw(TOKENIZER, documents, 8, 40, seed=0))
-        assert len(more.unique(dim=0)) == len(more) == 14
-    disjoint = joined_windows(TOKENIZER, documents, 8, 40, seed=0, further=6)
-    found = [documents[0].index(TOKENIZER.decode(window[1:-1])) for window in disjoint]
-    assert min(abs(a - b) for number, a in enumerate(found) for b in found[:number]) >= 40
 
 
 def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(
