@@ -22,8 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
 from permllm.config import NMPattern, PerplexityConfig, RunConfig, read_config
-from permllm.data.texts import NamedText, perplexity_texts
-from permllm.data.texts import Text
+from permllm.data.texts import NamedText, Text, perplexity_texts
 from permllm.data.windows import calibration_tokens, windows_of
 from permllm.errors import ConfigError, DataError, check_whole, first_line
 from permllm.evaluation.perplexity import perplexity as measure

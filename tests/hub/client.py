@@ -19,15 +19,9 @@ import lm_eval as installed
 from huggingface_hub import constants
 from lm_eval.tasks import TaskManager
 
+from permllm import config as settings
 from permllm import job
-from permllm.config import (
-    CalibrationConfig,
-    LMEvalConfig,
-    ModelConfig,
-    PerplexityConfig,
-    TaskConfig,
-    read_config,
-)
+from permllm.config import CalibrationConfig, ModelConfig, PerplexityConfig
 from permllm.data.texts import HubText, calibration_text, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import PermLLMError
@@ -66,7 +60,7 @@ def run(name: str, *words: str) -> str:
     few = ["calibration.samples=4", "calibration.seqlen=48", "evaluation.perplexity.seqlen=48"]
     few += ["logger=none", "model=hub", "permutation=none", "calibration=wikitext2"]
     few += [f"model.hub_name={name}", "evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2"]
-    found = job.run(read_config(composed(*few, *words)))
+    found = job.run(settings.read_config(composed(*few, *words)))
     assert found is not None
     return str(found[0]["status"])
 
@@ -88,8 +82,8 @@ def online(root: Path) -> None:
         return [named.text.digest(calibration=False), windows.tolist()]
 
     def task(name: str) -> list[Any]:
-        limit = TaskConfig(limit=2)
-        found = lm_eval.run_task(llama.model, llama.tokenizer, name, limit, LMEvalConfig())
+        limit = settings.TaskConfig(limit=2)
+        found = lm_eval.run_task(llama.model, llama.tokenizer, name, limit, settings.LMEvalConfig())
         return [found[name]["data"], found[name]["n"]]
 
     for name in SAMPLING:
