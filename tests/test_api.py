@@ -27,7 +27,7 @@ from permllm.models.families import linear_at
 from permllm.runs.tensors import load_masks, load_orders
 from tests.conftest import ROOT, run_python, tiny_model
 
-TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
+TEXT = (ROOT / "permllm" / "data" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
 WINDOWS = torch.full((2, 16), 7)
 SMALL = FEW | {"permutation__epochs": 1, "block_size": 16}
