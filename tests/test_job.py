@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from permllm import job
 from permllm.config import read_config
-from permllm.data.registry import perplexity_texts
-from permllm.data.texts.builtin import TEXT as BUILTIN
+from permllm.data.texts import TEXTS, perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
@@ -33,6 +32,8 @@ from permllm.runs.measures import flat_figures
 from permllm.runs.tensors import load_masks
 from permllm.runtime.terminal import Terminated
 from tests.test_config import composed
+
+BUILTIN = TEXTS["builtin"]
 
 
 def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:

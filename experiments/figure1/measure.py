@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
 from permllm.config import NMPattern, RunConfig, check_divides
-from permllm.data.registry import calibration_text
+from permllm.data.texts import calibration_text
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, check_whole
 from permllm.models.families import ChannelGroup, linear_at

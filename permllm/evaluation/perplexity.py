@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
-from permllm.data.bos import bos_of
-from permllm.data.registry import NamedText
-from permllm.data.windows import all_tokens, begun
+from permllm.data.texts import NamedText
+from permllm.data.windows import all_tokens, begun, bos_of
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import after_layers
@@ -30,21 +29,21 @@ def perplexity_windows(
     config: PerplexityConfig,
     bos: bool = False,
 ) -> Tensor:
-    """Tokenise an evaluation text once and cut it into windows; the remainder is dropped.
+    """Cut a text for perplexity into windows; the remainder is dropped.
 
     Args:
         tokenizer: of the model.
         named: the text.
         config: of its windows.
-        bos: whether the first token of each is the tokenizer's BOS, so that all of the text's own
+        bos: the first token of each window is the tokenizer's BOS, so that all tokens of the text
             are predicted.
 
     Returns:
         int64 `(windows, seqlen)` on the CPU.
 
     Raises:
-        ConfigError: the tokenizer has no BOS. DataError: the text cannot be had, or is shorter than
-            one window.
+        ConfigError: the tokenizer has no BOS.
+        DataError: the text cannot be had, or is shorter than one window.
     """
     first = bos_of(tokenizer, bos)
     tokens = all_tokens(tokenizer, named, bos)
@@ -52,8 +51,8 @@ def perplexity_windows(
     count = len(tokens) // piece
     if count == 0:
         raise DataError(
-            f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.seqlen={config.seqlen}: "
-            f"take a window of at most {len(tokens) + config.seqlen - piece}, or another text"
+            f"{named.name} has {len(tokens)} tokens, fewer than one "
+            f"evaluation.perplexity.seqlen={config.seqlen}: take shorter windows, or another text"
         )
     for limit in (named.text.max_windows, config.limit):
         if limit is not None:
@@ -61,89 +60,83 @@ def perplexity_windows(
     return begun(tokens[: count * piece].view(count, piece), first)
 
 
-def _nats(logits: Tensor, targets: Tensor) -> float:
-    """Negative log-likelihood, a sum: logits `(tokens, vocabulary)`, targets int64 `(tokens,)`."""
-    return float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
-
-
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, windows: Tensor, batch_tokens: int, label: str = "perplexity"
 ) -> dict[str, Any]:
-    """Perplexity of `model` on `windows` int64 `(windows, seqlen)`.
+    """Measure `exp(mean negative log-likelihood)` of `seqlen - 1` tokens of each window.
 
-    The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of
-    the seqlen - 1 predicted tokens of every window)`. Of a large vocabulary the logits exist for
-    some tokens at a time.
+    Logarithms are taken in float32 and summed in float64. Of a large vocabulary the logits exist
+    for some tokens at a time.
+
+    Args:
+        model: of a known family.
+        windows: int64 `(windows, seqlen)`.
+        batch_tokens: tokens a forward, at least one window.
+        label: of the bar of progress.
 
     Returns:
-        `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over
-        its predicted tokens).
+        `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window).
     """
     count, window = windows.shape
     portions = parallel.portions(torch.arange(count), max(1, batch_tokens // window))
-    device, mine = next(model.parameters()).device, [part for part, _ in portions]
-    at_a_time = tokens_at_a_time(vocabulary_of(model), len(mine[0]) * window)
-    together, streams = at_a_time == len(mine[0]) * window, placement_of(model).streams
-    head = None if together and not streams else Head(model)
-    batches = [windows[part].to(device) for part in mine]
-    states_of = (
-        _streamed_states(model, torch.cat(batches), len(mine[0]), label)
-        if streams
-        else _states(model, batches)
-    )
+    mine = torch.cat([windows[part] for part, _ in portions])
+    nats = _nats_of_windows(model, mine, len(portions[0][0]), label)
     found = torch.zeros(count, dtype=torch.float64)
-    for batch, (part, counted) in zip(
-        tqdm(batches, desc=label, unit="batch", leave=False), portions, strict=True
-    ):
-        nats = []
-        if together:
-            logits = (
-                model(input_ids=batch, use_cache=False).logits
-                if head is None
-                else head.logits(next(states_of))
-            )
-            for sequence, targets in zip(
-                logits, batch, strict=True
-            ):  # one at a time: float32 logits are large
-                nats.append(_nats(sequence[:-1], targets[1:]))
-        else:
-            assert head is not None
-            for sequence, targets in zip(next(states_of), batch, strict=True):
-                parts = zip(
-                    sequence[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True
-                )
-                nats.append(
-                    math.fsum(_nats(head.logits(part), following) for part, following in parts)
-                )
+    for part, counted in portions:
+        losses = [next(nats) for _ in part]
         if counted:
-            found[part] = torch.tensor(nats, dtype=torch.float64)
+            found[part] = torch.tensor(losses, dtype=torch.float64)
     parallel.all_reduce([found])  # each window is zero in all ranks but one
     losses, total = found.tolist(), 0.0
-    for nats in losses:  # one after the other: `sum` rounds in another way from Python 3.12 on
-        total += nats
+    for loss in losses:  # one after the other: `sum` rounds in another way from Python 3.12 on
+        total += loss
     tokens = count * (window - 1)
     mean = total / tokens
-    return {
-        "value": math.exp(mean) if mean < 700 else math.inf,
-        "window": window,
-        "tokens": tokens,
-        "losses": losses,
-    }
+    value = math.exp(mean) if mean < 700 else math.inf
+    return {"value": value, "window": window, "tokens": tokens, "losses": losses}
 
 
-def _states(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What the head reads, `(windows, seqlen, hidden)` of each batch."""
+def _nats_of_windows(
+    model: PreTrainedModel, windows: Tensor, batch_size: int, label: str
+) -> Iterator[float]:
+    """Yield the negative log-likelihood of each window, a sum over its tokens."""
+    batches = windows.to(next(model.parameters()).device).split(batch_size)
+    streams, tokens = placement_of(model).streams, batches[0].numel()
+    at_a_time = tokens_at_a_time(vocabulary_of(model), tokens)
+    head = Head(model) if streams or at_a_time < tokens else None
+    states_of = _streamed_states(model, batches, label) if streams else _states(model, batches)
+    for batch in tqdm(batches, desc=label, unit="batch", leave=False):
+        if head is None:
+            logits = model(input_ids=batch, use_cache=False).logits
+        elif at_a_time == tokens:
+            logits = head.logits(next(states_of))
+        else:
+            for states, targets in zip(next(states_of), batch, strict=True):
+                parts = states[:-1].split(at_a_time), targets[1:].split(at_a_time)
+                yield math.fsum(_nats(head.logits(x), y) for x, y in zip(*parts, strict=True))
+            continue
+        # Window by window, because float32 logits are large.
+        for one, targets in zip(logits, batch, strict=True):
+            yield _nats(one[:-1], targets[1:])
+
+
+def _nats(logits: Tensor, targets: Tensor) -> float:
+    """Return the sum for logits `(tokens, vocabulary)` and targets int64 `(tokens,)`."""
+    return float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+
+
+def _states(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the input of the head, `(windows, seqlen, hidden)`, of each batch."""
     for batch in batches:
         yield model.base_model(input_ids=batch, use_cache=False).last_hidden_state
 
 
 def _streamed_states(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, label: str
+    model: PreTrainedModel, batches: Sequence[Tensor], label: str
 ) -> Iterator[Tensor]:
-    """The same, all windows through one layer and then through the next, so that each layer comes once."""
-    stream = LayerStream(model, windows, batch_size)
+    """Yield the same: all windows go through one layer, then the next, and each comes once."""
+    stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]))
     stream.to_the_end(label)
-    device = next(model.parameters()).device
-    for hidden in stream.states().split(batch_size):
-        yield after_layers(model, hidden.to(device))
+    for hidden in stream.states().split(len(batches[0])):
+        yield after_layers(model, hidden.to(batches[0].device))

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from permllm.config import ModelConfig
-from permllm.data.bos import bos_of
 from permllm.data.hub import hub_snapshot
+from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,

@@ -10,12 +10,13 @@ import torch
 from transformers import ByT5Tokenizer
 
 from permllm.config import PerplexityConfig
-from permllm.data.registry import perplexity_texts
-from permllm.data.texts.builtin import TEXT as BUILTIN
+from permllm.data.texts import TEXTS, perplexity_texts
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models import head
 from tests.conftest import tiny_model
+
+BUILTIN = TEXTS["builtin"]
 
 
 def test_value_equals_the_definition() -> None:

@@ -23,7 +23,7 @@ from permllm.models.families import FAMILIES, Family, family_of, linear_at
 from tests.conftest import ROOT, tiny_config
 from tests.test_config import composed
 
-TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
+TEXT = (ROOT / "permllm" / "data" / "builtin.txt").read_text(encoding="utf-8")
 # What differs from LLaMA, by family: norms after instead of before, layers without positions,
 # scales, fused projections; MPT's layers give tuples, and its config has other names.
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 from permllm.config import read_config
-from permllm.data.windows import document_windows, joined_windows, overlapping_windows
+from permllm.data.windows import calibration_tokens
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill, KeptWeights
@@ -150,18 +150,15 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
 
 
 def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> None:
-    words = ("model=tiny", "calibration.samples=4", "reconstruction=distill")
+    words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16")
+    words += ("reconstruction=distill",)
     whole, asked = config(*words), config(*words, "reconstruction.samples=7")
     assert (whole.further, asked.further) == (0, 3)
     assert config(*words, "reconstruction.samples=2").further == 0
     assert config(*words, "reconstruction.skip=4").further == 4
     assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
-    for draw in (joined_windows, document_windows, overlapping_windows):
-        more = draw(tokenizer, documents, 8, 40, seed=0, further=6)
-        assert torch.equal(more[:8], draw(tokenizer, documents, 8, 40, seed=0))
-        assert len(more.unique(dim=0)) == len(more) == 14
+    found = calibration_tokens(ByT5Tokenizer(extra_ids=0), asked.calibration, 0, further=3)
+    assert found.shape == (7, 16)
 
 
 def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(

