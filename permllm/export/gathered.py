@@ -163,7 +163,7 @@ def _gather(
 
 def _width_of(model: nn.Module, path: str) -> int:
     for group in channel_groups(model):
-        if group.prefix + group.table.reader == path:
+        if path in [group.prefix + reader for reader in group.table.readers]:
             return group.channels
     raise DataError(f"{path} is no module whose input can be gathered")
 

@@ -119,7 +119,7 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
     for group in groups:
         if not group.table.folds:
             raise ConfigError(
-                f"permutation.constraint=foldable: no neighbouring weights absorb an order of {group.name}; "
+                f"permutation.constraint=foldable: no table of a family says what absorbs the order of {group.name}; "
                 "permutation.constraint=free asks none to, and export=gathered keeps any order"
             )
     stream = tuple(group for group in groups if not group.table.producers)
@@ -192,7 +192,7 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
     for group in groups:
         order = orders[group.name]
         if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
-            raise _refusal(group, "no neighbouring weights absorb one")
+            raise _refusal(group, "its family has no table")
     for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
             behind = shared.shared(orders[group.name])
