@@ -1,9 +1,8 @@
-"""Structure of a decoder without a table: which of its linears read one tensor, in a forward without values."""
+"""Structure of a decoder without a table: its linears by the tensors that they read."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +46,13 @@ class _Calls:
         order: modules without children, in the order of their calls.
         read: input of each linear.
         written: output of each linear and its version when the linear returned it.
-        returned: output of the last decoder layer that was called.
+        tuples: a decoder layer returned a tuple.
     """
 
     order: list[str] = field(default_factory=list)
     read: dict[str, Tensor] = field(default_factory=dict)
     written: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    returned: object = None
+    tuples: bool = False
 
 
 def causal_types() -> list[str]:
@@ -68,14 +67,16 @@ def structure_of(model: PreTrainedModel) -> Structure:
         ConfigError: it is no causal decoder of attention and dense linears, or its layers differ.
     """
     layers = _layers_path(model)
-    every = list(model.get_submodule(layers).children())
-    for index, layer in enumerate(every):
-        _check_weights(f"{layers}.{index}", layer, model)
+    stack = model.get_submodule(layers)
+    every, modules = list(stack.children()), stack.named_modules(prefix=layers)
+    linears = {name for name, module in modules if isinstance(module, nn.Linear)}
+    for name, parameter in stack.named_parameters(prefix=layers):
+        if parameter.dim() > 1 and name.removesuffix(".weight") not in linears:
+            raise _refused(model, f"{name} belongs to no linear")
     calls = _traced(model, every)
     groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(every))]
-    for name, module in model.get_submodule(layers).named_modules(prefix=layers):
-        if isinstance(module, nn.Linear) and name not in calls.read:
-            raise _refused(model, f"a forward does not call {name}")
+    for name in sorted(linears - calls.read.keys()):
+        raise _refused(model, f"a forward does not call {name}")
     for name, (output, version) in calls.written.items():
         if output._version != version:
             raise _refused(model, f"the output of {name} is changed in place")
@@ -89,7 +90,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
         groups[0],
         tuple(name for name in calls.order[last + 1 :] if model.get_submodule(name) is not head),
         tuple(name for name in outside if isinstance(model.get_submodule(name), nn.Embedding)),
-        isinstance(calls.returned, tuple),
+        calls.tuples,
     )
 
 
@@ -105,30 +106,36 @@ def _layers_path(model: PreTrainedModel) -> str:
         if getattr(module, "is_causal", True) is False:
             raise _refused(model, f"{name} attends to the tokens that follow")
         inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and not inside:
-            if any(isinstance(each, nn.Linear) for each in module.modules()):
-                found.append(name)
+        linears = any(isinstance(each, nn.Linear) for each in module.modules())
+        if isinstance(module, nn.ModuleList) and linears and not inside:
+            found.append(name)
     if len(found) != 1:
         raise _refused(model, f"it has {len(found)} lists of layers with linears")
     return found[0]
 
 
-def _check_weights(path: str, layer: nn.Module, model: nn.Module) -> None:
-    for name, module in layer.named_modules(prefix=path):
-        for kind, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1 and not isinstance(module, nn.Linear):
-                raise _refused(model, f"{name}.{kind} belongs to no linear")
-
-
 def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
-    """Run the model on the meta device and record the calls."""
-    calls, hooks = _Calls(), []
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            hooks.append(module.register_forward_pre_hook(_reads(calls, name), prepend=True))
-            hooks.append(module.register_forward_hook(_writes(calls, name)))
-    for layer in layers:
-        hooks.append(layer.register_forward_hook(_returns(calls)))
+    """Run the model without values and record the calls."""
+    calls, names = _Calls(), {module: name for name, module in model.named_modules()}
+
+    def reads(module: nn.Module, args: Any) -> None:
+        calls.order.append(names[module])
+        if isinstance(module, nn.Linear):
+            if names[module] in calls.read:
+                raise _refused(model, f"{names[module]} is called more than once")
+            calls.read[names[module]] = args[0]
+
+    def writes(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            calls.written[names[module]] = output, output._version
+
+    def returns(module: nn.Module, args: Any, output: Any) -> None:
+        calls.tuples = isinstance(output, tuple)
+
+    leaves = [module for module in names if not list(module.children())]
+    hooks = [leaf.register_forward_pre_hook(reads, prepend=True) for leaf in leaves]
+    hooks += [leaf.register_forward_hook(writes) for leaf in leaves]
+    hooks += [layer.register_forward_hook(returns) for layer in layers]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.disabled = True  # its traceback of a forward that fails
@@ -148,34 +155,8 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     return calls
 
 
-def _reads(calls: _Calls, name: str) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        calls.order.append(name)
-        if isinstance(module, nn.Linear):
-            if name in calls.read:
-                raise _refused(module, f"{name} is called more than once")
-            calls.read[name] = args[0]
-
-    return hook
-
-
-def _writes(calls: _Calls, name: str) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, nn.Linear):
-            calls.written[name] = output, output._version
-
-    return hook
-
-
-def _returns(calls: _Calls) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        calls.returned = output
-
-    return hook
-
-
 def _groups(calls: _Calls, prefix: str) -> tuple[tuple[str, ...], ...]:
-    """Return the linears of a layer by the tensor that they read: two views of one tensor are one."""
+    """Return the linears of a layer by the tensor, or views of it, that they read."""
     found: dict[tuple[int, int, int, int], list[str]] = {}
     for name, values in calls.read.items():
         if name.startswith(prefix):

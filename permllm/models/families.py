@@ -233,13 +233,11 @@ def _from_a_package(model_type: str) -> Family | None:
         try:
             family = entry.load()
         except Exception as error:  # a module of someone else's may raise anything
-            raise ConfigError(
-                f"the family {model_type} cannot be imported from {entry.value}: {first_line(error)}"
-            ) from error
+            said = f"cannot be imported from {entry.value}: {first_line(error)}"
+            raise ConfigError(f"the family {model_type} {said}") from error
         if not isinstance(family, Family):
-            raise ConfigError(
-                f"the family {model_type} of {entry.value} is no permllm.models.families.Family"
-            )
+            kind = f"{Family.__module__}.{Family.__name__}"
+            raise ConfigError(f"the family {model_type} of {entry.value} is no {kind}")
         return family
     return None
 

@@ -193,7 +193,7 @@ def hub_commit(identity: str) -> str:
 
 @torch.no_grad()
 def check_layers(what: str, model: PreTrainedModel) -> None:
-    """Raise ConfigError unless the layers, run one at a time, give the logits of the model's forward."""
+    """Raise ConfigError where layers that run one at a time give other logits than the model."""
     if family_of(model) in FAMILIES.values():
         return
     tokens = torch.arange(3, device=model.device)[None] % vocabulary_of(model)

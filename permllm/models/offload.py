@@ -143,7 +143,7 @@ class Stored:
 
 
 class Offloaded(Placement):
-    """The layers' weights wait in host memory, pinned for a GPU, and come to the device when their layer is entered.
+    """Weights that wait in host memory, pinned for a GPU, until their layer is entered.
 
     A GPU fetches the next layer in the same direction meanwhile. The layer that was left last stays
     until another is entered.
@@ -172,24 +172,17 @@ class Offloaded(Placement):
         for index, layer in enumerate(self._layers):
             for path, parameter in list(layer.named_parameters()):
                 parent, _, name = path.rpartition(".")
-                module, absent = (
-                    layer.get_submodule(parent),
-                    torch.empty_like(parameter, device="meta"),
-                )
-                stored = Stored(
-                    index,
-                    module,
-                    name,
-                    absent,
-                    self.source(f"{self._prefix}.{index}.{path}", parameter),
-                )
+                module = layer.get_submodule(parent)
+                absent = torch.empty_like(parameter, device="meta")
+                read = self.source(f"{self._prefix}.{index}.{path}", parameter)
+                stored = Stored(index, module, name, absent, read)
                 stored.put(absent)
                 self._stored[index].append(stored)
                 if name == "weight":
                     self._of_linear[module] = stored
 
     def source(self, name: str, parameter: nn.Parameter) -> Read:
-        """Return how a decoder layer's parameter is read, from its name in the model and what the model has."""
+        """Return what reads a parameter of a layer, given its name in the model."""
         return self.keep(parameter.data)
 
     def keep(self, value: Tensor) -> Read:
@@ -221,9 +214,7 @@ class Offloaded(Placement):
             and following < len(self._layers)
             and following not in self._users
         ):
-            if (
-                len(self._left) > 1
-            ):  # a host that runs ahead of the GPU would ask for new memory, layer after layer
+            if len(self._left) > 1:  # a host ahead of the GPU would ask for new memory each time
                 self._left[0].synchronize()
             with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
                 self._ahead[following] = self._values(following)
@@ -239,7 +230,7 @@ class Offloaded(Placement):
                 self._left[-1].record(torch.cuda.current_stream(self.device))
 
     def _arrived(self, index: int) -> list[Tensor]:
-        """Return the parameters of a layer on the device: those that were fetched, else they are read now."""
+        """Return the parameters of a layer on the device, fetched ahead or read now."""
         ahead = self._ahead.pop(index, None)
         self._ahead.clear()
         if ahead is None or self._stream is None:
@@ -247,9 +238,7 @@ class Offloaded(Placement):
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._stream)
         for value in ahead:
-            value.record_stream(
-                now
-            )  # or its memory might be used again before the layer is done with it
+            value.record_stream(now)  # or its memory might be used again too early
         return ahead
 
     def _values(self, index: int) -> list[Tensor]:
@@ -336,14 +325,13 @@ class OnDisk(Offloaded):
 
 
 def _check_untied(model: nn.Module, prefix: str) -> None:
-    """Raise ConfigError where a parameter of a layer is one of something else too: who changes it would change it there."""
+    """Raise ConfigError where a layer shares a parameter with something else."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = names.setdefault(id(parameter), name)
         if other != name and any(one.startswith(f"{prefix}.") for one in (name, other)):
-            raise ConfigError(
-                f"{name} is {other} as well: a model that ties parameters of layers needs model.placement=device"
-            )
+            only = "a model that ties parameters of layers needs model.placement=device"
+            raise ConfigError(f"{name} is {other} as well: {only}")
 
 
 def masked(mask: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights of the decoder layers in equal parts on the devices of several ranks (`model.placement=sharded`)."""
+"""Weights of the decoder layers in equal parts on several ranks (`model.placement=sharded`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from permllm.models.offload import Offloaded
 
 
 class Sharded(Offloaded):
-    """Each rank holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
+    """Weights of which each rank holds some rows; a layer is put together when it is entered.
 
     The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the
     storage of a layer that a graph still reads in backward, where layers that come and go by

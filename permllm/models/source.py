@@ -80,7 +80,7 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
 
 
 def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model on the meta device, as its config makes it, with a head of its own if it has one.
+    """Return the model on the meta device, as its config makes it, or with a head of its own.
 
     Raises:
         ConfigError: it has a tensor that its config does not make, or lacks one.

@@ -1,4 +1,4 @@
-"""Broken checkpoints: one line that names file or key, no wrong yes, no foreign code, no question."""
+"""Broken checkpoints: one line that names file or key, and no foreign code."""
 
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def test_pickled_weights_are_read_but_their_code_never_runs(folder: Path, name: 
 @pytest.mark.parametrize("sizes", [{"num_key_value_heads": 3}, {"model_type": "nonsense"}], ids=str)
 def test_a_random_model_that_cannot_work_is_refused(sizes: Settings) -> None:
     architecture = tiny_config("llama") | sizes
+    config = ModelConfig("tiny", "random", device="cpu", architecture=architecture)
     with pytest.raises(DataError, match="cannot load") as caught:
-        config = ModelConfig("tiny", "random", device="cpu", architecture=architecture)
         load_model(config, seed=0)
     assert "\n" not in str(caught.value)
 

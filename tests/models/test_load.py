@@ -32,7 +32,7 @@ def test_a_folder_loads_in_the_dtype_that_was_asked_for(folder: Path) -> None:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         assert loaded.dtype == dtype
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
-        assert loaded.rotary_emb.inv_freq.dtype == torch.float32
+        assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
         assert torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
     assert meta_model(local(folder)).config.model_type == "qwen3"
     # A device that every machine has, and that is not the host's memory.
