@@ -118,7 +118,11 @@ def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows(
     assert losses.chunk_of(torch.device("cpu"), vocabulary) == 128
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+# The others cap their logits (Gemma 2) or scale them (Granite).
+PLAIN_HEADS = sorted(FAMILIES.keys() - {"gemma2", "granite"})
+
+
+@pytest.mark.parametrize("family", PLAIN_HEADS)
 def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> None:
     model = tiny_model(family)
     tokens = torch.randint(0, 259, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -218,7 +222,7 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
         )  # the model is as it was
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", PLAIN_HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_that_are_a_product_are_found_out_without_a_random_number(
     family: str, dtype: torch.dtype
