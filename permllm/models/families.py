@@ -253,11 +253,7 @@ def _discovered(model: Any) -> Family:
         name = folder if len(members) == 1 else f"{folder}.{'_'.join(names)}".removeprefix(".")
         groups.append(GroupTable(name, members, folds=False))
     return Family(
-        found.layers,
-        tuple(groups),
-        found.after,
-        embeddings=found.embeddings,
-        tuples=found.tuples,
+        found.layers, tuple(groups), found.after, embeddings=found.embeddings, tuples=found.tuples
     )
 
 

@@ -90,7 +90,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
-    dtype, called = getattr(torch, config.dtype), _called(config)
+    dtype = getattr(torch, config.dtype)
+    called = config.path or config.hub_name or config.name
     folder = dense_folder(config)
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
@@ -316,10 +317,6 @@ def _outside_to(model: nn.Module, device: torch.device) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-
-
-def _called(config: ModelConfig) -> str:
-    return config.path or config.hub_name or config.name
 
 
 def _check_vocabulary(

@@ -90,8 +90,7 @@ def test_a_broken_checkpoint_is_refused_by_name(folder: Path, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors"],
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors"]
 )
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 9999])
 def test_garbage_in_a_file_is_one_line(folder: Path, name: str, content: str) -> None:
