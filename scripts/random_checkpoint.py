@@ -1,4 +1,4 @@
-"""Write a checkpoint of an architecture with random weights, tensor by tensor, so that it takes the memory of one.
+"""Write a checkpoint with random weights, tensor by tensor, in the memory of one.
 
     python scripts/random_checkpoint.py FOLDER model=llama-2-13b model.dtype=bfloat16 python
     scripts/random_checkpoint.py FOLDER model=qwen2.5-7b model.architecture.num_hidden_layers=4
@@ -31,7 +31,7 @@ from permllm.pruning.composition import composed  # noqa: E402
 
 
 def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
-    """Normal values for what has two dimensions, ones for a norm's weight, zeros for a bias; the same for the same name."""
+    """Return normal values for a matrix, ones for a norm, zeros for a bias; by its name."""
     if like.dim() < 2:
         return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=like.dtype)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -29,20 +29,34 @@ os.environ["TQDM_DISABLE"] = "1"  # progress bars would drown the report of a fa
 if WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for each core
 
+_GEMMA: dict[str, object] = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 4,
+    "tie_word_embeddings": True,
+}
+_TOKENS: dict[str, object] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
-    "gemma3_text": {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "granite": {
         "num_key_value_heads": 2,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 4,
-        "tie_word_embeddings": True,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
     },
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
     "opt": {"ffn_dim": 64, "max_position_embeddings": 256, "word_embed_proj_dim": 32},
+    "phi3": _TOKENS | {"num_key_value_heads": 2},
+    "smollm3": _TOKENS
+    | {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "tie_word_embeddings": True},
 }
 
 

@@ -144,5 +144,5 @@ def _gathered(
         if absorbed is not None:
             _put_producers(stored, parameters, group, absorbed)
         elif not torch.equal(order, torch.arange(len(order))):
-            stored.gathers[group.prefix + group.table.reader] = order
+            stored.gathers |= {group.prefix + path: order for path in group.table.readers}
     return stored

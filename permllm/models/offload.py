@@ -169,7 +169,10 @@ class Offloaded(Placement):
         for index, layer in enumerate(self._layers):
             for path, parameter in list(layer.named_parameters()):
                 parent, _, name = path.rpartition(".")
-                module, absent = layer.get_submodule(parent), parameter.to("meta")
+                module, absent = (
+                    layer.get_submodule(parent),
+                    torch.empty_like(parameter, device="meta"),
+                )
                 read = self.source(f"{self._prefix}.{index}.{path}", parameter)
                 stored = Stored(index, module, name, absent, read)
                 stored.put(absent)
@@ -289,18 +292,20 @@ class OnDisk(Offloaded):
 
     Args:
         model, device: as in `Offloaded`.
-        files: that hold the parameters of the layers, by their names in the model and in the file.
+        read: returns a parameter from the files, by its name in the model.
     """
 
     reads_files = True
 
-    def __init__(self, model: nn.Module, device: torch.device, files: Mapping[str, Path]) -> None:
-        self._files = files
+    def __init__(
+        self, model: nn.Module, device: torch.device, read: Callable[[str], Tensor]
+    ) -> None:
+        self._read = read
         super().__init__(model, device)
 
     @override
     def source(self, name: str, parameter: nn.Parameter) -> Read:
-        return partial(load_tensor, self._files[name], name)
+        return partial(self._read, name)
 
     @override
     def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:

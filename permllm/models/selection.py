@@ -1,8 +1,8 @@
-"""Which linears a job prunes, and to which N:M: the channel groups of a model as `keep_dense` and `sparsity_of` leave them.
+"""Selection of the linears that a job prunes, and of their N:M (`keep_dense`, `sparsity_of`).
 
 A name of these settings is a decoder layer by its index (`0`, `-1`), or consecutive words of the
-path of a linear or of its
-channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gate_up_proj`, `model.layers.3`.
+path of a linear or of its channel group: `down_proj`, `self_attn.o_proj`, `mlp`,
+`mlp.gate_up_proj`, `model.layers.3`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup, channel_groups
 
 DENSE = "dense"
-"""Where a record names patterns by linear: one that was not pruned."""
+"""Pattern, in records, of a linear that was not pruned."""
 
 
 def groups_to_prune(model: nn.Module, config: RunConfig) -> list[ChannelGroup]:
-    """The channel groups of a model that a job prunes, as its settings say; errors as `channel_groups` and `pruned_groups`."""
+    """Return the channel groups that a job prunes; errors as `channel_groups`, `pruned_groups`."""
     return pruned_groups(
         channel_groups(model), config.pattern, config.keep_dense, config.sparsity_of
     )
@@ -34,7 +34,7 @@ def pruned_groups(
     keep_dense: Iterable[str],
     sparsity_of: Mapping[str, str],
 ) -> list[ChannelGroup]:
-    """The channel groups that are pruned, with those of their members that are, and their patterns.
+    """Return the channel groups that are pruned, with their pruned members and patterns.
 
     Args:
         groups: of the model, all layers.
@@ -66,16 +66,15 @@ def pruned_groups(
                 )
     left = _left(groups, pattern, dense, {path: its for path, (_, its) in chosen.items()})
     if not left:
-        raise ConfigError(
-            f"keep_dense={sorted(keep_dense)} names every linear of the decoder layers: nothing left to prune"
-        )
+        every = "names every linear of the decoder layers: nothing left to prune"
+        raise ConfigError(f"keep_dense={sorted(keep_dense)} {every}")
     return left
 
 
 def recorded_groups(
     groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]
 ) -> list[ChannelGroup]:
-    """The channel groups that were pruned, as a record or a checkpoint says it.
+    """Return the channel groups that were pruned, as a record or a checkpoint says it.
 
     Args:
         groups: of the model, all layers.
@@ -100,7 +99,7 @@ def recorded_groups(
 
 
 def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
-    """N:M by linear, or `dense`, of those that were not pruned to the pattern of the job.
+    """Return N:M by linear, or `dense`, of those that were not pruned to the job's pattern.
 
     Args:
         groups: of the model, all layers.
@@ -132,15 +131,14 @@ def _one_pattern(of: dict[str, NMPattern]) -> NMPattern:
     (first, pattern), *others = of.items()
     for path, other in others:
         if other != pattern:
-            raise ConfigError(
-                f"sparsity_of: {first} would be {pattern}, and {path}, which reads the same channels, {other}; name all of "
-                f"{', '.join(path.rpartition('.')[2] for path in of)}, or keep some of them dense"
-            )
+            both = f"{first} would be {pattern}, and {path}, which reads the same channels, {other}"
+            names = ", ".join(path.rpartition(".")[2] for path in of)
+            raise ConfigError(f"sparsity_of: {both}; name all of {names}, or keep some dense")
     return pattern
 
 
 def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
-    """The linears that a name is of."""
+    """Return the linears that a name fits."""
     if re.fullmatch("-?[0-9]+", name):
         layers = 1 + max(group.layer for group in groups)
         if not -layers <= int(name) < layers:
@@ -164,7 +162,6 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
             for path in (*group.members, group.name)
         }
         words |= {part for word in words for part in word.split(".")}
-        raise ConfigError(
-            f"{key}: the model has no {name!r} in its decoder layers; there are: {', '.join(sorted(words))}"
-        )
+        there = ", ".join(sorted(words))
+        raise ConfigError(f"{key}: the model's decoder layers have no {name!r}, but {there}")
     return found

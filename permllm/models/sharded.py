@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
 from permllm.errors import DataError
-from permllm.models.checkpoint import all_finite
-from permllm.models.offload import Offloaded, Read
+from permllm.models.checkpoint import Read, all_finite
+from permllm.models.offload import Offloaded
 
 
 class Sharded(Offloaded):
@@ -27,8 +27,7 @@ class Sharded(Offloaded):
 
     Args:
         model, device: as in `Offloaded`.
-        whole: returns a parameter of a layer, from its name in the model and what the model has;
-            each rank keeps its part.
+        read: returns a parameter of a layer by its name in the model; each rank keeps its part.
 
     Raises:
         DataError: this rank's part has values that are not finite.
@@ -36,24 +35,22 @@ class Sharded(Offloaded):
 
     sharded = True
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, read: Read) -> None:
         assert dist.group.WORLD is not None
-        self._mesh, self._whole = DeviceMesh.from_group(dist.group.WORLD, device.type), whole
+        self._mesh, self._read = DeviceMesh.from_group(dist.group.WORLD, device.type), read
         super().__init__(model, device)
         self._stream = None  # nothing is on its way that another rank does not send
 
     @override
-    def source(self, name: str, parameter: nn.Parameter) -> Read:
-        part = _part(self._whole(name, parameter), self._mesh, self.device, parameter.dtype)
+    def source(self, name: str, parameter: nn.Parameter) -> Callable[[], Tensor]:
+        part = _part(self._read(name), self._mesh, self.device, parameter.dtype)
         local = part.to_local()
         if local.is_floating_point() and local.numel() and not all_finite(local):
             raise DataError(f"{name} holds values that are not finite")
         return part.full_tensor
 
     @override
-    def keep(self, value: Tensor) -> Read:
+    def keep(self, value: Tensor) -> Callable[[], Tensor]:
         return _part(value, self._mesh, self.device, value.dtype).full_tensor
 
 

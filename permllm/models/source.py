@@ -1,4 +1,4 @@
-"""The tensors of a dense model, one at a time, without building the model."""
+"""Dense model from which a pruned one is written, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -8,23 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError
-from permllm.models.checkpoint import (
-    check_checkpoint,
-    parameter_names,
-    tensor_places,
-    untied,
-    weight_files,
-)
+from permllm.models.checkpoint import Read, check_checkpoint, tensor_reader, untied
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model, meta_model
-from permllm.runs.tensors import load_tensor
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -40,30 +32,23 @@ _TOKENIZER_FILES = (
 )
 
 
-class TensorReader(Protocol):
-    """Reads one tensor of the model's state dict by its name."""
-
-    def __call__(self, name: str) -> Tensor:
-        """The tensor, on the host, in the dtype of the file."""
-
-
 @dataclass(frozen=True)
 class DenseSource:
     """A dense model from which a pruned one is made.
 
     Attributes:
         skeleton: the model on the meta device.
-        save_tokenizer: writes what belongs to the tokenizer into a folder, as it is.
+        save_tokenizer: writes the tokenizer's files into a folder.
         generation: its generation settings.
         identity: as in `LoadedModel`.
-        read: one tensor at a time.
+        read: returns a tensor by its name, on the host, in the dtype of the file.
     """
 
     skeleton: PreTrainedModel
     save_tokenizer: Callable[[Path], Any]
     generation: GenerationConfig
     identity: str
-    read: TensorReader
+    read: Read
 
 
 def dense_source(config: ModelConfig, seed: int) -> DenseSource:
@@ -77,29 +62,25 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     """
     folder = dense_folder(config)
     if folder is not None:
-        skeleton = meta_model(config, folder)
-        read = _files(folder, skeleton)
+        read = tensor_reader(folder, check_checkpoint(folder))
         if read is not None:
-            copied = partial(_copy_tokenizer, folder)
-            return DenseSource(
-                skeleton,
-                copied,
-                generation_of(skeleton, folder),
-                folder_identity(config, folder),
-                read,
-            )
-    loaded = load_model(
-        replace(config, placement="device", device="cpu"), seed
-    )  # whose weights are all there to be read
-    skeleton, state = skeleton_like(loaded.model), loaded.model.state_dict()
-    generation = loaded.model.generation_config
-    assert generation is not None
-    save = loaded.tokenizer.save_pretrained
-    return DenseSource(skeleton, save, generation, loaded.identity, lambda name: state[name].cpu())
+            save, generation = partial(_copy_tokenizer, folder), generation_of(folder)
+            identity = folder_identity(config, folder)
+            return DenseSource(meta_model(config, folder), save, generation, identity, read)
+    loaded = load_model(replace(config, placement="device", device="cpu"), seed)
+    state, generation_config = loaded.model.state_dict(), loaded.model.generation_config
+    assert generation_config is not None
+    return DenseSource(
+        skeleton_like(loaded.model),
+        loaded.tokenizer.save_pretrained,
+        generation_config,
+        loaded.identity,
+        lambda name: state[name].cpu(),
+    )
 
 
 def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on the meta device, as its config makes it but for a head of its own where it has one.
+    """Return the model on the meta device, as its config makes it, or with a head of its own.
 
     Raises:
         ConfigError: it has a tensor that its config does not make, or lacks one.
@@ -109,29 +90,16 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
     vars(config).pop("quantization_config", None)
     skeleton = _from_config(config, model.dtype)
     if untied(skeleton, state, state.__getitem__):
-        # The config says that the head is the embedding, and transformers took the files' word, or
-        # somebody changed one.
         config.tie_word_embeddings = False
         skeleton = _from_config(config, model.dtype)
-    if strange := next(
-        (name for name, value in state.items() if not isinstance(value, Tensor)), None
-    ):
-        raise ConfigError(
-            f"the model is not what its config makes: {strange} is no tensor, so that no checkpoint can hold it"
-        )
-    made = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
-    there = {name: tensor.shape for name, tensor in state.items()}
-    other = next(
-        (name for name in sorted(made.keys() | there.keys()) if made.get(name) != there.get(name)),
-        None,
-    )
-    if other is not None:
-        sizes = " and ".join(
-            str(tuple(found[other])) if other in found else "none" for found in (there, made)
-        )
-        raise ConfigError(
-            f"the model is not what its config makes: {other} is {sizes}, so that no checkpoint can hold it"
-        )
+    made = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    # The state of an adapted module may be no tensor.
+    there = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    for name in sorted(made.keys() | there.keys()):
+        if made.get(name) != there.get(name):
+            sizes = f"{there.get(name, 'none')} and {made.get(name, 'none')}"
+            only = "so that no checkpoint can hold it"
+            raise ConfigError(f"the model is not what its config makes: {name} is {sizes}, {only}")
     return skeleton
 
 
@@ -141,24 +109,10 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     return skeleton
 
 
-def _files(folder: Path, skeleton: PreTrainedModel) -> TensorReader | None:
-    """None where the files do not hold the tensors of the model under its names."""
-    check_checkpoint(folder)
-    files = weight_files(folder)
-    where = tensor_places(files) if files[0].suffix == ".safetensors" else {}
-    if not set(parameter_names(skeleton)) <= where.keys():
-        return None
-
-    def read(name: str) -> Tensor:
-        return load_tensor(where[name][0], name)
-
-    return None if untied(skeleton, where, read) else read
-
-
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for file in (
-        file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()
-    ):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, place)
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                place = target / file.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)

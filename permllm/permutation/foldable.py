@@ -126,8 +126,8 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
             found.append(SharedOrder(group.name, group.channels, group.channels, 1, (group,)))
         elif not group.table.folds:
             raise ConfigError(
-                "permutation.constraint=foldable: no neighbouring weights absorb an order of "
-                f"{group.name}; permutation.constraint=free asks none to, and export=gathered "
+                "permutation.constraint=foldable: no table of a family says what absorbs the order "
+                f"of {group.name}; permutation.constraint=free asks none to, and export=gathered "
                 "keeps any order"
             )
         elif group.table.producers:
@@ -198,7 +198,7 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
     for group in groups:
         order = orders[group.name]
         if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
-            raise _refusal(group, "no neighbouring weights absorb one")
+            raise _refusal(group, "its family has no table")
     for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
             behind = shared.shared(orders[group.name])

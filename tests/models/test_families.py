@@ -1,131 +1,177 @@
-"""What a family is, and that running layers one by one is what the model itself does."""
+"""Families: folding by tables, groups by one traced forward, layers one by one."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
+import permllm
 from permllm.errors import ConfigError
-from permllm.models.families import (
-    FAMILIES,
-    channel_groups,
-    decoder_layers,
-    family_named,
-    linear_at,
-)
+from permllm.export.fold import stored_order
+from permllm.export.verify import verify
+from permllm.models.families import FAMILIES, channel_groups, decoder_layers, family_of, linear_at
 from permllm.models.layers import LayerStream, layer_inputs, run_layer
+from permllm.permutation.foldable import expanded, shared_orders
 from tests.conftest import tiny_model
 
+# Decoders without a table, with what differs from LLaMA: biases in fused heads, layers that give
+# tuples, attention and MLP that read one tensor.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"intermediate_size": 64},
+    "mpt": {},
+    "cohere": {"intermediate_size": 64, "num_key_value_heads": 2},
+}
+TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_groups_cover_every_linear_of_the_decoder_once(family: str) -> None:
-    model = tiny_model(family)
+
+def built(model_type: str, **more: Any) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **sizes | OTHERS.get(model_type, {}) | more)
+    return randomised(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Random norms and biases too: ones and zeros would hide a permutation."""
+    for parameter in model.parameters():
+        mean = 1.0 if parameter.dim() == 1 else 0.0
+        torch.nn.init.normal_(parameter, mean, 0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        *((family, {}) for family in sorted(FAMILIES)),
+        ("llama", {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}),
+        ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+        ("opt", {"num_key_value_heads": 2}),  # which OPT does not read
+    ],
+    ids=str,
+)
+def test_a_table_folds_any_foldable_permutation(family: str, more: dict[str, Any]) -> None:
+    model = randomised(tiny_model(family, dtype=torch.float64, **more))
+    dense = model(input_ids=TOKENS).logits
     groups = channel_groups(model)
-    members = [path for group in groups for path in group.members]
-    linears = [
-        f"{FAMILIES[family].layers}.{name}"
-        for name, module in decoder_layers(model).named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    assert sorted(members) == sorted(linears)
-    assert {group.channels for group in groups} == {32, 64}
+    assert all(group.table.folds for group in groups)
+    shared, generator = shared_orders(groups, "foldable"), torch.Generator().manual_seed(1)
+    orders = {}
+    for one in shared:
+        starts = range(0, one.channels, one.segment)
+        parts = [torch.randperm(one.segment, generator=generator) + start for start in starts]
+        orders[one.name] = torch.cat(parts)
+    stored = stored_order("folded", model, groups, expanded(shared, orders))
+    for name, parameter in model.named_parameters():
+        parameter.data = stored.apply(name, parameter.data)
+    folded = model(input_ids=TOKENS).logits
+    torch.testing.assert_close(folded, dense, rtol=1e-5, atol=1e-5 * float(dense.abs().max()))
+    columns = {f"{path}.weight" for group in groups for path in group.members}
+    assert columns <= stored.columns.keys()
+    last = groups[-1]  # which the next lines undo
+    linear = linear_at(model, last.members[0])
+    linear.weight.data = linear.weight[:, torch.randperm(last.channels, generator=generator)]
+    assert not torch.allclose(model(input_ids=TOKENS).logits, dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_members_of_a_group_read_the_same_tensor(family: str) -> None:
-    model = tiny_model(family)
-    seen: dict[str, torch.Tensor] = {}
-    for group in channel_groups(model):
-        for path in group.members:
-            linear_at(model, path).register_forward_pre_hook(
-                lambda _, args, path=path: seen.update({path: args[0]})
+@pytest.mark.parametrize("model_type", [*sorted(FAMILIES), *OTHERS])
+def test_groups_hold_every_linear_once_with_those_that_read_its_input(model_type: str) -> None:
+    model = built(model_type) if model_type in OTHERS else tiny_model(model_type)
+    seen: dict[str, Tensor] = {}
+    for name, module in decoder_layers(model).named_modules(prefix=family_of(model).layers):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.update({name: args[0]})
             )
-    model(input_ids=torch.randint(0, 259, (2, 9)))
-    for group in channel_groups(model):
-        for path in group.members:
-            assert torch.equal(seen[path], seen[group.members[0]])
+    model(input_ids=TOKENS)
+    groups = channel_groups(model)
+    assert sorted(path for group in groups for path in group.members) == sorted(seen)
+    first = [group for group in groups if group.layer == 0]
+    inputs = [seen[group.members[0]] for group in first]
+    for group, values in zip(first, inputs, strict=True):
+        assert all(seen[path].data_ptr() == values.data_ptr() for path in group.members)
+    assert len({values.data_ptr() for values in inputs}) == len(first)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model.config)
+    assert channel_groups(skeleton) == groups
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_layer_by_layer_equals_the_model_with_several_sequences(family: str) -> None:
-    model = tiny_model(family)
-    tokens = torch.randint(0, 259, (5, 11), generator=torch.Generator().manual_seed(0))
-    hidden_states = model(
-        input_ids=tokens, output_hidden_states=True, use_cache=False
-    ).hidden_states
+@pytest.mark.parametrize("model_type", [*sorted(FAMILIES), *OTHERS])
+def test_layers_one_by_one_give_what_the_model_gives(model_type: str) -> None:
+    model = built(model_type) if model_type in OTHERS else tiny_model(model_type)
+    tokens = TOKENS[:, :11].repeat(3, 1)[:5]
+    given = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
     inputs = layer_inputs(model, tokens)
-    torch.testing.assert_close(inputs.hidden, hidden_states[0])
-    hidden = inputs.hidden
-    for index, layer in enumerate(decoder_layers(model)):
-        hidden = run_layer(layer, hidden, inputs.kwargs[index])
-        assert hidden.shape == (5, 11, 32)
-        if index == 0:
-            torch.testing.assert_close(hidden, hidden_states[1])
+    torch.testing.assert_close(inputs.hidden, given[0])
+    hidden = run_layer(decoder_layers(model)[0], inputs.hidden, inputs.kwargs[0])
+    torch.testing.assert_close(hidden, given[1])
+    hidden = run_layer(decoder_layers(model)[1], hidden, inputs.kwargs[1])
     stream = LayerStream(model, tokens, batch_size=2)  # the last batch is smaller
+    states = stream.states()
     for index in range(2):
         stream.advance(index)
-    torch.testing.assert_close(stream.states(), hidden)
+    assert stream.states() is states  # which exist once
+    torch.testing.assert_close(states, hidden)
 
 
-def test_a_stream_holds_the_states_of_its_samples_once_in_the_format_of_the_layers() -> None:
+def test_a_stream_takes_the_format_that_a_layer_widens_its_states_to() -> None:
     model = tiny_model("llama")
-    stream = LayerStream(model, torch.zeros(5, 11, dtype=torch.long), batch_size=2)
-    states = stream.states()
+    stream = LayerStream(model, TOKENS, batch_size=2)
+    decoder_layers(model)[0].register_forward_hook(lambda _, __, output: output.double())
+    expected = torch.cat([output.clone() for output in stream.forward(0)])
     stream.advance(0)
-    assert stream.states() is states
-    layer = decoder_layers(model)[1]
-    handle = layer.register_forward_hook(
-        lambda _, __, output: output.double()
-    )  # as a model may widen what it adds up
-    expected = torch.cat([output.clone() for output in stream.forward(1)])
-    stream.advance(1)
-    handle.remove()
     assert stream.states().dtype == torch.float64
     assert torch.equal(stream.states(), expected)
 
 
-def test_an_unknown_type_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(
-        ConfigError,
-        match="'gpt2' is not known; known are: gemma3_text, llama, mistral, opt, qwen2, qwen3",
-    ):
-        family_named("gpt2")
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_path: Path) -> None:
+    model, tokenizer = built(model_type), ByT5Tokenizer(extra_ids=0)
+    few: dict[str, Any] = {"texts": TOKENS, "block_size": 8, "permutation__epochs": 1}
+    with pytest.raises(ConfigError, match=r"constraint=foldable: no table of a family says"):
+        permllm.prune(model, tokenizer, permutation__constraint="foldable", **few)
+    found = permllm.prune(model, tokenizer, **few)
+    with pytest.raises(ConfigError, match="does not fold: its family has no table"):
+        permllm.save(model, tmp_path / "never")
+    permllm.save(model, tmp_path / "out", form="gathered")
+    report = verify(tmp_path / "out")
+    assert report.passed, report.problems
+    assert len(report.layers) == len(found.masks)
+    opened = permllm.load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = [one(TOKENS).logits for one in (opened, model)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert family_of(opened) == family_of(model)
 
 
-def test_llama_weights_in_the_qwen2_class_give_the_same_logits() -> None:
-    llama = tiny_model("llama", dtype=torch.float64)
-    settings = {
-        key: getattr(llama.config, key)
-        for key in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-    }
-    qwen = (
-        Qwen2ForCausalLM(Qwen2Config(vocab_size=259, tie_word_embeddings=False, **settings))
-        .double()
-        .eval()
-    )
-    missing, unexpected = qwen.load_state_dict(llama.state_dict(), strict=False)
-    assert not unexpected
-    assert all(name.endswith("bias") for name in missing)
-    for name, parameter in qwen.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.zeros_(parameter)
-    tokens = torch.randint(0, 259, (2, 9))
-    torch.testing.assert_close(qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits)
-
-
-def test_meta_models_have_groups_without_weights() -> None:
+@pytest.mark.parametrize(
+    ("model_type", "more", "reason"),
+    [
+        ("mixtral", {"num_key_value_heads": 4}, "mlp.gate.weight belongs to no linear"),
+        ("mamba", {"state_size": 4}, "belongs to no linear"),
+        ("gpt2", {}, "0 lists of layers with linears"),
+        ("falcon", {}, "is changed in place"),
+        ("bert", {"intermediate_size": 64}, "attends to the tokens that follow"),
+        ("bart", {"d_model": 32}, "encoder_attn attends to the tokens that follow"),
+    ],
+)
+def test_what_is_no_decoder_of_attention_and_linears_is_refused(
+    model_type: str, more: dict[str, Any], reason: str
+) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259}
+    config = AutoConfig.for_model(model_type, **sizes | more)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_model("llama").config)
-    assert len(channel_groups(model)) == 8
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match=reason):
+        channel_groups(model)
 
 
-def test_heads_are_those_that_a_model_has_whatever_its_config_says_beside() -> None:
-    groups = channel_groups(tiny_model("opt", num_key_value_heads=2))  # which OPT does not read
-    assert {group.heads for group in groups if group.table.by_head} == {(4, 1)}
+@pytest.mark.parametrize("key", ["intermediate_size", "num_hidden_layers"])
+def test_a_model_with_nothing_to_prune_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="nothing to prune"):
+        channel_groups(tiny_model("llama", **{key: 0}))

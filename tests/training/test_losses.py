@@ -114,7 +114,11 @@ def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows(
     assert losses.chunk_of(torch.device("cpu"), vocabulary) == 128
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+# The others cap their logits (Gemma 2) or scale them (Granite).
+PLAIN_HEADS = sorted(FAMILIES.keys() - {"gemma2", "granite"})
+
+
+@pytest.mark.parametrize("family", PLAIN_HEADS)
 def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> None:
     model = tiny_model(family)
     tokens = torch.randint(0, 259, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,166 @@
+"""Structure of a decoder without a table: its linears by the tensors that they read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from permllm.errors import ConfigError, first_line
+
+_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Parts of a decoder.
+
+    Attributes:
+        layers: path of the list of decoder layers.
+        groups: the linears of a layer that read one tensor, by paths relative to the layer, in the
+            order of the calls.
+        after: paths of the modules between the last layer and the head.
+        embeddings: paths of the embeddings outside of the layers.
+        tuples: a decoder layer returns a tuple, the states first.
+    """
+
+    layers: str
+    groups: tuple[tuple[str, ...], ...]
+    after: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    tuples: bool
+
+
+@dataclass
+class _Calls:
+    """Calls of one forward; the tensors are kept, so that no two have one storage.
+
+    Attributes:
+        order: modules without children, in the order of their calls.
+        read: input of each linear.
+        written: output of each linear and its version when the linear returned it.
+        tuples: a decoder layer returned a tuple.
+    """
+
+    order: list[str] = field(default_factory=list)
+    read: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    tuples: bool = False
+
+
+def causal_types() -> list[str]:
+    """Return the model types that transformers has a causal language model of."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Find the structure of a model.
+
+    Raises:
+        ConfigError: it is no causal decoder of attention and dense linears, or its layers differ.
+    """
+    layers = _layers_path(model)
+    stack = model.get_submodule(layers)
+    every, modules = list(stack.children()), stack.named_modules(prefix=layers)
+    linears = {name for name, module in modules if isinstance(module, nn.Linear)}
+    for name, parameter in stack.named_parameters(prefix=layers):
+        if parameter.dim() > 1 and name.removesuffix(".weight") not in linears:
+            raise _refused(model, f"{name} belongs to no linear")
+    calls = _traced(model, every)
+    groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(every))]
+    for name in sorted(linears - calls.read.keys()):
+        raise _refused(model, f"a forward does not call {name}")
+    for name, (output, version) in calls.written.items():
+        if output._version != version:
+            raise _refused(model, f"the output of {name} is changed in place")
+    if any(found != groups[0] for found in groups):
+        raise _refused(model, f"the linears of the layers in {layers} differ from layer to layer")
+    outside = [name for name in calls.order if not name.startswith(f"{layers}.")]
+    last = max(index for index, name in enumerate(calls.order) if name.startswith(f"{layers}."))
+    head = model.get_output_embeddings()
+    return Structure(
+        layers,
+        groups[0],
+        tuple(name for name in calls.order[last + 1 :] if model.get_submodule(name) is not head),
+        tuple(name for name in outside if isinstance(model.get_submodule(name), nn.Embedding)),
+        calls.tuples,
+    )
+
+
+def _refused(model: nn.Module, reason: str) -> ConfigError:
+    only = "only causal decoders of attention and dense linears can be pruned"
+    return ConfigError(f"{type(model).__name__}: {reason}; {only}")
+
+
+def _layers_path(model: PreTrainedModel) -> str:
+    """Return the path of the one outermost list of modules with linears in it."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if getattr(module, "is_causal", True) is False:
+            raise _refused(model, f"{name} attends to the tokens that follow")
+        inside = any(name.startswith(f"{other}.") for other in found)
+        linears = any(isinstance(each, nn.Linear) for each in module.modules())
+        if isinstance(module, nn.ModuleList) and linears and not inside:
+            found.append(name)
+    if len(found) != 1:
+        raise _refused(model, f"it has {len(found)} lists of layers with linears")
+    return found[0]
+
+
+def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
+    """Run the model without values and record the calls."""
+    calls, names = _Calls(), {module: name for name, module in model.named_modules()}
+
+    def reads(module: nn.Module, args: Any) -> None:
+        calls.order.append(names[module])
+        if isinstance(module, nn.Linear):
+            if names[module] in calls.read:
+                raise _refused(model, f"{names[module]} is called more than once")
+            calls.read[names[module]] = args[0]
+
+    def writes(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            calls.written[names[module]] = output, output._version
+
+    def returns(module: nn.Module, args: Any, output: Any) -> None:
+        calls.tuples = isinstance(output, tuple)
+
+    leaves = [module for module in names if not list(module.children())]
+    hooks = [leaf.register_forward_pre_hook(reads, prepend=True) for leaf in leaves]
+    hooks += [leaf.register_forward_hook(writes) for leaf in leaves]
+    hooks += [layer.register_forward_hook(returns) for layer in layers]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled = True  # its traceback of a forward that fails
+    try:
+        with FakeTensorMode(), torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
+            values = {name: torch.empty(own.shape, dtype=own.dtype) for name, own in tensors}
+            inputs = {"input_ids": torch.zeros(1, _TOKENS, dtype=torch.long), "use_cache": False}
+            functional_call(model, values, kwargs=inputs)
+    except ConfigError:
+        raise
+    except Exception as error:  # a class of any kind may raise anything
+        raise _refused(model, f"its forward cannot be traced: {first_line(error)}") from error
+    finally:
+        log.disabled = False
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _groups(calls: _Calls, prefix: str) -> tuple[tuple[str, ...], ...]:
+    """Return the linears of a layer by the tensor, or views of it, that they read."""
+    found: dict[tuple[int, int, int, int], list[str]] = {}
+    for name, values in calls.read.items():
+        if name.startswith(prefix):
+            storage = values.untyped_storage()._cdata
+            key = storage, int(values.storage_offset()), values.shape[-1], values.stride(-1)
+            found.setdefault(key, []).append(name.removeprefix(prefix))
+    return tuple(map(tuple, found.values()))
