@@ -25,7 +25,7 @@ from permllm.pruning.composition import composed, refusal
 from permllm.runs.cache import choose_cache
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
-from permllm.runs.names import SCHEMA_VERSION
+from permllm.runs.files import SCHEMA_VERSION
 from permllm.runs.plots import picture
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.seeding import seed_everything

@@ -35,7 +35,7 @@ from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import NO_LOGGER, RunLogger, log_finished, open_logger
 from permllm.runs.measures import flat_figures
-from permllm.runs.names import ENVIRONMENT, EXPORT, LOG
+from permllm.runs.files import ENVIRONMENT, EXPORT, LOG
 from permllm.runs.render import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device

@@ -27,7 +27,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
 from permllm.runs.files import write_text
 from permllm.runs.measures import method_of
-from permllm.runs.names import RECORDS
+from permllm.runs.files import RECORDS
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render

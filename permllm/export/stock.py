@@ -17,7 +17,7 @@ from permllm.data.registry import perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.runs.files import read_json, read_yaml
-from permllm.runs.names import CONFIG, METRICS
+from permllm.runs.files import CONFIG, METRICS
 
 _CHILD = """
 import json, math, sys

@@ -19,7 +19,7 @@ from permllm.config import RunConfig, digest_of, flatten, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.runs.files import file_sha256, read_json, read_lines, read_yaml, write_json, write_text
 from permllm.runs.job_log import noted
-from permllm.runs.names import (
+from permllm.runs.files import (
     BEST_SO_FAR,
     CHECKPOINT,
     CONFIG,

@@ -75,37 +75,34 @@ def measured(
     for evaluation in reversed(evaluations):
         found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        found["saliency retained", ()] = Measure(
-            statistics.fmean(metrics["retained_saliency"].values()), "share"
-        )
-        found["output error", ()] = Measure(
-            statistics.fmean(metrics["output_error"].values()), "error"
-        )
-        found["zeros", ()] = Measure(float(metrics["sparsity"]["of_model"]), "share")
         # Calibration may be what an earlier job left.
-        seconds = sum(
-            metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate"
-        )
-        found["seconds", ()] = Measure(seconds, "seconds")
+        stages = [stage for stage in PRUNING_STAGES if stage != "calibrate"]
+        numbers = {
+            "saliency retained": (statistics.fmean(metrics["retained_saliency"].values()), "share"),
+            "output error": (statistics.fmean(metrics["output_error"].values()), "error"),
+            "zeros": (float(metrics["sparsity"]["of_model"]), "share"),
+            "seconds": (sum(metrics["seconds"].get(stage, 0.0) for stage in stages), "seconds"),
+        }
+        found |= {(name, ()): Measure(*number) for name, number in numbers.items()}
     return found
 
 
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
     how = evaluation.get("evaluation", {}).get("perplexity", {})
-    scores = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
+    losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
+    begins = "with BOS" if how.get("bos") else "without BOS"
     found: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
-        window, digest = (
-            values["window"],
-            _short(str(evaluation.get("evaluated_texts", {}).get(text, ""))),
-        )
-        begins = "with BOS" if how.get("bos") else "without BOS"
+        window = values["window"]
+        digest = _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
-        nats = [loss / (window - 1) for loss in scores.get(text, [])]
-        kept = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
-        key = (f"{plain(text)} perplexity (window {window})", facts)
-        found[key] = Measure(
-            float(values["value"]), "perplexity", limited=how.get("limit") is not None, scores=kept
+        nats = [loss / (window - 1) for loss in losses.get(text, [])]
+        scores = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
+        found[f"{plain(text)} perplexity (window {window})", facts] = Measure(
+            float(values["value"]),
+            "perplexity",
+            limited=how.get("limit") is not None,
+            scores=scores,
         )
     return found
 
@@ -118,61 +115,62 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
     parts: dict[str, Measure] = {}
     for task, values in tasks.items():
         asked, kept, items = how.get(values.get("asked")) or {}, scores.get(task, {}), values["n"]
-        of_items = (f"{items} items", f"split {plain(str(values.get('split')))}")
         facts = (
-            *of_items,
+            f"{items} items",
+            f"split {plain(str(values.get('split')))}",
             f"add_bos_token={asked.get('add_bos_token')}",
             f"file {str(asked.get('digest', ''))[:8]}",
         )
-        for metric, value in values["metrics"].items():
-            if value is None:
-                continue
+        measured = {name: value for name, value in values["metrics"].items() if value is not None}
+        for metric, value in measured.items():
             # A metric that is no share need not be a mean over the items.
             kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
             each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
-            behind = {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {}
-            error, asked_for = (
-                values["stderr"].get(metric),
-                metric != ACC and ACC in values["metrics"],
-            )
             measure = Measure(
-                float(value), kind, error, values["limited"], items, behind, asked_for=asked_for
+                float(value),
+                kind,
+                values["stderr"].get(metric),
+                values["limited"],
+                items,
+                {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {},
+                asked_for=metric != ACC and ACC in values["metrics"],
             )
             found[plain(task_label(task, values, metric)), facts] = measure
-            parts |= {task: measure} if metric == ACC else {}
+            if metric == ACC:
+                parts[task] = measure
     counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
-        bos = next((task.get("add_bos_token") for task in how.values()), None)
         of = [parts[task] for task in counted]
-        behind = (
-            {task: scores for one in of for task, scores in one.scores.items()}
-            if all(one.scores for one in of)
-            else {}
-        )
-        items, limited = sum(one.items or 0 for one in of), any(one.limited for one in of)
-        of_all = (
+        items = sum(one.items or 0 for one in of)
+        bos = next((task.get("add_bos_token") for task in how.values()), None)
+        facts = (
             f"of {plain(', '.join(sorted(counted)))}",
             f"{items} items",
             f"add_bos_token={bos}",
         )
-        found["average acc", of_all] = Measure(
-            mean, "accuracy", error, limited, items, behind, tuple(sorted(counted))
+        every = {task: one.scores[task] for task, one in parts.items() if one.scores}
+        found["average acc", facts] = Measure(
+            mean,
+            "accuracy",
+            error,
+            any(one.limited for one in of),
+            items,
+            {task: every[task] for task in counted} if every.keys() >= {*counted} else {},
+            tuple(sorted(counted)),
         )
     return found
 
 
 def column_names(keys: list[Key]) -> dict[Key, str]:
-    """Return the name of each measure's column: with those facts in which measures of one name differ."""
+    """Return the name of each measure's column: with the facts in which measures of one name differ."""
     facts_of: dict[str, list[tuple[str, ...]]] = {}
     for name, facts in keys:
         facts_of.setdefault(name, []).append(facts)
-    differ = {
-        name: [len({*values}) > 1 for values in zip(*every, strict=True)]
-        for name, every in facts_of.items()
-    }
-    return {
-        (name, facts): ", ".join([name, *compress(facts, differ[name])]) for name, facts in keys
-    }
+    found = {}
+    for name, facts in keys:
+        differ = [len({*values}) > 1 for values in zip(*facts_of[name], strict=True)]
+        found[name, facts] = ", ".join([name, *compress(facts, differ)])
+    return found
 
 
 def _short(digest: str) -> str:
@@ -183,9 +181,8 @@ def _short(digest: str) -> str:
 
 def plain(text: str) -> str:
     """Return a text of a record without what would break a line or steer a terminal."""
-    return " ".join(
-        "".join(character if character.isprintable() else " " for character in text).split()
-    )
+    printable = (character if character.isprintable() else " " for character in text)
+    return " ".join("".join(printable).split())
 
 
 def setting_text(value: Any) -> str:
@@ -204,48 +201,39 @@ def number(value: float, kind: str, error: float | None = None) -> str:
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """Return the names of a run's permutation, mask and reconstruction, without mask and reconstruction that do nothing."""
-    names = {
-        group: str((config.get(group) or {}).get("name", usual)) for group, usual in METHODS.items()
-    }
-    return ", ".join(
-        name for group, name in names.items() if group == "permutation" or name != METHODS[group]
-    )
+    """Return the names of a run's permutation, mask and reconstruction; the latter two if they do anything."""
+    names = [str(config["permutation"]["name"])]
+    for group in ("mask", "reconstruction"):
+        name = str((config.get(group) or {}).get("name", METHODS[group]))
+        names += [name] if name != METHODS[group] else []
+    return ", ".join(names)
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
-    """Return N:M of `sparsity` of `metrics.json`, with the number of linears that have another pattern."""
+    """Return N:M of `sparsity` of `metrics.json`, with the number of linears of each other pattern."""
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
-    parts = [
-        f"{count} linear{'s' * (count > 1)} {other}" for other, count in sorted(others.items())
-    ]
-    parts += [f"{dense} dense"] if dense else []
-    parts += (
-        [f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"]
-        if parts
-        else []
-    )
-    return ", ".join([sparsity["pattern"], *parts])
+    parts = [sparsity["pattern"]]
+    parts += [f"{count} linear{'s' * (count > 1)} {name}" for name, count in sorted(others.items())]
+    parts += [f"{dense} dense"] * bool(dense)
+    zeros = f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"
+    return ", ".join([*parts, *[zeros] * (len(parts) > 1)])
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return every result of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
+    """Return each result of a finished run as it is shown: name, dense model's value, sparse one's."""
     dense, sparse = (
         _perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse")
     )
     rows = []
     for key, measure in (dense | sparse).items():
-        items = (
-            f", {'limited to ' if measure.limited else ''}{measure.items} items"
-            if measure.items
-            else ""
-        )
+        limited = "limited to " * measure.limited
+        name = f"{key[0]}, {limited}{measure.items} items" if measure.items else key[0]
         before, after = (
             number(one[key].value, measure.kind, one[key].stderr) if key in one else "-"
             for one in (dense, sparse)
         )
-        rows.append((f"{key[0]}{items}", before, after))
+        rows.append((name, before, after))
     return rows
 
 
@@ -269,9 +257,7 @@ def average_accuracy(
         of no task is not a number.
     """
     counted = [
-        name
-        for name, values in tasks.items()
-        if values["n"] and values["metrics"].get(ACC) is not None
+        name for name, task in tasks.items() if task["n"] and task["metrics"].get(ACC) is not None
     ]
     if not counted:
         return [], math.nan, None
@@ -285,26 +271,12 @@ def pruning_minutes(seconds: Mapping[str, float]) -> float:
     return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
 
 
-def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the sparse model's log-perplexity less the dense one's, the mean over the texts; None where there is none.
-
-    Args:
-        perplexity: as in `metrics.json`.
-    """
-    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
-    differences = [
-        math.log(sparse[name]["value"]) - math.log(dense[name]["value"])
-        for name in dense
-        if name in sparse
-    ]
-    return statistics.fmean(differences) if differences else None
-
-
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a run as one level, keys joined by slashes.
 
     A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the
-    horizontal axis of a scatter plot, `nats_above_dense` the one number of several texts.
+    horizontal axis of a scatter plot. `nats_above_dense`, the sparse model's log-perplexity less
+    the dense one's, is the mean over the texts.
     """
     means = {
         key: {"mean": statistics.fmean(metrics[key].values())}
@@ -316,6 +288,10 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
         for name, value in flatten(metrics | means, "/").items()
         if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
     }
-    nats = nats_above_dense(metrics.get("perplexity", {}))
-    above = {} if nats is None else {"nats_above_dense": nats}
-    return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above
+    flat["minutes"] = pruning_minutes(metrics["seconds"])
+    perplexity = metrics.get("perplexity", {})
+    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
+    if both := dense.keys() & sparse.keys():
+        above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
+        flat["nats_above_dense"] = statistics.fmean(above)
+    return flat

@@ -20,7 +20,7 @@ from permllm.errors import DataError, first_line
 from permllm.runs.directory import check_sha256
 from permllm.runs.files import replaced
 from permllm.runs.masks import PackedMasks, is_permutation
-from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS
+from permllm.runs.files import MASKS, PERMUTATIONS, WEIGHTS
 
 _SHAPES = "shapes"
 # Numbers of a layer by channel group, and the key of its file's metadata that holds them.

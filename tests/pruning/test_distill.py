@@ -25,7 +25,7 @@ from permllm.pruning.distill import Distill, KeptWeights, WeightLearner
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.obs import OBS
 from permllm.runs.directory import Record, RunDirectory
-from permllm.runs.names import DISTILL_CHECKPOINT
+from permllm.runs.files import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
 from permllm.training import checkpoint, objective

@@ -30,7 +30,7 @@ from permllm.permutation.heuristic import heuristic_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.runs.names import CHECKPOINT
+from permllm.runs.files import CHECKPOINT
 from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.blocks import count_logits
