@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
-from permllm.runs.files import write_text
+from permllm.runs.files import RECORDS, write_text
 from permllm.runs.measures import method_of
-from permllm.runs.files import RECORDS
+from permllm.runs.plots import points
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render
@@ -123,18 +123,12 @@ def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) 
     found.baseline = None  # the gaps say it
     found.show(columns, "gap closed, perplexity (")
     found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
-    gaps = found.means[GAP].sort_values(ascending=False, kind="stable")
-    rows = [int(row) for row in gaps.index if not found.learned_elsewhere(row)]
-    frame = cells(found).iloc[[0, *(row + 1 for row in rows)]]
-    place = list(frame).index(GAP)
-    frame.insert(
-        place,
-        "minutes",
-        ["", *(f"{found.frame['minutes'][found.fastest(row)]:.1f}" for row in rows)],
-    )
-    frame.insert(
-        place + 1, "peak memory", ["", *(f"{found.memory(row) / 1e9:.2f} GB" for row in rows)]
-    )
+    drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
+    frame = cells(found).iloc[[0, *(drawn.index + 1)]]
+    place, minutes = list(frame).index(GAP), drawn["minutes"].map("{:.1f}".format)
+    memory = (drawn["memory"] / 1e9).map("{:.2f} GB".format)
+    frame.insert(place, "minutes", ["", *minutes])
+    frame.insert(place + 1, "peak memory", ["", *memory])
     return f"{as_text(frame, 'md')}\n{machine(runs)}"
 
 

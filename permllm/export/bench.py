@@ -35,7 +35,7 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.runs.environment import hardware, versions
-from permllm.runs.masks import violations
+from permllm.runs.tensors import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import (
     keep_freed_memory,

@@ -26,8 +26,16 @@ from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.load import hub_commit
 from permllm.models.selection import recorded_groups
 from permllm.models.source import DenseSource, dense_source
-from permllm.runs.files import file_sha256, matches, read_json, read_yaml, write_json
-from permllm.runs.files import CONFIG, ENVIRONMENT, METRICS
+from permllm.runs.files import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    file_sha256,
+    matches,
+    read_json,
+    read_yaml,
+    write_json,
+)
 from permllm.runs.tensors import Pruned, save_tensors
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,7 @@ from permllm.config import PerplexityConfig
 from permllm.data.registry import perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.runs.files import read_json, read_yaml
-from permllm.runs.files import CONFIG, METRICS
+from permllm.runs.files import CONFIG, METRICS, read_json, read_yaml
 
 _CHILD = """
 import json, math, sys

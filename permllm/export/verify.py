@@ -37,8 +37,7 @@ from permllm.models.families import decoder_layers, family_of
 from permllm.models.schema import ExportSummary, read_json
 from permllm.models.selection import DENSE
 from permllm.runs.files import file_sha256
-from permllm.runs.masks import violations
-from permllm.runs.tensors import check_order, load_tensor
+from permllm.runs.tensors import check_order, load_tensor, violations
 
 _SEQUENCES, _LENGTH = 4, 64
 

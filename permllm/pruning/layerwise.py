@@ -18,7 +18,6 @@ from permllm.models.offload import masked, placement_of
 from permllm.permutation.base import checked_order
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
-from permllm.runs.masks import violations
 from permllm.runs.files import PRUNED_LAYERS, layer_file
 from permllm.runs.tensors import (
     PrunedLayer,
@@ -26,6 +25,7 @@ from permllm.runs.tensors import (
     load_tensor,
     mask_name,
     save_layer,
+    violations,
     weight_name,
 )
 from permllm.runtime import parallel

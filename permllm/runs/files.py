@@ -33,6 +33,9 @@ CHECKPOINT = "lcp_checkpoint.pt"
 MASK_CHECKPOINT = "mask_checkpoint.pt"
 DISTILL_CHECKPOINT = "distill_checkpoint.pt"
 BEST_SO_FAR = "best_so_far.safetensors"
+# Of loggers: TensorBoard's curves, the id of the W&B run, and a file for each logger that has the
+# final numbers.
+TENSORBOARD, WANDB_ID, LOGGED = "tensorboard", ".wandb-id", ".logged"
 
 # Kept runs, a line each; any such file ends with the suffix.
 RECORDS = "records.jsonl"

@@ -143,13 +143,13 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
         of = [parts[task] for task in counted]
         items = sum(one.items or 0 for one in of)
         bos = next((task.get("add_bos_token") for task in how.values()), None)
-        facts = (
+        of_all = (
             f"of {plain(', '.join(sorted(counted)))}",
             f"{items} items",
             f"add_bos_token={bos}",
         )
         every = {task: one.scores[task] for task, one in parts.items() if one.scores}
-        found["average acc", facts] = Measure(
+        found["average acc", of_all] = Measure(
             mean,
             "accuracy",
             error,

@@ -115,7 +115,7 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     front = found[found["front"]].sort_values("minutes")
     with picture(file, 100) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
-        look = {"where": "post", "linestyle": ":", "color": "grey", "label": "Pareto front"}
+        look: Any = {"where": "post", "linestyle": ":", "color": "grey", "label": "Pareto front"}
         axis.step(front["minutes"], front["value"], **look)
         found["area"] = 30 + 150 * found["memory"] / max(1, found["memory"].max())
         methods = found.sort_values("minutes").groupby("method", sort=False)

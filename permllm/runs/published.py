@@ -58,32 +58,29 @@ class Comparison:
         if missing and len(models) > 1:
             there = f"the table has {', '.join(theirs)}, not {', '.join(missing)}"
             raise ConfigError(f"--paper: {there}; give runs of one model or of these")
-        self.same_model, self.note, self._only = (
-            not missing,
-            "",
-            models[0] if len(models) == 1 else "",
-        )
+        self.same_model, self.note = not missing, ""
+        self._only = models[0] if len(models) == 1 else ""
         if missing:
             self._only = _STAND_IN if _STAND_IN in theirs else theirs[0]
-            numbers = f"The paper's numbers are those of {self._only} on its own protocol, ours of {missing[0]}"
-            self.note = f"{numbers}: compare the order of the rows, not the values."
+            numbers = f"those of {self._only} on its own protocol, ours of {missing[0]}"
+            compare = "compare the order of the rows, not the values"
+            self.note = f"The paper's numbers are {numbers}: {compare}."
         self.heading = f"paper, {self._only}" if self._only else "paper"
-        self._values = {
-            (row.model, row.sparsity, row.method, row.setting, row.metric): row.value
-            / (100 if "_acc" in row.metric else 1)
-            for row in rows
-        }
-        self._varied = [
-            *dict.fromkeys(row.setting.split("=")[0] for row in rows if "=" in row.setting)
-        ]
-        self._tasks = {
-            row.metric.removesuffix("_acc") for row in rows if row.metric.endswith("_acc")
-        } - {"average"}
+        self._values, self._varied, self._tasks = {}, list[str](), set[str]()
+        for row in rows:
+            share = 100 if "_acc" in row.metric else 1
+            key = (row.model, row.sparsity, row.method, row.setting, row.metric)
+            self._values[key] = row.value / share
+            name, varied, _ = row.setting.partition("=")
+            if varied and name not in self._varied:
+                self._varied.append(name)
+            if row.metric.endswith("_acc") and row.metric != "average_acc":
+                self._tasks.add(row.metric.removesuffix("_acc"))
 
     def value(
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
     ) -> float | None:
-        """Return the paper's number for one measure of a run of ours, accuracies as shares; None where it has none.
+        """Return the paper's number for one measure of a run of ours, accuracies as shares, or None.
 
         Args:
             config: settings of the run.
@@ -93,53 +90,45 @@ class Comparison:
         metric = self._metric(measure)
         if metric is None or not self._as_in_the_paper(config):
             return None
-        if ours and (
-            (ours.limited and self.same_model) or (ours.tasks and set(ours.tasks) != self._tasks)
-        ):
+        if ours and ours.limited and self.same_model:
+            return None
+        if ours and ours.tasks and set(ours.tasks) != self._tasks:
             return None
         model = config["model"]["name"] if self.same_model else self._only
         pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
         ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
         method = f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}"
         key = (model, config["sparsity"], method)
-        settings = [
-            f"{name}={_value(config, name)}".replace("last_layers=None", "last_layers=all")
-            for name in self._varied
-        ]
+        settings = [f"{name}={_value(config, name)}" for name in self._varied]
+        settings = [text.replace("last_layers=None", "last_layers=all") for text in settings]
         found = (self._values.get((*key, setting, metric)) for setting in (*settings, ""))
         return next((value for value in found if value is not None), None)
 
     def dense(self, measure: str) -> float | None:
         """Return the paper's number of the dense model; None where there are several models."""
         wanted = (self._only, "dense", self._metric(measure))
-        found = (
-            value
-            for (model, _, method, _, metric), value in self._values.items()
-            if (model, method, metric) == wanted
-        )
-        return next(found, None)
+        for (model, _, method, _, metric), value in self._values.items():
+            if (model, method, metric) == wanted:
+                return float(value)
+        return None
 
     def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
         """Tell whether nothing that this table does not vary differs from the paper."""
-        others = method_of(config) != config["permutation"]["name"]
+        name = config["permutation"]["name"]
         foldable = config["permutation"].get("constraint", "free") != "free"
-        if others or foldable or config.get("keep_dense") or config.get("sparsity_of"):
+        dense = config.get("keep_dense") or config.get("sparsity_of")
+        if method_of(config) != name or foldable or dense:
             return False
         # Another model has other texts anyway, as the note says.
-        of_lcp = config["permutation"]["name"].startswith("lcp")
-        matter = [
-            name for name in _SETTINGS if (self.same_model if name == "calibration" else of_lcp)
-        ]
-        return all(
-            _value(config, name) == _SETTINGS[name][1]
-            for name in matter
-            if name not in self._varied
-        )
+        matter = ["calibration"] if self.same_model else []
+        if name.startswith("lcp"):
+            matter += [name for name in _SETTINGS if name != "calibration"]
+        fixed = [name for name in matter if name not in self._varied]
+        return all(_value(config, name) == _SETTINGS[name][1] for name in fixed)
 
     def _metric(self, measure: str) -> str | None:
-        if "perplexity" in measure and (
-            not self.same_model or measure == "wikitext2 perplexity (window 2048)"
-        ):
+        same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
+        if "perplexity" in measure and same:
             return "wikitext2_ppl"
         match = re.fullmatch(r"(\w+) acc", measure)
         return f"{match[1]}_acc" if match else None

@@ -31,16 +31,24 @@ _STATISTICS = "calibration.statistics"
 _OF_METHODS = {*METHODS, "temperature", "block_size", _STATISTICS, "inputs.permutation.path"}
 # Settings that others say already: sizes of a model beside its name, paths beside the digests of
 # their files.
-_SPARE = {"inputs", "_target_", "path", "data_files"}
-_SPARE |= {"architecture", "device", "hub_name", "source", "revision"}
+_SPARE = {
+    "inputs",
+    "path",
+    "data_files",
+    "architecture",
+    "device",
+    "hub_name",
+    "source",
+    "revision",
+}
+_SPARE |= {"_target_"}
 # Settings that tell two models apart.
-_OF_MODELS = ("model.name", "model.hub_name", "model.revision", "model.architecture")
-_OF_MODELS += ("inputs.model.path",)
+_OF_MODEL = re.compile(r"model\.(name|hub_name|revision|architecture)|inputs\.model\.path")
 # A table always tells which linears have another pattern.
 _PATTERNS = ("keep_dense", "sparsity_of")
 # Columns that stand first.
-_FIRST = ("model", "sparsity", "pruner", "permutation", "permutation.constraint")
-_FIRST += ("mask", "reconstruction", "temperature", "block_size")
+_FIRST = ["model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask"]
+_FIRST += ["reconstruction", "temperature", "block_size"]
 
 
 def measures_of(runs: list[Run]) -> list[dict[str, Measure]]:
@@ -388,7 +396,7 @@ def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd
 
 
 def _model(run: Run) -> str:
-    return run.key(*(name for name in run.identity if not name.startswith(_OF_MODELS)))
+    return run.key(*(name for name in run.identity if not _OF_MODEL.match(name)))
 
 
 def _ranked(names: Iterable[str]) -> list[str]:

@@ -32,8 +32,7 @@ from permllm.models.load import folder_identity
 from permllm.models.selection import differing_patterns, pruned_groups
 from permllm.permutation.foldable import expanded, shared_orders
 from permllm.runs.files import file_sha256, write_json, write_text
-from permllm.runs.masks import violations
-from permllm.runs.tensors import save_masks, save_tensors
+from permllm.runs.tensors import save_masks, save_tensors, violations
 from permllm.sparsity.nm import permuted_nm_mask
 from tests.conftest import FAMILY_SETTINGS, tiny_config
 from tests.permutation.test_foldable import random_order

@@ -70,7 +70,7 @@ def _settings() -> RunConfig:
 
 def pruned(
     model: Any, pruner: Pruner, found: Found = Found(), permutation: Any = Identity(), **more: Any
-) -> PrunedModel:  # noqa: B008
+) -> PrunedModel:
     """Prune a model; `more` are `groups`, `windows`, `pattern`, `seed`, `reconstruction`, `products` and `record`."""
     config = dataclasses.replace(
         _settings(), sparsity=str(more.get("pattern", PATTERN)), seed=more.get("seed", 0)

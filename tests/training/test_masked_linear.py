@@ -49,7 +49,7 @@ def dense_output(
     kept = (
         torch.zeros_like(groups).scatter_(2, groups.topk(pattern.n, dim=2).indices, 1.0).flatten(1)
     )
-    if variant == "hard":  # noqa: SIM108 (two formulas, side by side)
+    if variant == "hard":
         mask = straight_through(kept, soft_mask) @ p.T
     else:
         mask = straight_through(kept @ hard.T, soft_mask @ p.T)
