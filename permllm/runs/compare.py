@@ -1,4 +1,4 @@
-"""Differences of two rows, with intervals of a paired bootstrap over the windows or items of both."""
+"""Differences of two rows, with intervals of a paired bootstrap over windows or items."""
 
 from __future__ import annotations
 

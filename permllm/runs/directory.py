@@ -1,4 +1,4 @@
-"""The run directory: a file that exists is complete, so that a run continues after its last file."""
+"""The run directory: a file that exists is complete, and a run continues after its last file."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Record:
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a stage, note the peak of the memory, and save the metrics, also when it is interrupted.
+        """Time a stage, note the peak of memory, and save the metrics, also when it is interrupted.
 
         The seconds of a stage inside of another one count for the inner one alone. The outer one
         saves.
@@ -198,7 +198,8 @@ class RunDirectory(Record):
                 if force:
                     self._remove(METRICS, *_RESULTS, *_OF_LOGGERS)
                 self._read()
-                return self.metrics, self.evaluation, self.history, self._is_finished()
+                done = is_finished(self.directory, self.evaluation["evaluation"])
+                return self.metrics, self.evaluation, self.history, done
 
             try:
                 state = parallel.on_main(read)
@@ -260,15 +261,13 @@ class RunDirectory(Record):
             if self.metrics["status"] == "finished":
                 self._remove(*_UNFINISHED)  # the process before may have ended between the two
         self.history = read_lines(self.directory / HISTORY)
-        shown = self.evaluation["evaluation"] == self.metrics.get("evaluation")
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
-            if self._is_finished() and not shown:
+            shown = self.metrics.get("evaluation") == self.evaluation["evaluation"]
+            ended = self.metrics["status"] == "finished" and self.evaluation.get("finished")
+            if ended and not shown:
                 self._show_evaluation()
                 self.save()
-
-    def _is_finished(self) -> bool:
-        return is_finished(self.directory, self.evaluation["evaluation"])
 
     @property
     def pruned(self) -> bool:
@@ -276,7 +275,7 @@ class RunDirectory(Record):
         return "sparsity" in self.metrics
 
     def has(self, group: str) -> bool:
-        """Return whether the result of a method of this group, `permutation` or `mask`, is there."""
+        """Return whether the result of this group, `permutation` or `mask`, is there."""
         file = self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]
         return self.pruned or parallel.on_main(file.exists)
 

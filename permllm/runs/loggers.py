@@ -84,7 +84,7 @@ class _WandB(RunLogger):
 
 
 class _Tracked(RunLogger):
-    """A tracker of accelerate. It gets nothing after its first failure, which costs no run its result."""
+    """A tracker of accelerate, which gets nothing more after its first failure."""
 
     def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
         self._tracker, self._end = tracker, end
@@ -208,7 +208,7 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
 
 
 def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
-    """Open a run of MLflow in a database in the runs folder, or where `MLFLOW_TRACKING_URI` says."""
+    """Open a run of MLflow in the runs folder, or where `MLFLOW_TRACKING_URI` says."""
     os.environ.update(_MLFLOW | dict(os.environ))
     home, run = Path(config.runs_dir).resolve(), described(config, directory)
     home.mkdir(parents=True, exist_ok=True)

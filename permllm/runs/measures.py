@@ -1,4 +1,4 @@
-"""The numbers of one run: what `metrics.json` says, the measures of all its evaluations, and how both are shown."""
+"""The measures of one run, from `metrics.json` and its evaluations, and how they are shown."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
 
 
 def column_names(keys: list[Key]) -> dict[Key, str]:
-    """Return the name of each measure's column: with the facts in which measures of one name differ."""
+    """Return each measure's column: its name, with facts in which measures of one name differ."""
     facts_of: dict[str, list[tuple[str, ...]]] = {}
     for name, facts in keys:
         facts_of.setdefault(name, []).append(facts)
@@ -174,7 +174,7 @@ def column_names(keys: list[Key]) -> dict[Key, str]:
 
 
 def _short(digest: str) -> str:
-    """Return some digits of a text's digest; of a file of the hub the repository and the file without the commit."""
+    """Return some digits of a text's digest; of a file of the hub its name without the commit."""
     repository, at, file = plain(digest).partition("@")
     return f"{repository}/{file.partition('/')[2]}" if at else repository[:8]
 
@@ -195,13 +195,13 @@ def setting_text(value: Any) -> str:
 
 
 def number(value: float, kind: str, error: float | None = None) -> str:
-    """Return a number of a kind of measure, with its deviation or standard error, as it is shown."""
+    """Return a number of a kind of measure with its error, as it is shown."""
     form = _FORMATS.get(kind, ".2f")
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """Return the names of a run's permutation, mask and reconstruction; the latter two if they do anything."""
+    """Return the names of a run's permutation, mask and reconstruction that do anything."""
     names = [str(config["permutation"]["name"])]
     for group in ("mask", "reconstruction"):
         name = str((config.get(group) or {}).get("name", METHODS[group]))
@@ -210,7 +210,7 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
-    """Return N:M of `sparsity` of `metrics.json`, with the number of linears of each other pattern."""
+    """Return N:M of a run, with the number of linears of each other pattern."""
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
     parts = [sparsity["pattern"]]
@@ -221,7 +221,7 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return each result of a finished run as it is shown: name, dense model's value, sparse one's."""
+    """Return each result of a run as it is shown: name, dense value, sparse value."""
     dense, sparse = (
         _perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse")
     )
@@ -238,7 +238,7 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return the name of a metric of a task: `gsm8k exact_match strict-match (5 shots)`; a filter where there are several."""
+    """Return a metric's name, with its filter if there are several: `gsm8k em strict (5 shots)`."""
     name, _, how = metric.partition(",")
     several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
     shots = values.get("num_fewshot")
@@ -267,7 +267,7 @@ def average_accuracy(
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
-    """Return the minutes of making the pruned model, without loading and evaluation; a cached calibration takes no time."""
+    """Return the minutes of making the pruned model; a cached calibration takes no time."""
     return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
 
 

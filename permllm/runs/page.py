@@ -138,7 +138,7 @@ def quality(table: Table) -> go.Figure:
 
 
 def curves(runs: list[Run]) -> go.Figure:
-    """Return loss, temperature and flips of each run over epochs; `meta` of a trace is its run's number."""
+    """Return the learning curves of each run; `meta` of a trace is the number of its run."""
     titles = ("loss", "temperature", "channels that changed place")
     figure = make_subplots(cols=3, subplot_titles=titles)
     for number, run in enumerate(runs):

@@ -80,7 +80,7 @@ class Comparison:
     def value(
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
     ) -> float | None:
-        """Return the paper's number for one measure of a run of ours, accuracies as shares, or None.
+        """Return the paper's number for a measure of a run of ours, accuracies as shares, or None.
 
         Args:
             config: settings of the run.

@@ -96,12 +96,12 @@ class Run:
             self.format = str(metrics.get("compute_dtype"))
 
     def key(self, *spared: str) -> str:
-        """Return the identity, without some settings, as a text that runs of equal settings share."""
+        """Return a text that runs share whose identity is equal but for some settings."""
         kept = {key: value for key, value in self.identity.items() if key not in spared}
         return json.dumps(kept, sort_keys=True, default=str)
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings that make a result but the seed, by their names on the command line."""
+        """Return all settings that make a result but the seed, by the names that are typed."""
         found = {}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))

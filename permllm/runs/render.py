@@ -1,4 +1,4 @@
-"""Tables of runs as text, with changes from a baseline and the paper's numbers, and on the terminal."""
+"""Tables of runs, with changes from a baseline and the paper's numbers, as text and printed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
 
 
 def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[str, Any]]]:
-    """Return each row's changes from the baseline in the main measure and the average accuracy, as shares.
+    """Return changes from the baseline in the main measure and the average accuracy, as shares.
 
     Returns:
         By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the
@@ -229,7 +229,7 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
 
 
 def print_comparison(table: Table) -> None:
-    """Print several finished runs: a column for each row of their table, first the dense model's."""
+    """Print several finished runs: a column for each row of their table."""
     frame = cells(table).drop(columns=table.settings)
     names = [*["dense"] * bool(table.dense), *table.names()]
     rows = ([name, *(value or "-" for value in values)] for name, values in frame.items())
@@ -237,7 +237,7 @@ def print_comparison(table: Table) -> None:
 
 
 def print_jobs(jobs: Sequence[tuple[str, str, str]]) -> None:
-    """Print what became of a sweep's jobs, `(label, outcome, directory or reason)`, and the counts."""
+    """Print the jobs of a sweep, `(label, outcome, directory or reason)`, and their counts."""
     _print_table("jobs", ["job", "outcome", "run, or reason"], jobs, "left")
     counts = Counter(outcome for _, outcome, _ in jobs)
     said = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]

@@ -96,7 +96,7 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
-    """Return a table for each model of the runs of a project, and the address of their W&B report."""
+    """Return a table for each model of a project, and the address of their W&B report."""
     name = f"table{options.table.removeprefix('table')}"
     paper, groups = published(name), options.group or [name, f"{name}-*"]
     with _asking(f"the runs of {options.wandb} cannot be had from W&B"):
@@ -137,7 +137,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
 
 @contextmanager
 def _asking(failure: str) -> Iterator[None]:
-    """Turn an error of W&B into one line: its errors are of many classes, some of them not public."""
+    """Turn an error of W&B into one line: some of its classes are not public."""
     try:
         yield
     except Exception as error:

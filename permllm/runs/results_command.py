@@ -1,4 +1,4 @@
-"""One table of all runs below some directories: a column for what varies, mean and deviation over seeds.
+"""One table of runs: a column for what varies, mean and deviation over seeds.
 
 permllm results runs --baseline permutation=none
 permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl

@@ -1,4 +1,4 @@
-"""One table of many runs: a row for runs that differ only in their seed, a column for what varies."""
+"""One table of many runs: a row for runs of equal settings, a column for what varies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _FIRST += ["reconstruction", "temperature", "block_size"]
 
 
 def measures_of(runs: list[Run]) -> list[dict[str, Measure]]:
-    """Return the measures of each run by column: of the sparse model, and after `dense: ` of the dense one."""
+    """Return each run's measures by column, those of the dense model after `dense: `."""
     named = column_names([key for run in runs for key in (*run.sparse, *run.dense)])
     return [
         {named[key]: measure for key, measure in run.sparse.items()}
@@ -94,7 +94,7 @@ class Table:
     """
 
     def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
-        """Take runs; all gaps of a model are measured from the row that `baseline` names as `find` takes it."""
+        """Take runs; `baseline` names the row from which all gaps of its model are measured."""
         self.runs, self.values = runs, measures_of(runs)
         self.frame = frame_of(runs, self.values)
         every = [item for run in self.values for item in run.items()]
@@ -144,7 +144,7 @@ class Table:
         return _ranked(varying) or ["pruner", "permutation"]
 
     def _take_method(self) -> None:
-        """Show the column `method` in place of the settings of methods, where it tells the rows apart."""
+        """Show the column `method` for the settings of methods, where it tells the rows apart."""
         groups = {"pruner", "temperature", "block_size", *METHODS}
         rest = ["method", *(name for name in self.settings if name.split(".")[0] not in groups)]
         typed = self.frame.groupby("row")["method"].nunique().eq(1).all()
@@ -153,7 +153,7 @@ class Table:
             self.settings = rest
 
     def _starts(self) -> dict[int, int]:
-        """Return by row the row from which its gap is measured, if possible of the same statistics."""
+        """Return the row from which each row's gap is measured, if possible of its statistics."""
         firsts = {row: self.first(row) for row in self.labels.index}
         if self.baseline is not None:
             model = _model(firsts[self.baseline])
@@ -173,7 +173,7 @@ class Table:
         return found
 
     def _close_gaps(self) -> list[str]:
-        """Add the measures `gap closed`: of several texts their mean, and one of each. Return notes."""
+        """Add the measures `gap closed`: the mean over texts, and one of each. Return notes."""
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         closed = pd.DataFrame(math.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
@@ -271,7 +271,7 @@ class Table:
         return not math.isnan(self.means.at[row, name])
 
     def error(self, row: int, name: str) -> float | None:
-        """Return the deviation over the seeds of a row, or its only run's standard error; None: not known."""
+        """Return the deviation over the seeds of a row, of one run its standard error, if known."""
         if len(self.rows[row]) > 1:
             return float(self.deviations.at[row, name])
         return value.stderr if (value := self.values[self.rows[row][0]].get(name)) else None
@@ -372,7 +372,7 @@ class Table:
 
 
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of the log-perplexity between unpermuted and dense model that each run closes.
+    """Return the share of the log-perplexity above the dense model's that each run closes.
 
     The mean over seeds is `(ln p_start - ln p_here) / (ln p_start - ln p_end)` of the means of the
     logarithms. A run is measured from the unpermuted model of its seed, if there is one of each

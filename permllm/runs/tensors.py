@@ -110,7 +110,7 @@ class PackedMasks(UserDict[str, Tensor]):
     def set_packed(
         self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]
     ) -> None:
-        """Set a mask of this shape: bits of `packed_mask`, or a function that reads them each time."""
+        """Set a mask of this shape: bits of `packed_mask`, or a function that reads them."""
         self.data[name] = bits, torch.Size(shape)
 
 
@@ -182,7 +182,7 @@ def load_orders(path: Path) -> dict[str, Tensor]:
 
 
 def check_order(where: str, order: Tensor) -> None:
-    """Raise DataError, which begins with `where`, unless an int64 or int32 `(C_in,)` is a permutation."""
+    """Raise DataError, which begins with `where`, unless int64 or int32 holds a permutation."""
     if order.dtype not in (torch.int64, torch.int32) or not is_permutation(order):
         raise DataError(f"{where} is no permutation of its channels")
 
@@ -330,7 +330,7 @@ class Pruned:
         return self._masks[path]
 
     def weight(self, path: str, dense: Tensor) -> Tensor:
-        """Return the pruned weight of a linear, original channel order, on the dense weight's device."""
+        """Return the pruned weight of a linear, original channel order, on `dense`'s device."""
         mask = self.mask(path).to(dense.device)
         if mask.shape != dense.shape:
             shapes = f"the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"

@@ -19,12 +19,7 @@ from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.runs.files import LOGGED, WANDB_ID, read_json, read_lines
-from permllm.runs.loggers import (
-    RunLogger,
-    _WandB,
-    described,
-    open_logger,
-)
+from permllm.runs.loggers import RunLogger, _WandB, described, open_logger
 from permllm.runs.measures import flat_figures
 from tests.conftest import run_command, run_module
 from tests.test_config import composed
