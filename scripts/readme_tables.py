@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
+from permllm.runs.compare import Comparison, published
 from permllm.runs.files import RECORDS, write_text
 from permllm.runs.measures import method_of
 from permllm.runs.plots import points
-from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render
 from permllm.runs.table import GAP, Table

@@ -19,23 +19,16 @@ from permllm.config import RunConfig, digest_of, flatten, identity_of
 from permllm.errors import ConfigError, DataError, InUseError, one_line
 from permllm.runs.environment import command_line
 from permllm.runs.files import (
-    BEST_SO_FAR,
-    CHECKPOINT,
     CONFIG,
-    DISTILL_CHECKPOINT,
     EVALUATIONS,
-    EXPORT,
     HISTORY,
-    LOGGED,
-    MASK_CHECKPOINT,
     MASKS,
     METRICS,
+    OF_LOGGERS,
     PERMUTATIONS,
-    PRUNED_LAYERS,
+    RESULTS,
     SCHEMA_VERSION,
-    TENSORBOARD,
-    WANDB_ID,
-    WEIGHTS,
+    UNFINISHED,
     file_sha256,
     read_json,
     read_lines,
@@ -55,10 +48,6 @@ noted.propagate = False
 
 Value = TypeVar("Value")
 
-# Only an unfinished run needs these.
-_UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
-_RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *_UNFINISHED)
-_OF_LOGGERS = (TENSORBOARD, WANDB_ID, LOGGED)
 # `metrics.json` repeats these keys of the evaluation that was asked for last.
 _COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
 
@@ -103,15 +92,9 @@ class Record:
         save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
     ) -> Value:
-        """Read a file if an earlier process finished it, otherwise compute and write it.
+        """Read a file if an earlier process finished it, otherwise compute and save it.
 
         All ranks have rank 0's value.
-
-        Args:
-            name: of the file in the directory.
-            compute: called where there is no file.
-            save: writes the value to a path, in one move.
-            load: reads it from there.
         """
         value = self.loaded(name, load)
         if value is None:
@@ -153,11 +136,7 @@ class Record:
 
 
 class RunDirectory(Record):
-    """Directory of a run.
-
-    Args:
-        directory: made when missing.
-        config: of the run; a directory with another config is refused.
+    """Directory of a run, made when missing; a directory with another config is refused.
 
     Attributes:
         finished: every stage was done when it was opened, the evaluation that is asked for too.
@@ -179,8 +158,7 @@ class RunDirectory(Record):
     def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
         """Hold the directory, and read what an earlier process left.
 
-        A run that ends by its settings or its text before it has any result leaves no directory
-        behind.
+        A run that ends by its settings or its text before it has any result leaves no directory.
 
         Args:
             force: remove earlier results first.
@@ -196,7 +174,7 @@ class RunDirectory(Record):
                 held.enter_context(self._locked(wait))
                 self._check_config(force)
                 if force:
-                    self._remove(METRICS, *_RESULTS, *_OF_LOGGERS)
+                    self._remove(METRICS, *RESULTS, *OF_LOGGERS)
                 self._read()
                 done = is_finished(self.directory, self.evaluation["evaluation"])
                 return self.metrics, self.evaluation, self.history, done
@@ -208,7 +186,7 @@ class RunDirectory(Record):
             except InUseError:
                 raise
             except (ConfigError, DataError):
-                if made and not any((self.directory / name).exists() for name in _RESULTS):
+                if made and not any((self.directory / name).exists() for name in RESULTS):
                     shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
@@ -259,7 +237,7 @@ class RunDirectory(Record):
                 expected = f"schema_version is not {SCHEMA_VERSION}"
                 raise DataError(f"{file}: {expected}; force=true runs it again")
             if self.metrics["status"] == "finished":
-                self._remove(*_UNFINISHED)  # the process before may have ended between the two
+                self._remove(*UNFINISHED)  # the process before may have ended between the two
         self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
@@ -304,17 +282,16 @@ class RunDirectory(Record):
         self._show_evaluation()
         self.metrics["status"] = "finished"
         digests = self.metrics.setdefault("sha256", {})
-        for name in [name for name in digests if name.split("/")[0] in _UNFINISHED]:
+        for name in [name for name in digests if name.split("/")[0] in UNFINISHED]:
             del digests[name]
         self.save()
         if parallel.rank() == 0:
-            self._remove(*_UNFINISHED)
+            self._remove(*UNFINISHED)
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
         """Read a file that an earlier process finished; None: there is none.
 
-        Raises:
-            DataError: the file is not what was written.
+        Raises DataError where the file is not what was written.
         """
 
         def read() -> Value | None:
@@ -372,12 +349,7 @@ def check_sha256(directory: Path, name: str, digest: str) -> None:
 
 
 def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a directory holds a finished run.
-
-    Args:
-        directory: of the run.
-        evaluation: that it must hold (`permllm.config.evaluation_of`); None: any.
-    """
+    """Return whether a directory holds a finished run, with this evaluation (None: with any)."""
     try:
         metrics = read_json(directory / METRICS)
         there = all((directory / name).is_file() for name in metrics.get("sha256", {}))

@@ -17,25 +17,19 @@ from permllm.errors import DataError, first_line
 # Of `metrics.json` and of kept records.
 SCHEMA_VERSION = 3
 
-CONFIG = "config.yaml"
-METRICS = "metrics.json"
-EVALUATIONS = "evaluations"
-HISTORY = "history.jsonl"
-PERMUTATIONS = "permutations.safetensors"
-MASKS = "masks.safetensors"
-# A file of each layer.
-WEIGHTS = "weights"
-PRUNED_LAYERS = "pruned_layers"
-ENVIRONMENT = "environment.json"
-LOG = "run.log"
-EXPORT = "export"
-CHECKPOINT = "lcp_checkpoint.pt"
-MASK_CHECKPOINT = "mask_checkpoint.pt"
-DISTILL_CHECKPOINT = "distill_checkpoint.pt"
-BEST_SO_FAR = "best_so_far.safetensors"
+CONFIG, ENVIRONMENT, LOG = "config.yaml", "environment.json", "run.log"
+METRICS, EVALUATIONS, HISTORY = "metrics.json", "evaluations", "history.jsonl"
+PERMUTATIONS, MASKS = "permutations.safetensors", "masks.safetensors"
+# Folders: of weights and of pruned layers with a file of each layer, and of the checkpoint.
+WEIGHTS, PRUNED_LAYERS, EXPORT = "weights", "pruned_layers", "export"
+CHECKPOINT, MASK_CHECKPOINT = "lcp_checkpoint.pt", "mask_checkpoint.pt"
+DISTILL_CHECKPOINT, BEST_SO_FAR = "distill_checkpoint.pt", "best_so_far.safetensors"
 # Of loggers: TensorBoard's curves, the id of the W&B run, and a file for each logger that has the
 # final numbers.
-TENSORBOARD, WANDB_ID, LOGGED = "tensorboard", ".wandb-id", ".logged"
+TENSORBOARD, WANDB_ID, LOGGED = OF_LOGGERS = "tensorboard", ".wandb-id", ".logged"
+# Only an unfinished run needs these.
+UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
+RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
 
 # Kept runs, a line each; any such file ends with the suffix.
 RECORDS = "records.jsonl"

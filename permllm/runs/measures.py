@@ -63,13 +63,10 @@ class Measure:
 def measured(
     metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str
 ) -> dict[Key, Measure]:
-    """Return the measures of a run.
+    """Return the measures of a run's `dense` or `sparse` model.
 
-    Args:
-        metrics: of the run.
-        evaluations: of the run, the one that counts first where two measure the same.
-        model: name of the model, which tells windows of two tokenizers apart.
-        which: `dense` or `sparse`.
+    Where two evaluations measure the same the first one counts. The model's name tells windows of
+    two tokenizers apart.
     """
     found: dict[Key, Measure] = {}
     for evaluation in reversed(evaluations):
@@ -249,12 +246,10 @@ def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
 def average_accuracy(
     tasks: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], float, float | None]:
-    """Return the average accuracy of a result.
+    """Return the tasks with items of their own and an accuracy, their mean and its standard error.
 
-    Returns:
-        The tasks that it is over, those with items of their own and an accuracy; their mean; its
-        standard error, the tasks being independent, None where that of one is not known. The mean
-        of no task is not a number.
+    The tasks are independent. The error is None where that of one is not known. The mean of no
+    task is not a number.
     """
     counted = [
         name for name, task in tasks.items() if task["n"] and task["metrics"].get(ACC) is not None

@@ -19,10 +19,10 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from permllm.errors import DataError
+from permllm.runs.compare import Comparison
 from permllm.runs.files import PERMUTATIONS
 from permllm.runs.measures import setting_text
 from permllm.runs.plots import MINUTES, by_layer, points, worth_minutes
-from permllm.runs.published import Comparison
 from permllm.runs.read import Run
 from permllm.runs.render import cells, machine
 from permllm.runs.table import Table

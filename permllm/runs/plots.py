@@ -97,12 +97,9 @@ def points(table: Table, measure: str) -> pd.DataFrame:
 
 
 def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
-    """Write a picture of quality over minutes.
+    """Write a picture of quality over minutes: a point a row, with peak memory as its area.
 
-    It has a point a row, peak memory as its area, the Pareto front and the dense model.
-
-    Raises:
-        ConfigError: no row has the measure, or the picture cannot be written.
+    Raises ConfigError where no row has the measure, or the picture cannot be written.
     """
     name, valid = measure or table.main(), worth_minutes(table)
     if name not in valid:
@@ -147,8 +144,7 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
 def plot_curves(table: Table, file: Path) -> None:
     """Write a picture of the loss curves of all rows that learned.
 
-    Raises:
-        ConfigError: no run has learned, or the picture cannot be written.
+    Raises ConfigError where no run has learned, or the picture cannot be written.
     """
     rows = {row: table.first(row).history for row in table.labels.index}
     learned = {row: history for row, history in rows.items() if history}
@@ -166,14 +162,10 @@ def plot_curves(table: Table, file: Path) -> None:
 
 
 def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 64) -> None:
-    """Write a picture of one linear's mask under every row in original channel order (figure 3).
+    """Write a picture of the corner of one linear's mask under every row (figure 3).
 
-    Args:
-        table: of runs whose directories hold their masks.
-        file: picture; its suffix chooses the format.
-        linear: module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the
-            middle layer.
-        size: rows and columns of the corner that is drawn.
+    The linear is a module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the
+    middle layer.
 
     Raises:
         ConfigError: no run has masks, there is no such linear, or the picture cannot be written.

@@ -249,8 +249,8 @@ def _line(run: Run) -> dict[str, Any]:
         if re.match(_ABSOLUTE, str(config.get(key))):
             config[key] = None
     if paths := config.get("paths"):
-        kept = {key: path for key, path in paths.items() if not re.match(_ABSOLUTE, str(path))}
-        config["paths"] = kept
+        own = [key for key in paths if not re.match(_ABSOLUTE, str(paths[key]))]
+        config["paths"] = {key: paths[key] for key in own}
     if "command" in environment:
         folder = rf"[\w.]*_?dir={_ABSOLUTE}"
         words = (word for word in environment["command"].split() if not re.match(folder, word))

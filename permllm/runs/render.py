@@ -12,9 +12,8 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table as Printed
 
-from permllm.runs.compare import paired
+from permllm.runs.compare import Comparison, paired, published
 from permllm.runs.measures import number, patterns_text, result_rows
-from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run
 from permllm.runs.table import Table
 from permllm.runtime.terminal import terminal
@@ -65,9 +64,10 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         titles = {"ours": "against the baseline"}
         values = _published(table, paper, name)
         if paper and any(value is not None for value in values):
-            theirs = [paper.dense(name), *values]
-            shown = ["" if value is None else number(value, kind) for value in theirs]
-            found[prefix + paper.heading] = shown
+            found[prefix + paper.heading] = [
+                "" if value is None else number(value, kind)
+                for value in (paper.dense(name), *values)
+            ]
             if paper.same_model:
                 scale = 100 if kind == "accuracy" else 1
                 differences = (table.means[name] - pd.Series(values, dtype=float)) * scale
@@ -77,9 +77,8 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
                 titles["paper"] = "paper, against its baseline"
                 titles["difference"] = "difference of the changes"
         for key, title in titles.items() if name in changes else ():
-            intervals = (one["interval"] if key == "ours" else None for one in changes[name])
-            pairs = zip(changes[name], intervals, strict=True)
-            texts = (_change_text(one[key], interval, kind) for one, interval in pairs)
+            interval = "interval" if key == "ours" else ""
+            texts = (_change_text(one[key], one.get(interval), kind) for one in changes[name])
             found[f"{prefix}{title}"] = ["", *texts]
     frame = pd.DataFrame(found)
     if not table.dense:
@@ -139,8 +138,8 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
             there = {name: value for name, value in values.items() if value is not None}
             record["paper"] = {"from": paper.heading} | there
         if table.baseline is not None:
-            own = {name: each[row] for name, each in changes.items() if name in names}
-            record["against_baseline"] = own
+            own = [name for name in changes if name in names]
+            record["against_baseline"] = {name: changes[name][row] for name in own}
         found.append(record | {"runs": [str(table.runs[run].directory) for run in members]})
     return found
 
@@ -152,7 +151,7 @@ def beside(name: str | None, table: Table) -> Comparison | None:
 
 
 def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
-    """Return `permllm.runs.compare.comparison` of two rows of these names in one of `FORMATS`."""
+    """Return `permllm.runs.compare.differences` of two rows of these names in one of `FORMATS`."""
     header = ["measure", *names, "difference", "95 % interval", "over"]
     lines = []
     for line in found:

@@ -28,8 +28,8 @@ from typing import Any
 
 from permllm.config import evaluation_of
 from permllm.errors import ConfigError, DataError
+from permllm.runs.compare import Comparison, published
 from permllm.runs.files import write_text
-from permllm.runs.published import Comparison, published
 from permllm.runs.read import Collection, Run
 from permllm.runs.render import FORMATS, beside, records, render
 from permllm.runs.results_command import BASELINE, PAPER, PLACES, found_in, note

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from permllm.errors import ConfigError
-from permllm.runs.compare import comparison
+from permllm.runs.compare import differences
 from permllm.runs.read import Collection, collect, keep_runs
 from permllm.runs.render import FORMATS, beside, compared, records, render
 from permllm.runs.table import Table
@@ -56,7 +56,7 @@ def work(options: argparse.Namespace) -> Answer:
     note([*table.notes, *([paper.note] if paper and paper.note else [])])
     if options.compare:
         rows = [table.find(text, "--compare") for text in options.compare]
-        found = comparison(table, *rows)
+        found = differences(table, *rows)
         text = "" if options.json else compared(found, options.compare, options.format)
         return Answer(found, lambda: print(text, end=""))
     # Intervals take their time: only what is printed is made.

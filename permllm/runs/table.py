@@ -86,8 +86,7 @@ class Table:
         measures: columns of measures that are shown.
         kinds: kind of each measure.
         gaps: perplexities that each measure of a gap is the mean over.
-        means: mean over the seeds: rows by measures; not a number where a run lacks the measure.
-        deviations: standard deviation over the seeds, likewise.
+        means, deviations: over the seeds, rows by measures; not a number where a run lacks one.
         dense: value and standard error of the measures of the dense model that all runs share.
         starts: for each row that has a gap the row from which it is measured.
         notes: lines for the reader.
@@ -147,9 +146,9 @@ class Table:
         """Show the column `method` for the settings of methods, where it tells the rows apart."""
         groups = {"pruner", "temperature", "block_size", *METHODS}
         rest = ["method", *(name for name in self.settings if name.split(".")[0] not in groups)]
-        typed = self.frame.groupby("row")["method"].nunique().eq(1).all()
-        typed = typed and self.frame["method"].ne("").all()
-        if len(self.rows) > 1 and typed and not self.labels[rest].duplicated().any():
+        typed = self.frame.groupby("row")["method"].agg(set)
+        named = all(len(one) == 1 and "" not in one for one in typed)
+        if len(self.rows) > 1 and named and not self.labels[rest].duplicated().any():
             self.settings = rest
 
     def _starts(self) -> dict[int, int]:
@@ -179,8 +178,8 @@ class Table:
         for row, start in self.starts.items():
             dense = self.seeds(row, [f"{DENSE}{name}" for name in perplexities])
             here, begun = self.seeds(row, perplexities), self.seeds(start, perplexities)
-            found = gap_closed(here, begun, dense.set_axis(perplexities, axis=1))
-            closed.loc[self.rows[row]] = found.to_numpy()
+            dense = dense.set_axis(perplexities, axis=1)
+            closed.loc[self.rows[row]] = gap_closed(here, begun, dense).to_numpy()
         closed = closed.dropna(axis=1, how="all")
         if closed.empty:
             return []
@@ -199,9 +198,10 @@ class Table:
         self.measures[last:last] = [*self.gaps]
         pruners = sorted({self.label(row, "pruner") for row in self.starts})
         if len(pruners) > 1 and self.baseline is None:
-            own = "each pruner's own model without a permutation, so that those of"
-            ending = "do not compare; --baseline names one row for all"
-            notes.append(f"{GAP}: measured from {own} {' and '.join(pruners)} {ending}")
+            own = (
+                f"those of {' and '.join(pruners)} do not compare; --baseline names one row for all"
+            )
+            notes.append(f"{GAP}: measured from each pruner's own unpermuted model: {own}")
         return notes
 
     def _shared_dense(self) -> dict[str, tuple[float, float | None]]:
@@ -232,11 +232,7 @@ class Table:
         return [*notes, f"some rows lack {lacking}"] if lacking else notes
 
     def find(self, text: str, option: str) -> int:
-        """Return the row with some settings, given as `name=value,name=value` after an option.
-
-        Raises:
-            ConfigError: not exactly one row has the values.
-        """
+        """Return the only row with settings that an option gives as `name=value,name=value`."""
         # A value may be a list: a comma parts settings where a name follows.
         wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
         rows = [*self.labels.index]
@@ -297,15 +293,10 @@ class Table:
         return f"{name} (limited)" if self.limited(name) else name
 
     def show(self, columns: str | None, measures: str | None) -> None:
-        """Show some settings and measures alone.
+        """Show some settings, with commas, and measures, with ", ", alone; None: the usual ones.
 
-        Args:
-            columns: names of settings, with commas; None: those that vary.
-            measures: with ", " between them, each the name of a measure or a part of the names of
-                several; None: all but those that are shown only where they are asked for.
-
-        Raises:
-            ConfigError: there is no such setting or measure.
+        A measure is named, or a part of the names of several. Raises ConfigError where there is
+        no such setting or measure.
         """
         if columns:
             self.settings = _ranked(name for name in self.labels if name in columns.split(","))
@@ -325,11 +316,10 @@ class Table:
             self.measures = [name for name in every if name in chosen]
 
     def main(self) -> str | None:
-        """Return the measure that rows are compared by.
+        """Return the measure that rows are compared by, one that all rows have if there is any.
 
-        The perplexity that all rows have; of several their mean gap, if all gaps have one start.
-        Otherwise the average accuracy, otherwise the first accuracy; where rows share nothing, the
-        first perplexity or accuracy.
+        The order is: mean gap of several perplexities, if all gaps have one start; perplexity;
+        average accuracy; other accuracy.
         """
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         accuracies = [name for name in self.measures if self.kinds[name] == "accuracy"]
@@ -374,18 +364,10 @@ class Table:
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
     """Return the share of the log-perplexity above the dense model's that each run closes.
 
-    The mean over seeds is `(ln p_start - ln p_here) / (ln p_start - ln p_end)` of the means of the
-    logarithms. A run is measured from the unpermuted model of its seed, if there is one of each
-    seed.
-
-    Args:
-        here: perplexities of the row, by seed and text.
-        start: perplexities of the unpermuted model, by seed and text.
-        end: perplexities of the dense model, by seed and text.
-
-    Returns:
-        By seed and text; not a number where a perplexity is not finite or the unpermuted model is
-        as good as the dense one.
+    All are by seed and text. The mean over seeds is `(ln start - ln here) / (ln start - ln end)` of
+    the means of the logarithms, where `start` is the unpermuted model and `end` the dense one. A
+    run is measured from the unpermuted model of its seed, if there is one of each seed. The share
+    is not a number where a perplexity is not finite or the unpermuted model as good as the dense.
     """
     here, start, end = np.log(here), np.log(start), np.log(end)
     whole = start.mean(skipna=False) - end.mean(skipna=False)

@@ -38,11 +38,9 @@ def is_permutation(order: Tensor) -> bool:
 
 
 def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
-    """Return the number of groups of M, in permuted order, that hold more than N nonzeros.
+    """Return the number of groups of M that hold more than N nonzeros in permuted order.
 
-    Args:
-        weight: `(C_out, C_in)`, original channel order.
-        perm: int64 `(C_in,)`; None leaves the channels as they are.
+    The weight is `(C_out, C_in)` in original channel order. perm: int64 `(C_in,)`, or None.
     """
     kept = weight != 0
     groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
@@ -54,19 +52,14 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
 
 
 def packed_mask(mask: Tensor) -> Tensor:
-    """Return a mask on the CPU with one bit an entry.
-
-    The bits are uint8 `(bytes,)`, row by row, the first entry in the highest bit.
-    """
+    """Return a CPU mask as uint8 `(bytes,)`, row by row, the first entry in the highest bit."""
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
 def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """Return a mask that `packed_mask` has packed, bool.
 
-    Args:
-        bits: uint8 `(bytes,)` on the CPU.
-        shape: of the mask; None leaves the entries in one row, to the end of the last byte.
+    Without a shape its entries are in one row, to the end of the last byte.
     """
     count = None if shape is None else math.prod(shape)
     mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
@@ -74,13 +67,9 @@ def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 
 
 class PackedMasks(UserDict[str, Tensor]):
-    """Masks by name that take one bit an entry, or none where they lie in a file.
+    """CPU masks by name that take one bit an entry, or none where they lie in a file.
 
-    Each is unpacked when it is asked for. A mask that was returned is a copy: set it again to
-    change it.
-
-    Args:
-        masks: bool on the CPU, of any shape, by name.
+    A mask is unpacked when it is asked for, so it is a copy: set it again to change it.
     """
 
     data: dict[str, Any]  # bits, or a function that reads them, and shape
@@ -117,13 +106,7 @@ class PackedMasks(UserDict[str, Tensor]):
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, on any device, as a safetensors file.
-
-    Args:
-        path: of the file.
-        tensors: by name.
-        metadata: texts by name.
-    """
+    """Write tensors, on any device, as a safetensors file with some metadata."""
     held, storages = {}, set()
     for name, tensor in tensors.items():
         held[name] = tensor.detach().cpu().contiguous()
@@ -170,11 +153,7 @@ def tensor_formats(path: Path) -> dict[str, str]:
 
 
 def load_orders(path: Path) -> dict[str, Tensor]:
-    """Read permutations, int64 `(C_in,)` by channel group.
-
-    Raises:
-        DataError: the file cannot be read, or one of its tensors is no permutation.
-    """
+    """Read permutations, int64 `(C_in,)` by channel group; errors as `opened` and `check_order`."""
     orders = load_tensors(path)
     for name, order in orders.items():
         check_order(f"{path}: {name}", order)
@@ -188,11 +167,9 @@ def check_order(where: str, order: Tensor) -> None:
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks with one bit a weight, as `packed_mask` gives them; shapes stand in the metadata.
+    """Write masks by linear as `packed_mask` gives them, with their shapes in the metadata.
 
-    Args:
-        path: of a safetensors file.
-        masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
+    A mask is bool `(C_out, C_in)` in original channel order, True = kept.
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
     shapes = json.dumps({name: list(packed.shape(name)) for name in packed})
@@ -218,12 +195,7 @@ def save_state(path: Path, state: Any) -> None:
 def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a training state: tensors and plain values alone, so that no code of a stranger runs.
 
-    Args:
-        path: of the file.
-        device: of its tensors.
-
-    Raises:
-        DataError: the file is damaged or something else.
+    Raises DataError, which names the file, where it is damaged or something else.
     """
     try:
         with zipfile.ZipFile(
@@ -294,11 +266,7 @@ def load_layer(path: Path) -> PrunedLayer:
 
 
 class Pruned:
-    """Pruned model of a run, one weight at a time.
-
-    Args:
-        directory: of the run.
-        metrics: of the run.
+    """Pruned model of a run directory, one weight at a time.
 
     Attributes:
         orders: int64 `(C_in,)` by channel group.

@@ -117,7 +117,7 @@ SIZES = {"boolq-passages": 24, "wikitext2": 40, "sciq-support": 32}
 
 
 def nats_of(seed: int, shift: float) -> dict[str, dict[str, Numbers]]:
-    """Return windows that are hard for the dense model and harder, by `shift`, for the sparse one."""
+    """Return nats of windows of the dense model, and by `shift` higher ones of the sparse one."""
     found = {}
     for place, (text, size) in enumerate(SIZES.items()):
         dense = np.random.default_rng(place).normal(3.0, 0.5, size)
@@ -146,7 +146,7 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
         return float((start - here) / (start - made["none"][0][text]["dense"][of].mean()))
 
     def mean_gap(generator: np.random.Generator | None) -> tuple[float, float]:
-        """Return the gap, and its difference from the heuristic's; of all windows without a generator."""
+        """Return the gap, and its difference from the heuristic's; None: of all windows."""
         windows = {
             t: np.arange(n) if generator is None else generator.integers(n, size=n)
             for t, n in SIZES.items()

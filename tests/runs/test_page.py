@@ -1,4 +1,4 @@
-"""The page and the pictures of `permllm report`: what they show, and what a browser makes of the page."""
+"""The page and the pictures of `permllm report`, and its tables from W&B."""
 
 from __future__ import annotations
 
@@ -236,10 +236,10 @@ def test_a_point_says_what_it_is_and_shows_its_run(browser: Any, tmp_path: Path)
         for chosen, count in ((0, 3), (1, 0)):
             page.locator("#run").select_option(str(chosen))
             assert page.locator(".run:visible img").count() == count
-            assert (
-                page.locator("#curves .scatterlayer .trace").count() == 2
-            )  # loss and temperature of the chosen run
-        figure = "(one) => one._fullData.filter((trace) => trace.visible === true).map(({ x, y }) => [[...x], [...y]])"
+            # Loss and temperature of the chosen run.
+            assert page.locator("#curves .scatterlayer .trace").count() == 2
+        visible = "one._fullData.filter((trace) => trace.visible === true)"
+        figure = f"(one) => {visible}.map(({{ x, y }}) => [[...x], [...y]])"
         page.locator("#quality .updatemenu-header").click()
         page.locator("#quality .updatemenu-dropdown-button").filter(has_text="average acc").click()
         assert section.locator(".scatterlayer .point").count() == 1
