@@ -180,8 +180,7 @@ class RunDirectory(Record):
                 return self.metrics, self.evaluation, self.history, done
 
             try:
-                state = parallel.on_main(read)
-                self.metrics, self.evaluation, self.history, self.finished = state
+                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(read)
                 yield
             except InUseError:
                 raise

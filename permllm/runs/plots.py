@@ -91,8 +91,7 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     if lines:
         sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
         ordered = found.assign(badness=sign * found["value"]).sort_values(["minutes", "badness"])
-        best = ordered["badness"].cummin().shift(fill_value=math.inf)
-        found["front"] = ordered["badness"] < best
+        found["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
     return found
 
 

@@ -197,5 +197,4 @@ def _published(
         blocks += [wr.H2(model), wr.MarkdownBlock(render(table, "md", compared))]
         blocks += [wr.P(compared.note), wr.PanelGrid(runsets=[runs], panels=panels)]
     with _asking("the report cannot be saved"):
-        report = wr.Report(**project, title=title, blocks=blocks, width="fluid")
-        return str(report.save().url)
+        return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

@@ -55,8 +55,7 @@ def work(options: argparse.Namespace) -> Answer:
     table.show(options.columns, options.measures)
     note([*table.notes, *([paper.note] if paper and paper.note else [])])
     if options.compare:
-        rows = [table.find(text, "--compare") for text in options.compare]
-        found = differences(table, *rows)
+        found = differences(table, *[table.find(text, "--compare") for text in options.compare])
         text = "" if options.json else compared(found, options.compare, options.format)
         return Answer(found, lambda: print(text, end=""))
     # Intervals take their time: only what is printed is made.
