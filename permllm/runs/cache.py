@@ -103,8 +103,7 @@ def cache_directory() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"cannot be made ({error.strerror}); set PERMLLM_CACHE"
-        raise DataError(f"the cache directory {path} {reason}") from error
+        raise DataError(f"PERMLLM_CACHE: cannot make {path} ({error.strerror})") from error
     return path
 
 

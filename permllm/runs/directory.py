@@ -213,8 +213,7 @@ class RunDirectory(Record):
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
-                reason = f"is not empty and holds no {CONFIG}; choose another one"
-                raise ConfigError(f"run_dir={self.directory} {reason}")
+                raise ConfigError(f"run_dir={self.directory} is not empty and holds no {CONFIG}")
             return
         try:
             present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
@@ -224,8 +223,8 @@ class RunDirectory(Record):
             raise
         both = present.keys() | asked.keys()
         if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
-            reason = f"it differs in {', '.join(differing[:5])}"
-            raise ConfigError(f"{file} is of another run ({reason}); choose another run_dir")
+            keys = ", ".join(differing[:5])
+            raise ConfigError(f"{file} is of another run: {keys} differ; choose another run_dir")
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
@@ -233,8 +232,7 @@ class RunDirectory(Record):
         if file.exists():
             self.metrics = read_json(file)
             if self.metrics.get("schema_version") != SCHEMA_VERSION:
-                expected = f"schema_version is not {SCHEMA_VERSION}"
-                raise DataError(f"{file}: {expected}; force=true runs it again")
+                raise DataError(f"{file}: of another schema_version; force=true runs it again")
             if self.metrics["status"] == "finished":
                 self._remove(*UNFINISHED)  # the process before may have ended between the two
         self.history = read_lines(self.directory / HISTORY)
@@ -343,8 +341,7 @@ def check_sha256(directory: Path, name: str, digest: str) -> None:
     if not path.is_file():
         raise DataError(f"{path} is missing; force=true runs it again")
     if file_sha256(path) != digest:
-        reason = "is not what the run wrote (its sha256 differs)"
-        raise DataError(f"{path} {reason}; force=true runs it again")
+        raise DataError(f"{path} has another sha256 than the run wrote; force=true runs it again")
 
 
 def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:

@@ -36,8 +36,7 @@ def share_gpus(launcher: Any, device: str) -> None:
     os.environ.pop(GPUS, None)
     target = launcher["_target_"]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not target.endswith(".BasicLauncher"):
-        together = "torchrun's processes go through the jobs of a sweep together"
-        raise ConfigError(f"{together}: hydra/launcher=basic")
+        raise ConfigError("torchrun's processes do each job together: give hydra/launcher=basic")
     if "joblib" not in target or device not in ("auto", "cuda"):
         return
     import torch
@@ -45,8 +44,8 @@ def share_gpus(launcher: Any, device: str) -> None:
 
     if count := torch.cuda.device_count():
         if effective_n_jobs(launcher.n_jobs) > count:
-            expected = f"expected at most {count}, one for each GPU"
-            raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: {expected}")
+            jobs = f"hydra.launcher.n_jobs={launcher.n_jobs}"
+            raise ConfigError(f"{jobs}: expected at most {count}, one for each GPU")
         _MADE[:] = [tempfile.TemporaryDirectory(prefix="permllm-gpus-")]
         os.environ[GPUS] = _MADE[0].name
         every = ",".join(map(str, range(count)))

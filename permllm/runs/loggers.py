@@ -102,8 +102,7 @@ class _Tracked(RunLogger):
             self._tracker.log(numbers, number)
         except Exception as error:  # of a database, a connection, a disk
             self._tracker = None
-            reason = first_line(error)
-            log.warning("the logger fails (%s) and gets nothing more of this run", reason)
+            log.warning("the logger fails (%s) and gets nothing more", first_line(error))
 
 
 @contextmanager
@@ -201,8 +200,7 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
     try:
         tracker.start()
     except ImportError as error:
-        needs = "the package tensorboard: pip install -e '.[tensorboard]'"
-        raise ConfigError(f"logger=tensorboard needs {needs}") from error
+        raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
     tracker.log({"config": f"```\n{described(config, directory)['config']}\n```"})
     return _Tracked(tracker, lambda failed: tracker.finish())
 
@@ -229,10 +227,8 @@ def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
         settings = flatten(run["config"]).items()
         tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in settings})
     except ModuleNotFoundError as error:
-        needs = "mlflow-skinny, sqlalchemy and alembic: pip install -e '.[mlflow]'"
-        raise ConfigError(f"logger=mlflow needs {needs}") from error
+        raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
     except Exception as error:  # of a database, a connection, MLflow
-        where = "this run is in its run directory alone"
-        log.warning("MLflow cannot be reached (%s): %s", first_line(error), where)
+        log.warning("MLflow cannot be reached (%s) and gets nothing", first_line(error))
         return NO_LOGGER
     return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))

@@ -179,8 +179,7 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
             layers = by_layer(masks)
             chosen = linear or layers[len(layers) // 2][0]
             if chosen not in masks:
-                there = f"{kept} has no such mask; it has {layers[0][0]}, ..."
-                raise ConfigError(f"--linear {chosen}: {there}")
+                raise ConfigError(f"--linear {chosen}: {kept} has {layers[0][0]}, ...")
             found.append((title, masks[chosen].numpy()[:size, :size]))
     if not found:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")

@@ -79,14 +79,12 @@ class Run:
 
         Raises DataError, which begins with the directory, where the record lacks what tables need.
         """
-        config, metrics = self.config, self.metrics
-        with _checked(self.directory):
+        config, metrics, where = self.config, self.metrics, self.directory
+        with _checked(where):
             if (version := metrics["schema_version"]) != SCHEMA_VERSION:
-                expected = f"expected {SCHEMA_VERSION}"
-                raise DataError(f"{self.directory}: schema_version={version}: {expected}")
+                raise DataError(f"{where}: schema_version={version}: expected {SCHEMA_VERSION}")
             if (status := metrics["status"]) != "finished":
-                continues = "the same command continues it"
-                raise DataError(f"{self.directory}: not finished (status {status!r}); {continues}")
+                raise DataError(f"{where}: not finished ({status}); the same command continues it")
             int(config["seed"]), float(metrics["peak_memory_bytes"]), config["sparsity"]
             names = [str(config[group]["name"]) for group in ("model", "pruner", "permutation")]
             flat = flatten(identity_of(config))
@@ -131,8 +129,9 @@ class Collection:
         if there is run.directory:
             self.runs.append(run)
         else:
-            same = f"has the same settings as {there} and is not counted again"
-            self.notes.append(f"{run.directory} {same}")
+            self.notes.append(
+                f"{run.directory} has the same settings as {there}: not counted again"
+            )
 
 
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
@@ -153,8 +152,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     places, found = list(places), Collection()
     for place in places:
         if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
-            expected = f"is not a directory, nor a file of records such as {RECORDS}"
-            raise ConfigError(f"{place} {expected}")
+            raise ConfigError(f"{place} is not a directory, nor a file of records: {RECORDS}")
     folders = [place for place in places if place.is_dir()]
     for job in [job for place in folders for job in kept(place)]:
         if job.directory and Path(job.directory).is_dir():
@@ -168,8 +166,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     if not files:
         below = ", ".join(map(str, places))
-        expected = f"a run is a directory with a {METRICS}, as `python run.py` leaves it"
-        raise ConfigError(f"no runs below {below}: {expected}")
+        raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}")
     for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
         if apart:
             found.runs.append(run)

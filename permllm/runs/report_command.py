@@ -71,8 +71,7 @@ def work(options: argparse.Namespace) -> Answer:
     if options.wandb and options.table and not options.places and not file:
         return _of_wandb(options)
     if options.wandb or not options.places or not file:
-        files = "DIR... and one of --to, --curves and --masks are needed"
-        raise ConfigError(f"{files}, or --wandb PROJECT and --table alone")
+        raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
     found = found_in(options.places)
     table = Table(found.runs, options.baseline)
     # What draws takes longer to import than a table takes.
@@ -118,8 +117,8 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     note(found.notes)
     if not found.runs:
         there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        wanted = f"no finished run is in the group {' or '.join(groups)}; groups are {there}"
-        raise ConfigError(f"{wanted}; --group '*' takes all runs")
+        wanted = " or ".join(groups)
+        raise ConfigError(f"--group {wanted}: no finished run; groups are {there}, or * for all")
     tables: dict[str, tuple[Table, Comparison]] = {}
     for model in sorted({str(run.config["model"]["name"]) for run in found.runs}):
         runs = [run for run in found.runs if run.config["model"]["name"] == model]
@@ -182,8 +181,7 @@ def _published(
         wr = import_module("wandb_workspaces.reports.v2")
         expr = import_module("wandb_workspaces.expr")
     except ImportError as error:
-        needs = "wandb-workspaces: pip install -e '.[wandb-report]'"
-        raise ConfigError(f"--publish needs {needs}") from error
+        raise ConfigError("--publish needs: pip install -e '.[wandb-report]'") from error
     project, blocks = {"entity": entity, "project": options.wandb}, list[Any]()
     for model, (table, compared) in tables.items():
         perplexities = [run.metrics.get("perplexity", {}).get("sparse", {}) for run in table.runs]

@@ -286,8 +286,7 @@ class Pruned:
         self.orders = load_orders(directory / PERMUTATIONS)
         self.weights_changed: bool = metrics["sparsity"]["weights_changed"]
         if self.weights_changed and not metrics["sparsity"]["weights_kept"]:
-            reason = "it was run with save_weights=false and cannot be rebuilt"
-            raise DataError(f"{directory} has no weights: {reason}")
+            raise DataError(f"{directory} has no weights: it was run with save_weights=false")
         files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
         self.weight_files = {name: file for file in files for name in tensor_formats(file)}
 

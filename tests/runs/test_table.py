@@ -404,7 +404,7 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
         (
             "metrics.status",
             "running",
-            "not finished (status 'running'); the same command continues it",
+            "not finished (running); the same command continues it",
         ),
         ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
