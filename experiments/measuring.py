@@ -24,8 +24,7 @@ from permllm.errors import ConfigError, DataError, first_line
 from permllm.pruning.composition import composed, refusal
 from permllm.runs.cache import choose_cache
 from permllm.runs.environment import environment
-from permllm.runs.files import write_text
-from permllm.runs.names import SCHEMA_VERSION
+from permllm.runs.files import SCHEMA_VERSION, write_text
 from permllm.runs.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.terminal import run_tool

@@ -29,13 +29,11 @@ from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import prune_model
 from permllm.runs import sweep
 from permllm.runs.cache import choose_cache
-from permllm.runs.directory import RunDirectory, run_directory
+from permllm.runs.directory import RunDirectory, job_log, run_directory
 from permllm.runs.environment import environment
-from permllm.runs.files import write_json
-from permllm.runs.job_log import job_log
+from permllm.runs.files import ENVIRONMENT, EXPORT, LOG, write_json
 from permllm.runs.loggers import NO_LOGGER, RunLogger, log_finished, open_logger
 from permllm.runs.measures import flat_figures
-from permllm.runs.names import ENVIRONMENT, EXPORT, LOG
 from permllm.runs.render import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything

@@ -1,4 +1,4 @@
-"""Table of memory by method and model, as `plan=true` estimates it for a GPU; `readme_tables.py` writes it into documents."""
+"""Table of memory by method and model, as `plan=true` estimates it for a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Make the tables of documents anew: python scripts/readme_tables.py [--check] README.md experiments/*/README.md.
+"""Make the tables of documents anew.
+
+    python scripts/readme_tables.py [--check] README.md experiments/*/README.md
 
 A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!--
 /view -->`, files are named from the document's folder. With --check nothing is written, and 1 is
@@ -25,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
-from permllm.runs.files import write_text
+from permllm.runs.compare import Comparison, published
+from permllm.runs.files import RECORDS, write_text
 from permllm.runs.measures import method_of
-from permllm.runs.names import RECORDS
-from permllm.runs.published import Comparison, published
+from permllm.runs.plots import points
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render
 from permllm.runs.table import GAP, Table
@@ -85,17 +87,17 @@ def shown(
 
 
 def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: str) -> str:
-    """Return our runs beside one of the paper's tables; `recipe` is a file of runs of the paper's recipe."""
+    """Return our runs, and a file of runs of the paper's `recipe`, beside one of its tables."""
     runs, numbers = runs_of(folder / RECORDS), published(table)
     options = {"columns": "pruner,permutation", "measures": _SHOWN} | options
     compared = Comparison(numbers, runs[0].config["model"]["name"])
-    gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and the dense model."
+    gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     parts = [
         f"\n    python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick\n"
     ]
     parts += [
         shown(runs, **options, baseline=baseline, paper=compared),
-        f"{compared.note} {gap}\n",
+        f"{compared.note} {gap} the dense model.\n",
         provenance(runs),
     ]
     if recipe:
@@ -117,29 +119,23 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
 
 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
-    """Return rows by the gap that they close, with minutes and memory; no rows whose permutation is another run's."""
+    """Return rows by the gap that they close, with minutes and memory (`points`)."""
     runs = runs_of(folder / records)
     found = Table(runs, baseline)
     found.baseline = None  # the gaps say it
     found.show(columns, "gap closed, perplexity (")
     found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
-    gaps = found.means[GAP].sort_values(ascending=False, kind="stable")
-    rows = [int(row) for row in gaps.index if not found.learned_elsewhere(row)]
-    frame = cells(found).iloc[[0, *(row + 1 for row in rows)]]
-    place = list(frame).index(GAP)
-    frame.insert(
-        place,
-        "minutes",
-        ["", *(f"{found.frame['minutes'][found.fastest(row)]:.1f}" for row in rows)],
-    )
-    frame.insert(
-        place + 1, "peak memory", ["", *(f"{found.memory(row) / 1e9:.2f} GB" for row in rows)]
-    )
+    drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
+    frame = cells(found).iloc[[0, *(drawn.index + 1)]]
+    place, minutes = list(frame).index(GAP), drawn["minutes"].map("{:.1f}".format)
+    memory = (drawn["memory"] / 1e9).map("{:.2f} GB".format)
+    frame.insert(place, "minutes", ["", *minutes])
+    frame.insert(place + 1, "peak memory", ["", *memory])
     return f"{as_text(frame, 'md')}\n{machine(runs)}"
 
 
 def placements(folder: Path, records: str = RECORDS) -> str:
-    """Return memory beside the plan, and seconds beside `device`; of several runs the fastest and the largest peak count."""
+    """Return largest memory beside the plan, and fewest seconds beside `device`."""
     runs = collect([folder / records], apart=True).runs
     found: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
     for run in runs:
@@ -162,7 +158,7 @@ def placements(folder: Path, records: str = RECORDS) -> str:
 
 
 def peers(folder: Path, theirs: str) -> str:
-    """Return our base pruners beside their official implementations (`theirs`, a CSV file), on each text."""
+    """Return our base pruners beside their official implementations, the CSV file `theirs`."""
     runs = runs_of(folder / RECORDS)
     rows = []
     for peer in csv.DictReader((folder / theirs).read_text(encoding="utf-8").splitlines()):
@@ -213,7 +209,7 @@ def peers(folder: Path, theirs: str) -> str:
 
 
 def ablation(folder: Path, records: str = RECORDS) -> str:
-    """Return rows by perplexity, the worst first; each names what differs from a job that says nothing."""
+    """Return rows by perplexity, the worst first, with what differs from a job without settings."""
     lines = pd.DataFrame([_ablated(run) for run in collect([folder / records], apart=True).runs])
     keys = ["pruner", "permutation", "reconstruction", "settings", "processor"]
     groups = lines.groupby(keys, sort=False)
@@ -230,7 +226,8 @@ def ablation(folder: Path, records: str = RECORDS) -> str:
     found[keys[:3]] = "`" + found[keys[:3]] + "`"
     columns = [*keys[:4], "perplexity", "final loss", "seconds", "processor", "records"]
     text = as_text(found.sort_values("mean", ascending=False, kind="stable")[columns], "md")
-    return f"{text}\nDense: {lines['dense'].iloc[0]:.1f}. Seconds of calibration, learning and pruning on two cores."
+    seconds = "Seconds of calibration, learning and pruning on two cores."
+    return f"{text}\nDense: {lines['dense'].iloc[0]:.1f}. {seconds}"
 
 
 def _ablated(run: Run) -> dict[str, Any]:
@@ -263,7 +260,7 @@ def _ablated(run: Run) -> dict[str, Any]:
 
 
 def _differing(run: Run) -> Iterator[tuple[str, Any]]:
-    """Give what sets a run apart from `python run.py` with its pruner and reconstruction, in bfloat16."""
+    """Give what sets a run apart from `python run.py` with its pruner, mask and reconstruction."""
     usual = _usual(
         *(f"{group}={run.config[group]['name']}" for group in ("pruner", "mask", "reconstruction"))
     )
@@ -313,7 +310,8 @@ def provenance(runs: list[Run]) -> str:
     minutes = sum(sum(run.metrics["seconds"].values()) for run in runs) / 60
     seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
     budget = runs[0].config["calibration"]
-    cost = f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included. Runs of several tables count in each"
+    cost = f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included"
+    cost += ". Runs of several tables count in each"
     cached = "what an earlier job had left of the dense model's evaluation and calibration does not"
     calibrated = f"calibrated on {budget['samples']} samples of {budget['seqlen']} tokens"
     return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"

@@ -1,4 +1,4 @@
-"""Records of runs for tests: those that are kept in the repository, small ones, and run directories that hold them."""
+"""Records of runs for tests: kept ones, small ones, and run directories that hold them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from permllm.config import RunConfig, flatten, read_config
 from permllm.pruning.methods import methods_of
-from permllm.runs.published import Comparison, published
+from permllm.runs.compare import Comparison, published
 from tests.conftest import ROOT, run_command
 
 CONF = ROOT / "conf"

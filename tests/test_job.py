@@ -27,9 +27,8 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model, meta_model
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.runs.files import read_json
-from permllm.runs.masks import violations
 from permllm.runs.measures import flat_figures
-from permllm.runs.tensors import load_masks
+from permllm.runs.tensors import load_masks, violations
 from permllm.runtime.terminal import Terminated
 from tests.test_config import composed
 

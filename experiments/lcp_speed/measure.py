@@ -33,7 +33,7 @@ from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.logits import soft_batches
 from permllm.permutation.lcp.temperature import Constant
 from permllm.runs.environment import hardware
-from permllm.runs.names import CHECKPOINT
+from permllm.runs.files import CHECKPOINT
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.speed import clock

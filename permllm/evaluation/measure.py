@@ -15,8 +15,7 @@ from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models.load import LoadedModel
 from permllm.runs.cache import cached, tensor_digest
 from permllm.runs.directory import RunDirectory
-from permllm.runs.files import read_json
-from permllm.runs.names import EVALUATIONS
+from permllm.runs.files import EVALUATIONS, read_json
 from permllm.runtime import parallel
 
 # Values by the name of a text or a task; `scores` is what is kept of single windows or items.

@@ -32,7 +32,7 @@ from permllm.export.verify import stated_patterns
 from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
 from permllm.models.families import linear_at
 from permllm.runs.environment import hardware, versions
-from permllm.runs.masks import violations
+from permllm.runs.tensors import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import peak_memory, reset_peak_memory
 from permllm.runtime.terminal import Answer, terminal

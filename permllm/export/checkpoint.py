@@ -31,8 +31,15 @@ from permllm.models.families import channel_groups
 from permllm.models.load import hub_commit
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
-from permllm.runs.files import file_sha256, matches, read_json, read_yaml, write_json
-from permllm.runs.names import CONFIG, METRICS
+from permllm.runs.files import (
+    CONFIG,
+    METRICS,
+    file_sha256,
+    matches,
+    read_json,
+    read_yaml,
+    write_json,
+)
 from permllm.runs.tensors import Pruned, save_tensors
 from permllm.runtime.terminal import Answer
 from permllm.runtime.values import refused

@@ -12,8 +12,7 @@ from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
-from permllm.runs.files import read_json
-from permllm.runs.names import METRICS
+from permllm.runs.files import METRICS, read_json
 from permllm.runs.tensors import Pruned
 
 

@@ -25,7 +25,7 @@ from permllm.models.checkpoint import (
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import DENSE
 from permllm.runs.files import file_sha256
-from permllm.runs.masks import violations
+from permllm.runs.tensors import violations
 from permllm.runtime.terminal import Answer, terminal
 
 _SEQUENCES, _LENGTH = 4, 64

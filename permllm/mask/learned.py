@@ -15,8 +15,8 @@ from permllm.config import RunConfig
 from permllm.mask.base import LearnedMask, MaskPlan
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
-from permllm.runs.masks import PackedMasks, packed_mask, unpacked_mask
-from permllm.runs.names import MASK_CHECKPOINT
+from permllm.runs.files import MASK_CHECKPOINT
+from permllm.runs.tensors import PackedMasks, packed_mask, unpacked_mask
 from permllm.runtime.values import SETTINGS, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors

@@ -20,7 +20,7 @@ from permllm.config import NMPattern
 from permllm.mask.base import FoundMask
 from permllm.models.families import linear_at
 from permllm.models.layers import LayerStream
-from permllm.runs.masks import PackedMasks
+from permllm.runs.tensors import PackedMasks
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask

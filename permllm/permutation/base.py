@@ -13,7 +13,7 @@ from typing_extensions import override
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
-from permllm.runs.masks import is_permutation
+from permllm.runs.tensors import is_permutation
 from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
 

@@ -13,7 +13,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.base import LocalPermutation
 from permllm.permutation.foldable import foldable
-from permllm.runs.names import PERMUTATIONS
+from permllm.runs.files import PERMUTATIONS
 from permllm.runs.tensors import load_orders
 from permllm.runtime.values import SETTINGS
 from permllm.training.problem import LearningProblem

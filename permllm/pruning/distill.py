@@ -21,7 +21,7 @@ from permllm.pruning.reconstruction import (
     Reconstruction,
 )
 from permllm.pruning.sparsegpt import OBS
-from permllm.runs.names import DISTILL_CHECKPOINT
+from permllm.runs.files import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.training.learner import Learner, Moment, Window

@@ -18,14 +18,14 @@ from permllm.models.offload import masked, placement_of
 from permllm.permutation.base import checked_order
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
-from permllm.runs.masks import violations
-from permllm.runs.names import PRUNED_LAYERS, layer_file
+from permllm.runs.files import PRUNED_LAYERS, layer_file
 from permllm.runs.tensors import (
     PrunedLayer,
     load_layer,
     load_tensor,
     mask_name,
     save_layer,
+    violations,
     weight_name,
 )
 from permllm.runtime import parallel

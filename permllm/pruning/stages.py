@@ -18,7 +18,7 @@ from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_order
 from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.methods import Job, learning_problem, windows_for
-from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS, layer_file
+from permllm.runs.files import MASKS, PERMUTATIONS, WEIGHTS, layer_file
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import DenseCalibration, by_layer, shared_calibration, shared_target

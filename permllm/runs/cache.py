@@ -35,7 +35,7 @@ _CHOSEN: list[str] = []
 
 
 def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
-    """Return `compute()`, or what an earlier job kept of it. All ranks call it, and have rank 0's values.
+    """Return `compute()`, or what an earlier job kept of it; in all ranks rank 0's values.
 
     Args:
         kind: name of the kind of result.
@@ -63,12 +63,10 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
 def _read(file: Path) -> Any:
     """Return what is kept; None: there is nothing, or it is unreadable."""
+    forms: dict[str, Callable[[Path], Any]] = {".json": read_json, ".safetensors": load_tensors}
     try:
-        for kept, load in (
-            (file.with_suffix(".json"), read_json),
-            (file.with_suffix(".safetensors"), load_tensors),
-        ):
-            if kept.exists():
+        for suffix, load in forms.items():
+            if (kept := file.with_suffix(suffix)).exists():
                 os.utime(kept)
                 return load(kept)
     except DataError as error:
@@ -94,28 +92,23 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def choose_cache(folder: str | None) -> None:
-    """Use a folder as the cache directory from here on (`paths.cache_dir`); None: the environment names it."""
+    """Use a folder as the cache directory from here on; None: the environment names it."""
     _CHOSEN[:] = [folder] if folder else []
 
 
 def cache_directory() -> Path:
-    """Return the folder that was chosen, else `PERMLLM_CACHE`, else `permllm` in the user's cache; made when missing."""
-    path = (
-        Path(*_CHOSEN)
-        if _CHOSEN
-        else Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
-    )
+    """Return, and make, the chosen folder, `PERMLLM_CACHE`, or `permllm` in the user's cache."""
+    usual = os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))
+    path = Path(*_CHOSEN or [usual])
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"the cache directory {path} cannot be made ({error.strerror}); set PERMLLM_CACHE"
-        ) from error
+        raise DataError(f"PERMLLM_CACHE: cannot make {path} ({error.strerror})") from error
     return path
 
 
 def _trim(folder: Path) -> None:
-    """Remove the results that were not used for longest while all take more than PERMLLM_CACHE_GB (10^9 bytes)."""
+    """Remove results, those first that were not used for longest, down to PERMLLM_CACHE_GB."""
     text = os.environ.get("PERMLLM_CACHE_GB")
     if not text:
         return
@@ -130,9 +123,7 @@ def _trim(folder: Path) -> None:
             over += file.stat().st_size
     for _, size, file in sorted(found)[:-1]:  # the newest is what was just computed
         if over > 0 and size:
-            with (
-                suppress(Timeout, FileNotFoundError),
-                FileLock(file.with_suffix(".lock"), timeout=0),
-            ):
+            lock = FileLock(file.with_suffix(".lock"), timeout=0)
+            with suppress(Timeout, FileNotFoundError), lock:
                 file.unlink()
                 over -= size

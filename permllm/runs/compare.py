@@ -1,143 +1,129 @@
-"""Differences between two rows, with intervals of a paired bootstrap over the windows or items that both were asked."""
+"""Rows beside each other, with intervals of a paired bootstrap, and beside the paper's numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from permllm.config import flatten
+from permllm.errors import ConfigError
+from permllm.runs.measures import Measure, method_of
 from permllm.runs.table import DENSE, Table
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 Numbers = NDArray[np.float64]
+# The paper's numbers (PermLLM, tables 1 to 8).
+_FILE = Path(__file__).parent / "published.csv"
+# Model of the paper to take where a table does not have ours.
+_STAND_IN = "llama-2-7b"
+# Settings that the paper's tables vary, where ours have them, and the paper's value where a table
+# does not vary them.
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
+    "calibration": ("calibration.dataset", "c4"),
+    "block_size": ("block_size", 64),
+    "last_layers": ("permutation.last_layers", None),
+}
 
 
-@dataclass(frozen=True)
-class Paired:
-    """The difference of two rows in one measure.
-
-    Attributes:
-        value: first row less second row; of a perplexity as a share of the second row's value.
-            Without an interval it is `change`.
-        interval: ends of the interval that holds 95 % of the resampled differences; None for none.
-        over: windows or items that were resampled, and seeds, in words, or the reason why there is
-            no interval.
-    """
-
-    value: float | None
-    interval: list[float] | None
-    over: str
-
-
-def change(table: Table, row: int, other: int, name: str) -> float | None:
-    """Return the difference of two rows, None where there is none.
-
-    A perplexity is compared as a share of the other's, by the geometric mean over seeds.
-    """
-    if not (table.has(row, name) and table.has(other, name)):
-        return None
-    ours, theirs = (float(table.means.at[one, name]) for one in (row, other))
-    if table.kinds[name] in ("accuracy", "share"):
-        return ours - theirs
-    if table.kinds[name] == "perplexity":
-        ours, theirs = (
-            float(np.exp(np.log(table.seeds(one, [name])).mean().iloc[0])) for one in (row, other)
-        )
-    return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
-
-
-def paired(table: Table, row: int, other: int, name: str) -> Paired:
-    """Return the difference of two rows with its interval, or the reason why it has no interval.
+def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
+    """Return the difference of two rows in one measure with its interval.
 
     Windows or items are resampled with replacement, those of each text or task on their own, each
     with the scores of both rows averaged over their seeds. For a gap the windows have the scores of
     the unpermuted and the dense model too.
+
+    Returns:
+        `difference`: first row less second row, of a perplexity as a share of the second row's, by
+        the geometric mean over seeds, None where there is none. `interval`: ends of the interval
+        that holds 95 % of the resampled differences, or None. `over`: windows or items that were
+        resampled, and seeds, in words, or the reason why there is no interval.
     """
-    seeds = [sorted(table.frame["seed"][table.rows[one]]) for one in (row, other)]
+    found = {"difference": _difference(table, row, other, name), "interval": None}
+    seeds, theirs = (sorted(table.seeds(one, []).index) for one in (row, other))
     perplexity = name in table.gaps or table.kinds[name] == "perplexity"
     what = "windows" if perplexity else "items"
-    parts = (
-        _parts(table, (row, other), name, what) if seeds[0] == seeds[1] else "not the same seeds"
-    )
+    parts = _parts(table, (row, other), name, what) if seeds == theirs else "not the same seeds"
     if isinstance(parts, str):
-        return Paired(change(table, row, other, name), None, parts)
-    values = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
+        return found | {"over": parts}
+    ends = interval(parts, _gap_difference if name in table.gaps else np.subtract)
     if table.kinds[name] == "perplexity":
-        values = [math.expm1(value) for value in values]
+        ends = [math.expm1(end) for end in ends]
     over = f"{sum(part.shape[1] for part in parts)} {what}"
     over += f" of {len(parts)} texts" if perplexity and len(parts) > 1 else ""
-    over += f", seeds {', '.join(map(str, seeds[0]))}" if len(seeds[0]) > 1 else ""
-    return Paired(values[0], values[1:], over)
+    over += f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    return found | {"interval": ends, "over": over}
+
+
+def _difference(table: Table, row: int, other: int, name: str) -> float | None:
+    ours, theirs = (float(table.means.at[one, name]) for one in (row, other))
+    if table.kinds[name] in ("accuracy", "share"):
+        return ours - theirs
+    if table.kinds[name] == "perplexity":
+        logs = (np.log(table.seeds(one, [name])[name]).mean() for one in (row, other))
+        ours, theirs = map(float, map(np.exp, logs))
+    return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 
 def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Numbers] | str:
-    """Return the scores that `bootstrap` takes, or the reason why there are none."""
+    """Return the scores that `interval` takes, or the reason why there are none."""
     parts: list[Numbers] = []
     for text in table.gaps.get(name, [name]):
-        # a measure of some runs: of each row, of a gap then also of its unpermuted and its dense
-        # model
+        # Measures of runs: of each row, of a gap also of its unpermuted and its dense model.
         asked = []
         for row in rows:
             asked.append((text, table.rows[row]))
             if name in table.gaps:
-                asked += [
-                    (text, table.rows[table.starts[row]]),
-                    (f"{DENSE}{text}", table.rows[row]),
-                ]
+                asked.append((text, table.rows[table.starts[row]]))
+                asked.append((f"{DENSE}{text}", table.rows[row]))
         found = [
-            [value.scores if (value := table.value(run, one)) else {} for run in runs]
+            [value.scores if (value := table.values[run].get(one)) else {} for run in runs]
             for one, runs in asked
         ]
         if not all(scores for runs in found for scores in runs):
             return f"{what} were not kept"
         for part in found[0][0]:
-            kept = [[scores.get(part) for scores in runs] for runs in found]
-            if len({scores[0] if scores else None for runs in kept for scores in runs}) > 1:
+            kept = [[scores[part] for scores in runs if part in scores] for runs in found]
+            of_each = [[scores for _, scores in runs] for runs in kept]
+            if len({asked for runs in kept for asked, _ in runs}) > 1 or not all(of_each):
                 return f"not the same {what}"
-            parts.append(
-                np.array(
-                    [np.mean([scores[1] for scores in runs if scores], axis=0) for runs in kept]
-                )
-            )
+            parts.append(np.array([np.mean(scores, axis=0) for scores in of_each]))
     if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
         return f"{what} are infinite, or a single one"
     return parts
 
 
-def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
-    """Return a statistic and the ends of its percentile interval, the same at every call.
+def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
+    """Return the ends of the percentile interval of a statistic, the same at every call.
 
-    Args:
-        parts: float64 `(numbers, windows)` of each text or task; the columns of each part are
-            resampled on their own.
-        of: gives the statistic from as many means over the windows as a part has rows; its mean
-            over the parts counts.
+    The columns of each part, float64 `(numbers, windows)` of a text or task, are resampled on their
+    own. `of` gives the statistic from the means of a part's rows; its mean over the parts counts.
     """
     from scipy import stats  # a table without intervals need not wait for it
 
     def mean(*drawn: Any, axis: int = -1) -> Any:
-        means = [
-            part[:, columns.astype(int)].mean(axis=-1)
-            for part, columns in zip(parts, drawn, strict=True)
-        ]
-        return np.mean([of(*part) for part in means], axis=0)
+        chosen = [part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)]
+        return np.mean([of(*part.mean(axis=-1)) for part in chosen], axis=0)
 
-    columns = tuple(np.arange(part.shape[1]) for part in parts)
-    options: Any = {
-        "n_resamples": RESAMPLES,
-        "confidence_level": LEVEL,
-        "method": "percentile",
-        "batch": 500,
-    }
     found = stats.bootstrap(
-        columns, mean, rng=np.random.default_rng(0), vectorized=True, **options
+        [np.arange(part.shape[1]) for part in parts],
+        mean,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        batch=500,
+        rng=np.random.default_rng(0),
+        vectorized=True,
     ).confidence_interval
-    return [float(mean(*columns)), float(found.low), float(found.high)]
+    return [float(found.low), float(found.high)]
 
 
 def _gap_difference(
@@ -146,27 +132,124 @@ def _gap_difference(
     return (start - here) / (start - end) - (its_start - other) / (its_start - its_end)
 
 
-def comparison(table: Table, first: int, second: int) -> list[dict[str, Any]]:
+def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
     """Return two rows in each perplexity, gap and accuracy that both have, as plain values.
 
     Returns:
-        For each its name, both values, the difference, the 95 % `interval` or None, and `over`:
-        windows or items that were resampled, or the reason why there is no interval.
+        For each its name, `kind`, both values, and what `paired` returns.
     """
     found = []
     for name in table.measures:
         kind = table.kinds[name]
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
-            pair = paired(table, first, second, name)
-            line = {
-                "measure": table.heading(name),
-                "kind": kind,
-                "first": table.shown(first, name),
-                "second": table.shown(second, name),
-                "difference": pair.value,
-                "interval": pair.interval,
-                "over": pair.over,
-            }
-            found.append(line)
+            line = {"measure": table.heading(name), "kind": kind}
+            line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
+            found.append(line | paired(table, first, second, name))
     return found
+
+
+def published(table: str) -> list[Any]:
+    """Return the numbers of one table, `table6` or `6`, by the columns of the file.
+
+    Raises ConfigError for no such table.
+    """
+    rows = pd.read_csv(_FILE, dtype={"table": str}, keep_default_na=False)
+    found = rows[rows["table"] == table.removeprefix("table")]
+    if found.empty:
+        valid = ", ".join(f"table{name}" for name in sorted(rows["table"].unique()))
+        raise ConfigError(f"--paper {table}: there is no such table; valid are {valid}")
+    return [*found.itertuples(index=False, name="Published")]
+
+
+class Comparison:
+    """Finder of the paper's number for a run of ours.
+
+    Args:
+        rows: of one table of the paper.
+        models: ours. A single one may be a model that the table does not have: the numbers are
+            those of another model then, as `note` says, and any perplexity of ours stands beside
+            the paper's perplexity on WikiText-2.
+
+    Raises:
+        ConfigError: the table does not have one of several models.
+    """
+
+    def __init__(self, rows: list[Any], *models: str) -> None:
+        theirs = list(dict.fromkeys(row.model for row in rows))
+        missing = [model for model in models if model not in theirs]
+        if missing and len(models) > 1:
+            there = f"the table has {', '.join(theirs)}, not {', '.join(missing)}"
+            raise ConfigError(f"--paper: {there}; give runs of one model or of these")
+        self.same_model, self.note = not missing, ""
+        self._only = models[0] if len(models) == 1 else ""
+        if missing:
+            self._only = _STAND_IN if _STAND_IN in theirs else theirs[0]
+            numbers = f"those of {self._only} on its own protocol, ours of {missing[0]}"
+            compare = "compare the order of the rows, not the values"
+            self.note = f"The paper's numbers are {numbers}: {compare}."
+        self.heading = f"paper, {self._only}" if self._only else "paper"
+        self._values, self._varied, self._tasks = {}, list[str](), set[str]()
+        for row in rows:
+            share = 100 if "_acc" in row.metric else 1
+            key = (row.model, row.sparsity, row.method, row.setting, row.metric)
+            self._values[key] = row.value / share
+            name, varied, _ = row.setting.partition("=")
+            if varied and name not in self._varied:
+                self._varied.append(name)
+            if row.metric.endswith("_acc") and row.metric != "average_acc":
+                self._tasks.add(row.metric.removesuffix("_acc"))
+
+    def value(
+        self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
+    ) -> float | None:
+        """Return the paper's number for a column of a run of ours; None: there is none."""
+        metric = self._metric(measure)
+        if metric is None or not self._as_in_the_paper(config):
+            return None
+        if ours and ours.limited and self.same_model:
+            return None
+        if ours and ours.tasks and set(ours.tasks) != self._tasks:
+            return None
+        model = config["model"]["name"] if self.same_model else self._only
+        pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
+        ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
+        method = f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}"
+        key = (model, config["sparsity"], method)
+        settings = [f"{name}={_value(config, name)}" for name in self._varied]
+        settings = [text.replace("last_layers=None", "last_layers=all") for text in settings]
+        found = (self._values.get((*key, setting, metric)) for setting in (*settings, ""))
+        return next((value for value in found if value is not None), None)
+
+    def dense(self, measure: str) -> float | None:
+        """Return the paper's number of the dense model; None where there are several models."""
+        wanted = (self._only, "dense", self._metric(measure))
+        for (model, _, method, _, metric), value in self._values.items():
+            if (model, method, metric) == wanted:
+                return float(value)
+        return None
+
+    def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether nothing that this table does not vary differs from the paper."""
+        name = config["permutation"]["name"]
+        foldable = config["permutation"].get("constraint", "free") != "free"
+        dense = config.get("keep_dense") or config.get("sparsity_of")
+        if method_of(config) != name or foldable or dense:
+            return False
+        # Another model has other texts anyway, as the note says.
+        matter = ["calibration"] if self.same_model else []
+        if name.startswith("lcp"):
+            matter += [name for name in _SETTINGS if name != "calibration"]
+        fixed = [name for name in matter if name not in self._varied]
+        return all(_value(config, name) == _SETTINGS[name][1] for name in fixed)
+
+    def _metric(self, measure: str) -> str | None:
+        same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
+        if "perplexity" in measure and same:
+            return "wikitext2_ppl"
+        match = re.fullmatch(r"(\w+) acc", measure)
+        return f"{match[1]}_acc" if match else None
+
+
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    return flatten(dict(config)).get(*_SETTINGS[name])

@@ -1,4 +1,4 @@
-"""The run directory: a file of it that exists is complete, so that a run continues after the last file that it left."""
+"""The run directory: a file that exists is complete, and a run continues after its last file."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ import yaml
 from filelock import FileLock, Timeout
 
 from permllm.config import RunConfig, digest_of, flatten, identity_of
-from permllm.errors import ConfigError, DataError, InUseError
-from permllm.runs.files import file_sha256, read_json, read_lines, read_yaml, write_json, write_text
-from permllm.runs.job_log import noted
-from permllm.runs.names import (
-    BEST_SO_FAR,
-    CHECKPOINT,
+from permllm.errors import ConfigError, DataError, InUseError, one_line
+from permllm.runs.environment import command_line
+from permllm.runs.files import (
     CONFIG,
-    COPIED,
-    DISTILL_CHECKPOINT,
     EVALUATIONS,
-    EXPORT,
     HISTORY,
-    MASK_CHECKPOINT,
     MASKS,
     METRICS,
+    OF_LOGGERS,
     PERMUTATIONS,
-    PRUNED_LAYERS,
+    RESULTS,
     SCHEMA_VERSION,
-    WEIGHTS,
+    UNFINISHED,
+    file_sha256,
+    read_json,
+    read_lines,
+    read_yaml,
+    write_json,
+    write_text,
 )
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
+from permllm.runtime.terminal import what_happened
 
 log = logging.getLogger(__name__)
+# Goes into the file `run.log` alone: a terminal has progress bars for it.
+noted = logging.getLogger("permllm.noted")
+noted.setLevel(logging.INFO)
+noted.propagate = False
 
 Value = TypeVar("Value")
 
-# Only an unfinished run needs these.
-_UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
-_RESULTS = (METRICS, EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *_UNFINISHED)
+# `metrics.json` repeats these keys of the evaluation that was asked for last.
+_COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
 
 
 class Record:
@@ -68,9 +72,8 @@ class Record:
         self.metrics: dict[str, Any] = {"seconds": {}}
         self.evaluation: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._inside: float | None = (
-            None  # seconds of the stages inside of the one that runs; None: none runs
-        )
+        # Seconds of the stages inside of the one that runs; None: none runs.
+        self._inside: float | None = None
 
     def save(self) -> None:
         """Write the metrics as they are now."""
@@ -89,13 +92,9 @@ class Record:
         save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
     ) -> Value:
-        """Read a file if an earlier process finished it, otherwise compute and write it. All ranks have rank 0's value.
+        """Read a file if an earlier process finished it, otherwise compute and save it.
 
-        Args:
-            name: of the file in the directory.
-            compute: called where there is no file.
-            save: writes the value to a path, in one move.
-            load: reads it from there.
+        All ranks have rank 0's value.
         """
         value = self.loaded(name, load)
         if value is None:
@@ -109,7 +108,7 @@ class Record:
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted.
+        """Time a stage, note the peak of memory, and save the metrics, also when it is interrupted.
 
         The seconds of a stage inside of another one count for the inner one alone. The outer one
         saves.
@@ -122,27 +121,22 @@ class Record:
             yield
         finally:
             took = time.perf_counter() - start
-            seconds = (self.evaluation if name.startswith("evaluate") else self.metrics).setdefault(
-                "seconds", {}
-            )
+            record = self.evaluation if name.startswith("evaluate") else self.metrics
+            seconds = record.setdefault("seconds", {})
             seconds[name] = seconds.get(name, 0.0) + took - self._inside
             self._inside = None if outer is None else outer + took
-            for key, peak in (
-                ("peak_memory_bytes", peak_memory(device)),
-                ("peak_host_memory_bytes", peak_host_memory()),
-            ):
-                self.metrics[key] = max(peak, self.metrics.get(key, 0))
+            peaks = {"peak_memory_bytes": peak_memory(device)}
+            peaks["peak_host_memory_bytes"] = peak_host_memory()
+            self.metrics |= {
+                key: max(peak, self.metrics.get(key, 0)) for key, peak in peaks.items()
+            }
             if outer is None:
                 noted.info("%s: %.1f s", name, seconds[name])
                 self.save()
 
 
 class RunDirectory(Record):
-    """Directory of a run.
-
-    Args:
-        directory: made when missing.
-        config: of the run; a directory with another config is refused.
+    """Directory of a run, made when missing; a directory with another config is refused.
 
     Attributes:
         finished: every stage was done when it was opened, the evaluation that is asked for too.
@@ -152,25 +146,19 @@ class RunDirectory(Record):
 
     def __init__(self, directory: Path, config: RunConfig) -> None:
         super().__init__()
-        self.directory = directory
+        self.directory, self.finished = directory, False
         self.config: dict[str, Any] = json.loads(json.dumps(config.resolved))
-        self._asked = json.loads(json.dumps(config.evaluation_identity))
-        self._digest = digest_of(self._asked)
-        self._evaluation_file = directory / EVALUATIONS / f"{self._digest}.json"
-        self.metrics |= {
-            "schema_version": SCHEMA_VERSION,
-            "status": "running",
-            "name": config.name,
-            "config_hash": config.hash,
-        }
-        self.finished = False
+        asked = json.loads(json.dumps(config.evaluation_identity))
+        self.evaluation = {"evaluation": asked, "evaluation_hash": digest_of(asked)}
+        self._evaluation_file = directory / EVALUATIONS / f"{digest_of(asked)}.json"
+        self.metrics |= {"schema_version": SCHEMA_VERSION, "status": "running"}
+        self.metrics |= {"name": config.name, "config_hash": config.hash}
 
     @contextmanager
     def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
         """Hold the directory, and read what an earlier process left.
 
-        A run that ends by its settings or its text before it has any result leaves no directory
-        behind.
+        A run that ends by its settings or its text before it has any result leaves no directory.
 
         Args:
             force: remove earlier results first.
@@ -180,34 +168,26 @@ class RunDirectory(Record):
             ConfigError: the directory belongs to another run. DataError: a file is unreadable.
         """
         made = parallel.rank() == 0 and not self.directory.exists()
-        try:
-            with ExitStack() as held:
+        with ExitStack() as held:
 
-                def opened() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
-                    held.enter_context(self._locked(wait))
-                    self._check_config(force)
-                    if force:
-                        self._remove(*_RESULTS)
-                    self._read()
-                    return (
-                        self.metrics,
-                        self.evaluation,
-                        self.history,
-                        is_finished(self.directory, self._asked),
-                    )
+            def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
+                held.enter_context(self._locked(wait))
+                self._check_config(force)
+                if force:
+                    self._remove(METRICS, *RESULTS, *OF_LOGGERS)
+                self._read()
+                done = is_finished(self.directory, self.evaluation["evaluation"])
+                return self.metrics, self.evaluation, self.history, done
 
-                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(
-                    opened
-                )
+            try:
+                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(read)
                 yield
-        except InUseError:
-            raise
-        except (ConfigError, DataError):
-            if made and not any(
-                (self.directory / name).exists() for name in _RESULTS if name != METRICS
-            ):
-                shutil.rmtree(self.directory, ignore_errors=True)
-            raise
+            except InUseError:
+                raise
+            except (ConfigError, DataError):
+                if made and not any((self.directory / name).exists() for name in RESULTS):
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                raise
 
     @contextmanager
     def _locked(self, wait: bool) -> Iterator[None]:
@@ -215,19 +195,16 @@ class RunDirectory(Record):
 
         A process that evaluates the same run in another way waits in any case.
         """
-        same, whole = (
-            FileLock(self.directory / f".lock-{self._digest}"),
-            FileLock(self.directory / ".lock"),
-        )
+        same = FileLock(self.directory / f".lock-{self.evaluation['evaluation_hash']}")
+        self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             same.acquire(timeout=0)
         except Timeout as error:
             if not wait:
                 raise InUseError(f"{self.directory} is in use by another process") from error
             log.info("%s: waiting for another process that runs the same", self.directory)
             same.acquire()
-        with same, whole:
+        with same, FileLock(self.directory / ".lock"):
             same.release()  # it is held twice now
             self.directory.mkdir(exist_ok=True)  # the process before may have removed it
             yield
@@ -236,50 +213,36 @@ class RunDirectory(Record):
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
-                raise ConfigError(
-                    f"run_dir={self.directory} is not empty and holds no {CONFIG}; choose another one"
-                )
+                raise ConfigError(f"run_dir={self.directory} is not empty and holds no {CONFIG}")
             return
         try:
-            present, asked = (
-                flatten(identity_of(read_yaml(file))),
-                flatten(identity_of(self.config)),
-            )
+            present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
         except DataError:
             if force:
                 return
             raise
-        if differing := sorted(
-            key for key in present.keys() | asked.keys() if present.get(key) != asked.get(key)
-        ):
+        both = present.keys() | asked.keys()
+        if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
             keys = ", ".join(differing[:5])
-            raise ConfigError(
-                f"{file} is of another run (it differs in {keys}); choose another run_dir"
-            )
+            raise ConfigError(f"{file} is of another run: {keys} differ; choose another run_dir")
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
         file = self.directory / METRICS
         if file.exists():
             self.metrics = read_json(file)
-            if self.metrics.get("status") == "finished":
-                self._remove(*_UNFINISHED)  # the process before may have ended between the two
             if self.metrics.get("schema_version") != SCHEMA_VERSION:
-                raise DataError(
-                    f"{file}: schema_version is not {SCHEMA_VERSION}; force=true runs it again"
-                )
-        self.evaluation = {"evaluation": self._asked, "evaluation_hash": self._digest}
+                raise DataError(f"{file}: of another schema_version; force=true runs it again")
+            if self.metrics["status"] == "finished":
+                self._remove(*UNFINISHED)  # the process before may have ended between the two
+        self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
-            shown = self.metrics.get("evaluation") == self._asked
-            if (
-                self.metrics["status"] == "finished"
-                and self.evaluation.get("finished")
-                and not shown
-            ):
+            shown = self.metrics.get("evaluation") == self.evaluation["evaluation"]
+            ended = self.metrics["status"] == "finished" and self.evaluation.get("finished")
+            if ended and not shown:
                 self._show_evaluation()
                 self.save()
-        self.history = read_lines(self.directory / HISTORY)
 
     @property
     def pruned(self) -> bool:
@@ -287,7 +250,7 @@ class RunDirectory(Record):
         return "sparsity" in self.metrics
 
     def has(self, group: str) -> bool:
-        """Return whether the result of a method of this group, `permutation` or `mask`, is there."""
+        """Return whether the result of this group, `permutation` or `mask`, is there."""
         file = self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]
         return self.pruned or parallel.on_main(file.exists)
 
@@ -297,20 +260,17 @@ class RunDirectory(Record):
         A finished run that is evaluated in another way shows the earlier evaluation until the new
         one is finished.
         """
-        if self.evaluation.keys() & {"perplexity", "tasks"} and parallel.rank() == 0:
-            write_json(self._evaluation_file, self.evaluation)
-        self._write_metrics()
-
-    def _write_metrics(self) -> None:
         if self.metrics["status"] != "finished":
             self._show_evaluation()
         if parallel.rank() == 0:
+            if self.evaluation.keys() & {"perplexity", "tasks"}:
+                write_json(self._evaluation_file, self.evaluation)
             write_json(self.directory / METRICS, self.metrics)
 
     def _show_evaluation(self) -> None:
-        for key in COPIED:
+        for key in _COPIED:
             self.metrics.pop(key, None)
-        self.metrics |= {key: self.evaluation[key] for key in COPIED if key in self.evaluation}
+        self.metrics |= {key: self.evaluation[key] for key in _COPIED if key in self.evaluation}
         self.metrics["seconds"] |= self.evaluation.get("seconds", {})
 
     def finish(self) -> None:
@@ -318,21 +278,17 @@ class RunDirectory(Record):
         self.evaluation["finished"] = True
         self._show_evaluation()
         self.metrics["status"] = "finished"
-        digests = self.metrics.get("sha256", {})
-        self.metrics["sha256"] = {
-            name: digest
-            for name, digest in digests.items()
-            if name.split("/")[0] not in _UNFINISHED
-        }
+        digests = self.metrics.setdefault("sha256", {})
+        for name in [name for name in digests if name.split("/")[0] in UNFINISHED]:
+            del digests[name]
         self.save()
         if parallel.rank() == 0:
-            self._remove(*_UNFINISHED)
+            self._remove(*UNFINISHED)
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
         """Read a file that an earlier process finished; None: there is none.
 
-        Raises:
-            DataError: the file is not what was written.
+        Raises DataError where the file is not what was written.
         """
 
         def read() -> Value | None:
@@ -354,7 +310,7 @@ class RunDirectory(Record):
         def write() -> None:
             save(self.directory / name, value)
             self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
-            self._write_metrics()
+            self.save()
 
         parallel.on_main(write)
 
@@ -362,9 +318,8 @@ class RunDirectory(Record):
         """Replace the history, and `history.jsonl`, by these lines."""
         super().write_history(lines)
         if parallel.rank() == 0:
-            write_text(
-                self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in self.history)
-            )
+            text = "".join(json.dumps(line) + "\n" for line in self.history)
+            write_text(self.directory / HISTORY, text)
 
     def _remove(self, *names: str) -> None:
         for name in names:
@@ -377,30 +332,20 @@ class RunDirectory(Record):
 
 def run_directory(config: RunConfig) -> Path:
     """Return the directory of a run: `run_dir`, or `runs_dir/name-hash`."""
-    return (
-        Path(config.run_dir)
-        if config.run_dir
-        else Path(config.runs_dir) / f"{config.name}-{config.hash}"
-    )
+    return Path(config.run_dir or Path(config.runs_dir) / f"{config.name}-{config.hash}")
 
 
 def check_sha256(directory: Path, name: str, digest: str) -> None:
     """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
     path = directory / name
-    if not path.is_file() or file_sha256(path) != digest:
-        reason = (
-            "is not what the run wrote (its sha256 differs)" if path.is_file() else "is missing"
-        )
-        raise DataError(f"{path} {reason}; force=true runs it again")
+    if not path.is_file():
+        raise DataError(f"{path} is missing; force=true runs it again")
+    if file_sha256(path) != digest:
+        raise DataError(f"{path} has another sha256 than the run wrote; force=true runs it again")
 
 
 def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a directory holds a finished run.
-
-    Args:
-        directory: of the run.
-        evaluation: that it must hold (`permllm.config.evaluation_of`); None: any.
-    """
+    """Return whether a directory holds a finished run, with this evaluation (None: with any)."""
     try:
         metrics = read_json(directory / METRICS)
         there = all((directory / name).is_file() for name in metrics.get("sha256", {}))
@@ -412,3 +357,29 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
         return bool(other.get("finished"))
     except DataError:
         return False
+
+
+@contextmanager
+def job_log(file: Path) -> Iterator[None]:
+    """Append to a file what is logged inside, the command, and why the job ended unfinished."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # A full disk is the record's to tell.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    loggers = (logging.getLogger(), noted)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        noted.info("command: %s", command_line())
+        yield
+        noted.info("finished")
+    except KeyboardInterrupt as error:
+        noted.error("ended: %s", what_happened(error))
+        raise
+    except BaseException as error:
+        noted.error("ended: %s", one_line(error) or type(error).__name__)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

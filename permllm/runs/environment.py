@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:
-    """Return versions, commit, hardware, seed, command and time, as plain values; memory in bytes."""
+    """Return versions, commit, hardware, seed, command and time, as plain values."""
     return {
         "versions": versions(),
         "git": git_commit(),
@@ -72,14 +72,13 @@ def command_line() -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Return processor, vector instructions, cores, memory (bytes), the processes if there are several, the GPU if any.
+    """Return processor, vector instructions, cores, memory (bytes), processes and the GPU, if any.
 
     Processors of one name may differ in their instructions, and so by a multiple in their speed.
     """
     found: dict[str, Any] = {
-        "system": " ".join(
-            [platform.system(), platform.machine(), *platform.libc_ver()]
-        ).strip(),  # not whose kernel it is
+        # not whose kernel it is
+        "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_products": multiplies_bfloat16(device),
@@ -102,26 +101,22 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 @cache
 def git_commit() -> dict[str, Any] | None:
-    """Return the commit of the checkout that the package lies in, and whether it has changes; None outside a checkout."""
+    """Return the commit of the package's checkout, and whether it has changes; None outside one."""
     folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        words = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
-    named = re.search(
-        r"^model name\s*: (.*)$", file.read_text() if file.exists() else "", re.MULTILINE
-    )
+    text = file.read_text() if file.exists() else ""
+    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     return named[1] if named else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Files that appear whole: written beside the target, then renamed."""
+"""Files of a run directory: their names, and writing that leaves a whole file or none."""
 
 from __future__ import annotations
 
@@ -14,8 +14,34 @@ import yaml
 
 from permllm.errors import DataError, first_line
 
+# Of `metrics.json` and of kept records.
+SCHEMA_VERSION = 3
+
+CONFIG, ENVIRONMENT, LOG = "config.yaml", "environment.json", "run.log"
+METRICS, EVALUATIONS, HISTORY = "metrics.json", "evaluations", "history.jsonl"
+PERMUTATIONS, MASKS = "permutations.safetensors", "masks.safetensors"
+# Folders: of weights and of pruned layers with a file of each layer, and of the checkpoint.
+WEIGHTS, PRUNED_LAYERS, EXPORT = "weights", "pruned_layers", "export"
+CHECKPOINT, MASK_CHECKPOINT = "lcp_checkpoint.pt", "mask_checkpoint.pt"
+DISTILL_CHECKPOINT, BEST_SO_FAR = "distill_checkpoint.pt", "best_so_far.safetensors"
+# Of loggers: TensorBoard's curves, the id of the W&B run, and a file for each logger that has the
+# final numbers.
+TENSORBOARD, WANDB_ID, LOGGED = OF_LOGGERS = "tensorboard", ".wandb-id", ".logged"
+# Only an unfinished run needs these.
+UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
+RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
+
+# Kept runs, a line each; any such file ends with the suffix.
+RECORDS = "records.jsonl"
+LINES = ".jsonl"
+
 # The list of a folder's files, among them.
 _LIST = "sha256.json"
+
+
+def layer_file(folder: str, layer: int) -> str:
+    """Return the name of a decoder layer's file, in `WEIGHTS` or `PRUNED_LAYERS`."""
+    return f"{folder}/{layer:05d}.safetensors"
 
 
 @contextmanager
@@ -38,10 +64,7 @@ def replaced(path: Path) -> Iterator[Path]:
         yield scratch
         scratch.chmod(mode)
         os.replace(scratch, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.save raises a RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's where the disk is full
         raise DataError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)
@@ -63,12 +86,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises DataError, which names the file, where it cannot be read or holds something else.
     """
-    return _read(path, json.loads, "JSON")  # type: ignore[no-any-return]
+    return _read(path, json.loads, "JSON")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file. Errors as `read_json`."""
-    return _read(path, yaml.safe_load, "YAML")  # type: ignore[no-any-return]
+    return _read(path, yaml.safe_load, "YAML")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -78,9 +101,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    return _read(
-        path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list
-    )
+
+    def parse(text: str) -> list[dict[str, Any]]:
+        return [dict(json.loads(line)) for line in text.splitlines()]
+
+    return _read(path, parse, "JSON", list)
 
 
 def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:
@@ -113,9 +138,8 @@ def as_listed(folder: Path) -> bool:
     """Return whether a folder holds the files that `write_list` found, unchanged, and no others."""
     try:
         digests = read_json(folder / _LIST)
-        return digests.keys() | {_LIST} == {file.name for file in folder.iterdir()} and matches(
-            folder, digests
-        )
+        same = digests.keys() | {_LIST} == {file.name for file in folder.iterdir()}
+        return same and matches(folder, digests)
     except DataError:
         return False
 

@@ -26,32 +26,30 @@ def first() -> bool:
 
 
 def share_gpus(launcher: Any, device: str) -> None:
-    """Make the locks of the GPUs for joblib's processes. Raises ConfigError where the launcher cannot share what is there.
+    """Make the locks of the GPUs for joblib's processes.
 
     The cores are shared by joblib, which gives each process its part of the threads.
+
+    Raises:
+        ConfigError: the launcher cannot share what is there.
     """
     os.environ.pop(GPUS, None)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not launcher["_target_"].endswith(
-        ".BasicLauncher"
-    ):
-        raise ConfigError(
-            "torchrun's processes go through the jobs of a sweep together: hydra/launcher=basic"
-        )
-    if "joblib" not in launcher["_target_"] or device not in ("auto", "cuda"):
+    target = launcher["_target_"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not target.endswith(".BasicLauncher"):
+        raise ConfigError("torchrun's processes do each job together: give hydra/launcher=basic")
+    if "joblib" not in target or device not in ("auto", "cuda"):
         return
     import torch
     from joblib import effective_n_jobs  # type: ignore[import-untyped]
 
     if count := torch.cuda.device_count():
         if effective_n_jobs(launcher.n_jobs) > count:
-            raise ConfigError(
-                f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU"
-            )
+            jobs = f"hydra.launcher.n_jobs={launcher.n_jobs}"
+            raise ConfigError(f"{jobs}: expected at most {count}, one for each GPU")
         _MADE[:] = [tempfile.TemporaryDirectory(prefix="permllm-gpus-")]
         os.environ[GPUS] = _MADE[0].name
-        for name in (
-            os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        ).split(","):
+        every = ",".join(map(str, range(count)))
+        for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(","):
             Path(_MADE[0].name, name).touch()
 
 
@@ -63,8 +61,6 @@ def take_gpu() -> None:
             with suppress(Timeout):
                 lock.acquire(timeout=0)  # until the process ends
                 _HELD.append(lock)
-                os.environ["CUDA_VISIBLE_DEVICES"] = (
-                    file.name
-                )  # CUDA reads it when it is used first
+                os.environ["CUDA_VISIBLE_DEVICES"] = file.name  # before CUDA is used first
                 return
         time.sleep(1)  # for a process that joblib replaces and that is about to end

@@ -1,4 +1,4 @@
-"""The numbers of one run: what `metrics.json` says, the measures of all its evaluations, and how both are shown."""
+"""The measures of one run, from `metrics.json` and its evaluations, and how they are shown."""
 
 from __future__ import annotations
 
@@ -63,49 +63,43 @@ class Measure:
 def measured(
     metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str
 ) -> dict[Key, Measure]:
-    """Return the measures of a run.
+    """Return the measures of a run's `dense` or `sparse` model.
 
-    Args:
-        metrics: of the run.
-        evaluations: of the run, the one that counts first where two measure the same.
-        model: name of the model, which tells windows of two tokenizers apart.
-        which: `dense` or `sparse`.
+    Where two evaluations measure the same the first one counts. The model's name tells windows of
+    two tokenizers apart.
     """
     found: dict[Key, Measure] = {}
     for evaluation in reversed(evaluations):
         found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        found["saliency retained", ()] = Measure(
-            statistics.fmean(metrics["retained_saliency"].values()), "share"
-        )
-        found["output error", ()] = Measure(
-            statistics.fmean(metrics["output_error"].values()), "error"
-        )
-        found["zeros", ()] = Measure(float(metrics["sparsity"]["of_model"]), "share")
         # Calibration may be what an earlier job left.
-        seconds = sum(
-            metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate"
-        )
-        found["seconds", ()] = Measure(seconds, "seconds")
+        stages = [stage for stage in PRUNING_STAGES if stage != "calibrate"]
+        numbers = {
+            "saliency retained": (statistics.fmean(metrics["retained_saliency"].values()), "share"),
+            "output error": (statistics.fmean(metrics["output_error"].values()), "error"),
+            "zeros": (float(metrics["sparsity"]["of_model"]), "share"),
+            "seconds": (sum(metrics["seconds"].get(stage, 0.0) for stage in stages), "seconds"),
+        }
+        found |= {(name, ()): Measure(*number) for name, number in numbers.items()}
     return found
 
 
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
     how = evaluation.get("evaluation", {}).get("perplexity", {})
-    scores = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
+    losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
+    begins = "with BOS" if how.get("bos") else "without BOS"
     found: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
-        window, digest = (
-            values["window"],
-            _short(str(evaluation.get("evaluated_texts", {}).get(text, ""))),
-        )
-        begins = "with BOS" if how.get("bos") else "without BOS"
+        window = values["window"]
+        digest = _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
-        nats = [loss / (window - 1) for loss in scores.get(text, [])]
-        kept = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
-        key = (f"{plain(text)} perplexity (window {window})", facts)
-        found[key] = Measure(
-            float(values["value"]), "perplexity", limited=how.get("limit") is not None, scores=kept
+        nats = [loss / (window - 1) for loss in losses.get(text, [])]
+        scores = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
+        found[f"{plain(text)} perplexity (window {window})", facts] = Measure(
+            float(values["value"]),
+            "perplexity",
+            limited=how.get("limit") is not None,
+            scores=scores,
         )
     return found
 
@@ -118,74 +112,74 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
     parts: dict[str, Measure] = {}
     for task, values in tasks.items():
         asked, kept, items = how.get(values.get("asked")) or {}, scores.get(task, {}), values["n"]
-        of_items = (f"{items} items", f"split {plain(str(values.get('split')))}")
         facts = (
-            *of_items,
+            f"{items} items",
+            f"split {plain(str(values.get('split')))}",
             f"add_bos_token={asked.get('add_bos_token')}",
             f"file {str(asked.get('digest', ''))[:8]}",
         )
-        for metric, value in values["metrics"].items():
-            if value is None:
-                continue
+        measured = {name: value for name, value in values["metrics"].items() if value is not None}
+        for metric, value in measured.items():
             # A metric that is no share need not be a mean over the items.
             kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
             each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
-            behind = {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {}
-            error, asked_for = (
-                values["stderr"].get(metric),
-                metric != ACC and ACC in values["metrics"],
-            )
             measure = Measure(
-                float(value), kind, error, values["limited"], items, behind, asked_for=asked_for
+                float(value),
+                kind,
+                values["stderr"].get(metric),
+                values["limited"],
+                items,
+                {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {},
+                asked_for=metric != ACC and ACC in values["metrics"],
             )
             found[plain(task_label(task, values, metric)), facts] = measure
-            parts |= {task: measure} if metric == ACC else {}
+            if metric == ACC:
+                parts[task] = measure
     counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
-        bos = next((task.get("add_bos_token") for task in how.values()), None)
         of = [parts[task] for task in counted]
-        behind = (
-            {task: scores for one in of for task, scores in one.scores.items()}
-            if all(one.scores for one in of)
-            else {}
-        )
-        items, limited = sum(one.items or 0 for one in of), any(one.limited for one in of)
+        items = sum(one.items or 0 for one in of)
+        bos = next((task.get("add_bos_token") for task in how.values()), None)
         of_all = (
             f"of {plain(', '.join(sorted(counted)))}",
             f"{items} items",
             f"add_bos_token={bos}",
         )
+        every = {task: one.scores[task] for task, one in parts.items() if one.scores}
         found["average acc", of_all] = Measure(
-            mean, "accuracy", error, limited, items, behind, tuple(sorted(counted))
+            mean,
+            "accuracy",
+            error,
+            any(one.limited for one in of),
+            items,
+            {task: every[task] for task in counted} if every.keys() >= {*counted} else {},
+            tuple(sorted(counted)),
         )
     return found
 
 
 def column_names(keys: list[Key]) -> dict[Key, str]:
-    """Return the name of each measure's column: with those facts in which measures of one name differ."""
+    """Return each measure's column: its name, with facts in which measures of one name differ."""
     facts_of: dict[str, list[tuple[str, ...]]] = {}
     for name, facts in keys:
         facts_of.setdefault(name, []).append(facts)
-    differ = {
-        name: [len({*values}) > 1 for values in zip(*every, strict=True)]
-        for name, every in facts_of.items()
-    }
-    return {
-        (name, facts): ", ".join([name, *compress(facts, differ[name])]) for name, facts in keys
-    }
+    found = {}
+    for name, facts in keys:
+        differ = [len({*values}) > 1 for values in zip(*facts_of[name], strict=True)]
+        found[name, facts] = ", ".join([name, *compress(facts, differ)])
+    return found
 
 
 def _short(digest: str) -> str:
-    """Return some digits of a text's digest; of a file of the hub the repository and the file without the commit."""
+    """Return some digits of a text's digest; of a file of the hub its name without the commit."""
     repository, at, file = plain(digest).partition("@")
     return f"{repository}/{file.partition('/')[2]}" if at else repository[:8]
 
 
 def plain(text: str) -> str:
     """Return a text of a record without what would break a line or steer a terminal."""
-    return " ".join(
-        "".join(character if character.isprintable() else " " for character in text).split()
-    )
+    printable = (character if character.isprintable() else " " for character in text)
+    return " ".join("".join(printable).split())
 
 
 def setting_text(value: Any) -> str:
@@ -198,59 +192,50 @@ def setting_text(value: Any) -> str:
 
 
 def number(value: float, kind: str, error: float | None = None) -> str:
-    """Return a number of a kind of measure, with its deviation or standard error, as it is shown."""
+    """Return a number of a kind of measure with its error, as it is shown."""
     form = _FORMATS.get(kind, ".2f")
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """Return the names of a run's permutation, mask and reconstruction, without mask and reconstruction that do nothing."""
-    names = {
-        group: str((config.get(group) or {}).get("name", usual)) for group, usual in METHODS.items()
-    }
-    return ", ".join(
-        name for group, name in names.items() if group == "permutation" or name != METHODS[group]
-    )
+    """Return the names of a run's permutation, mask and reconstruction that do anything."""
+    names = [str(config["permutation"]["name"])]
+    for group in ("mask", "reconstruction"):
+        name = str((config.get(group) or {}).get("name", METHODS[group]))
+        names += [name] if name != METHODS[group] else []
+    return ", ".join(names)
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
-    """Return N:M of `sparsity` of `metrics.json`, with the number of linears that have another pattern."""
+    """Return N:M of a run, with the number of linears of each other pattern."""
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
-    parts = [
-        f"{count} linear{'s' * (count > 1)} {other}" for other, count in sorted(others.items())
-    ]
-    parts += [f"{dense} dense"] if dense else []
-    parts += (
-        [f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"]
-        if parts
-        else []
-    )
-    return ", ".join([sparsity["pattern"], *parts])
+    parts = [sparsity["pattern"]]
+    parts += [f"{count} linear{'s' * (count > 1)} {name}" for name, count in sorted(others.items())]
+    parts += [f"{dense} dense"] * bool(dense)
+    zeros = f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"
+    return ", ".join([*parts, *[zeros] * (len(parts) > 1)])
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return every result of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
+    """Return each result of a run as it is shown: name, dense value, sparse value."""
     dense, sparse = (
         _perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse")
     )
     rows = []
     for key, measure in (dense | sparse).items():
-        items = (
-            f", {'limited to ' if measure.limited else ''}{measure.items} items"
-            if measure.items
-            else ""
-        )
+        limited = "limited to " * measure.limited
+        name = f"{key[0]}, {limited}{measure.items} items" if measure.items else key[0]
         before, after = (
             number(one[key].value, measure.kind, one[key].stderr) if key in one else "-"
             for one in (dense, sparse)
         )
-        rows.append((f"{key[0]}{items}", before, after))
+        rows.append((name, before, after))
     return rows
 
 
 def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return the name of a metric of a task: `gsm8k exact_match strict-match (5 shots)`; a filter where there are several."""
+    """Return a metric's name, with its filter if there are several: `gsm8k em strict (5 shots)`."""
     name, _, how = metric.partition(",")
     several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
     shots = values.get("num_fewshot")
@@ -261,17 +246,13 @@ def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
 def average_accuracy(
     tasks: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], float, float | None]:
-    """Return the average accuracy of a result.
+    """Return the tasks with items of their own and an accuracy, their mean and its standard error.
 
-    Returns:
-        The tasks that it is over, those with items of their own and an accuracy; their mean; its
-        standard error, the tasks being independent, None where that of one is not known. The mean
-        of no task is not a number.
+    The tasks are independent. The error is None where that of one is not known. The mean of no
+    task is not a number.
     """
     counted = [
-        name
-        for name, values in tasks.items()
-        if values["n"] and values["metrics"].get(ACC) is not None
+        name for name, task in tasks.items() if task["n"] and task["metrics"].get(ACC) is not None
     ]
     if not counted:
         return [], math.nan, None
@@ -281,30 +262,16 @@ def average_accuracy(
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
-    """Return the minutes of making the pruned model, without loading and evaluation; a cached calibration takes no time."""
+    """Return the minutes of making the pruned model; a cached calibration takes no time."""
     return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
-
-
-def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the sparse model's log-perplexity less the dense one's, the mean over the texts; None where there is none.
-
-    Args:
-        perplexity: as in `metrics.json`.
-    """
-    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
-    differences = [
-        math.log(sparse[name]["value"]) - math.log(dense[name]["value"])
-        for name in dense
-        if name in sparse
-    ]
-    return statistics.fmean(differences) if differences else None
 
 
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a run as one level, keys joined by slashes.
 
     A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the
-    horizontal axis of a scatter plot, `nats_above_dense` the one number of several texts.
+    horizontal axis of a scatter plot. `nats_above_dense`, the sparse model's log-perplexity less
+    the dense one's, is the mean over the texts.
     """
     means = {
         key: {"mean": statistics.fmean(metrics[key].values())}
@@ -316,6 +283,10 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
         for name, value in flatten(metrics | means, "/").items()
         if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
     }
-    nats = nats_above_dense(metrics.get("perplexity", {}))
-    above = {} if nats is None else {"nats_above_dense": nats}
-    return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above
+    flat["minutes"] = pruning_minutes(metrics["seconds"])
+    perplexity = metrics.get("perplexity", {})
+    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
+    if both := dense.keys() & sparse.keys():
+        above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
+        flat["nats_above_dense"] = statistics.fmean(above)
+    return flat

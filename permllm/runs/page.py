@@ -1,4 +1,4 @@
-"""Runs as one HTML page without network: quality over minutes, the table, curves and permutations of a chosen run."""
+"""Runs as one HTML page without network: quality over minutes, the table, and a chosen run."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from permllm.errors import DataError
+from permllm.runs.compare import Comparison
+from permllm.runs.files import PERMUTATIONS
 from permllm.runs.measures import setting_text
-from permllm.runs.plots import MINUTES, measures_of, permutations, points
-from permllm.runs.published import Comparison
+from permllm.runs.plots import MINUTES, by_layer, points, worth_minutes
 from permllm.runs.read import Run
 from permllm.runs.render import cells, machine
 from permllm.runs.table import Table
 
 _SIDE = 192  # pixels of a picture of a permutation
-_POLICY = "default-src 'unsafe-inline' 'unsafe-eval' data: blob:"
 _FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline' 'unsafe-eval' data: blob:">
 <title>PermLLM: {runs} runs</title><link rel="icon" href="data:,">
 <style>body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
-#table_wrapper {{ overflow-x: auto }} figure {{ display: inline-block; margin: 0 1em 1em 0 }} figcaption {{ font-size: 12px }}
-img {{ border: 1px solid #999; image-rendering: pixelated }}</style>
+#table_wrapper {{ overflow-x: auto }} figure {{ display: inline-block; margin: 0 1em 1em 0 }}
+figcaption {{ font-size: 12px }} img {{ border: 1px solid #999; image-rendering: pixelated }}</style>
 <script>{plotly}</script></head><body>
 <h1>PermLLM: pruned models side by side</h1>
 <p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p><ul>{notes}</ul>
@@ -48,165 +48,141 @@ function show() {{
   Plotly.restyle(curves, {{ visible: curves.data.map((trace) => String(trace.meta) === chosen.value) }});
 }}
 chosen.addEventListener("change", show);
-document.getElementById("quality").on("plotly_click", ({{ points }}) => {{ chosen.value = points[0].customdata[0]; show(); }});
+document.getElementById("quality").on("plotly_click", ({{ points }}) => {{
+  chosen.value = points[0].customdata[0]; show();
+}});
 show();
 </script></body></html>
-"""
+"""  # noqa: E501
+# "56.16% ± 2.00%" is sorted by its first number. A text without a number comes last.
+_BY_NUMBER = """function (data, type) {
+  return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
 
 
 def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str:
     """Return the page as text; its policy forbids it to load anything. `paper` as in `cells`."""
-    every = "".join(
-        f"<li>{escape(note)}</li>"
-        for note in (*notes, *table.notes, *([paper.note] if paper else []))
-        if note
-    )
-    named = [
-        (run, name)
-        for name, members in zip(table.names(), table.rows, strict=True)
-        for run in members
-    ]
-    choices = [
-        (run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named
-    ]
+    every = filter(None, [*notes, *table.notes, paper.note if paper else ""])
+    options, details = "", ""
+    for name, members in zip(table.names(), table.rows, strict=True):
+        for run in members:
+            text = escape(f"{name}, seed {table.runs[run].config['seed']}")
+            options += f'<option value="{run}">{text}</option>'
+            details += _details(table.runs[run], run)
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
-        policy=_POLICY,
         runs=len(table.runs),
         rows=len(table.rows),
         plotly=get_plotlyjs(),
-        notes=every,
+        notes="".join(f"<li>{escape(note)}</li>" for note in every),
         quality=_html(quality(table), "quality"),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
         table=_table(cells(table, paper), len(table.settings)),
-        options="".join(f'<option value="{run}">{name}</option>' for run, name in choices),
+        options=options,
         curves=_html(curves(table.runs), "curves"),
-        details="".join(_details(table.runs[run], run) for run, _ in named),
+        details=details,
     )
 
 
 def _html(figure: go.Figure, name: str) -> str:
-    return str(
-        figure.to_html(
-            full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False}
-        )
-    )
+    look = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
+    return str(figure.to_html(**look, div_id=name))
 
 
 def _table(frame: pd.DataFrame, words: int) -> str:
-    # "56.16% ± 2.00%" is sorted by its first number; what has none comes last.
-    number = "function (data, type) { return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"
-    numbers = {
-        "targets": [*range(words, frame.shape[1])],
-        "render": itables.JavascriptFunction(number),
-        "type": "num",
-    }
-    options: Any = {
-        "connected": False,
-        "table_id": "table",
-        "paging": False,
-        "showIndex": False,
-        "order": [],
-        "maxBytes": 0,
-    }
-    return str(
-        itables.to_html_datatable(
-            frame, columnDefs=[numbers], layout={"topEnd": "search"}, **options
-        )
-    )
+    render, targets = itables.JavascriptFunction(_BY_NUMBER), [*range(words, frame.shape[1])]
+    options: Any = {"connected": False, "table_id": "table", "paging": False, "showIndex": False}
+    options |= {"order": [], "maxBytes": 0, "layout": {"topEnd": "search"}}
+    options["columnDefs"] = [{"targets": targets, "render": render, "type": "num"}]
+    return str(itables.to_html_datatable(frame, **options))
 
 
 def quality(table: Table) -> go.Figure:
-    """Return quality over minutes: for each measure a point a row in the colour of its method, and the Pareto front."""
-    figure = go.Figure()
-    for name in measures_of(table):
+    """Return quality over minutes: for each measure a point a row, and the Pareto front."""
+    figure, buttons = go.Figure(), []
+    for name in worth_minutes(table):
         found = points(table, name)
         if found.empty:
             continue
-        found["text"] = [
-            f"{escape(one.name)}<br>{table.shown(row, name)}<br>{one.minutes:.1f} min, {one.memory / 1e9:.2f} GB at the peak"
-            for row, one in zip(found.index, found.itertuples(), strict=True)
-        ]
         found["method"] = found["method"].map(escape)
-        columns = {
-            "x": "minutes",
-            "y": "value",
-            "error_y": "error",
-            "color": "method",
-            "hover_name": "text",
-        }
-        drawn = px.scatter(found, **columns, size="memory", custom_data=["run"])
+        found["text"] = [
+            f"{escape(one.name)}<br>{table.shown(row, name)}<br>{one.minutes:.1f} min, "
+            f"{one.memory / 1e9:.2f} GB at the peak"
+            for row, one in zip(found.index, found.itertuples(index=False), strict=True)
+        ]
+        columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method"}
+        columns |= {"hover_name": "text", "size": "memory"}
+        drawn = px.scatter(found, **columns, custom_data=["run"])
         drawn.update_traces(hovertemplate="%{hovertext}<extra></extra>")
         front = found[found["front"]].sort_values("minutes")
-        line = {"shape": "hv", "dash": "dot", "color": "grey"}
-        drawn.add_scatter(
-            x=front["minutes"],
-            y=front["value"],
-            mode="lines",
-            name="Pareto front",
-            line=line,
-            hoverinfo="skip",
-        )
+        look: Any = {"line": {"shape": "hv", "dash": "dot", "color": "grey"}, "hoverinfo": "skip"}
+        look |= {"mode": "lines", "name": "Pareto front"}
+        drawn.add_scatter(x=front["minutes"], y=front["value"], **look)
         figure.add_traces(drawn.update_traces(meta=name, visible=not figure.data).data)
-    buttons = []
-    for name in dict.fromkeys(trace.meta for trace in figure.data):
         form = ".0%" if table.kinds[name] in ("accuracy", "share") else ""
         dense = f"; dense: {table.shown_dense(name)}" if name in table.dense else ""
-        axis = {
-            "yaxis": {"title": {"text": escape(table.heading(name) + dense)}, "tickformat": form}
-        }
-        visible = {"visible": [trace.meta == name for trace in figure.data]}
-        buttons.append({"label": escape(name), "method": "update", "args": [visible, axis]})
+        title = {"text": escape(table.heading(name) + dense)}
+        buttons.append((name, {"yaxis": {"title": title, "tickformat": form}}))
     if buttons:
-        figure.update_layout(
-            buttons[0]["args"][1],
-            updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}],
-        )
-    return figure.update_layout(
-        xaxis={"title": {"text": MINUTES}, "type": "log"}, height=520, template="plotly_white"
-    )
+        menu = [
+            {
+                "label": escape(name),
+                "method": "update",
+                "args": [{"visible": [trace.meta == name for trace in figure.data]}, axis],
+            }
+            for name, axis in buttons
+        ]
+        place = {"x": 0, "xanchor": "left", "y": 1.15}
+        figure.update_layout(buttons[0][1], updatemenus=[{"buttons": menu, **place}])
+    axis = {"title": {"text": MINUTES}, "type": "log"}
+    return figure.update_layout(xaxis=axis, height=520, template="plotly_white")
 
 
 def curves(runs: list[Run]) -> go.Figure:
-    """Return losses, temperature and flips of every run over epochs; `meta` of a trace is the number of its run."""
-    figure = make_subplots(
-        cols=3, subplot_titles=("loss", "temperature", "channels that changed place")
-    )
+    """Return the learning curves of each run; `meta` of a trace is the number of its run."""
+    titles = ("loss", "temperature", "channels that changed place")
+    figure = make_subplots(cols=3, subplot_titles=titles)
     for number, run in enumerate(runs):
         for key, column in (("loss", 1), ("measured_loss", 1), ("temperature", 2), ("flips", 3)):
             values = [entry.get(key) for entry in run.history]
             look = {"name": key, "meta": number, "mode": "lines+markers", "row": 1, "col": column}
             if any(value is not None for value in values):
                 figure.add_scatter(x=[*range(1, len(values) + 1)], y=values, **look)
-    return figure.update_layout(height=320, template="plotly_white").update_xaxes(
-        title_text="epoch", dtick=1
-    )
+    figure.update_layout(height=320, template="plotly_white")
+    return figure.update_xaxes(title_text="epoch", dtick=1)
 
 
 def _details(run: Run, number: int) -> str:
     try:
-        drawn = "".join(
-            _picture(name, order) for name, order in permutations(run.directory).items()
-        )
+        drawn = _permutations(run.directory / PERMUTATIONS)
     except DataError as error:
         drawn = escape(str(error))
-    settings = ", ".join(
-        f"{key.removesuffix('.name')}={setting_text(value)}" for key, value in run.identity.items()
-    )
-    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in run.metrics["seconds"].items())
+    settings = {
+        key.removesuffix(".name"): setting_text(value) for key, value in run.identity.items()
+    }
+    hint = "Permutations: position to the right, original position upwards."
     facts = [
         str(run.directory),
         machine([run]) if "hardware" in run.environment else "no environment.json",
-        seconds,
-        settings,
+        ", ".join(f"{stage} {value:.1f} s" for stage, value in run.metrics["seconds"].items()),
+        ", ".join(f"{key}={value}" for key, value in settings.items()),
+        hint if drawn else "No permutations are kept here.",
     ]
-    hint = (
-        "Permutations: position to the right, original position upwards."
-        if drawn
-        else "No permutations are kept here."
-    )
-    lines = "".join(f"<p>{escape(fact)}</p>" for fact in [*facts, hint])
+    lines = "".join(f"<p>{escape(fact)}</p>" for fact in facts)
     return f'<div class="run" data-run="{number}" hidden>{lines}{drawn}</div>'
+
+
+def _permutations(file: Path) -> str:
+    """Return pictures of the permutations of the first, the middle and the last layer of a run."""
+    if not file.is_file():
+        return ""
+    from permllm.runs.tensors import load_orders
+
+    orders, drawn = load_orders(file), ""
+    layers = by_layer(orders)
+    for layer in sorted({0, len(layers) // 2, len(layers) - 1}):
+        for name in layers[layer]:
+            drawn += _picture(name, orders[name].numpy())
+    return drawn
 
 
 def _picture(name: str, order: np.ndarray[Any, Any]) -> str:
@@ -215,6 +191,6 @@ def _picture(name: str, order: np.ndarray[Any, Any]) -> str:
     pixels[side - 1 - order * side // len(order), places * side // len(order)] = 0
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
-    source = base64.b64encode(stream.getvalue()).decode()
+    source = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
     said = f"{escape(name)}<br>{(order != places).mean():.1%} of {len(order)} channels moved"
-    return f'<figure><img src="data:image/png;base64,{source}" alt=""><figcaption>{said}</figcaption></figure>'
+    return f'<figure><img src="{source}" alt=""><figcaption>{said}</figcaption></figure>'

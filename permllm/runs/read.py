@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,8 @@ from typing import Any
 
 from permllm.config import flatten, identity_of
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.runs.files import read_json, read_lines, read_yaml, write_text
-from permllm.runs.measures import Key, Measure, measured, plain
-from permllm.runs.names import (
+from permllm.runs.files import (
     CONFIG,
-    COPIED,
     ENVIRONMENT,
     EVALUATIONS,
     HISTORY,
@@ -26,12 +23,27 @@ from permllm.runs.names import (
     METRICS,
     RECORDS,
     SCHEMA_VERSION,
+    read_json,
+    read_lines,
+    read_yaml,
+    write_text,
 )
+from permllm.runs.measures import Key, Measure, measured, plain
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
-# A folder of the machine, which no result depends on: named from the root, of whichever system.
+# A folder of the machine, named from the root of whichever system. No result depends on it.
 _ABSOLUTE = r"['\"]*(/|\\\\|[A-Za-z]:[/\\])"
+# Errors of a record that lacks something, or has something else there.
+_LACKS = (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    OSError,
+)
 
 
 @dataclass
@@ -48,6 +60,7 @@ class Run:
         identity: settings that make the pruned model, flat.
         sparse: measures of the pruned model.
         dense: measures of the dense model.
+        format: of products, such as `bfloat16`.
     """
 
     directory: Path
@@ -59,56 +72,42 @@ class Run:
     identity: dict[str, Any] = field(init=False)
     sparse: dict[Key, Measure] = field(init=False)
     dense: dict[Key, Measure] = field(init=False)
+    format: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Take the measures.
 
         Raises DataError, which begins with the directory, where the record lacks what tables need.
         """
-        config, metrics = self.config, self.metrics
-        with _checked(self.directory):
+        config, metrics, where = self.config, self.metrics, self.directory
+        with _checked(where):
             if (version := metrics["schema_version"]) != SCHEMA_VERSION:
-                raise DataError(
-                    f"{self.directory}: schema_version={version}: expected {SCHEMA_VERSION}"
-                )
+                raise DataError(f"{where}: schema_version={version}: expected {SCHEMA_VERSION}")
             if (status := metrics["status"]) != "finished":
-                raise DataError(
-                    f"{self.directory}: not finished (status {status!r}); the same command continues it"
-                )
+                raise DataError(f"{where}: not finished ({status}); the same command continues it")
             int(config["seed"]), float(metrics["peak_memory_bytes"]), config["sparsity"]
-            model, _, _ = (
-                str(config[group]["name"]) for group in ("model", "pruner", "permutation")
-            )
-            self.identity = {
-                k: value
-                for k, value in flatten(identity_of(config)).items()
-                if k not in _NO_SETTING
-            }
-            self.sparse, self.dense = (
-                measured(metrics, self.evaluations, model, which) for which in ("sparse", "dense")
-            )
+            names = [str(config[group]["name"]) for group in ("model", "pruner", "permutation")]
+            flat = flatten(identity_of(config))
+            self.identity = {key: value for key, value in flat.items() if key not in _NO_SETTING}
+            self.sparse = measured(metrics, self.evaluations, names[0], "sparse")
+            self.dense = measured(metrics, self.evaluations, names[0], "dense")
+            self.format = str(metrics.get("compute_dtype"))
 
     def key(self, *spared: str) -> str:
-        """Return the identity, without some settings, as a text that runs of equal settings share."""
-        return json.dumps(
-            {k: value for k, value in self.identity.items() if k not in spared},
-            sort_keys=True,
-            default=str,
-        )
+        """Return a text that runs share whose identity is equal but for some settings."""
+        kept = {key: value for key, value in self.identity.items() if key not in spared}
+        return json.dumps(kept, sort_keys=True, default=str)
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings that make a result but the seed, by their names on the command line."""
-        flat = {
-            plain(key.removesuffix(".name")): value
-            for key, value in self.identity.items()
-            if key != "seed"
-        }
-        digests = {
-            key.removeprefix("inputs."): digest
-            for key, digest in flat.items()
-            if key.startswith("inputs.") and digest
-        }
-        return flat | {f"{key} (digest)": digest[:8] for key, digest in digests.items()}
+        """Return all settings that make a result but the seed, by the names that are typed."""
+        found = {}
+        for key, value in self.identity.items():
+            name = plain(key.removesuffix(".name"))
+            if key != "seed":
+                found[name] = value
+            if key.startswith("inputs.") and value:
+                found[f"{name.removeprefix('inputs.')} (digest)"] = value[:8]
+        return found
 
 
 @dataclass
@@ -122,10 +121,21 @@ class Collection:
 
     runs: list[Run] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _keys: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, run: Run) -> None:
+        """Add a run, unless one of the same settings is there."""
+        there = self._keys.setdefault(run.key(), run.directory)
+        if there is run.directory:
+            self.runs.append(run)
+        else:
+            self.notes.append(
+                f"{run.directory} has the same settings as {there}: not counted again"
+            )
 
 
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
-    """Return every finished run below some folders and in files of kept records, in the order of their paths.
+    """Return every finished run below folders and in files of kept records, ordered by path.
 
     Below the folder of a sweep those are the runs of its jobs. A file named `records.jsonl` is
     found below a folder; a file of another name is read where it is given.
@@ -139,40 +149,29 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     """
     from permllm.runs.sweep import kept  # imports Hydra
 
-    places = list(places)
+    places, found = list(places), Collection()
     for place in places:
         if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
-            raise ConfigError(
-                f"{place} is not a directory, nor a file of records such as {RECORDS}"
-            )
-    found = Collection()
+            raise ConfigError(f"{place} is not a directory, nor a file of records: {RECORDS}")
     folders = [place for place in places if place.is_dir()]
     for job in [job for place in folders for job in kept(place)]:
         if job.directory and Path(job.directory).is_dir():
             folders.append(Path(job.directory))
         else:
             reason = "its directory is gone" if job.directory else job.reason
-            found.notes.append(
-                f"skipped {job.directory or 'a job'}: {' '.join(job.overrides)}: {reason}"
-            )
+            where = f"{job.directory or 'a job'}: {' '.join(job.overrides)}"
+            found.notes.append(f"skipped {where}: {reason}")
     files = {place for place in places if place.is_file()}
-    files |= {
-        file for folder in folders for name in (METRICS, RECORDS) for file in folder.rglob(name)
-    }
+    for folder in folders:
+        files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     if not files:
         below = ", ".join(map(str, places))
-        raise ConfigError(
-            f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it"
-        )
-    first: dict[str, Run] = {}
+        raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}")
     for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
-        there = first.setdefault(run.key(), run)
-        if there is run or apart:
+        if apart:
             found.runs.append(run)
         else:
-            found.notes.append(
-                f"{run.directory} has the same settings as {there.directory} and is not counted again"
-            )
+            found.add(run)
     if not found.runs:
         raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
     return found
@@ -180,14 +179,12 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
 
 def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
     """Give the finished runs of a file; `notes` get a line for each other one."""
-    lines = {
-        Path(f"{file}, line {number}"): line
-        for number, line in enumerate(file.read_bytes().splitlines(), 1)
-    }
-    for where, line in ({file.parent: None} if file.name == METRICS else lines).items():
+    lines = file.read_bytes().splitlines() if file.name != METRICS else [b""]
+    for number, line in enumerate(lines, 1):
+        where = Path(f"{file}, line {number}") if line else file.parent
         try:
             with _checked(where):
-                yield _of_directory(where) if line is None else _of_line(file, line)
+                yield _of_line(file, line) if line else _of_directory(where)
         except DataError as error:
             notes.append(f"skipped {error}")
 
@@ -197,35 +194,19 @@ def _checked(where: Path) -> Iterator[None]:
     """Turn what a record lacks into a DataError that begins with its place."""
     try:
         yield
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-        OSError,
-    ) as error:
+    except _LACKS as error:
         missing = " is missing" if isinstance(error, KeyError) else ""
         raise DataError(f"{where}: not as a run leaves it: {first_line(error)}{missing}") from error
 
 
 def _of_directory(directory: Path) -> Run:
-    metrics = read_json(directory / METRICS)
-    files = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
-    evaluations = sorted(
-        files, key=lambda one: one["evaluation_hash"] != metrics.get("evaluation_hash")
-    )
+    metrics, config = read_json(directory / METRICS), read_yaml(directory / CONFIG)
+    shown = metrics.get("evaluation_hash")
+    evaluations = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
+    evaluations.sort(key=lambda one: one["evaluation_hash"] != shown)
     environment = read_json(directory / ENVIRONMENT) if (directory / ENVIRONMENT).exists() else {}
-    config, history = read_yaml(directory / CONFIG), read_lines(directory / HISTORY)
-    return Run(directory, config, metrics, evaluations or copied(metrics), environment, history)
-
-
-def copied(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the evaluation that `metrics.json` holds a copy of, without scores."""
-    return (
-        [{key: metrics[key] for key in COPIED if key in metrics}] if "evaluation" in metrics else []
-    )
+    history = read_lines(directory / HISTORY)
+    return Run(directory, config, metrics, evaluations, environment, history)
 
 
 def _of_line(file: Path, text: bytes) -> Run:
@@ -235,7 +216,7 @@ def _of_line(file: Path, text: bytes) -> Run:
 
 
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
-    """Write the runs in some places to a file, a line each, without paths of the machine; return their names.
+    """Write runs to a file, a line each, without paths of the machine; return their names.
 
     The file, which is replaced, has what tables and documents are made from, without weights,
     permutations and masks.
@@ -247,41 +228,30 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     found = collect(places, apart=True)
     # An absolute path has a name also where the place is ".".
     names = [Path(os.path.abspath(run.directory)).name for run in found.runs]
+    (name, count), *_ = Counter(names).most_common(1)
     wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
     wrong += found.notes
-    wrong += [
-        f"{count} of the runs have the name {name}"
-        for name, count in Counter(names).items()
-        if count > 1
-    ]
+    wrong += [f"{count} of the runs have the name {name}"] * (count > 1)
     if wrong:
         raise ConfigError(f"--jsonl {file}: {wrong[0]}")
-    runs = sorted(zip(names, found.runs, strict=True), key=lambda one: one[0])
-    write_text(file, "".join(json.dumps({"run": name} | _line(run)) + "\n" for name, run in runs))
-    return sorted(names)
+    lines = dict(sorted(zip(names, map(_line, found.runs), strict=True)))
+    text = "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
+    write_text(file, text)
+    return [*lines]
 
 
 def _line(run: Run) -> dict[str, Any]:
     config, environment = dict(run.config), dict(run.environment)
-    paths = {
-        key: value
-        for key, value in (config.get("paths") or {}).items()
-        if not re.match(_ABSOLUTE, str(value))
-    }
-    config |= {
-        key: None for key in ("runs_dir", "run_dir") if re.match(_ABSOLUTE, str(config.get(key)))
-    }
-    config |= {"paths": paths} if config.get("paths") else {}
+    for key in ("runs_dir", "run_dir"):
+        if re.match(_ABSOLUTE, str(config.get(key))):
+            config[key] = None
+    if paths := config.get("paths"):
+        own = [key for key in paths if not re.match(_ABSOLUTE, str(paths[key]))]
+        config["paths"] = {key: paths[key] for key in own}
     if "command" in environment:
-        words = [
-            word
-            for word in environment["command"].split()
-            if not re.match(rf"[\w.]*_?dir={_ABSOLUTE}", word)
-        ]
+        folder = rf"[\w.]*_?dir={_ABSOLUTE}"
+        words = (word for word in environment["command"].split() if not re.match(folder, word))
         environment["command"] = " ".join(words)
     line = {"config": config, "metrics": run.metrics, "evaluations": run.evaluations}
-    return line | {
-        key: value
-        for key, value in (("environment", environment), ("history", run.history))
-        if value
-    }
+    optional = {"environment": environment, "history": run.history}
+    return line | {key: value for key, value in optional.items() if value}

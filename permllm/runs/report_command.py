@@ -28,99 +28,57 @@ from typing import Any
 
 from permllm.config import evaluation_of
 from permllm.errors import ConfigError, DataError
+from permllm.runs.compare import Comparison, published
 from permllm.runs.files import write_text
-from permllm.runs.published import Comparison, published
-from permllm.runs.read import Run, copied
-from permllm.runs.render import FORMATS, as_json, beside, records, render
-from permllm.runs.results_command import found_in, note
+from permllm.runs.read import Collection, Run
+from permllm.runs.render import FORMATS, beside, records, render
+from permllm.runs.results_command import BASELINE, PAPER, PLACES, found_in, note
 from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
-# The logger adds these to the settings, and names that are not in `metrics.json` to the final
-# values.
+# The logger adds these to the settings.
 _ADDED = ("run_directory", "config_hash")
-_NATS, _MINUTES = "nats_above_dense", "minutes"
 # W&B writes as words what JSON has not.
 _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "places",
-        nargs="*",
-        type=Path,
-        metavar="DIR",
-        help="runs, folders that hold some, or kept records",
-    )
-    written = parser.add_mutually_exclusive_group()
-    written.add_argument(
-        "--to", type=Path, metavar="FILE", help="FILE.html, or FILE.png, .svg, .pdf"
-    )
-    written.add_argument(
-        "--curves", type=Path, metavar="FILE.png", help="draw the losses of what learned"
-    )
-    written.add_argument(
-        "--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row"
-    )
-    parser.add_argument(
-        "--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer"
-    )
-    parser.add_argument(
-        "--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings"
-    )
-    parser.add_argument(
-        "--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6"
-    )
-    parser.add_argument(
-        "--measure",
-        metavar="NAME",
-        help="of the picture, for example 'average acc'; default: the main one",
-    )
-    wandb = parser.add_argument_group("runs in W&B")
-    wandb.add_argument("--wandb", metavar="PROJECT", help="take them from there")
-    wandb.add_argument("--table", help="of the paper, for example table6")
-    wandb.add_argument("--entity", help="user or team; yours without it")
-    wandb.add_argument(
-        "--group",
-        action="append",
-        metavar="SWEEP",
-        help="sweeps to take the runs from, with * for anything, several times; without it those of this table's experiment",
-    )
-    wandb.add_argument("--format", choices=FORMATS, default="md")
-    wandb.add_argument("--publish", action="store_true", help="make a W&B report")
+    add, written = parser.add_argument, parser.add_mutually_exclusive_group()
+    group = "sweeps to take the runs from, with * for anything, several times; default: the table's"
+    add("places", nargs="*", type=Path, metavar="DIR", help=PLACES)
+    for option, what in {
+        "--to": "the page, FILE.html, or quality over minutes, FILE.png, .svg, .pdf",
+        "--curves": "draw the losses of what learned",
+        "--masks": "draw the mask of one linear under every row",
+    }.items():
+        written.add_argument(option, type=Path, metavar="FILE", help=what)
+    add("--linear", metavar="PATH", help="whose mask; default: the first of the middle layer")
+    add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
+    add("--paper", metavar="TABLE", help=f"of the page: {PAPER}")
+    add("--measure", metavar="NAME", help="of the picture, such as 'average acc'")
+    add("--wandb", metavar="PROJECT", help="take the runs from W&B")
+    add("--table", help="of the paper, for example table6, with --wandb")
+    add("--entity", help="user or team in W&B; yours without it")
+    add("--group", action="append", metavar="SWEEP", help=group)
+    add("--format", choices=FORMATS, default="md", help="of the table from W&B")
+    add("--publish", action="store_true", help="make a W&B report of it")
 
 
 def work(options: argparse.Namespace) -> Answer:
     """Return what was written, or the tables."""
     file = options.to or options.curves or options.masks
-    if options.wandb:
-        if options.places or file or not options.table:
-            raise ConfigError(
-                "--wandb goes with --table, and without DIR, --to, --curves and --masks"
-            )
+    if options.wandb and options.table and not options.places and not file:
         return _of_wandb(options)
-    if not options.places or not file:
-        raise ConfigError(
-            "DIR... and one of --to, --curves and --masks are needed, or --wandb PROJECT and --table"
-        )
-    page = file == options.to and file.suffix == ".html"
-    used = {
-        "paper": page,
-        "measure": options.to and not page,
-        "baseline": options.to,
-        "linear": options.masks,
-    }
-    for option, is_used in used.items():
-        if (value := getattr(options, option)) and not is_used:
-            raise ConfigError(f"--{option} {value}: {file} shows nothing of it")
+    if options.wandb or not options.places or not file:
+        raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
     found = found_in(options.places)
     table = Table(found.runs, options.baseline)
     # What draws takes longer to import than a table takes.
-    if page:
-        from permllm.runs.page import page as page_of
+    if file == options.to and file.suffix == ".html":
+        from permllm.runs.page import page
 
-        write_text(file, page_of(table, found.notes, beside(options.paper, table)))
+        write_text(file, page(table, found.notes, beside(options.paper, table)))
     else:
         from permllm.runs.plots import plot_cost, plot_curves, plot_masks
 
@@ -137,7 +95,7 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
-    """Return a table for each model of the runs of a project, and the address of their W&B report."""
+    """Return a table for each model of a project, and the address of their W&B report."""
     name = f"table{options.table.removeprefix('table')}"
     paper, groups = published(name), options.group or [name, f"{name}-*"]
     with _asking(f"the runs of {options.wandb} cannot be had from W&B"):
@@ -145,62 +103,40 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
 
         api = wandb.Api()
         entity = options.entity or api.default_entity
-        logged = list(
-            api.runs(f"{entity}/{options.wandb}" if entity else options.wandb, order="+created_at")
-        )
-    of_groups = [
-        run for run in logged if any(fnmatchcase(run.group or "", pattern) for pattern in groups)
-    ]
-    if not of_groups:
+        project = f"{entity}/{options.wandb}" if entity else options.wandb
+        logged = list(api.runs(project, order="-created_at"))
+    found = Collection()
+    for one in logged:
+        if any(fnmatchcase(one.group or "", pattern) for pattern in groups):
+            try:
+                found.add(
+                    as_run(one)
+                )  # the newest first: done again with force=true it counts once
+            except (AttributeError, DataError, TypeError) as error:  # a run of others
+                found.notes.append(f"skipped {one.name} ({one.id}): {error}")
+    note(found.notes)
+    if not found.runs:
         there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        raise ConfigError(
-            f"no run is in the group {' or '.join(groups)}; groups are {there}; --group '*' takes all runs"
-        )
-    newest: dict[str, tuple[str, Run]] = {}
-    for one in of_groups:
-        try:
-            run = as_run(one)
-        except (AttributeError, DataError, TypeError) as error:  # a project has runs of others too
-            note([f"skipped {one.name} ({one.id}): {error}"])
-            continue
-        # A run that was done again with force=true counts once, the last time.
-        if older := newest.pop(run.key(), None):
-            note(
-                [
-                    f"{one.name} ({one.id}) has the settings of {older[0]}, which is older and is not counted"
-                ]
-            )
-        newest[run.key()] = (one.id, run)
-    if not newest:
-        raise ConfigError("no finished run is among them")
-    models: dict[str, dict[str, Run]] = {}
-    for number, run in newest.values():
-        models.setdefault(str(run.config["model"]["name"]), {})[number] = run
-    tables = {
-        model: (Table([*runs.values()]), Comparison(paper, model), [*runs])
-        for model, runs in sorted(models.items())
-    }
-    note([compared.note for _, compared, _ in tables.values() if compared.note])
-    urls = (
-        [_published(tables, options.wandb, entity, f"PermLLM, {name}")] if options.publish else []
-    )
-    rows = [row for table, compared, _ in tables.values() for row in records(table, compared)]
-    texts = {
-        model: render(table, options.format, compared)
-        for model, (table, compared, _) in tables.items()
-    }
-    several = options.format == "md" and len(texts) > 1
-    shown = "\n".join(f"## {model}\n\n{text}" if several else text for model, text in texts.items())
-    shown = as_json(rows) if options.format == "json" else shown
-    return Answer(
-        {"rows": rows, "urls": urls},
-        lambda: print(shown, *(f"{url}\n" for url in urls), sep="", end=""),
-    )
+        wanted = " or ".join(groups)
+        raise ConfigError(f"--group {wanted}: no finished run; groups are {there}, or * for all")
+    tables: dict[str, tuple[Table, Comparison]] = {}
+    for model in sorted({str(run.config["model"]["name"]) for run in found.runs}):
+        runs = [run for run in found.runs if run.config["model"]["name"] == model]
+        tables[model] = (Table(runs), Comparison(paper, model))
+    note([compared.note for _, compared in tables.values() if compared.note])
+    urls = [_published(tables, options, entity, f"PermLLM, {name}")] if options.publish else []
+    rows = [row for table, compared in tables.values() for row in records(table, compared)]
+    texts = []
+    for model, (table, compared) in tables.items():
+        heading = f"## {model}\n\n" if options.format == "md" and len(tables) > 1 else ""
+        texts.append(heading + render(table, options.format, compared))
+    shown = "\n".join(texts) + "".join(f"{url}\n" for url in urls)
+    return Answer({"rows": rows, "urls": urls}, lambda: print(shown, end=""))
 
 
 @contextmanager
 def _asking(failure: str) -> Iterator[None]:
-    """Turn an error of W&B into one line: its errors are of many classes, some of them not public."""
+    """Turn an error of W&B into one line: some of its classes are not public."""
     try:
         yield
     except Exception as error:
@@ -221,62 +157,42 @@ def as_run(logged: Any) -> Run:
         for folder in folders:
             place = place.setdefault(folder, {})
         place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
+    missing = {"n": None, "num_fewshot": None, "split": None}  # what is None is not logged
     for tasks in metrics.get("tasks", {}).values():
-        for values in tasks.values():  # what is None is not logged
-            values.update(
-                {"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None, "split": None}
-                | values
-            )
-    config = {
-        key: value
-        for key, value in logged.config.items()
-        if key not in _ADDED and not key.startswith("_")
-    }
+        for task, values in tasks.items():
+            tasks[task] = {"metrics": {}, "stderr": {}} | missing | values
+    logged_config = {key: value for key, value in logged.config.items() if not key.startswith("_")}
+    config = {key: value for key, value in logged_config.items() if key not in _ADDED}
     metrics["evaluation"] = evaluation_of(config)
-    return Run(
-        Path(str(logged.config.get("run_directory", logged.id))), config, metrics, copied(metrics)
-    )
+    directory = Path(str(logged_config.get("run_directory", logged.id)))
+    return Run(directory, config, metrics, [metrics], {"wandb_id": logged.id})
 
 
 def _published(
-    tables: dict[str, tuple[Table, Comparison, list[str]]],
-    project: str,
+    tables: dict[str, tuple[Table, Comparison]],
+    options: argparse.Namespace,
     entity: str | None,
     title: str,
 ) -> str:
-    """Save a W&B report of the tables, each with the results of its runs over minutes, and return its address."""
+    """Save a W&B report of the tables, with the results over minutes, and return its address."""
     if not entity:
         raise ConfigError("--publish needs --entity: this key has no default one")
     try:
-        wr, expr = (
-            import_module("wandb_workspaces.reports.v2"),
-            import_module("wandb_workspaces.expr"),
-        )
+        wr = import_module("wandb_workspaces.reports.v2")
+        expr = import_module("wandb_workspaces.expr")
     except ImportError as error:
-        raise ConfigError(
-            "--publish needs wandb-workspaces: pip install -e '.[wandb-report]'"
-        ) from error
-    blocks: list[Any] = []
-    for model, (table, compared, ids) in tables.items():
-        texts = dict.fromkeys(
-            text
-            for run in table.runs
-            for text in run.metrics.get("perplexity", {}).get("sparse", {})
-        )
-        names = [_NATS] * bool(texts) + [f"perplexity/sparse/{text}/value" for text in texts]
-        look = {"x": _MINUTES, "log_x": True, "running_ymin": True}
+        raise ConfigError("--publish needs: pip install -e '.[wandb-report]'") from error
+    project, blocks = {"entity": entity, "project": options.wandb}, list[Any]()
+    for model, (table, compared) in tables.items():
+        perplexities = [run.metrics.get("perplexity", {}).get("sparse", {}) for run in table.runs]
+        texts = dict.fromkeys(text for of_run in perplexities for text in of_run)
+        names = ["nats_above_dense"] * bool(texts)
+        names += [f"perplexity/sparse/{text}/value" for text in texts]
+        look = {"x": "minutes", "log_x": True, "running_ymin": True}
         panels = [wr.ScatterPlot(title=f"{name} over minutes", y=name, **look) for name in names]
-        runs = wr.Runset(
-            entity=entity, project=project, name=model, filters=[expr.Metric("ID").isin(ids)]
-        )
-        blocks += [
-            wr.H2(model),
-            wr.MarkdownBlock(render(table, "md", compared)),
-            wr.P(compared.note),
-        ]
-        blocks += [wr.PanelGrid(runsets=[runs], panels=panels)]
+        ids = [run.environment["wandb_id"] for run in table.runs]
+        runs = wr.Runset(**project, name=model, filters=[expr.Metric("ID").isin(ids)])
+        blocks += [wr.H2(model), wr.MarkdownBlock(render(table, "md", compared))]
+        blocks += [wr.P(compared.note), wr.PanelGrid(runsets=[runs], panels=panels)]
     with _asking("the report cannot be saved"):
-        report = wr.Report(
-            project=project, entity=entity, title=title, blocks=blocks, width="fluid"
-        )
-        return str(report.save().url)
+        return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

@@ -25,14 +25,9 @@ from permllm.runs.launched import first, share_gpus
 # The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds
 # hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
-_LEFT_OUT = (
-    "force",
-    "logger",
-    "runs_dir",
-    "paths",
-    "hydra.launcher",
-    "hydra/launcher",
-)  # make no other sweep
+# Words that make no other sweep.
+_LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
+_ONE_PLACE = "are the same setting: give one of them"
 STARTED: list[Path] = []  # the folder of the sweep that this process started
 
 
@@ -54,40 +49,32 @@ class SweepFolder(Callback):  # type: ignore[misc]
     ) -> None:
         """Set the variable that `hydra.sweep.dir` is built from, and list a long sweep's jobs."""
         os.environ[VARIABLE] = sweep_name(config.hydra)
-        jobs = _jobs(config.hydra)
+        jobs, folder = _jobs(config.hydra), folder_of(config.hydra)
         try:
-            if config.runs_dir != config.paths.runs_dir and folder_of(config.hydra) != Path(
-                config.hydra.sweep.dir
-            ):
-                raise ConfigError(
-                    "runs_dir and hydra.sweep.dir are the same setting: give one of them"
-                )
+            if config.runs_dir != config.paths.runs_dir and folder != Path(config.hydra.sweep.dir):
+                raise ConfigError(f"runs_dir and hydra.sweep.dir {_ONE_PLACE}")
             _check_texts(config_name, jobs)
             share_gpus(config.hydra.launcher, config.model.device)
         except ConfigError as error:  # which Hydra would take for a warning
             raise SystemExit(f"error: {error}" if first() else 1) from error
-        STARTED[:] = [folder_of(config.hydra)]
+        STARTED[:] = [folder]
         if first() and len(jobs) > 10:  # a long sweep lists its jobs, at most a screen of them
             more = [f"and {len(jobs) - 20} more"] if len(jobs) > 20 else []
             print(f"{len(jobs)} jobs:", *labels(jobs)[:20], *more, sep="\n  ", file=sys.stderr)
 
 
 def sweep_name(hydra: Any) -> str:
-    """Return the experiment, or `sweep`, and a digest of the typed words and of what the experiment sweeps."""
-    words: Any = OmegaConf.to_container(
-        hydra.overrides, resolve=False
-    )  # a word may hold ${hydra:job.num}
-    typed = sorted(
-        word
-        for word in [*words["task"], *words["hydra"]]
-        if not word.lstrip("+~").startswith(_LEFT_OUT)
-    )
+    """Return the experiment, or `sweep`, and a digest of the typed words and what is swept."""
+    # A word may hold ${hydra:job.num}.
+    words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    every = sorted([*words["task"], *words["hydra"]])
+    typed = [word for word in every if not word.lstrip("+~").startswith(_LEFT_OUT)]
     digest = digest_of({"typed": typed, "swept": str(hydra.sweeper.get("params"))})[:8]
     return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
 
 def folder_of(hydra: Any) -> Path:
-    """Return the folder of the sweep's outcomes, which lies in a `hydra.sweep.dir` that was typed."""
+    """Return the folder of the sweep's outcomes, below a `hydra.sweep.dir` that was typed."""
     folder, name = Path(hydra.sweep.dir), os.environ[VARIABLE]
     return folder if folder.name == name else folder / "sweeps" / name
 
@@ -109,19 +96,19 @@ def overrides() -> list[str]:
 
 
 def place(composed: DictConfig) -> DictConfig:
-    """Return a job's settings with the run directory that `hydra.run.dir` or `hydra.sweep.dir` names."""
-    hydra, given = HydraConfig.get() if HydraConfig.initialized() else None, {}
-    if hydra is not None and sweeping():
-        given = {} if folder_of(hydra) == Path(hydra.sweep.dir) else {"runs_dir": hydra.sweep.dir}
-        given |= (
-            {}
-            if hydra.sweep.subdir == "."
-            else {"run_dir": str(Path(hydra.sweep.dir) / hydra.sweep.subdir)}
-        )
-    elif hydra is not None and hydra.run.dir != ".":
+    """Return a job's settings with the directory that Hydra's `run.dir` or `sweep.dir` names."""
+    if not HydraConfig.initialized():
+        return composed
+    hydra, given = HydraConfig.get(), {}
+    if sweeping():
+        if folder_of(hydra) != Path(hydra.sweep.dir):
+            given["runs_dir"] = hydra.sweep.dir
+        if hydra.sweep.subdir != ".":
+            given["run_dir"] = str(Path(hydra.sweep.dir) / hydra.sweep.subdir)
+    elif hydra.run.dir != ".":
         if composed.run_dir is not None:
-            raise ConfigError("run_dir and hydra.run.dir are the same setting: give one of them")
-        given = {"run_dir": hydra.run.dir}
+            raise ConfigError(f"run_dir and hydra.run.dir {_ONE_PLACE}")
+        given["run_dir"] = hydra.run.dir
     return composed if composed.run_dir is not None else OmegaConf.merge(composed, given)  # type: ignore[return-value]
 
 
@@ -131,14 +118,14 @@ def outcome_file() -> Path:
 
 
 def keep(job: Outcome) -> None:
-    """Write this job's outcome, with the run directory relative to the sweep's folder, so that all of it can be moved."""
+    """Write this job's outcome; relative paths let the sweep and its runs be moved together."""
     file = outcome_file()
     directory = None if job.directory is None else os.path.relpath(job.directory, file.parents[1])
     write_json(file, asdict(job) | {"directory": directory})
 
 
 def kept(folder: Path) -> list[Outcome]:
-    """Read the outcomes in a sweep's folder, in the order of the jobs; unreadable files are left out."""
+    """Read the outcomes in a sweep's folder by number of the job, without unreadable files."""
     found = []
     for file in sorted(folder.glob("jobs/*.json")):
         with suppress(DataError, TypeError):
@@ -149,32 +136,27 @@ def kept(folder: Path) -> list[Outcome]:
 
 
 def _jobs(hydra: Any) -> list[list[str]]:
-    """Return the words of each job; none for a sweeper other than Hydra's own, which draws them later."""
+    """Return the words of each job; none for a sweeper that draws them later."""
     if not hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return []
     typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     words = [*(f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()), *typed]
-    parser = OverridesParser.create(
-        config_loader=GlobalHydra.instance().config_loader()
-    )  # a glob asks for the options
-    return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
+    loader = GlobalHydra.instance().config_loader()  # a glob asks for the options
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
+    return BasicSweeper.split_arguments(parsed, None)[0]
 
 
 def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
-    """Raise ConfigError where the models of a sweep choose different texts, on which they cannot be compared."""
+    """Raise ConfigError where the models of a sweep have different texts: they do not compare."""
     of_model = {word: job for job in jobs for word in job if word.startswith("model=")}
-    texts = {}
+    texts, loader = {}, GlobalHydra.instance().config_loader()
     for model, job in of_model.items() if len(of_model) > 1 else ():
-        config = (
-            GlobalHydra.instance()
-            .config_loader()
-            .load_configuration(config_name, job, run_mode=RunMode.RUN)
-        )
+        config = loader.load_configuration(config_name, job, run_mode=RunMode.RUN)
         parts = (config.calibration, config.evaluation.perplexity)
         texts[model] = " and ".join(str(part.data_files or part.dataset) for part in parts)
     if len(set(texts.values())) > 1:
         said = "; ".join(f"{model} {text}" for model, text in texts.items())
         raise ConfigError(
-            f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}: give "
-            "protocol=offline or protocol=paper, or calibration= and evaluation="
+            "the models of this sweep have texts of their own, to calibrate and to evaluate on: "
+            f"{said}: give protocol=offline or protocol=paper, or calibration= and evaluation="
         )

@@ -1,42 +1,112 @@
-"""Permutations, masks, weights and training states as files: of a layer, of a run, of learning."""
+"""Permutations, masks, weights and training states, in memory and as files."""
 
 from __future__ import annotations
 
 import json
+import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import DataError, first_line
 from permllm.runs.directory import check_sha256
-from permllm.runs.files import replaced
-from permllm.runs.masks import PackedMasks, is_permutation
-from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS
+from permllm.runs.files import MASKS, PERMUTATIONS, WEIGHTS, replaced
 
 _SHAPES = "shapes"
 # Numbers of a layer by channel group, and the key of its file's metadata that holds them.
 _NUMBERS, _FIGURES = ("retained", "moved", "output_error"), "figures"
 
 
+def is_permutation(order: Tensor) -> bool:
+    """Return whether a tensor `(C_in,)` of whole numbers holds each number from 0 on once."""
+    if order.dim() != 1 or order.is_floating_point():
+        return False
+    identity = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return torch.equal(order.sort().values, identity)
+
+
+def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
+    """Return the number of groups of M that hold more than N nonzeros in permuted order.
+
+    The weight is `(C_out, C_in)` in original channel order. perm: int64 `(C_in,)`, or None.
+    """
+    kept = weight != 0
+    groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
+    # As a sum it would take 8 bytes each.
+    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
+    for entries in groups.unbind(-1):
+        counts += entries
+    return int((counts > pattern.n).sum())
+
+
+def packed_mask(mask: Tensor) -> Tensor:
+    """Return a CPU mask as uint8 `(bytes,)`, row by row, the first entry in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+
+
+def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return a mask that `packed_mask` has packed, bool.
+
+    Without a shape its entries are in one row, to the end of the last byte.
+    """
+    count = None if shape is None else math.prod(shape)
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
+    return mask if shape is None else mask.view(*shape)
+
+
+class PackedMasks(UserDict[str, Tensor]):
+    """CPU masks by name that take one bit an entry, or none where they lie in a file.
+
+    A mask is unpacked when it is asked for, so it is a copy: set it again to change it.
+    """
+
+    data: dict[str, Any]  # bits, or a function that reads them, and shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpacked_mask(*self.packed(name))
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self.set_packed(name, packed_mask(mask), mask.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": {name: self.packed(name) for name in self}}  # no files of another process
+
+    def packed(self, name: str) -> tuple[Tensor, torch.Size]:
+        """Return a mask as `packed_mask` gives it, and its shape."""
+        bits, shape = self.data[name]
+        return bits if isinstance(bits, Tensor) else bits(), shape
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a mask, `(C_out, C_in)` for a linear."""
+        return torch.Size(self.data[name][1])
+
+    def take(self, other: PackedMasks) -> None:
+        """Add the masks of another collection without unpacking them."""
+        self.data |= other.data
+
+    def set_packed(
+        self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]
+    ) -> None:
+        """Set a mask of this shape: bits of `packed_mask`, or a function that reads them."""
+        self.data[name] = bits, torch.Size(shape)
+
+
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file.
-
-    Args:
-        path: of the file.
-        tensors: by name, on any device.
-        metadata: texts by name.
-    """
+    """Write tensors, on any device, as a safetensors file with some metadata."""
     held, storages = {}, set()
     for name, tensor in tensors.items():
         held[name] = tensor.detach().cpu().contiguous()
@@ -73,7 +143,7 @@ def load_tensor(path: Path, name: str) -> Tensor:
     """Read one tensor of a safetensors file, on the CPU; errors as `opened`."""
     # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
     with opened(path) as file:
-        return file.get_tensor(name)  # type: ignore[no-any-return]
+        return file.get_tensor(name)
 
 
 def tensor_formats(path: Path) -> dict[str, str]:
@@ -83,11 +153,7 @@ def tensor_formats(path: Path) -> dict[str, str]:
 
 
 def load_orders(path: Path) -> dict[str, Tensor]:
-    """Read permutations, int64 `(C_in,)` by channel group.
-
-    Raises:
-        DataError: the file cannot be read, or one of its tensors is no permutation.
-    """
+    """Read permutations, int64 `(C_in,)` by channel group; errors as `opened` and `check_order`."""
     orders = load_tensors(path)
     for name, order in orders.items():
         check_order(f"{path}: {name}", order)
@@ -95,28 +161,23 @@ def load_orders(path: Path) -> dict[str, Tensor]:
 
 
 def check_order(where: str, order: Tensor) -> None:
-    """Raise DataError, which begins with `where`, unless a tensor is a permutation: int64 or int32, `(C_in,)`."""
+    """Raise DataError, which begins with `where`, unless int64 or int32 holds a permutation."""
     if order.dtype not in (torch.int64, torch.int32) or not is_permutation(order):
         raise DataError(f"{where} is no permutation of its channels")
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks with one bit a weight.
+    """Write masks by linear as `packed_mask` gives them, with their shapes in the metadata.
 
-    Args:
-        path: of a safetensors file. Each tensor is uint8, the mask in row-major order, eight
-            weights a byte, the first in the highest bit. The shapes stand in the metadata.
-        masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
+    A mask is bool `(C_out, C_in)` in original channel order, True = kept.
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
-    shapes = {name: list(packed.shape(name)) for name in packed}
-    save_tensors(
-        path, {name: packed.packed(name)[0] for name in packed}, {_SHAPES: json.dumps(shapes)}
-    )
+    shapes = json.dumps({name: list(packed.shape(name)) for name in packed})
+    save_tensors(path, {name: packed.packed(name)[0] for name in packed}, {_SHAPES: shapes})
 
 
 def load_masks(path: Path) -> PackedMasks:
-    """Return the masks of `save_masks`, bool `(C_out, C_in)` by linear; each is read from the file when it is asked for."""
+    """Return the masks of `save_masks`; each is read from the file when it is asked for."""
     with opened(path) as file:
         shapes = json.loads(file.metadata()[_SHAPES])
     masks = PackedMasks()
@@ -134,12 +195,7 @@ def save_state(path: Path, state: Any) -> None:
 def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a training state: tensors and plain values alone, so that no code of a stranger runs.
 
-    Args:
-        path: of the file.
-        device: of its tensors.
-
-    Raises:
-        DataError: the file is damaged or something else.
+    Raises DataError, which names the file, where it is damaged or something else.
     """
     try:
         with zipfile.ZipFile(
@@ -147,7 +203,7 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
         ) as archive:  # torch does not compare the checksums of its archive
             if changed := archive.testzip():
                 raise DataError(f"{changed} was changed")
-        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location=device, weights_only=True)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each library has its own for a file that is something else
@@ -188,13 +244,11 @@ def weight_name(path: str) -> str:
 
 def save_layer(path: Path, layer: PrunedLayer) -> None:
     """Write a layer, so that a run that was stopped continues after it."""
-    tensors = {
-        **{f"order of {name}": order for name, order in layer.orders.items()},
-        **{mask_name(name): layer.masks.packed(name)[0] for name in layer.masks},
-        **{weight_name(name): weight for name, weight in layer.weights.items()},
-    }
-    shapes = {name: layer.masks.shape(name) for name in layer.masks}
-    figures = {name: getattr(layer, name) for name in _NUMBERS} | {_SHAPES: shapes}
+    tensors = {f"order of {name}": order for name, order in layer.orders.items()}
+    tensors |= {mask_name(name): layer.masks.packed(name)[0] for name in layer.masks}
+    tensors |= {weight_name(name): weight for name, weight in layer.weights.items()}
+    figures: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
+    figures[_SHAPES] = {name: layer.masks.shape(name) for name in layer.masks}
     save_tensors(path, tensors, {_FIGURES: json.dumps(figures)})
 
 
@@ -212,11 +266,7 @@ def load_layer(path: Path) -> PrunedLayer:
 
 
 class Pruned:
-    """Pruned model of a run, one weight at a time.
-
-    Args:
-        directory: of the run.
-        metrics: of the run.
+    """Pruned model of a run directory, one weight at a time.
 
     Attributes:
         orders: int64 `(C_in,)` by channel group.
@@ -231,28 +281,26 @@ class Pruned:
         digests = metrics.get("sha256", {})
         for name, digest in digests.items():
             check_sha256(directory, name, digest)
-        self._directory = directory
+        self._file = directory / MASKS
+        self._masks = load_masks(self._file)
         self.orders = load_orders(directory / PERMUTATIONS)
-        self._masks = load_masks(directory / MASKS)
         self.weights_changed: bool = metrics["sparsity"]["weights_changed"]
         if self.weights_changed and not metrics["sparsity"]["weights_kept"]:
-            raise DataError(
-                f"{directory} has no weights: it was run with save_weights=false and cannot be rebuilt"
-            )
+            raise DataError(f"{directory} has no weights: it was run with save_weights=false")
         files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
         self.weight_files = {name: file for file in files for name in tensor_formats(file)}
 
     def mask(self, path: str) -> Tensor:
         """Return the mask of a linear, bool `(C_out, C_in)` in original channel order."""
         if path not in self._masks:
-            raise DataError(f"{self._directory / MASKS} lacks {path}: it is of another model")
+            raise DataError(f"{self._file} lacks {path}: it is of another model")
         return self._masks[path]
 
     def weight(self, path: str, dense: Tensor) -> Tensor:
-        """Return the pruned weight of a linear, original channel order, on the device of `dense`, the dense weight."""
+        """Return the pruned weight of a linear, original channel order, on `dense`'s device."""
         mask = self.mask(path).to(dense.device)
         if mask.shape != dense.shape:
             shapes = f"the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
-            raise DataError(f"{self._directory / MASKS}: {shapes}")
+            raise DataError(f"{self._file}: {shapes}")
         new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
         return torch.where(mask, new.to(dense), 0.0)

@@ -24,8 +24,7 @@ from permllm.export.gathered import ORDERS
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.runs.files import file_sha256, read_json, write_json, write_text
-from permllm.runs.masks import violations
-from permllm.runs.tensors import save_tensors
+from permllm.runs.tensors import save_tensors, violations
 from tests.export.pruned import (
     TWO_OF_FOUR,
     VARIANTS,

@@ -20,7 +20,7 @@ from permllm.pruning.distill import Distill, KeptWeights
 from permllm.pruning.sparsegpt import OBS
 from permllm.pruning.wanda import Magnitude
 from permllm.runs.directory import Record, RunDirectory
-from permllm.runs.names import DISTILL_CHECKPOINT
+from permllm.runs.files import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
 from permllm.training import loop as training

@@ -20,7 +20,7 @@ from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.sparsegpt import OBS, SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.runs.directory import Record, RunDirectory
-from permllm.runs.names import PRUNED_LAYERS
+from permllm.runs.files import PRUNED_LAYERS
 from permllm.sparsity.calibrate import calibrate_dense
 from tests.conftest import tiny_model
 from tests.models.test_offload import saved, settings

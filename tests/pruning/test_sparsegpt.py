@@ -10,7 +10,7 @@ from torch import Tensor
 
 from permllm.config import NMPattern
 from permllm.pruning.sparsegpt import SparseGPT, by_columns, by_groups, prune_columns
-from permllm.runs.masks import violations
+from permllm.runs.tensors import violations
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import Gram, InputStatistics

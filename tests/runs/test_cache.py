@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,29 +26,29 @@ from tests.conftest import tiny_model
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
 
-# Each of several processes adds a letter where it computes.
-WORK = """
-import sys, time
-from permllm.runs.cache import cached
-
-def compute():
-    open(sys.argv[1], "a").write("x")
-    time.sleep(1)
-    return {"value": 1.5}
-
-assert cached("kind", {"a": 1}, compute) == {"value": 1.5}
-"""
-
 
 def refuse() -> dict[str, torch.Tensor]:
     raise AssertionError("computed again")
 
 
+def compute_once(file: Path) -> None:
+    def compute() -> dict[str, float]:
+        with file.open("a") as stream:
+            stream.write("x")
+        time.sleep(0.5)
+        return {"value": 1.5}
+
+    assert cached("kind", {"a": 1}, compute) == {"value": 1.5}
+
+
 def test_processes_at_the_same_time_compute_once(cache: Path, tmp_path: Path) -> None:
-    running = [
-        subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path / "count")]) for _ in range(3)
-    ]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    start = multiprocessing.get_context("fork").Process
+    processes = [start(target=compute_once, args=[tmp_path / "count"]) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "x"
 
 

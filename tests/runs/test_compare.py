@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from permllm.cli import call
-from permllm.runs.compare import change, paired
+from permllm.runs.compare import paired
 from permllm.runs.files import read_json, write_json
 from permllm.runs.read import collect
 from permllm.runs.table import Table
@@ -73,8 +73,8 @@ def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
     }
     for name, difference in samples.items():
         found = paired(*table, name)
-        assert found.interval
-        values = [found.value, *found.interval]
+        assert found["interval"]
+        values = [found["difference"], *found["interval"]]
         if name == PERPLEXITY:
             values = [math.log1p(value) for value in values]
         low, high = percentile_interval(difference)
@@ -82,18 +82,19 @@ def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
         # Ends of resampled intervals differ by what 10,000 resamples are worth.
         assert values[1:] == pytest.approx((low, high), abs=0.04 * (high - low))
         assert found == paired(*table, name)
-        assert change(*table, name) == pytest.approx(found.value)
 
 
 def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
     folder, ours, theirs = two
     found = paired(*rows_of(folder), "average acc")
-    assert found.interval
+    assert found["interval"]
     parts = [ours[1][task] - theirs[1][task] for task in TASKS]
-    assert found.value == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
+    assert found["difference"] == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
     error = math.sqrt(sum(part.var() / len(part) for part in parts)) / len(parts)
-    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.96 * error, rel=0.05)
-    assert found.over == "190 items"
+    assert (found["interval"][1] - found["interval"][0]) / 2 == pytest.approx(
+        1.96 * error, rel=0.05
+    )
+    assert found["over"] == "190 items"
 
 
 def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
@@ -104,19 +105,19 @@ def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
         scored(tmp_path / f"none{seed}", *theirs, permutation="none", seed=seed)
         differences.append(ours[0] - theirs[0])
     found = paired(*rows_of(tmp_path), PERPLEXITY)
-    assert found.interval
+    assert found["interval"]
     mean = np.mean(differences, axis=0)
-    assert math.log1p(found.value) == pytest.approx(mean.mean(), abs=1e-12)
-    half = (math.log1p(found.interval[1]) - math.log1p(found.interval[0])) / 2
+    assert math.log1p(found["difference"]) == pytest.approx(mean.mean(), abs=1e-12)
+    half = (math.log1p(found["interval"][1]) - math.log1p(found["interval"][0])) / 2
     assert half == pytest.approx(1.96 * mean.std() / math.sqrt(len(mean)), rel=0.1)
-    assert found.over == "60 windows, seeds 0, 1, 2"
+    assert found["over"] == "60 windows, seeds 0, 1, 2"
 
 
 SIZES = {"boolq-passages": 24, "wikitext2": 40, "sciq-support": 32}
 
 
 def nats_of(seed: int, shift: float) -> dict[str, dict[str, Numbers]]:
-    """Return windows that are hard for the dense model and harder, by `shift`, for the sparse one."""
+    """Return nats of windows of the dense model, and by `shift` higher ones of the sparse one."""
     found = {}
     for place, (text, size) in enumerate(SIZES.items()):
         dense = np.random.default_rng(place).normal(3.0, 0.5, size)
@@ -145,7 +146,7 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
         return float((start - here) / (start - made["none"][0][text]["dense"][of].mean()))
 
     def mean_gap(generator: np.random.Generator | None) -> tuple[float, float]:
-        """Return the gap, and its difference from the heuristic's; of all windows without a generator."""
+        """Return the gap, and its difference from the heuristic's; None: of all windows."""
         windows = {
             t: np.arange(n) if generator is None else generator.integers(n, size=n)
             for t, n in SIZES.items()
@@ -162,11 +163,11 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
     resampled = np.array([mean_gap(generator) for _ in range(3000)])
     for other, value, column in (("none", gap, 0), ("heuristic", difference, 1)):
         found = paired(table, rows["lcp"], rows[other], "gap closed")
-        assert found.interval
+        assert found["interval"]
         low, high = np.quantile(resampled[:, column], [0.025, 0.975])
-        assert found.value == pytest.approx(value, abs=1e-12)
-        assert found.interval == pytest.approx([low, high], abs=0.06 * (high - low))
-        assert found.over == "96 windows of 3 texts, seeds 0, 1"
+        assert found["difference"] == pytest.approx(value, abs=1e-12)
+        assert found["interval"] == pytest.approx([low, high], abs=0.06 * (high - low))
+        assert found["over"] == "96 windows of 3 texts, seeds 0, 1"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_what_is_not_the_same_has_no_interval(
     if changed == "nothing kept":
         (file,) = (other / "evaluations").glob("*.json")
         write_json(file, read_json(file) | {"scores": {}})
-    assert paired(*rows_of(tmp_path), PERPLEXITY).over == reason
+    assert paired(*rows_of(tmp_path), PERPLEXITY)["over"] == reason
     assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
     assert "% [" not in capsys.readouterr().out
 

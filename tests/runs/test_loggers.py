@@ -18,26 +18,23 @@ from wandb.errors import AuthenticationError
 from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.runs.files import read_json, read_lines
-from permllm.runs.loggers import (
-    LOGGED,
-    WANDB_ID,
-    RunLogger,
-    _WandB,
-    _wandb_id,
-    described,
-    open_logger,
-)
+from permllm.runs.files import LOGGED, WANDB_ID, read_json, read_lines
+from permllm.runs.loggers import RunLogger, _WandB, described, open_logger
 from permllm.runs.measures import flat_figures
-from tests.conftest import run_command, run_module
+from tests.conftest import run_module
 from tests.test_config import composed
 
+GROUP = "table6-1a2b3c4d"
 
-def records(file: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, as wandb's own command prints them."""
-    printed = run_module("wandb", "leet", "inspect", str(file), "--json")
-    assert printed.returncode == 0, printed.stderr
-    return [json.loads(line) for line in printed.stdout.splitlines()]
+
+def offline_runs(folder: Path) -> list[list[dict[str, Any]]]:
+    """Return the records of each run, as wandb's own command prints them."""
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        printed = run_module("wandb", "leet", "inspect", str(file), "--json")
+        assert printed.returncode == 0, printed.stderr
+        found.append([json.loads(line) for line in printed.stdout.splitlines()])
+    return found
 
 
 def rows(of_run: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,88 +45,67 @@ def header(of_run: list[dict[str, Any]]) -> dict[str, Any]:
     return next(dict(record["run"]) for record in of_run if "run" in record)
 
 
-def offline_runs(directory: Path) -> list[list[dict[str, Any]]]:
-    return [records(file) for file in sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))]
-
-
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
-    return {
-        key: value for key, value in flat_figures(metrics).items() if isinstance(value, int | float)
-    }
+    figures = flat_figures(metrics)
+    return {key: value for key, value in figures.items() if isinstance(value, int | float)}
 
 
-def test_a_sweep_is_a_group_of_runs_with_curves_and_final_numbers(tmp_path: Path) -> None:
-    words = (
-        "-m",
-        "model=tiny",
-        "block_size=16,32",
-        "calibration.samples=4",
-        "logger=wandb",
-        "force=false",
-    )
-    result = run_command(*words, cwd=tmp_path, WANDB_MODE="offline")
-    assert result.returncode == 0, result.stderr
-    assert "wandb" not in result.stderr.lower()
-    of_runs = {header(of_run)["display_name"]: of_run for of_run in offline_runs(tmp_path / "runs")}
-    assert set(of_runs) == {
-        f"model=tiny block_size={size} calibration.samples=4" for size in (16, 32)
-    }
-    (group,) = {header(of_run)["run_group"] for of_run in of_runs.values()}
-    assert (tmp_path / "runs" / "sweeps" / group).is_dir()
-    for of_run in of_runs.values():
-        head = header(of_run)
-        assert (head["project"], head["job_type"], head["tags"]) == (
-            "permllm",
-            "learn",
-            ["wanda", "lcp", "2:4", "tiny"],
-        )
-        config = head["config"]["update"]
-        directory = tmp_path / config["run_directory"]
-        assert (directory / WANDB_ID).read_text().strip() == head["run_id"]
-        metrics = read_json(directory / "metrics.json")
-        assert config["config_hash"] == metrics["config_hash"]
-        assert "logger" not in config
+def run_with(logger: str, folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
+    settings = ("model=tiny", "permutation.epochs=3", f"runs_dir={folder}", f"logger={logger}")
+    result = job.run(read_config(composed(*settings, *words)))
+    assert result is not None
+    return result
 
-        steps = [row for row in rows(of_run) if "lcp/step" in row]
-        assert [row["lcp/step"] for row in steps] == list(range(len(steps)))
-        assert all(
-            {f"lcp/{name}" for name in ("loss", "temperature", "flips", "seconds")} <= set(row)
-            for row in steps
-        )
-        epochs = [row for row in rows(of_run) if "lcp/epoch" in row]
-        assert [row["lcp/epoch"] for row in epochs] == [1, 2, 3]
-        for row, entry in zip(epochs, read_lines(directory / "history.jsonl"), strict=True):
-            measured = {key: value for key, value in entry.items() if value is not None}
-            assert {
-                key.removeprefix("epoch/"): row[key] for key in row if key.startswith("epoch/")
-            } == measured
-        places = [row["_step"] for row in rows(of_run)]
-        assert places == sorted(set(places))
-        (final,) = (
-            update
-            for one in of_run
-            if "status" in (update := one.get("summary", {}).get("update", {}))
-        )
-        assert final.items() >= numbers_of(metrics).items()
-        assert of_run[-1]["exit"].get("exit_code", 0) == 0
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Give metrics and directory of a finished run that W&B has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("PERMLLM_SWEEP", GROUP)
+        yield run_with("wandb", tmp_path_factory.mktemp("runs"))
+
+
+def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], Path]) -> None:
+    metrics, directory = finished
+    (of_run,) = offline_runs(directory.parent)
+    head = header(of_run)
+    assert (head["project"], head["job_type"], head["run_group"]) == ("permllm", "learn", GROUP)
+    assert head["tags"] == ["wanda", "lcp", "2:4", "tiny"]
+    config = head["config"]["update"]
+    assert (directory / WANDB_ID).read_text().strip() == head["run_id"]
+    assert config["run_directory"] == str(directory)
+    assert config["config_hash"] == metrics["config_hash"]
+    assert "logger" not in config
+    steps = [row for row in rows(of_run) if "lcp/step" in row]
+    assert [row["lcp/step"] for row in steps] == list(range(len(steps)))
+    names = {f"lcp/{name}" for name in ("loss", "temperature", "flips", "seconds")}
+    assert all(names <= set(row) for row in steps)
+    epochs = [row for row in rows(of_run) if "lcp/epoch" in row]
+    assert [row["lcp/epoch"] for row in epochs] == [1, 2, 3]
+    for row, entry in zip(epochs, read_lines(directory / "history.jsonl"), strict=True):
+        measured = {f"epoch/{key}": value for key, value in entry.items() if value is not None}
+        assert {key: row[key] for key in row if key.startswith("epoch/")} == measured
+    places = [row["_step"] for row in rows(of_run)]
+    assert places == sorted(set(places))
+    updates = [one["summary"]["update"] for one in of_run if "update" in one.get("summary", {})]
+    (final,) = (update for update in updates if "status" in update)
+    assert final.items() >= numbers_of(metrics).items()
+    assert of_run[-1]["exit"].get("exit_code", 0) == 0
 
 
 def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
     perplexity = {"dense": {"a": {"value": 4.0}}, "sparse": {"a": {"value": 4.0}}}
-    tasks = {
-        "sparse": {"rte": {"metrics": {"acc,none": 0.5}, "stderr": {"acc,none": None}, "n": 8}}
-    }
+    rte = {"metrics": {"acc,none": 0.5}, "stderr": {"acc,none": None}, "n": 8}
     metrics = {
         "perplexity": perplexity,
-        "tasks": tasks,
+        "tasks": {"sparse": {"rte": rte}},
         "evaluation": {"perplexity": {"seqlen": 64}},
         "sha256": {"x": "y"},
-    }
-    metrics |= {
         "retained_saliency": {"a": 0.5, "b": 0.7},
         "seconds": {"permute": 90.0, "load": 5.0},
+        "sparsity": {"pattern": "2:4", "patterns": {"a.b": "4:8"}},
     }
-    metrics |= {"sparsity": {"pattern": "2:4", "patterns": {"a.b": "4:8"}}}
     assert flat_figures(metrics) == {
         "perplexity/dense/a/value": 4.0,
         "perplexity/sparse/a/value": 4.0,
@@ -142,15 +118,6 @@ def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
         "minutes": 1.5,
         "nats_above_dense": 0.0,
     }
-
-
-def test_a_failed_job_ends_as_failed(tmp_path: Path) -> None:
-    run_command(
-        "model=tiny", "evaluation.perplexity.seqlen=100000", cwd=tmp_path, WANDB_MODE="offline"
-    )
-    (of_run,) = offline_runs(tmp_path / "runs")
-    assert "run_group" not in header(of_run)
-    assert of_run[-1]["exit"]["exit_code"] == 1
 
 
 @contextmanager
@@ -169,11 +136,8 @@ def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
         (AuthenticationError("no answer"), None, ["offline"]),
         (False, "offline", ["offline"]),
         (True, "disabled", []),
-        (
-            False,
-            "online",
-            ["online", "offline"],
-        ),  # its server refuses, which costs no run its result
+        # Its server refuses, which costs no run its result.
+        (False, "online", ["online", "offline"]),
     ],
 )
 def test_the_default_is_wandb_where_a_key_is_configured_or_its_mode_is_said(
@@ -210,7 +174,6 @@ def test_a_resumed_run_is_the_same_one_in_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-
     with suppress(KeyboardInterrupt), attempt(tmp_path) as logger:
         for step in range(3):
             logger.log({"loss": 2.0 - step}, step)
@@ -225,15 +188,13 @@ def test_a_resumed_run_is_the_same_one_in_wandb(
         logger.log_epoch({"epoch": 2, "loss": 0.75, "measured_loss": 0.5}, 2)
         logger.summary({"status": "finished"})
     of_runs = offline_runs(tmp_path)
-    assert [header(of_run)["run_id"] for of_run in of_runs] == [
-        (tmp_path / "run" / WANDB_ID).read_text().strip()
-    ] * 2
+    number = (tmp_path / "run" / WANDB_ID).read_text().strip()
+    assert [header(of_run)["run_id"] for of_run in of_runs] == [number, number]
     assert all(header(of_run)["resume"] for of_run in of_runs)
+    assert [of_run[-1]["exit"].get("exit_code", 0) for of_run in of_runs] == [1, 0]
     # A step that was done again has the number that it had: W&B keeps one of the two.
-    assert [[row["_step"] for row in rows(of_run)] for of_run in of_runs] == [
-        [0, 2, 3, 4],
-        [4, 6, 7],
-    ]
+    steps = [[row["_step"] for row in rows(of_run)] for of_run in of_runs]
+    assert steps == [[0, 2, 3, 4], [4, 6, 7]]
 
 
 def test_rows_that_wandb_has_are_not_sent_again() -> None:
@@ -248,36 +209,17 @@ def test_rows_that_wandb_has_are_not_sent_again() -> None:
     assert sent == [4, 6, 7]
 
 
-def test_force_is_a_new_run(tmp_path: Path) -> None:
-    made = [
-        _wandb_id(read_config(composed("model=tiny", *words)), tmp_path)
-        for words in ([], [], ["force=true"])
-    ]
-    assert made[0] == made[1] != made[2]
-
-
 def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    single, asked = (
-        read_config(composed("model=tiny", *more)) for more in ([], ["logger.group=mine"])
-    )
+    settings = [["model=tiny"], ["model=tiny", "logger.group=mine"]]
+    single, asked = (read_config(composed(*words)) for words in settings)
     monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
     assert described(single, Path("y"))["group"] is None
-    monkeypatch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
-    assert [described(one, Path("y"))["group"] for one in (single, asked)] == [
-        "table6-1a2b3c4d",
-        "mine",
-    ]
-    words = [
-        "experiment=table6",
-        "+logger.group=x",
-        "logger=wandb",
-        "runs_dir=a",
-        "run_dir=b",
-        "++force=true",
-    ]
+    monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
+    assert [described(one, Path("y"))["group"] for one in (single, asked)] == [GROUP, "mine"]
+    words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
     for typed, name in (
-        ([*words, "block_size=32", "~x"], "block_size=32 ~x"),
-        (words, "y"),
+        ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),
+        (words.split(), "y"),
         (["a" * 200], "a" * 128),
     ):
         monkeypatch.setattr("permllm.runs.sweep.overrides", lambda typed=typed: typed)
@@ -293,71 +235,57 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-def test_tensorboard_has_the_last_run_alone(cache: Path, tmp_path: Path) -> None:
-    words = ("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}")
-    for force in ("false", "true"):
-        result = job.run(read_config(composed(*words, f"force={force}")))
-    assert result is not None
-    found, epochs = scalars(result[1]), read_lines(result[1] / "history.jsonl")
-    assert found["epoch/loss"] == [
-        (number, pytest.approx(entry["loss"])) for number, entry in enumerate(epochs, 1)
-    ]
-    assert {"lcp/loss", "lcp/temperature", *numbers_of(result[0])} <= found.keys()
-
-
-def mlflow_runs(home: Path) -> list[Any]:
-    client = import_module("mlflow").MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+def mlflow_run(home: Path) -> tuple[Any, list[tuple[int, float]]]:
+    """Return the only run of a folder, and its losses by epoch."""
+    database = f"sqlite:///{home / 'mlflow.db'}"
+    client = import_module("mlflow").MlflowClient(tracking_uri=database)
     (experiment,) = [one for one in client.search_experiments() if one.name == "permllm"]
-    return list(client.search_runs([experiment.experiment_id]))
+    (run,) = client.search_runs([experiment.experiment_id])
+    points = client.get_metric_history(run.info.run_id, "epoch/loss")
+    return run, [(point.step, point.value) for point in points]
 
 
-def test_mlflow_has_the_curves_and_final_numbers_and_a_finished_run_goes_to_another_logger(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_goes_to_the_loggers_that_lack_it(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    metrics, directory = finished
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
     monkeypatch.chdir(tmp_path)
-    result = job.run(read_config(composed("model=tiny", "logger=mlflow", "runs_dir=runs")))
-    assert result is not None
-    metrics, directory = result
-    assert [file.name for file in tmp_path.iterdir() if file != cache] == ["runs"]
-    (run,) = mlflow_runs(tmp_path / "runs")
+    for logger in ("mlflow", "mlflow", "tensorboard", "tensorboard"):  # each gets it once
+        assert run_with(logger, directory.parent) == (metrics, directory)
+    loggers = {file.name for file in (directory / LOGGED).iterdir()}
+    assert loggers == {"wandb", "mlflow", "tensorboard"}
+    assert not [*tmp_path.iterdir()]
+    run, losses = mlflow_run(directory.parent)
     assert run.info.status == "FINISHED"
-    expected = {
-        "group": "table6-1a2b3c4d",
-        "pruner": "wanda",
-        "permutation": "lcp",
-        "sparsity": "2:4",
-        "model": "tiny",
-    }
-    assert (
-        run.data.tags.items()
-        >= (expected | {"job_type": "learn", "config_hash": metrics["config_hash"]}).items()
-    )
-    assert (
-        run.data.params.items() >= {"block_size": "64", "pruner.name": "wanda", "seed": "0"}.items()
-    )
+    tags = {"group": GROUP, "pruner": "wanda", "permutation": "lcp", "sparsity": "2:4"}
+    tags |= {"model": "tiny", "job_type": "learn", "config_hash": metrics["config_hash"]}
+    assert run.data.tags.items() >= tags.items()
+    parameters = {"block_size": "64", "pruner.name": "wanda", "seed": "0"}
+    assert run.data.params.items() >= parameters.items()
     assert run.data.metrics.items() >= numbers_of(metrics).items()
-    client = import_module("mlflow").MlflowClient(
-        tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
-    )
-    losses = [
-        (point.step, point.value)
-        for point in client.get_metric_history(run.info.run_id, "epoch/loss")
-    ]
-    assert losses == [
-        (number, entry["loss"])
-        for number, entry in enumerate(read_lines(directory / "history.jsonl"), 1)
-    ]
+    history = read_lines(directory / "history.jsonl")
+    assert losses == [(number, entry["loss"]) for number, entry in enumerate(history, 1)]
+    found = scalars(directory)
+    assert found["epoch/loss"] == [(number, pytest.approx(loss)) for number, loss in losses]
+    assert numbers_of(metrics).keys() <= found.keys()
 
-    for _ in range(2):  # the second time it is there
-        assert job.run(
-            read_config(composed("model=tiny", "logger=tensorboard", "runs_dir=runs"))
-        ) == (metrics, directory)
+
+def test_force_is_a_new_run_for_the_loggers(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / finished[1].name
+    (directory / "tensorboard").mkdir(parents=True)
+    for name in (WANDB_ID, "tensorboard/events", "config.yaml"):
+        text = (finished[1] / name).read_text() if name != "tensorboard/events" else ""
+        (directory / name).write_text(text)
+    run_with("tensorboard", tmp_path, "force=true")
+    assert not (directory / WANDB_ID).exists()
+    assert not (directory / "tensorboard" / "events").exists()
     found = scalars(directory)
     assert [step for step, _ in found["epoch/loss"]] == [1, 2, 3]
-    assert numbers_of(metrics).keys() <= found.keys()
-    assert (directory / LOGGED).read_text() == "mlflow\ntensorboard\n"
+    assert {"lcp/loss", "lcp/temperature"} <= found.keys()
+    assert read_json(directory / "metrics.json")["status"] == "finished"
 
 
 def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(
@@ -368,7 +296,7 @@ def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(
         logger.log({"loss": float("nan"), "flips": 0.5}, 0)
         logger.summary({"tasks/x(y)/acc,none": 0.5, "text": "words"})
         raise ZeroDivisionError
-    (run,) = mlflow_runs(tmp_path)
+    run, _ = mlflow_run(tmp_path)
     assert run.info.status == "FAILED"
     assert run.data.metrics.items() >= {"lcp/flips": 0.5, "tasks/x_y_/acc_none": 0.5}.items()
     assert not (tmp_path / "run" / LOGGED).exists()
@@ -379,27 +307,21 @@ def test_without_mlflow_or_its_server_a_line_says_so(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with attempt(
-        tmp_path, "logger=mlflow"
-    ) as logger:  # a server that is down costs no run its result
+    with attempt(tmp_path, "logger=mlflow") as logger:  # a server that is down costs no result
         logger.log({"loss": 1.0}, 0)
     assert "MLflow cannot be reached" in caplog.text
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with (
-        pytest.raises(ConfigError, match=r"pip install -e '\.\[mlflow\]'"),
-        attempt(tmp_path, "logger=mlflow"),
-    ):
+    with pytest.raises(ConfigError, match="logger=mlflow"), attempt(tmp_path, "logger=mlflow"):
         pass
 
 
 def test_a_logger_that_fails_costs_the_curves_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    writer = "torch.utils.tensorboard.SummaryWriter.add_scalar"
     with attempt(tmp_path, "logger=tensorboard") as logger:
         logger.log({"loss": 1.0}, 0)
-        monkeypatch.setattr(
-            "torch.utils.tensorboard.SummaryWriter.add_scalar", lambda *_, **__: 1 / 0
-        )
+        monkeypatch.setattr(writer, lambda *_, **__: 1 / 0)
         for step in range(1, 4):
             logger.log({"loss": 1.0}, step)
     assert caplog.text.count("the logger fails (division by zero)") == 1

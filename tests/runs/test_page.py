@@ -1,4 +1,4 @@
-"""The page and the pictures of `permllm report`: what they show, and what a browser makes of the page."""
+"""The page and the pictures of `permllm report`, and its tables from W&B."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from permllm.cli import call
 from permllm.config import flatten
 from permllm.errors import ConfigError
 from permllm.runs.files import read_lines
-from permllm.runs.plots import permutations, plot_masks, points
+from permllm.runs.plots import plot_masks, points
 from permllm.runs.read import collect
 from permllm.runs.report_command import as_run
 from permllm.runs.table import Table
@@ -44,24 +44,15 @@ def table_of(*folders: Path) -> Table:
     return Table(collect(folders).runs)
 
 
-def write_tensors(
-    folder: Path, layers: int = 5, rows: int = 24, channels: int = 32
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write permutations and masks into a run directory; return both by name."""
+def write_tensors(folder: Path, layers: int = 5, rows: int = 24, channels: int = 32) -> None:
+    """Write permutations and masks into a run directory."""
     generator = np.random.default_rng(0)
-    orders = {
-        f"model.layers.{layer}.mlp.down_proj": generator.permutation(channels)
-        for layer in range(layers)
-    }
-    masks = {name: generator.random((rows, channels)) < 0.5 for name in orders}
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(layers)]
+    orders = {name: generator.permutation(channels) for name in names}
     save_file(orders, folder / "permutations.safetensors")
-    shapes = json.dumps({name: [rows, channels] for name in masks})
-    save_file(
-        {name: np.packbits(mask) for name, mask in masks.items()},
-        folder / "masks.safetensors",
-        {"shapes": shapes},
-    )
-    return orders, masks
+    masks = {name: np.packbits(generator.random((rows, channels)) < 0.5) for name in names}
+    shapes = json.dumps({name: [rows, channels] for name in names})
+    save_file(masks, folder / "masks.safetensors", {"shapes": shapes})
 
 
 def test_rows_are_named_by_what_is_unusual_in_them() -> None:
@@ -74,19 +65,9 @@ def test_rows_are_named_by_what_is_unusual_in_them() -> None:
 
 def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     for seed in range(2):
-        seconds = {
-            "load": 7.0,
-            "permute": 570.0 + 120 * seed,
-            "prune": 30.0,
-            "evaluate sparse": 999.0,
-        }
-        make_run(
-            tmp_path / f"lcp{seed}",
-            20.0 + 2 * seed,
-            seed=seed,
-            seconds=seconds,
-            peak_memory_bytes=4 * (seed + 1),
-        )
+        seconds = {"load": 7.0, "permute": 570.0 + 120 * seed, "prune": 30.0, "evaluate": 999.0}
+        how: Any = {"seed": seed, "seconds": seconds, "peak_memory_bytes": 4 * (seed + 1)}
+        make_run(tmp_path / f"lcp{seed}", 20.0 + 2 * seed, **how)
     make_run(tmp_path / "none", 40.0, permutation="none", seconds={"permute": 5.0})
     make_run(tmp_path / "slow", 50.0, permutation="heuristic", seconds={"permute": 50.0})
     make_run(tmp_path / "from_file", 20.0, permutation="from_file")
@@ -102,49 +83,31 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
 def test_pictures_are_written_in_the_format_of_their_suffix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    runs, png, svg = (str(tmp_path / name) for name in ("runs", "a.png", "a.svg"))
     make_run(tmp_path / "runs" / "a", 20.0)
     make_run(tmp_path / "runs" / "b", 30.0, permutation="none")
     for option in ("--to", "--curves"):
-        assert call("report", [str(tmp_path / "runs"), option, str(tmp_path / "a.png")]) == 0
-        assert Image.open(tmp_path / "a.png").format == "PNG"
-    assert (
-        call(
-            "report", [str(THREE_RUNS), "--to", str(tmp_path / "a.svg"), "--measure", "average acc"]
-        )
-        == 0
-    )
-    assert "average acc" in (tmp_path / "a.svg").read_text()
+        assert call("report", [runs, option, png]) == 0
+        assert Image.open(png).format == "PNG"
+    assert call("report", [str(THREE_RUNS), "--to", svg, "--measure", "average acc"]) == 0
+    assert "average acc" in Path(svg).read_text()
     for words, message in (
-        (["--to", "a.txt"], "error: a.txt: "),
-        (
-            ["--to", "a.png", "--measure", "speed"],
-            "error: a.png: no row has speed; valid are: gap closed, ",
-        ),
-        (
-            ["--to", "a.png", "--paper", "table1"],
-            "error: --paper table1: a.png shows nothing of it",
-        ),
-        (["--masks", "a.png"], "error: a.png: none of the runs has its masks.safetensors"),
-        ([], "error: DIR... and one of --to, --curves and --masks are needed"),
+        ("--to a.txt", "error: a.txt: "),
+        ("--to a.png --measure speed", "error: a.png: no row has speed"),
+        ("--masks a.png", "error: a.png: none of the runs has its masks.safetensors"),
+        ("", "error: expected DIR... and one of --to"),
     ):
-        assert call("report", [str(tmp_path / "runs"), *words]) == 1
+        assert call("report", [runs, *words.split()]) == 1
         assert message in capsys.readouterr().err
 
 
 def test_masks_and_permutations_are_those_of_the_run(tmp_path: Path) -> None:
-    orders, _ = write_tensors(make_run(tmp_path / "a"))
-    assert list(permutations(tmp_path / "a")) == [
-        f"model.layers.{layer}.mlp.down_proj" for layer in (0, 2, 4)
-    ]
-    assert all(
-        (permutations(tmp_path / "a")[name] == orders[name]).all()
-        for name in permutations(tmp_path / "a")
-    )
+    write_tensors(make_run(tmp_path / "a"))
     table = table_of(tmp_path)
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
     assert caption in (tmp_path / "masks.svg").read_text()
-    with pytest.raises(ConfigError, match="has no such mask"):
+    with pytest.raises(ConfigError, match="--linear"):
         plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
 
 
@@ -247,10 +210,10 @@ def test_a_point_says_what_it_is_and_shows_its_run(browser: Any, tmp_path: Path)
         for chosen, count in ((0, 3), (1, 0)):
             page.locator("#run").select_option(str(chosen))
             assert page.locator(".run:visible img").count() == count
-            assert (
-                page.locator("#curves .scatterlayer .trace").count() == 2
-            )  # loss and temperature of the chosen run
-        figure = "(one) => one._fullData.filter((trace) => trace.visible === true).map(({ x, y }) => [[...x], [...y]])"
+            # Loss and temperature of the chosen run.
+            assert page.locator("#curves .scatterlayer .trace").count() == 2
+        visible = "one._fullData.filter((trace) => trace.visible === true)"
+        figure = f"(one) => {visible}.map(({{ x, y }}) => [[...x], [...y]])"
         page.locator("#quality .updatemenu-header").click()
         page.locator("#quality .updatemenu-dropdown-button").filter(has_text="average acc").click()
         assert section.locator(".scatterlayer .point").count() == 1
@@ -271,23 +234,12 @@ def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> 
 def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
     """Return a run of `wandb.Api` as the logger leaves it."""
     metrics = {key: value for key, value in line["metrics"].items() if key != "evaluation"}
-    flat = {
-        key: "Infinity" if value == float("inf") else value
-        for key, value in flatten(metrics, "/").items()
-    }
-    flat |= {"lcp/step": 3, "minutes": 1.0}
-    config = line["config"] | {
-        "evaluation": {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}},
-        "config_hash": "0",
-    }
-    facts = {
-        "id": name,
-        "name": name,
-        "group": "table1-1",
-        "state": "finished",
-        "config": config,
-        "summary_metrics": flat,
-    }
+    flat = flatten(metrics, "/") | {"lcp/step": 3, "minutes": 1.0}
+    flat = {key: "Infinity" if value == float("inf") else value for key, value in flat.items()}
+    evaluated = {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}
+    config = line["config"] | {"evaluation": evaluated, "config_hash": "0"}
+    facts = {"id": name, "name": name, "group": "table1-1", "state": "finished"}
+    facts |= {"config": config, "summary_metrics": flat}
     return SimpleNamespace(**facts | changed)
 
 
@@ -304,31 +256,25 @@ def api(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
 def test_a_table_of_wandb_is_that_of_the_runs(
     api: list[SimpleNamespace], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [
-        *read_lines(THREE_RUNS / "records.jsonl")[:1],
-        record(12.0, model="llama-2-7b"),
-        record(30.0, model="llama-2-7b"),
-    ]
-    lines += [record(float("inf"), model="llama-2-7b", permutation="none")]
+    ours: Any = {"model": "llama-2-7b"}
+    lines = [read_lines(THREE_RUNS / "records.jsonl")[0], record(12.0, **ours)]
+    lines += [record(30.0, **ours), record(float("inf"), permutation="none", **ours)]
     api += [logged(line, f"run{number}") for number, line in enumerate(lines)]
-    api += [
-        logged(record(seed=3), "crashed", state="crashed"),
-        logged(record(seed=4), "elsewhere", group="other"),
-    ]
+    api.reverse()  # the newest first
+    api.append(logged(record(seed=3), "crashed", state="crashed"))
+    api.append(logged(record(seed=4), "elsewhere", group="other"))
     assert call("report", ["--wandb", "permllm", "--table", "table1", "--json"]) == 0
     printed = capsys.readouterr()
-    found = {
-        tuple(row["settings"].values()): row["measures"] for row in json.loads(printed.out)["rows"]
-    }
+    rows = json.loads(printed.out)["rows"]
+    found = {tuple(row["settings"].values()): row["measures"] for row in rows}
     assert "note: skipped crashed (crashed): not finished (crashed)" in printed.err
-    assert "run2 (run2) has the settings of run1, which is older and is not counted" in printed.err
+    assert "note: run1 has the same settings as run2: not counted again" in printed.err
     assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]
     assert any("boolq-passages perplexity (window 256)" in measures for measures in found.values())
     assert call("report", ["--wandb", "permllm", "--table", "table9"]) == 1
     assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
     assert (
-        "no run is in the group table2 or table2-*; groups are other, table1-1"
-        in capsys.readouterr().err
+        "table2 or table2-*: no finished run; groups are other, table1-1" in capsys.readouterr().err
     )
 
 

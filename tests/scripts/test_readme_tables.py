@@ -1,4 +1,4 @@
-"""Tables of documents: all are those of the records, each record is shown, and a table that cannot be made is one line."""
+"""Tables of documents are those of the records, and one that cannot be made is one line."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import torch
 
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
-from permllm.runs.masks import PackedMasks, violations
+from permllm.runs.tensors import PackedMasks, violations
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask, ranks_of, saliency_sum
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (8, 32)]

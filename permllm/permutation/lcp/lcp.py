@@ -30,7 +30,7 @@ from permllm.permutation.foldable import (
 from permllm.permutation.heuristic import heuristic_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
-from permllm.runs.names import CHECKPOINT
+from permllm.runs.files import CHECKPOINT
 from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.kernels import Kernels

@@ -14,7 +14,7 @@ from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import SharedOrder, expanded
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
-from permllm.runs.names import BEST_SO_FAR
+from permllm.runs.files import BEST_SO_FAR
 from permllm.runs.tensors import save_tensors
 from permllm.runtime import parallel
 from permllm.training.learner import Learner, Moment
