@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import RunConfig, digest_of, read_config
+from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.pruning.composition import composed, refusal
 from permllm.runs.cache import choose_cache
@@ -27,6 +27,7 @@ from permllm.runs.environment import environment
 from permllm.runs.files import SCHEMA_VERSION, write_text
 from permllm.runs.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything
+from permllm.runtime.identity import digest_of
 from permllm.runtime.terminal import run_tool
 
 # Begins the names of a script's own settings.

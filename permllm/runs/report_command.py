@@ -26,7 +26,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from permllm.config import evaluation_of
 from permllm.errors import ConfigError, DataError
 from permllm.runs.compare import Comparison, published
 from permllm.runs.files import write_text
@@ -34,6 +33,7 @@ from permllm.runs.read import Collection, Run
 from permllm.runs.render import FORMATS, beside, records, render
 from permllm.runs.results_command import BASELINE, PAPER, PLACES, found_in, note
 from permllm.runs.table import Table
+from permllm.runtime.identity import evaluation_of
 from permllm.runtime.terminal import Answer
 
 # The logger adds these to the settings.

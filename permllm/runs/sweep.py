@@ -17,10 +17,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from permllm.config import digest_of
 from permllm.errors import ConfigError, DataError
 from permllm.runs.files import read_json, write_json
 from permllm.runs.launched import first, share_gpus
+from permllm.runtime.identity import digest_of
 
 # The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds
 # hydra.sweep.dir with it.

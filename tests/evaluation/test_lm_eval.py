@@ -19,7 +19,7 @@ from permllm.config import LMEvalConfig, ModelConfig, TaskConfig
 from permllm.errors import ConfigError
 from permllm.evaluation.lm_eval import check_tasks, run_task
 from permllm.models.load import load_model
-from permllm.runtime.inputs import task_digest
+from permllm.runtime.identity import task_digest
 from tests.conftest import tiny_model
 from tests.hub.repositories import write_model
 from tests.test_config import config

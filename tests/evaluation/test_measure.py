@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from permllm.config import RunConfig, digest_of, read_config
+from permllm.config import RunConfig, read_config
 from permllm.evaluation import measure
 from permllm.evaluation.lm_eval import task_label
 from permllm.evaluation.measure import evaluate
 from permllm.models.load import LoadedModel, load_model
 from permllm.runs.directory import RunDirectory
+from permllm.runtime.identity import digest_of
 from tests.test_config import composed, config
 
 VALUES = {"metrics": {"acc,none": 0.5}, "n": 2, "scores": {"items": [0, 1]}}

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from permllm import job
-from permllm.config import RunConfig, digest_of, read_config
+from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError, InUseError, PermLLMError
 from permllm.evaluation import measure
 from permllm.permutation.heuristic import Heuristic
@@ -23,6 +23,7 @@ from permllm.permutation.lcp.lcp import LCP
 from permllm.pruning import methods, stages
 from permllm.runs.directory import RunDirectory, is_finished, run_directory
 from permllm.runs.files import read_json, read_lines
+from permllm.runtime.identity import digest_of
 from tests.test_config import composed
 
 SMALL = (
