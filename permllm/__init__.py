@@ -19,7 +19,7 @@ __all__ = ["Pruned", "__version__", "load", "perplexity", "prune", "results", "s
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is asked for: torch and transformers take seconds."""
+    """Import a name of the API on demand, because torch and transformers take seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from permllm import api

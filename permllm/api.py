@@ -56,7 +56,7 @@ _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "plan_on"}
 
 
 class Pruned(NamedTuple):
-    """What `prune` found.
+    """Result of `prune`.
 
     Attributes:
         orders: int64 `(C_in,)` by channel group: the order in which `weight[:, order]` is N:M.

@@ -324,7 +324,7 @@ class RunConfig:
 
     @cached_property
     def evaluation_identity(self) -> dict[str, Any]:
-        """How a model is evaluated, as plain values."""
+        """The settings that say how a model is evaluated, as plain values."""
         return evaluation_of(self.resolved)
 
 
@@ -335,12 +335,13 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is unknown or missing, or its value is not valid.
     """
     try:
-        settings: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(composed)))  # type: ignore[arg-type]
+        given: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
+        settings: Any = OmegaConf.create(given)
         budget = settings.get("budget") or {}
         settings.budget = {
             key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)
         }
-        given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+        given = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"

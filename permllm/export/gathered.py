@@ -144,4 +144,5 @@ def _gather(
 def register() -> None:
     """Make gathered checkpoints known to transformers."""
     AutoConfig.register(_MODEL_TYPE, GatheredConfig, exist_ok=True)
-    AutoModelForCausalLM.register(GatheredConfig, GatheredForCausalLM, exist_ok=True)  # type: ignore[arg-type]
+    model: Any = GatheredForCausalLM
+    AutoModelForCausalLM.register(GatheredConfig, model, exist_ok=True)

@@ -7,6 +7,8 @@ asked: a head that gives the product is plain.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -78,7 +80,8 @@ class Head:
     def _forward(self, windows: Tensor, replaced: dict[str, Tensor] | None = None) -> Tensor:
         ids = torch.zeros(windows.shape[:2], dtype=torch.long, device=self.weight.device)
         # The body answers with these states, whatever it is asked.
-        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=windows)  # type: ignore[arg-type]
+        states: Any = windows
+        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
         with replaced_forwards([self._body], lambda *_, **__: answer):
             output = functional_call(
                 self._model,

@@ -57,7 +57,8 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
     with replaced_forwards(layers, stand_in):
         # The base model, without the head: its logits over the vocabulary would dwarf the
         # embedding's cost.
-        model.base_model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)  # type: ignore[operator]
+        body: Any = model.base_model
+        body(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     return LayerInputs(hidden[0], kwargs)
 
 

@@ -29,23 +29,28 @@ from permllm.runs.table import Table
 
 _SIDE = 192  # pixels of a picture of a permutation
 _FRAME = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline' 'unsafe-eval' data: blob:">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>PermLLM: {runs} runs</title><link rel="icon" href="data:,">
-<style>body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
+<style>
+body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
 #table_wrapper {{ overflow-x: auto }} figure {{ display: inline-block; margin: 0 1em 1em 0 }}
-figcaption {{ font-size: 12px }} img {{ border: 1px solid #999; image-rendering: pixelated }}</style>
+figcaption {{ font-size: 12px }}
+img {{ border: 1px solid #999; image-rendering: pixelated }}
+</style>
 <script>{plotly}</script></head><body>
 <h1>PermLLM: pruned models side by side</h1>
-<p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p><ul>{notes}</ul>
+<p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p>
+<ul>{notes}</ul>
 <h2>Quality over minutes</h2>{quality}
 <h2>Table</h2>{itables}{table}
 <h2>A run</h2><p><label>Run <select id="run">{options}</select></label></p>{curves}{details}
 <script>
 const chosen = document.getElementById("run"), curves = document.getElementById("curves");
 function show() {{
-  for (const one of document.querySelectorAll(".run")) one.hidden = one.dataset.run !== chosen.value;
-  Plotly.restyle(curves, {{ visible: curves.data.map((trace) => String(trace.meta) === chosen.value) }});
+  const name = chosen.value;
+  for (const one of document.querySelectorAll(".run")) one.hidden = one.dataset.run !== name;
+  Plotly.restyle(curves, {{ visible: curves.data.map((one) => String(one.meta) === name) }});
 }}
 chosen.addEventListener("change", show);
 document.getElementById("quality").on("plotly_click", ({{ points }}) => {{
@@ -53,7 +58,7 @@ document.getElementById("quality").on("plotly_click", ({{ points }}) => {{
 }});
 show();
 </script></body></html>
-"""  # noqa: E501
+"""
 # "56.16% ± 2.00%" is sorted by its first number. A text without a number comes last.
 _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""

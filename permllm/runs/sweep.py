@@ -109,7 +109,8 @@ def place(composed: DictConfig) -> DictConfig:
         if composed.run_dir is not None:
             raise ConfigError(f"run_dir and hydra.run.dir {_ONE_PLACE}")
         given["run_dir"] = hydra.run.dir
-    return composed if composed.run_dir is not None else OmegaConf.merge(composed, given)  # type: ignore[return-value]
+    merged: Any = OmegaConf.merge(composed, given)
+    return composed if composed.run_dir is not None else merged
 
 
 def outcome_file() -> Path:

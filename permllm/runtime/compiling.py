@@ -49,7 +49,8 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
     def made() -> Callable[..., T]:
         # Without duck shapes: equal sizes in the first call need not be equal in the next one,
         # which would compile once more.
-        options = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        settings: Any = torch.fx.experimental._config  # type: ignore[attr-defined]
+        options = settings.patch(use_duck_shape=False)
         found: Callable[..., T] = options(torch.compile(function, dynamic=True))
         return found
 
