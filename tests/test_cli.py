@@ -256,7 +256,7 @@ permutation.layers_per_stage=block -> 'block': must be 'all' or must be a valid 
 permutation.layers_per_stage=2 permutation.loss=kl -> loss=kl needs layers_per_stage=all
 permutation=none mask=lowrank mask.rank=-1 -> mask.rank=-1: must be at least 0
 reconstruction=distill model.placement=host -> together, which needs model.placement=device
-keep_dense=[true] -> keep_dense=[True]: expected indices of layers and names of modules
+keep_dense=[true] -> keep_dense=[True]: True is neither the index of a layer nor the name of a
 sparsity_of={mlp:1} -> sparsity_of.mlp=1: expected N:M
 temperature.end=0 -> temperature.end=0
 """
