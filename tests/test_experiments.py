@@ -157,6 +157,7 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
         assert jobs(f"method={method}")[0].further == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("downloads")
 def test_a_table_runs(tmp_path: Path) -> None:
     words = ["experiment=table5", "model=tiny", "protocol=offline", "budget=quick", "logger=none"]
