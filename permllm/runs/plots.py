@@ -13,7 +13,7 @@ import pandas as pd
 
 from permllm.errors import ConfigError, first_line
 from permllm.runs.files import MASKS
-from permllm.runs.measures import method_of
+from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.table import GAP, Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
@@ -63,10 +63,10 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of the picture of quality over minutes.
 
     Returns:
-        By row: `run`, `name`, `method`, `minutes` of `run`, the fastest one, because other jobs of
-        a machine only add to them, `value`, `error`, largest `memory` in bytes of the runs that
-        compute in the format of `run`, `front`: no other row is as good in as few minutes. Rows
-        without the measure are left out, and those of another run's permutation.
+        By row: `name`, `method`, `minutes` of the fastest run, because other jobs of a machine
+        only add to them, `value`, `error`, largest `memory` in bytes of the runs that compute in
+        its format, `front`: no other row is as good in as few minutes. Rows without the measure are
+        left out, and those of another run's permutation.
     """
     names, several = table.names(), table.labels["pruner"].nunique() > 1
     lines = {}
@@ -75,17 +75,20 @@ def points(table: Table, measure: str) -> pd.DataFrame:
             table.means.at[row, measure]
         ):
             continue
-        run = int(table.frame["minutes"][members].idxmin())
-        alike = [one for one in members if table.runs[one].format == table.runs[run].format]
+        fastest = table.runs[int(table.frame["minutes"][members].idxmin())].metrics
+        alike = [
+            metrics
+            for metrics in (table.runs[run].metrics for run in members)
+            if metrics.get("compute_dtype") == fastest.get("compute_dtype")
+        ]
         pruner = f"{table.label(row, 'pruner')}, " * several
         lines[row] = {
-            "run": run,
             "name": names[row],
             "method": pruner + method_of(table.first(row).config),
-            "minutes": table.frame["minutes"][run],
+            "minutes": pruning_minutes(fastest["seconds"]),
             "value": table.means.at[row, measure],
             "error": table.error(row, measure) or 0.0,
-            "memory": max(int(table.runs[one].metrics["peak_memory_bytes"]) for one in alike),
+            "memory": max(metrics["peak_memory_bytes"] for metrics in alike),
         }
     found = pd.DataFrame.from_dict(lines, orient="index")
     if lines:

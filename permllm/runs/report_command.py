@@ -29,7 +29,7 @@ from typing import Any
 from permllm.errors import ConfigError, DataError
 from permllm.runs.compare import published
 from permllm.runs.files import write_text
-from permllm.runs.read import Collection, Run
+from permllm.runs.read import LACKS, Collection, Run
 from permllm.runs.render import beside, records, render
 from permllm.runs.results_command import BASELINE, PAPER, PLACES, found_in, note
 from permllm.runs.table import Table
@@ -108,7 +108,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
         if any(fnmatchcase(one.group or "", pattern) for pattern in groups):
             try:
                 found.add(as_run(one))
-            except (AttributeError, DataError, LookupError, TypeError) as error:  # a run of others
+            except (DataError, *LACKS) as error:  # a run of others
                 found.notes.append(f"skipped {one.name} ({one.id}): {error}")
     note(found.notes)
     if not found.runs:
