@@ -9,12 +9,11 @@ from typing import Any
 import itables
 import pandas as pd
 import plotly.express as px
-import plotly.graph_objects as go
 from itables.javascript import generate_init_offline_itables_html
 from plotly.offline import get_plotlyjs
 
 from permllm.runs.compare import Comparison
-from permllm.runs.plots import MINUTES, points, worth_minutes
+from permllm.runs.plots import MINUTES, drawn_measure, points
 from permllm.runs.render import cells
 from permllm.runs.table import Table
 
@@ -39,8 +38,23 @@ _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
 
 
-def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str:
-    """Return the page as text; its policy forbids it to load anything. `paper` as in `cells`."""
+def page(
+    table: Table,
+    notes: list[str],
+    paper: Comparison | None = None,
+    measure: str | None = None,
+) -> str:
+    """Return the page as text; its policy forbids it to load anything.
+
+    Args:
+        table: of the runs.
+        notes: lines for the reader, beside those of the table.
+        paper: as in `cells`.
+        measure: to draw over minutes; None: the main one.
+
+    Raises:
+        ConfigError: no row has the measure.
+    """
     every = filter(None, [*notes, *table.notes, paper.note if paper else ""])
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
@@ -48,15 +62,10 @@ def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str
         rows=len(table.rows),
         plotly=get_plotlyjs(),
         notes="".join(f"<li>{escape(note)}</li>" for note in every),
-        quality=_html(quality(table), "quality"),
+        quality=_quality(table, drawn_measure(table, measure)),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
         table=_table(cells(table, paper), len(table.settings)),
     )
-
-
-def _html(figure: go.Figure, name: str) -> str:
-    look = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
-    return str(figure.to_html(**look, div_id=name))
 
 
 def _table(frame: pd.DataFrame, words: int) -> str:
@@ -67,42 +76,28 @@ def _table(frame: pd.DataFrame, words: int) -> str:
     return str(itables.to_html_datatable(frame, **options))
 
 
-def quality(table: Table) -> go.Figure:
-    """Return quality over minutes: for each measure a point a row, and the Pareto front."""
-    figure, buttons = go.Figure(), []
-    for name in worth_minutes(table):
-        found = points(table, name)
-        if found.empty:
-            continue
-        found["method"] = found["method"].map(escape)
-        found["text"] = [
-            f"{escape(one.name)}<br>{table.shown(row, name)}<br>{one.minutes:.1f} min, "
-            f"{one.memory / 1e9:.2f} GB at the peak"
-            for row, one in zip(found.index, found.itertuples(index=False), strict=True)
-        ]
-        columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method"}
-        columns |= {"hover_name": "text", "size": "memory"}
-        drawn = px.scatter(found, **columns)
-        drawn.update_traces(hovertemplate="%{hovertext}<extra></extra>")
-        front = found[found["front"]].sort_values("minutes")
-        look: Any = {"line": {"shape": "hv", "dash": "dot", "color": "grey"}, "hoverinfo": "skip"}
-        look |= {"mode": "lines", "name": "Pareto front"}
-        drawn.add_scatter(x=front["minutes"], y=front["value"], **look)
-        figure.add_traces(drawn.update_traces(meta=name, visible=not figure.data).data)
-        form = ".0%" if table.kinds[name] in ("accuracy", "share") else ""
-        dense = f"; dense: {table.shown_dense(name)}" if name in table.dense else ""
-        title = {"text": escape(table.heading(name) + dense)}
-        buttons.append((name, {"yaxis": {"title": title, "tickformat": form}}))
-    if buttons:
-        menu = [
-            {
-                "label": escape(name),
-                "method": "update",
-                "args": [{"visible": [trace.meta == name for trace in figure.data]}, axis],
-            }
-            for name, axis in buttons
-        ]
-        place = {"x": 0, "xanchor": "left", "y": 1.15}
-        figure.update_layout(buttons[0][1], updatemenus=[{"buttons": menu, **place}])
-    axis = {"title": {"text": MINUTES}, "type": "log"}
-    return figure.update_layout(xaxis=axis, height=520, template="plotly_white")
+def _quality(table: Table, measure: str) -> str:
+    """Return quality over minutes, a point a row, with the Pareto front; empty without a point."""
+    found = points(table, measure)
+    if found.empty:
+        return ""
+    found["method"] = found["method"].map(escape)
+    found["text"] = [
+        f"{escape(one.name)}<br>{table.shown(row, measure)}<br>{one.minutes:.1f} min, "
+        f"{one.memory / 1e9:.2f} GB at the peak"
+        for row, one in zip(found.index, found.itertuples(index=False), strict=True)
+    ]
+    columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method"}
+    columns |= {"hover_name": "text", "size": "memory"}
+    figure = px.scatter(found, **columns, log_x=True, height=520, template="plotly_white")
+    figure.update_traces(hovertemplate="%{hovertext}<extra></extra>")
+    front = found[found["front"]].sort_values("minutes")
+    look: Any = {"line": {"shape": "hv", "dash": "dot", "color": "grey"}, "hoverinfo": "skip"}
+    look |= {"mode": "lines", "name": "Pareto front"}
+    figure.add_scatter(x=front["minutes"], y=front["value"], **look)
+    dense = f"; dense: {table.shown_dense(measure)}" if measure in table.dense else ""
+    form = ".0%" if table.kinds[measure] in ("accuracy", "share") else ""
+    figure.update_yaxes(title_text=escape(table.heading(measure) + dense), tickformat=form)
+    figure.update_xaxes(title_text=MINUTES)
+    whole = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
+    return str(figure.to_html(**whole, div_id="quality"))

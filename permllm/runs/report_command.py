@@ -54,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--linear", metavar="PATH", help="whose mask; default: the first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
     add("--paper", metavar="TABLE", help=f"of the page: {PAPER}")
-    add("--measure", metavar="NAME", help="of the picture, such as 'average acc'")
+    add("--measure", metavar="NAME", help="to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="take the runs from W&B")
     add("--table", help="of the paper, for example table6, with --wandb")
     add("--entity", help="user or team in W&B; yours without it")
@@ -75,7 +75,8 @@ def work(options: argparse.Namespace) -> Answer:
     if file == options.to and file.suffix == ".html":
         from permllm.runs.page import page
 
-        write_text(file, page(table, found.notes, beside(options.paper, table)))
+        paper = beside(options.paper, table)
+        write_text(file, page(table, found.notes, paper, options.measure))
     else:
         from permllm.runs.plots import plot_cost, plot_curves, plot_masks
 
