@@ -32,7 +32,7 @@ from permllm.runs.cache import choose_cache
 from permllm.runs.directory import RunDirectory, job_log, run_directory
 from permllm.runs.environment import environment
 from permllm.runs.files import ENVIRONMENT, EXPORT, LOG, write_json
-from permllm.runs.loggers import NO_LOGGER, RunLogger, log_finished, open_logger
+from permllm.runs.loggers import NO_LOGGER, RunLogger, open_logger
 from permllm.runs.measures import flat_figures
 from permllm.runs.render import print_run
 from permllm.runtime import parallel
@@ -76,10 +76,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
-            log.info("%s is finished already; force=true runs it again", record.directory)
-            parallel.on_main(
-                lambda: log_finished(config, record.directory, record.metrics, record.history)
-            )
+            again = "and is not logged: force=true runs it again, with the logger"
+            log.info("%s is finished already %s", record.directory, again)
         else:
             _unfinished(config, methods, record, device)
         if request is not None:

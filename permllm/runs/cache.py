@@ -1,7 +1,7 @@
 """Results that several jobs need: computed once, and kept in the cache directory.
 
 A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the
-folder costs time, nothing else. PERMLLM_CACHE_GB bounds its size.
+folder costs time, nothing else.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from permllm.errors import ConfigError, DataError
+from permllm.errors import DataError
 from permllm.runs.environment import git_commit, versions
 from permllm.runs.files import read_json, write_json
 from permllm.runs.tensors import load_tensors, save_tensors
@@ -67,7 +67,6 @@ def _read(file: Path) -> Any:
     try:
         for suffix, load in forms.items():
             if (kept := file.with_suffix(suffix)).exists():
-                os.utime(kept)
                 return load(kept)
     except DataError as error:
         log.warning("%s: computing it again", error)
@@ -80,7 +79,6 @@ def _write(file: Path, values: Mapping[str, Any]) -> None:
             save_tensors(file.with_suffix(".safetensors"), values)
         else:
             write_json(file.with_suffix(".json"), values)
-        _trim(file.parent)
     except DataError as error:  # a full disk must not cost a job what it has just computed
         log.warning("not kept for other jobs: %s", error)
 
@@ -105,25 +103,3 @@ def cache_directory() -> Path:
     except OSError as error:
         raise DataError(f"PERMLLM_CACHE: cannot make {path} ({error.strerror})") from error
     return path
-
-
-def _trim(folder: Path) -> None:
-    """Remove results, those first that were not used for longest, down to PERMLLM_CACHE_GB."""
-    text = os.environ.get("PERMLLM_CACHE_GB")
-    if not text:
-        return
-    try:
-        over = -float(text) * 1e9
-    except ValueError as error:
-        raise ConfigError(f"PERMLLM_CACHE_GB={text}: expected a number of 10^9 bytes") from error
-    found = []
-    for file in folder.iterdir():
-        with suppress(FileNotFoundError):  # another process removed it
-            found.append((file.stat().st_mtime, file.stat().st_size, file))
-            over += file.stat().st_size
-    for _, size, file in sorted(found)[:-1]:  # the newest is what was just computed
-        if over > 0 and size:
-            lock = FileLock(file.with_suffix(".lock"), timeout=0)
-            with suppress(Timeout, FileNotFoundError), lock:
-                file.unlink()
-                over -= size

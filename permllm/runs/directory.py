@@ -374,11 +374,9 @@ def job_log(file: Path) -> Iterator[None]:
         noted.info("command: %s", command_line())
         yield
         noted.info("finished")
-    except KeyboardInterrupt as error:
-        noted.error("ended: %s", what_happened(error))
-        raise
     except BaseException as error:
-        noted.error("ended: %s", one_line(error) or type(error).__name__)
+        said = what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error)
+        noted.error("ended: %s", said or type(error).__name__)
         raise
     finally:
         for logger in loggers:

@@ -24,9 +24,8 @@ PERMUTATIONS, MASKS = "permutations.safetensors", "masks.safetensors"
 WEIGHTS, PRUNED_LAYERS, EXPORT = "weights", "pruned_layers", "export"
 CHECKPOINT, MASK_CHECKPOINT = "lcp_checkpoint.pt", "mask_checkpoint.pt"
 DISTILL_CHECKPOINT, BEST_SO_FAR = "distill_checkpoint.pt", "best_so_far.safetensors"
-# Of loggers: TensorBoard's curves, the id of the W&B run, and a file for each logger that has the
-# final numbers.
-TENSORBOARD, WANDB_ID, LOGGED = OF_LOGGERS = "tensorboard", ".wandb-id", ".logged"
+# Of loggers: TensorBoard's curves, and the id of the W&B run.
+TENSORBOARD, WANDB_ID = OF_LOGGERS = "tensorboard", ".wandb-id"
 # Only an unfinished run needs these.
 UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
 RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
@@ -76,9 +75,9 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write plain values as JSON."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from filelock import FileLock
 from permllm.config import RunConfig, flatten
 from permllm.errors import ConfigError, first_line
 from permllm.runs import sweep
-from permllm.runs.files import LOGGED, TENSORBOARD, WANDB_ID, write_text
-from permllm.runs.measures import flat_figures
+from permllm.runs.files import TENSORBOARD, WANDB_ID, write_text
 
 log = logging.getLogger(__name__)
 
@@ -117,28 +116,6 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         failed = False
     finally:
         logger.close(failed)
-    if logger is not NO_LOGGER:
-        write_text(_mark(config, directory), "")
-
-
-def log_finished(
-    config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]
-) -> None:
-    """Log a finished run, without its single steps, where the logger does not have it yet."""
-    if _mark(config, directory).exists():
-        return
-    with open_logger(config, directory) as logger:
-        for number, values in enumerate(history, 1):
-            logger.log_epoch(values, number)
-        logger.summary(flat_figures(metrics))
-    if logger is not NO_LOGGER:
-        has = "the logger has its epochs and final numbers, and not its single steps"
-        log.info("%s was finished before: %s", directory, has)
-
-
-def _mark(config: RunConfig, directory: Path) -> Path:
-    """Return the file that exists where the logger has the run's final numbers."""
-    return directory / LOGGED / config.logger.name.replace("auto", "wandb")
 
 
 def described(config: RunConfig, directory: Path) -> dict[str, Any]:

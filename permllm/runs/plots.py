@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,18 @@ import pandas as pd
 
 from permllm.errors import ConfigError, first_line
 from permllm.runs.files import MASKS
-from permllm.runs.measures import method_of
-from permllm.runs.table import GAP, Table
+from permllm.runs.measures import method_of, pruning_minutes
+from permllm.runs.table import Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
-# Colours repeat after so many methods, then with another marker.
-_COLOURS, _MARKERS = 10, "osD^v"
+_CORNER = 64  # rows and channels of a mask that are drawn
 # Beside the axes a legend hides nothing.
 _LEGEND: Any = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
 _LEGEND |= {"borderaxespad": 0.0}
 
 
 @contextmanager
-def picture(file: Path, dpi: int = 150) -> Iterator[Any]:
+def picture(file: Path) -> Iterator[Any]:
     """Give matplotlib's pyplot without a screen, and write the figure that was drawn with it.
 
     Raises:
@@ -44,29 +43,38 @@ def picture(file: Path, dpi: int = 150) -> Iterator[Any]:
         yield pyplot
         pyplot.gcf().set_layout_engine("constrained")
         # A legend beside the axes is part of the picture.
-        pyplot.savefig(file, dpi=dpi, bbox_inches="tight")
+        pyplot.savefig(file, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
     finally:
         pyplot.close("all")
 
 
-def worth_minutes(table: Table) -> list[str]:
-    """Return gaps, perplexities and accuracies; gaps that do not compare stand last."""
-    others = [name for name in table.measures if table.kinds[name] in ("perplexity", "accuracy")]
-    gaps = [name for name in table.measures if name in table.gaps]
-    gaps.sort(key=lambda name: name != GAP)
-    return gaps + others if table.one_start() else others + gaps
+def drawn_measure(table: Table, measure: str | None) -> str:
+    """Return the measure to draw over minutes: this one, or the main one.
+
+    Raises ConfigError where no row has it.
+    """
+    valid = [
+        name
+        for name in table.measures
+        if name in table.gaps or table.kinds[name] in ("perplexity", "accuracy")
+    ]
+    name = measure or table.main()
+    if name is None or name not in valid:
+        missing = name or "a perplexity or an accuracy"
+        raise ConfigError(f"no row has {missing}; valid are: {', '.join(valid)}")
+    return name
 
 
 def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of the picture of quality over minutes.
 
     Returns:
-        By row: `run`, `name`, `method`, `minutes` of `run`, the fastest one, because other jobs of
-        a machine only add to them, `value`, `error`, largest `memory` in bytes of the runs that
-        compute in the format of `run`, `front`: no other row is as good in as few minutes. Rows
-        without the measure are left out, and those of another run's permutation.
+        By row: `name`, `method`, `minutes` of the fastest run, because other jobs of a machine
+        only add to them, `value`, `error`, largest `memory` in bytes of the runs that compute in
+        its format, `front`: no other row is as good in as few minutes. Rows without the measure are
+        left out, and those of another run's permutation.
     """
     names, several = table.names(), table.labels["pruner"].nunique() > 1
     lines = {}
@@ -75,17 +83,20 @@ def points(table: Table, measure: str) -> pd.DataFrame:
             table.means.at[row, measure]
         ):
             continue
-        run = int(table.frame["minutes"][members].idxmin())
-        alike = [one for one in members if table.runs[one].format == table.runs[run].format]
+        fastest = table.runs[int(table.frame["minutes"][members].idxmin())].metrics
+        alike = [
+            metrics
+            for metrics in (table.runs[run].metrics for run in members)
+            if metrics.get("compute_dtype") == fastest.get("compute_dtype")
+        ]
         pruner = f"{table.label(row, 'pruner')}, " * several
         lines[row] = {
-            "run": run,
             "name": names[row],
             "method": pruner + method_of(table.first(row).config),
-            "minutes": table.frame["minutes"][run],
+            "minutes": pruning_minutes(fastest["seconds"]),
             "value": table.means.at[row, measure],
             "error": table.error(row, measure) or 0.0,
-            "memory": max(int(table.runs[one].metrics["peak_memory_bytes"]) for one in alike),
+            "memory": max(metrics["peak_memory_bytes"] for metrics in alike),
         }
     found = pd.DataFrame.from_dict(lines, orient="index")
     if lines:
@@ -100,32 +111,25 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
 
     Raises ConfigError where no row has the measure, or the picture cannot be written.
     """
-    name, valid = measure or table.main(), worth_minutes(table)
-    if name not in valid:
-        there = ", ".join(valid)
-        missing = name or "a perplexity or an accuracy"
-        raise ConfigError(f"{file}: no row has {missing}; valid are: {there}")
+    name = drawn_measure(table, measure)
     found = points(table, name)
     if found.empty:
         raise ConfigError(f"{file}: no row has {name} and minutes of its own")
     front = found[found["front"]].sort_values("minutes")
-    with picture(file, 100) as pyplot:
+    with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
         look: Any = {"where": "post", "linestyle": ":", "color": "grey", "label": "Pareto front"}
         axis.step(front["minutes"], front["value"], **look)
         found["area"] = 30 + 150 * found["memory"] / max(1, found["memory"].max())
         methods = found.sort_values("minutes").groupby("method", sort=False)
-        for number, (method, some) in enumerate(methods):
-            marker = _MARKERS[number // _COLOURS % len(_MARKERS)]
-            look = {"marker": marker, "label": method, "alpha": 0.8}
-            axis.scatter(some["minutes"], some["value"], some["area"], **look)
+        axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+        for method, some in methods:
+            axis.scatter(some["minutes"], some["value"], some["area"], label=method, alpha=0.8)
         if name in table.dense and math.isfinite(table.dense[name][0]):
             look = {"linestyle": "--", "color": "grey", "linewidth": 1, "label": "dense"}
             axis.axhline(table.dense[name][0], **look)
         axis.margins(x=0.15, y=0.1)
-        logarithmic = [axis.xaxis] * bool(found["minutes"].min() > 0)
-        logarithmic += [axis.yaxis] * (table.kinds[name] == "perplexity")
-        for one in logarithmic:
+        for one in [axis.xaxis, *[axis.yaxis] * (table.kinds[name] == "perplexity")]:
             axis.set(**{f"{one.axis_name}scale": "log"})
             one.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
             one.set_major_formatter("{x:g}")
@@ -160,7 +164,7 @@ def plot_curves(table: Table, file: Path) -> None:
         axis.legend(**_LEGEND)
 
 
-def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 64) -> None:
+def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
     """Write a picture of the corner of one linear's mask under every row (figure 3).
 
     The linear is a module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the
@@ -176,11 +180,12 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
     for row, title in enumerate(table.names()):
         if (kept := table.first(row).directory / MASKS).is_file():
             masks = load_masks(kept)
-            layers = by_layer(masks)
-            chosen = linear or layers[len(layers) // 2][0]
+            first_of_layer = {_layer(name): name for name in sorted(masks, reverse=True)}
+            layers = sorted(first_of_layer)
+            chosen = linear or first_of_layer[layers[len(layers) // 2]]
             if chosen not in masks:
-                raise ConfigError(f"--linear {chosen}: {kept} has {layers[0][0]}, ...")
-            found.append((title, masks[chosen].numpy()[:size, :size]))
+                raise ConfigError(f"--linear {chosen}: {kept} has {first_of_layer[layers[0]]}, ...")
+            found.append((title, masks[chosen].numpy()[:_CORNER, :_CORNER]))
     if not found:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")
     columns, lines = min(3, len(found)), -(-len(found) // 3)
@@ -195,10 +200,7 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
         figure.suptitle(f"{chosen}, {corner}", fontsize="small")
 
 
-def by_layer(names: Iterable[str]) -> list[list[str]]:
-    """Return names of channel groups or linears by decoder layer, in the order of the layers."""
-    layers: dict[int, list[str]] = {}
-    for name in sorted(names):
-        number = re.search(r"\.(\d+)\.", name)
-        layers.setdefault(int(number[1]) if number else -1, []).append(name)
-    return [layers[layer] for layer in sorted(layers)]
+def _layer(name: str) -> int:
+    """Return the number of the decoder layer of a linear."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else -1

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,18 +31,10 @@ from permllm.runtime.identity import identity_of
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
-# A folder of the machine, named from the root of whichever system. No result depends on it.
-_ABSOLUTE = r"['\"]*(/|\\\\|[A-Za-z]:[/\\])"
+# A typed word that names a folder of the machine. No result depends on it.
+_FOLDER = r"[\w.]*_?dir="
 # Errors of a record that lacks something, or has something else there.
-_LACKS = (
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-    OSError,
-)
+LACKS = (AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass
@@ -61,7 +51,6 @@ class Run:
         identity: settings that make the pruned model, flat.
         sparse: measures of the pruned model.
         dense: measures of the dense model.
-        format: of products, such as `bfloat16`.
     """
 
     directory: Path
@@ -73,26 +62,23 @@ class Run:
     identity: dict[str, Any] = field(init=False)
     sparse: dict[Key, Measure] = field(init=False)
     dense: dict[Key, Measure] = field(init=False)
-    format: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Take the measures.
 
-        Raises DataError, which begins with the directory, where the record lacks what tables need.
+        Raises DataError where the run is not finished or of another version. A record that lacks
+        what tables need raises one of `LACKS`.
         """
-        config, metrics, where = self.config, self.metrics, self.directory
-        with _checked(where):
-            if (version := metrics["schema_version"]) != SCHEMA_VERSION:
-                raise DataError(f"{where}: schema_version={version}: expected {SCHEMA_VERSION}")
-            if (status := metrics["status"]) != "finished":
-                raise DataError(f"{where}: not finished ({status}); the same command continues it")
-            int(config["seed"]), float(metrics["peak_memory_bytes"]), config["sparsity"]
-            names = [str(config[group]["name"]) for group in ("model", "pruner", "permutation")]
-            flat = flatten(identity_of(config))
-            self.identity = {key: value for key, value in flat.items() if key not in _NO_SETTING}
-            self.sparse = measured(metrics, self.evaluations, names[0], "sparse")
-            self.dense = measured(metrics, self.evaluations, names[0], "dense")
-            self.format = str(metrics.get("compute_dtype"))
+        config, metrics = self.config, self.metrics
+        if (version := metrics["schema_version"]) != SCHEMA_VERSION:
+            raise DataError(f"schema_version={version}: expected {SCHEMA_VERSION}")
+        if (status := metrics["status"]) != "finished":
+            raise DataError(f"not finished ({status}); the same command continues it")
+        flat = flatten(identity_of(config))
+        self.identity = {key: value for key, value in flat.items() if key not in _NO_SETTING}
+        model = str(config["model"]["name"])
+        self.sparse = measured(metrics, self.evaluations, model, "sparse")
+        self.dense = measured(metrics, self.evaluations, model, "dense")
 
     def key(self, *spared: str) -> str:
         """Return a text that runs share whose identity is equal but for some settings."""
@@ -184,20 +170,17 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
     for number, line in enumerate(lines, 1):
         where = Path(f"{file}, line {number}") if line else file.parent
         try:
-            with _checked(where):
-                yield _of_line(file, line) if line else _of_directory(where)
+            yield _of_line(file, line) if line else _of_directory(where)
         except DataError as error:
-            notes.append(f"skipped {error}")
+            notes.append(f"skipped {where}: {error}")
+        except LACKS as error:
+            notes.append(f"skipped {where}: {lacking(error)}")
 
 
-@contextmanager
-def _checked(where: Path) -> Iterator[None]:
-    """Turn what a record lacks into a DataError that begins with its place."""
-    try:
-        yield
-    except _LACKS as error:
-        missing = " is missing" if isinstance(error, KeyError) else ""
-        raise DataError(f"{where}: not as a run leaves it: {first_line(error)}{missing}") from error
+def lacking(error: Exception) -> str:
+    """Return what a record lacks, of an error of `LACKS`."""
+    missing = " is missing" if isinstance(error, KeyError) else ""
+    return f"not as a run leaves it: {first_line(error)}{missing}"
 
 
 def _of_directory(directory: Path) -> Run:
@@ -227,8 +210,7 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
             is none.
     """
     found = collect(places, apart=True)
-    # An absolute path has a name also where the place is ".".
-    names = [Path(os.path.abspath(run.directory)).name for run in found.runs]
+    names = [run.directory.absolute().name for run in found.runs]  # "." has a name too
     (name, count), *_ = Counter(names).most_common(1)
     wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
     wrong += found.notes
@@ -242,17 +224,12 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
 
 
 def _line(run: Run) -> dict[str, Any]:
-    config, environment = dict(run.config), dict(run.environment)
-    for key in ("runs_dir", "run_dir"):
-        if re.match(_ABSOLUTE, str(config.get(key))):
-            config[key] = None
-    if paths := config.get("paths"):
-        own = [key for key in paths if not re.match(_ABSOLUTE, str(paths[key]))]
-        config["paths"] = {key: paths[key] for key in own}
+    of_machine = ("runs_dir", "run_dir", "paths")
+    config = {key: value for key, value in run.config.items() if key not in of_machine}
+    environment = dict(run.environment)
     if "command" in environment:
-        folder = rf"[\w.]*_?dir={_ABSOLUTE}"
-        words = (word for word in environment["command"].split() if not re.match(folder, word))
-        environment["command"] = " ".join(words)
+        words = environment["command"].split()
+        environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
     line = {"config": config, "metrics": run.metrics, "evaluations": run.evaluations}
     optional = {"environment": environment, "history": run.history}
     return line | {key: value for key, value in optional.items() if value}

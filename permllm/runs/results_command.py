@@ -13,7 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from permllm.errors import ConfigError
 from permllm.runs.compare import differences
 from permllm.runs.read import Collection, collect, keep_runs
 from permllm.runs.render import FORMATS, beside, compared, records, render
@@ -34,17 +33,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
     add("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
     add("--baseline", metavar=settings, help=BASELINE)
-    add("--compare", nargs=2, metavar=settings, help=differences)
-    add("--jsonl", type=Path, metavar="FILE.jsonl", help="write the runs there, and no table")
     add("--paper", metavar="TABLE", help=PAPER)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--compare", nargs=2, metavar=settings, help=differences)
+    write = "write the runs there, and no table"
+    instead.add_argument("--jsonl", type=Path, metavar="FILE.jsonl", help=write)
 
 
 def work(options: argparse.Namespace) -> Answer:
     """Return the table, the comparison of two rows, or the names of the runs that were kept."""
-    for alone in ("jsonl", "compare"):
-        for other in {"jsonl", "compare", "baseline", "paper"} - {alone}:
-            if getattr(options, alone) and getattr(options, other):
-                raise ConfigError(f"--{alone} goes without --{other}")
     if options.jsonl:
         names = keep_runs(options.places, options.jsonl)
         answer = {"file": str(options.jsonl), "runs": names}

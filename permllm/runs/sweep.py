@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,20 +46,17 @@ class SweepFolder(Callback):  # type: ignore[misc]
     def on_multirun_start(
         self, config: DictConfig, config_name: str | None = None, **_: Any
     ) -> None:
-        """Set the variable that `hydra.sweep.dir` is built from, and list a long sweep's jobs."""
+        """Set the variable that `hydra.sweep.dir` is built from, and check the sweep."""
         os.environ[VARIABLE] = sweep_name(config.hydra)
-        jobs, folder = _jobs(config.hydra), folder_of(config.hydra)
+        folder = folder_of(config.hydra)
         try:
             if config.runs_dir != config.paths.runs_dir and folder != Path(config.hydra.sweep.dir):
                 raise ConfigError(f"runs_dir and hydra.sweep.dir {_ONE_PLACE}")
-            _check_texts(config_name, jobs)
+            _check_texts(config_name, _jobs(config.hydra))
             share_gpus(config.hydra.launcher, config.model.device)
         except ConfigError as error:  # which Hydra would take for a warning
             raise SystemExit(f"error: {error}" if first() else 1) from error
         STARTED[:] = [folder]
-        if first() and len(jobs) > 10:  # a long sweep lists its jobs, at most a screen of them
-            more = [f"and {len(jobs) - 20} more"] if len(jobs) > 20 else []
-            print(f"{len(jobs)} jobs:", *labels(jobs)[:20], *more, sep="\n  ", file=sys.stderr)
 
 
 def sweep_name(hydra: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -196,12 +195,6 @@ class Table:
             self.kinds[gap] = "share"
         last = self.measures.index(closed.columns[-1]) + 1
         self.measures[last:last] = [*self.gaps]
-        pruners = sorted({self.label(row, "pruner") for row in self.starts})
-        if len(pruners) > 1 and self.baseline is None:
-            own = (
-                f"those of {' and '.join(pruners)} do not compare; --baseline names one row for all"
-            )
-            notes.append(f"{GAP}: measured from each pruner's own unpermuted model: {own}")
         return notes
 
     def _shared_dense(self) -> dict[str, tuple[float, float | None]]:
@@ -214,22 +207,16 @@ class Table:
         return found
 
     def _missing(self) -> list[str]:
-        notes, own = [], [name for name in self.measures if name not in self.gaps]
-        for row, members in enumerate(self.rows):
-            some = self.frame.loc[members, own].notna()
-            missing = ", ".join(some.columns[some.any() & ~some.all()])
-            where = ", ".join(filter(None, self.labels.loc[row, self.settings]))
-            if len(formats := sorted({self.runs[run].format for run in members})) > 1:
-                notes.append(f"{where}: products of the seeds are in {' and '.join(formats)}")
-            if missing:
-                seeds = f"some of its {len(members)} seeds lack it"
-                notes.append(f"{missing}: left out of {where}: {seeds}")
-        lacking = ", ".join(
+        """Return a note on perplexities, and on what only some seeds of a row have."""
+        own = [name for name in self.measures if name not in self.gaps]
+        there = self.frame[[*own, "row"]].groupby("row").agg(lambda seeds: seeds.notna().mean())
+        some = ((there > 0) & (there < 1)).any()
+        lacking = [
             name
             for name in own
-            if self.kinds[name] == "perplexity" and self.means[name].isna().any()
-        )
-        return [*notes, f"some rows lack {lacking}"] if lacking else notes
+            if some[name] or (self.kinds[name] == "perplexity" and (there[name] < 1).any())
+        ]
+        return [f"some rows, or seeds of a row, lack {', '.join(lacking)}"] if lacking else []
 
     def find(self, text: str, option: str) -> int:
         """Return the only row with settings that an option gives as `name=value,name=value`."""
@@ -339,25 +326,17 @@ class Table:
         return not self.gaps or len(starts) == len({start[:2] for start in starts})
 
     def names(self) -> list[str]:
-        """Return a short name for each row: its method, and what is unusual in it."""
-        # A name that is cut short can spare the calibration.
-        ordered = sorted(self.settings, key=lambda name: name.startswith("calibration."))
+        """Return a short name for each row: its methods, and other settings that are shown."""
         names = []
         for row in self.labels.index:
             parts = []
-            for name in ordered:
-                value, group = self.label(row, name), name.partition(".")[0]
-                if name in ("method", "model", "sparsity", "pruner", *METHODS):
-                    parts += [value] if name == "permutation" or value != METHODS.get(name) else []
-                    continue
-                alike = self.labels
-                if group in alike and name != group:
-                    alike = alike[alike[group] == self.label(row, group)]
-                usual = Counter(alike[name]).most_common(1)[0][0]
-                if value and (len(self.settings) <= 3 or value != usual):
-                    short = ".".join(name.removeprefix("permutation.").split(".")[-2:])
-                    parts.append(f"{short}={value}")
-            names.append(", ".join(filter(None, parts)) or self.first(row).metrics["name"])
+            for name in self.settings:
+                value, short = self.label(row, name), name.rpartition(".")[2]
+                if name in ("method", "model", "sparsity", "pruner", "permutation"):
+                    parts.append(value)
+                elif value and value != METHODS.get(name):
+                    parts.append(value if name in METHODS else f"{short}={value}")
+            names.append(", ".join(parts) or self.first(row).metrics["name"])
         return names
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import ByT5Tokenizer
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.texts import perplexity_texts
 from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
-from permllm.errors import ConfigError, DataError
+from permllm.errors import DataError
 from permllm.models.load import LoadedModel
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
@@ -86,28 +85,6 @@ def test_an_unreadable_result_is_computed_again_and_a_full_disk_costs_none(
 
     monkeypatch.setattr("permllm.runs.cache.write_json", full)
     assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
-
-
-def test_the_results_that_were_not_used_for_longest_go_first(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def computed(number: int) -> bool:
-        calls = []
-        cached("kind", {"a": number}, lambda: calls.append(1) or {"x": torch.zeros(25_000)})
-        return bool(calls)
-
-    for number in range(3):
-        assert computed(number)
-        for file in (cache / "results").glob("*.safetensors"):
-            os.utime(file, (file.stat().st_mtime - 100,) * 2)
-    assert not computed(0)  # the oldest, and now the latest that was used
-    monkeypatch.setenv("PERMLLM_CACHE_GB", "0.00035")  # three of 100 kB
-    assert computed(3)
-    assert [computed(number) for number in (0, 2, 3)] == [False, False, False]
-    assert computed(1)
-    monkeypatch.setenv("PERMLLM_CACHE_GB", "many")
-    with pytest.raises(ConfigError, match="PERMLLM_CACHE_GB=many"):
-        computed(9)
 
 
 def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(

@@ -220,5 +220,3 @@ def test_the_command_compares_two_rows_and_all_with_a_baseline(
     assert found["rte acc (limited)"]["over"] == "90 items"
     assert call("results", [str(folder), "--baseline", "permutation=none"]) == 0
     assert f"{expected * 100:+.1f}% [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out
-    assert call("results", [*words, "--paper", "table1"]) == 1
-    assert "error: --compare goes without --paper" in capsys.readouterr().err

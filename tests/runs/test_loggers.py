@@ -18,7 +18,7 @@ from wandb.errors import AuthenticationError
 from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.runs.files import LOGGED, WANDB_ID, read_json, read_lines
+from permllm.runs.files import WANDB_ID, read_json, read_lines
 from permllm.runs.loggers import RunLogger, _WandB, described, open_logger
 from permllm.runs.measures import flat_figures
 from tests.conftest import run_module
@@ -180,7 +180,6 @@ def test_a_resumed_run_is_the_same_one_in_wandb(
             if step == 1:
                 logger.log_epoch({"epoch": 1, "loss": 1.5, "measured_loss": None}, 1)
         raise KeyboardInterrupt
-    assert not (tmp_path / "run" / LOGGED).exists()
     time.sleep(1.1)  # folders are named by the second
     with attempt(tmp_path) as logger:
         for step in range(2, 4):
@@ -245,17 +244,15 @@ def mlflow_run(home: Path) -> tuple[Any, list[tuple[int, float]]]:
     return run, [(point.step, point.value) for point in points]
 
 
-def test_a_finished_run_goes_to_the_loggers_that_lack_it(
-    finished: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mlflow_has_tags_settings_curves_and_final_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics, directory = finished
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    for logger in ("mlflow", "mlflow", "tensorboard", "tensorboard"):  # each gets it once
-        assert run_with(logger, directory.parent) == (metrics, directory)
-    loggers = {file.name for file in (directory / LOGGED).iterdir()}
-    assert loggers == {"wandb", "mlflow", "tensorboard"}
-    assert not [*tmp_path.iterdir()]
+    monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    metrics, directory = run_with("mlflow", tmp_path / "runs")
+    assert not [*(tmp_path / "here").iterdir()]
     run, losses = mlflow_run(directory.parent)
     assert run.info.status == "FINISHED"
     tags = {"group": GROUP, "pruner": "wanda", "permutation": "lcp", "sparsity": "2:4"}
@@ -266,9 +263,15 @@ def test_a_finished_run_goes_to_the_loggers_that_lack_it(
     assert run.data.metrics.items() >= numbers_of(metrics).items()
     history = read_lines(directory / "history.jsonl")
     assert losses == [(number, entry["loss"]) for number, entry in enumerate(history, 1)]
-    found = scalars(directory)
-    assert found["epoch/loss"] == [(number, pytest.approx(loss)) for number, loss in losses]
-    assert numbers_of(metrics).keys() <= found.keys()
+
+
+def test_a_finished_run_is_not_logged_again(
+    finished: tuple[dict[str, Any], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "permllm")
+    assert run_with("tensorboard", finished[1].parent) == finished
+    assert "is not logged: force=true runs it again" in caplog.text
+    assert not (finished[1] / "tensorboard").exists()
 
 
 def test_force_is_a_new_run_for_the_loggers(
@@ -279,12 +282,12 @@ def test_force_is_a_new_run_for_the_loggers(
     for name in (WANDB_ID, "tensorboard/events", "config.yaml"):
         text = (finished[1] / name).read_text() if name != "tensorboard/events" else ""
         (directory / name).write_text(text)
-    run_with("tensorboard", tmp_path, "force=true")
+    metrics, _ = run_with("tensorboard", tmp_path, "force=true")
     assert not (directory / WANDB_ID).exists()
     assert not (directory / "tensorboard" / "events").exists()
     found = scalars(directory)
     assert [step for step, _ in found["epoch/loss"]] == [1, 2, 3]
-    assert {"lcp/loss", "lcp/temperature"} <= found.keys()
+    assert {"lcp/loss", "lcp/temperature", *numbers_of(metrics)} <= found.keys()
     assert read_json(directory / "metrics.json")["status"] == "finished"
 
 
@@ -299,7 +302,6 @@ def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(
     run, _ = mlflow_run(tmp_path)
     assert run.info.status == "FAILED"
     assert run.data.metrics.items() >= {"lcp/flips": 0.5, "tasks/x_y_/acc_none": 0.5}.items()
-    assert not (tmp_path / "run" / LOGGED).exists()
 
 
 def test_without_mlflow_or_its_server_a_line_says_so(

@@ -215,11 +215,3 @@ def test_a_sweep_over_models_on_different_texts_is_refused(tmp_path: Path) -> No
     assert error.startswith("error: the models of this sweep have texts of their own")
     assert "model=tiny builtin and builtin; model=smollm2-135m boolq-passages" in error
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_sweep_of_more_than_ten_jobs_says_which_before_it_starts(tmp_path: Path) -> None:
-    # No job gets far: M must divide the channels.
-    command = ("-m", "model=tiny", "logger=none", "permutation=none", "sparsity=3:7")
-    said = run_command(*command, "seed=range(21)", cwd=tmp_path).stderr.splitlines()
-    assert said[:3] == ["21 jobs:", "  seed=0", "  seed=1"]
-    assert said[20:22] == ["  seed=19", "  and 1 more"]
