@@ -137,7 +137,7 @@ def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_
         permllm.prune(model, tokenizer, permutation__constraint="foldable", **few)
     found = permllm.prune(model, tokenizer, **few)
     with pytest.raises(ConfigError, match="does not fold: its family has no table"):
-        permllm.save(model, tmp_path / "never")
+        permllm.save(model, tmp_path / "never", form="folded")
     permllm.save(model, tmp_path / "out", form="gathered")
     report = verify(tmp_path / "out")
     assert report.passed, report.problems
