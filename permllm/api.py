@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,14 +22,15 @@ import permllm.export  # noqa: F401 - lets transformers load gathered checkpoint
 from permllm.config import PerplexityConfig, read_config
 from permllm.data.texts import NamedText, Text, perplexity_texts
 from permllm.data.windows import calibration_tokens, windows_of
-from permllm.errors import ConfigError, DataError, first_line
+from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import PrunedModel, Request, write_checkpoint
 from permllm.models.checkpoint import read_weights
-from permllm.models.families import is_plain_linear
+from permllm.models.families import linear_at
+from permllm.models.head import head_path
 from permllm.models.limits import check_windows
-from permllm.models.load import LoadedModel
+from permllm.models.load import LoadedModel, check_layers
 from permllm.models.source import DenseSource, skeleton_like
 from permllm.pruning.composition import composed, conf_directory
 from permllm.pruning.methods import Job, checked_groups, methods_of
@@ -48,10 +48,8 @@ Texts = str | Sequence[str] | Tensor
 
 # Attribute of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"
-# Settings that say how windows are made of documents.
-_OF_DOCUMENTS = {f"calibration__{name}" for name in ("samples", "seqlen", "sampling", "data_files")}
-# Groups and settings of what the command does beyond pruning, or has as `model` here.
-_NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "experiment", "save_weights"}
+# Groups and settings of what the command does beyond pruning.
+_NOT_HERE = {"evaluation", "export", "logger", "paths", "experiment", "save_weights"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "plan_on"}
 
 
@@ -129,6 +127,7 @@ def prune(
         _random_numbers_kept(),
         half_products(model.dtype, device),
     ):
+        check_layers("model", model)
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
         products = compute_dtype(config.compute_dtype, model.dtype, device)
@@ -205,7 +204,7 @@ def save(
         form: `folded` (transformers loads it, N:M as it is stored; needs
             `permutation__constraint="foldable"`), `gathered` (any order; `permllm.load` opens it)
             or `simulate` (the original order). None is the first that the permutations allow.
-        dtype: of the weights; None is the model's.
+        dtype: of the weights; None is `model.dtype`.
         shard_gb: largest size of a file, in 10^9 bytes.
 
     Returns:
@@ -214,22 +213,16 @@ def save(
     Raises:
         ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not
             empty.
-        DataError: weights are not finite, or not in memory.
+        DataError: weights are not finite.
     """
     if getattr(model, _PRUNED, None) is None:
         raise ConfigError("permllm.save writes a model that permllm.prune has pruned")
     found, tokenizer, config = getattr(model, _PRUNED)
     request = Request(form, dtype, shard_gb)
     request.check()
-    dtypes = {parameter.dtype for parameter in model.parameters()}  # after training, several
-    if len(dtypes) > 1 and dtype is None:
-        raise ConfigError(f"dtype: the model's weights are in {sorted(map(str, dtypes))}; name one")
-    widest = str(reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     state = model.state_dict()
 
     def read(name: str) -> Tensor:
-        if state[name].is_meta:
-            raise DataError(f"{name} is not in memory")
         return state[name].detach().cpu()
 
     def weight(path: str, dense: Tensor) -> Tensor:
@@ -241,7 +234,8 @@ def save(
 
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     source = DenseSource(skeleton_like(model), save_tokenizer, generation, "", read)
-    config = config | {"model": config["model"] | {"dtype": widest}}
+    present = str(model.dtype).removeprefix("torch.")
+    config = config | {"model": config["model"] | {"dtype": present}}
     pruned = PrunedModel(source, config, found.report, found.orders, weight)
     return write_checkpoint(pruned, request, Path(folder))
 
@@ -285,24 +279,20 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         kind = type(model).__name__
         raise ConfigError(f"model: expected one of AutoModelForCausalLM, and it is a {kind}")
-    if not is_plain_linear(model.get_output_embeddings()):
-        raise ConfigError("model: its head is no plain Linear: adapted models cannot be pruned")
+    linear_at(model, head_path(model))
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1 or places == {"meta"}:
-        where = " and ".join(sorted(places))
-        raise ConfigError(f"model: expected its weights on one device, and they are on {where}")
+        raise ConfigError(f"model: its weights must be on one device, and are on {sorted(places)}")
     if isinstance(texts, Tensor):
         if texts.dtype != torch.int64 or texts.dim() != 2 or not texts.numel() or texts.min() < 0:
             raise ConfigError("texts: expected documents, a name, or int64 (samples, seqlen)")
         check_windows("texts", texts, model)
-        return
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError("tokenizer: expected one of AutoTokenizer; only tokens need none")
-    if isinstance(texts, str):
-        if len(texts.split()) != 1:
-            raise ConfigError("texts: expected a list of documents, or the name of a text")
     elif not texts or not all(isinstance(document, str) for document in texts):
-        raise ConfigError("texts: expected at least one document, a str each")
+        raise ConfigError("texts: expected at least one document, a str each, or a name")
+    elif isinstance(texts, str) and len(texts.split()) > 1:
+        raise ConfigError("texts: expected a list of documents, or the name of a text")
 
 
 def _composed(
@@ -312,28 +302,26 @@ def _composed(
     path = str(model.config._name_or_path or model.config.model_type)
     chosen = {"model": "local", "logger": "none"}
     chosen["calibration"] = texts if isinstance(texts, str) else "text"
-    single: dict[str, Any] = {"model.name": path.rstrip("/").rsplit("/", 1)[-1], "model.path": path}
-    single |= {"model.dtype": str(model.dtype).removeprefix("torch.")}
-    single |= {"model.device": str(model.device)}
+    given: dict[str, Any] = {"model.name": path.rstrip("/").rsplit("/", 1)[-1], "model.path": path}
+    given |= {"model.dtype": str(model.dtype).removeprefix("torch.")}
+    given |= {"model.device": str(model.device)}
     if isinstance(texts, Tensor):
-        if unheard := sorted(_OF_DOCUMENTS & settings.keys()):
-            raise ConfigError(f"{unheard[0]}: texts are windows of tokens, taken as they are")
         samples, seqlen = texts.shape
-        single |= {"calibration.samples": samples, "calibration.seqlen": seqlen}
-    for name, value in settings.items():
-        key = name.replace("__", ".")
-        if key.split(".")[0] in _NOT_HERE and key != "model.bos":
-            raise ConfigError(f"{key}: no setting of permllm.prune")
-        group = (conf_directory() / key).is_dir()
-        (chosen if group else single)[key] = value
+        given |= {"calibration.samples": samples, "calibration.seqlen": seqlen}
+    asked = {name.replace("__", "."): value for name, value in settings.items()}
+    for key in asked:
+        if key in given or key in chosen or key.split(".")[0] in _NOT_HERE:
+            raise ConfigError(f"{key}: no setting of permllm.prune with this model and these texts")
+    groups = {key: asked.pop(key) for key in list(asked) if (conf_directory() / key).is_dir()}
+    words = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
+    words += [f"{key}={name}" for key, name in (chosen | groups).items()]
     theirs = GlobalHydra.instance().hydra  # of an application that goes on with it
     GlobalHydra.instance().clear()
-    words = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
     try:
-        found = composed([*words, *(f"{group}={name}" for group, name in chosen.items())])
+        found = composed(words)
     finally:
         GlobalHydra.instance().hydra = theirs
-    for key, value in single.items():
+    for key, value in (given | asked).items():
         try:
             OmegaConf.update(found, key, value)
         except OmegaConfBaseException as error:

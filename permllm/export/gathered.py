@@ -71,7 +71,7 @@ class GatheredForCausalLM:
         file = Path(str(cached_file(checkpoint, ORDERS, **place)))
         stored = load_orders(file)
         orders = {name.removesuffix(f".{_ORDER}"): order for name, order in stored.items()}
-        if other := sorted(orders.keys() ^ set(config.gathers)):
+        if other := sorted(orders.keys() ^ set(config.gathers or ())):
             raise DataError(
                 f"{file}: it and config.json do not both have an order of {printable(other[0])}"
             )

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, check_divides
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import SUMMARY, read_summary
-from permllm.models.checkpoint import (
-    check_runs,
-    read_weights,
-    transformers_reads,
-    vocabulary_of,
-    weight_files,
-)
+from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
 from permllm.models.families import channel_groups, linear_at
-from permllm.models.selection import DENSE
+from permllm.models.selection import recorded_groups
 from permllm.runs.files import file_sha256
 from permllm.runs.tensors import violations
 from permllm.runtime.terminal import Answer, terminal
@@ -34,30 +27,19 @@ _SHOWN = 20
 
 @dataclass
 class LayerReport:
-    """Zeros of one weight that should be sparse.
+    """Weight that should be sparse.
 
     Attributes:
         name: of the tensor.
-        shape: `(C_out, C_in)`.
         pattern: N:M that it should be.
         zeros: share of zeros.
         violations: groups of M with more than N nonzeros, in stored order.
-        negative_zeros: entries that are -0.0, on which some sparse kernels break.
     """
 
     name: str
-    shape: tuple[int, int]
     pattern: str
     zeros: float
     violations: int
-    negative_zeros: int
-
-    def problems(self) -> Iterator[str]:
-        """Say what is wrong with it, a line each."""
-        if self.violations:
-            yield f"{self.name} has {self.violations} groups that are not {self.pattern}"
-        if self.negative_zeros:
-            yield f"{self.name} holds {self.negative_zeros} zeros as -0.0"
 
 
 @dataclass
@@ -68,7 +50,8 @@ class Report:
         passed: every linear is N:M as it should be, and the difference of the logits is finite.
         problems: everything that is wrong, a line each.
         pattern: N:M of the linears that have none of their own.
-        layers: every weight that should be sparse.
+        zeros: share of zeros in all weights that should be sparse.
+        layers: these weights.
         dense: weights of linears that the export says are not.
         bytes: of all files with weights.
         checksums: contents were compared with the sha256 that an export states.
@@ -78,11 +61,12 @@ class Report:
     passed: bool
     problems: list[str]
     pattern: str
+    zeros: float
     layers: list[LayerReport]
     dense: list[str]
     bytes: int
     checksums: bool
-    difference: dict[str, float] | None = None
+    difference: dict[str, float] | None
 
 
 def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None = None) -> Report:
@@ -103,67 +87,52 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
             raise DataError(f"{file} is not what was written (its sha256 differs)")
     model = read_weights(folder, None, torch.device("cpu"))
     check_runs(folder, model)
-    stated = stated_patterns(folder, model, pattern)
-    layers = [
-        _examined(f"{path}.weight", linear_at(model, path).weight, its)
-        for path, its in stated.items()
-        if its
+    stated, layers, zeros, size = stated_patterns(folder, model, pattern), [], 0, 0
+    for path, its in stated.items():
+        weight = linear_at(model, path).weight
+        check_divides(its, weight.shape[1], path)
+        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+        share = float((weight == 0).float().mean())
+        layers.append(LayerReport(f"{path}.weight", str(its), share, violations(weight, None, its)))
+    problems = [
+        f"{layer.name} has {layer.violations} groups that are not {layer.pattern}"
+        for layer in layers
+        if layer.violations
     ]
-    report = Report(
-        passed=True,
-        problems=[problem for layer in layers for problem in layer.problems()],
+    every = {path for group in channel_groups(model) for path in group.members}
+    del model
+    difference = logits_difference(folder, against) if against else None
+    if difference and not all(map(math.isfinite, difference.values())):
+        problems.append(f"its logits differ from those of {against} beyond all numbers")
+    return Report(
+        passed=not problems,
+        problems=problems,
         pattern=str(pattern or (summary["sparsity"] if summary else "2:4")),
+        zeros=zeros / max(size, 1),
         layers=layers,
-        dense=sorted(f"{path}.weight" for path, its in stated.items() if not its),
+        dense=sorted(f"{path}.weight" for path in every - stated.keys()),
         bytes=sum(file.stat().st_size for file in weight_files(folder)),
         checksums=summary is not None,
+        difference=difference,
     )
-    del model
-    if against is not None:
-        report.difference = logits_difference(folder, against)
-        if not all(math.isfinite(value) for value in report.difference.values()):
-            report.problems.append(f"its logits differ from those of {against} beyond all numbers")
-    report.passed = not report.problems
-    return report
 
 
 def stated_patterns(
     folder: Path, model: nn.Module, pattern: NMPattern | None = None
-) -> dict[str, NMPattern | None]:
-    """Return N:M of each linear of the decoder layers, by path; None of one that stays dense.
+) -> dict[str, NMPattern]:
+    """Return N:M of each linear of the decoder layers that should be sparse, by path.
 
     Args:
         folder: of the checkpoint.
         model: of the checkpoint.
         pattern: of every linear; None is what an export of ours states of each, else 2:4.
     """
-    groups = channel_groups(model)
-    paths = [path for group in groups for path in group.members]
-    summary = None if pattern else read_summary(folder)
-    if summary is None:
-        return dict.fromkeys(paths, pattern or NMPattern(2, 4))
-    others = summary.get("patterns", {})
-    if strange := sorted(others.keys() - set(paths)):
-        raise DataError(f"{folder / SUMMARY}: patterns: the model has no linear {strange[0]}")
-    texts = {path: others.get(path, summary["sparsity"]) for path in paths}
-    key = f"{folder / SUMMARY}: sparsity"
-    return {
-        path: None if text == DENSE else NMPattern.parse(text, key) for path, text in texts.items()
-    }
-
-
-def _examined(name: str, weight: Tensor, pattern: NMPattern) -> LayerReport:
-    rows, channels = weight.shape
-    if channels % pattern.m:
-        raise ConfigError(f"{pattern}: M does not divide the {channels} inputs of {name}")
-    return LayerReport(
-        name=name,
-        shape=(rows, channels),
-        pattern=str(pattern),
-        zeros=1 - int(weight.count_nonzero()) / weight.numel(),
-        violations=violations(weight, None, pattern),
-        negative_zeros=int((weight.signbit() & (weight == 0)).sum()),
-    )
+    groups, summary = channel_groups(model), None if pattern else read_summary(folder)
+    its = pattern or NMPattern(2, 4)
+    if summary is not None:
+        its = NMPattern.parse(summary["sparsity"], f"{folder / SUMMARY}: sparsity")
+        groups = recorded_groups(groups, its, summary.get("patterns", {}))
+    return {path: group.pattern or its for group in groups for path in group.members}
 
 
 @torch.no_grad()
@@ -175,17 +144,15 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
         token, from the second's distribution to the first's; `agreement`, share of tokens with the
         same most likely successor.
     """
-    logits, vocabularies = [], []
+    logits = []
     for folder in (first, second):
         model = read_weights(folder, torch.float32, torch.device("cpu")).eval()
-        vocabularies.append(vocabulary_of(model))
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(vocabularies[0], (_SEQUENCES, _LENGTH), generator=generator)
-        if vocabularies[-1] != vocabularies[0]:
-            raise ConfigError(f"{first} and {second} have vocabularies of {vocabularies} tokens")
-        with transformers_reads(folder):
-            logits.append(model(input_ids=tokens).logits.double())
+        tokens = torch.randint(vocabulary_of(model), (_SEQUENCES, _LENGTH), generator=generator)
+        logits.append(model(input_ids=tokens).logits.double())
     ours, theirs = logits
+    if ours.shape != theirs.shape:
+        raise ConfigError(f"{first} and {second} have vocabularies of other sizes")
     nats = nn.functional.kl_div(
         ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
     )
@@ -207,16 +174,14 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def _show(folder: Path, report: Report) -> None:
-    sizes = [math.prod(layer.shape) for layer in report.layers]
-    zeros = sum(layer.zeros * size for layer, size in zip(report.layers, sizes, strict=True))
-    bad = sum(layer.violations for layer in report.layers)
     verdict = "passed" if report.passed else "FAILED"
     lines = [f"{verdict}: {folder}, {report.pattern} in stored order"]
     lines += [f"- {problem}" for problem in report.problems[:_SHOWN]]
     if len(report.problems) > _SHOWN:
         lines.append(f"- and {len(report.problems) - _SHOWN} more")
+    bad = sum(layer.violations for layer in report.layers)
     lines.append(
-        f"{len(report.layers)} weights, {zeros / max(sum(sizes), 1):.2%} zeros, {bad} violations, "
+        f"{len(report.layers)} weights, {report.zeros:.2%} zeros, {bad} violations, "
         f"{report.bytes / 1e6:.1f} MB on disk"
     )
     if report.dense:

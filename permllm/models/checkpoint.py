@@ -7,7 +7,7 @@ what was asked for without their scales, and says so in a report alone.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,32 +18,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
 from permllm.runs.files import read_json
-from permllm.runs.tensors import check_order, load_tensor, tensor_formats
+from permllm.runs.tensors import load_tensor, tensor_formats
 
 # Index of several files and single file, in the order in which transformers looks for them.
 WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-# Where a gathered model keeps the permutation of a module's input.
-ORDER = ".input_order"
-# Numbers that every transformers config checks, under the names of most families and of OPT's
-# feed-forward; a gathered model has a text there.
-TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
-# For `device_map`: the model without values.
-META = {"": "meta"}
 # Settings of a config.json that no checkpoint may have, and why.
 _REFUSED = {
     "quantization_config": "quantised models cannot be pruned",
     "transformers_weights": "its weights must lie in the files that transformers looks for",
 }
-_ATTENTION = ("attn_implementation", "_attn_implementation")
-# Formats of weights and of permutations, as safetensors and torch call them.
+# Formats of weights, as safetensors and torch call them.
 _FLOATING = (
     *("F64", "F32", "F16", "BF16"),
     *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
 )
-_WHOLE = ("I64", "I32")
 # Parts of transformers' loading report.
 _REPORT = {
     "missing_keys": "lacks",
@@ -89,7 +80,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     for key, reason in _REFUSED.items():
         if settings.get(key):
             raise DataError(f"{file}: {key}: {reason}")
-    for key in _ATTENTION:
+    for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(settings.get(key)):
             raise DataError(f"{file}: {key}={settings[key]!r}: a kernel of the hub is foreign code")
     with transformers_reads(folder):
@@ -125,21 +116,6 @@ def indexed_files(index: Path) -> list[str]:
     raise DataError(f"{index}: weight_map: expected the name of a file of its folder by tensor")
 
 
-def tensor_places(files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """Return the file of each tensor in safetensors files, and its format there, such as `F32`.
-
-    Raises:
-        DataError: a file cannot be read, or two hold the same tensor.
-    """
-    places: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        for name, form in tensor_formats(file).items():
-            if name in places:
-                raise DataError(f"{file} and {places[name][0].name} both hold {printable(name)}")
-            places[name] = (file, form)
-    return places
-
-
 def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
     """Return what reads single tensors from a folder's files by their names in the model.
 
@@ -153,25 +129,15 @@ def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
         return None
-    places = tensor_places(files)
+    places = {name: file for file in files for name in tensor_formats(file)}
 
     def read(name: str) -> Tensor:
-        return load_tensor(places[name][0], name)
+        return load_tensor(places[name], name)
 
-    named = set(parameter_names(model)) <= places.keys()
-    return read if named and not untied(model, places, read) else None
-
-
-def skeleton_of(folder: Path) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model of a folder on the meta device; no weights are read.
-
-    Returns:
-        The model, and each difference of the files from its config: `lacks lm_head.weight`.
-
-    Raises:
-        DataError: its config or its files cannot be read.
-    """
-    return _loaded(folder, {"dtype": "auto", "device_map": META})
+    for name, source in (model.all_tied_weights_keys or {}).items():
+        if {name, source} <= places.keys() and not torch.equal(read(name), read(source)):
+            return None
+    return read if places.keys() >= set(parameter_names(model)) else None
 
 
 def check_checkpoint(folder: Path) -> PreTrainedModel:
@@ -181,12 +147,10 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
         The model on the meta device.
 
     Raises:
-        DataError: a tensor is missing, of another shape, unexpected, or no floating-point number,
-            or a file is corrupt.
+        DataError: a file is corrupt, or a tensor is missing, of another shape, unexpected, or no
+            floating-point number.
     """
-    model, differences = skeleton_of(folder)
-    _check(folder, model, differences)
-    return model
+    return _loaded(folder, {"dtype": "auto", "device_map": {"": "meta"}})
 
 
 def read_weights(
@@ -205,40 +169,17 @@ def read_weights(
     """
     # With a map each tensor goes from the file to the GPU, without the whole model in host memory.
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
-    model, differences = _loaded(folder, {"dtype": dtype or "auto"} | onto | options)
-    _check(folder, model, differences)
+    model = _loaded(folder, {"dtype": dtype or "auto"} | onto | options)
     check_values(folder, model)
     return model
 
 
-def odd_formats(formats: dict[str, str], model: PreTrainedModel) -> dict[str, str]:
-    """Return the tensors that are not numbers of the kind that they must be, and their formats.
-
-    Args:
-        formats: of the tensors of a checkpoint, such as `F32`, by their names in its files.
-        model: of the checkpoint.
-    """
-    prefix = f"{model.base_model_prefix}."  # which old files leave out
-    parameters = {name for name, _ in model.named_parameters()}
-    parameters |= {name.removeprefix(prefix) for name in parameters}
-    odd = {}
-    for name, found in sorted(formats.items()):
-        weight = name in parameters or name.endswith(".weight")
-        whole = name.endswith(ORDER) and found not in _WHOLE
-        if whole or (weight and found not in _FLOATING):
-            odd[name] = found
-    return odd
-
-
 @torch.no_grad()
 def check_values(what: object, module: nn.Module, path: str = "") -> None:
-    """Raise DataError, which names the tensor, where one is not finite or no permutation."""
+    """Raise DataError, which names the tensor, where one is not finite."""
     for name, tensor in [*module.named_parameters(path), *module.named_buffers(path)]:
-        if tensor.is_meta or not tensor.numel():
-            continue
-        if name.endswith(ORDER):
-            check_order(f"{what}: {name}", tensor)
-        elif tensor.is_floating_point() and not all_finite(tensor):
+        present = tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
+        if present and not all_finite(tensor):
             raise DataError(f"{what}: {name} holds values that are not finite")
 
 
@@ -253,20 +194,10 @@ def parameter_names(model: PreTrainedModel) -> list[str]:
     return [name for name in model.state_dict() if name not in tied]
 
 
-def untied(model: PreTrainedModel, names: Container[str], read: Read) -> bool:
-    """Tell if a tensor differs from the one that the config ties it to, as a head may.
-
-    Args:
-        model: may be on the meta device.
-        names: of the tensors that there are.
-        read: gives one by its name.
-    """
-    for name, source in (model.all_tied_weights_keys or {}).items():
-        if name in names and source in names:
-            one, other = read(name), read(source)
-            if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
-                return True
-    return False
+def head_of_its_own(model: PreTrainedModel) -> bool:
+    """Tell if a model has a head that shares no weight with the embedding of the tokens."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -302,12 +233,12 @@ def close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= _ROUNDING * float(other.abs().max())
 
 
-def _loaded(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """Load a folder with transformers; return the model and what its report says of the files."""
+def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a folder with transformers; raise DataError where its report finds a difference."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     read_config(folder)
-    weight_files(folder)
+    formats = _formats(weight_files(folder))
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_json(generation)  # transformers would go on without it
@@ -316,29 +247,31 @@ def _loaded(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, lis
     with transformers_reads(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options | always)
     model, report = loaded
-    differences = []
+    wrong = []
     for key, what in _REPORT.items():
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
-        differences += [f"{what} {printable(name)}" for name in names]
-    return model, differences
-
-
-def _check(folder: Path, model: PreTrainedModel, differences: list[str]) -> None:
-    kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
-    odd = odd_formats(_formats(folder), model)
-    wrong = differences + [f"has {name} as {found}: {kind}" for name, found in odd.items()]
+        wrong += [f"{what} {printable(name)}" for name in names]
+    prefix = f"{model.base_model_prefix}."  # which old files leave out
+    own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
+    for name, found in sorted(formats.items()):
+        weight = name.removeprefix(prefix) in own or name.endswith(".weight")
+        if weight and found not in _FLOATING:
+            kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
+            wrong.append(f"has {name} as {found}: {kind}")
     if wrong:
         more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
         raise DataError(f"{folder} {wrong[0]}{more}: it is not the model that its config says")
+    return model
 
 
-def _formats(folder: Path) -> dict[str, str]:
-    files = weight_files(folder)
-    if files[0].suffix == ".safetensors":
-        return {name: form for name, (_, form) in tensor_places(files).items()}
+def _formats(files: list[Path]) -> dict[str, str]:
+    """Return the format of each tensor. Raise DataError, which names the file, where one is bad."""
     formats: dict[str, str] = {}
     for file in files:
-        with transformers_reads(folder):
+        if file.suffix == ".safetensors":
+            formats |= tensor_formats(file)
+            continue
+        with transformers_reads(file):
             tensors = torch.load(file, map_location="meta", weights_only=True)
             formats |= {name: str(tensor.dtype) for name, tensor in tensors.items()}
     return formats

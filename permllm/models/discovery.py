@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from permllm.errors import ConfigError, first_line
 
@@ -53,11 +52,6 @@ class _Calls:
     read: dict[str, Tensor] = field(default_factory=dict)
     written: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     tuples: bool = False
-
-
-def causal_types() -> list[str]:
-    """Return the model types that transformers has a causal language model of."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def structure_of(model: PreTrainedModel) -> Structure:

