@@ -17,10 +17,11 @@ from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
-from tests.mask.test_mask import check_masks, ordered, pruners
-from tests.permutation.test_lcp import same
+from tests.problems import check_masks
+from tests.mask.test_mask import ordered, pruners
+from tests.problems import same
 from tests.permutation.test_patterns import PATTERN, check, mixed
-from tests.pruning.test_layerwise import problem, pruned, tokens
+from tests.problems import problem, pruned, tokens
 
 
 def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
 ) -> None:
     def found(refined: bool) -> Any:
         model = tiny_model("llama")
-        learning = problem(model, Wanda())
+        learning = problem(model)
         orders = ordered(learning, permutation)
         masks = RefinedMask().masks(learning, orders) if refined else pruners(learning, orders)
         check_masks(learning, orders, masks)
@@ -80,7 +81,7 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
 
 
 def test_only_the_calibration_samples_are_read_and_groups_are_refined_alone_alike() -> None:
-    learning = problem(tiny_model("llama"), Wanda(), calibration=tokens()[:4])
+    learning = problem(calibration=tokens()[:4])
     orders = ordered(learning, "none")
     masks = RefinedMask().masks(learning, orders)
     learning.tokens = learning.tokens[:4]
@@ -93,7 +94,7 @@ def test_only_the_calibration_samples_are_read_and_groups_are_refined_alone_alik
 
 def test_patterns_of_modules_and_dense_layers_in_orders_that_fold() -> None:
     model = tiny_model("llama")
-    learning = problem(model, Wanda(), PATTERN)
+    learning = problem(model, PATTERN)
     learning.groups = mixed(model)
     orders = Heuristic("foldable").orders(learning)
     masks = RefinedMask().masks(learning, orders)

@@ -95,11 +95,7 @@ def test_layers_that_come_in_each_batch_of_tasks_take_the_time_of_their_way() ->
             "a100",
             ["mask.layers_per_stage=4", "mask=lowrank", "method=order-folded"],
         ),
-        (
-            ["model=llama-2-13b", "model.placement=device"],
-            "rtx4090",
-            ["model.placement=auto"],
-        ),
+        (["model=llama-2-13b", "model.placement=device"], "rtx4090", ["model.placement=auto"]),
     ],
 )
 def test_settings_that_would_fit_are_named_with_what_they_need(

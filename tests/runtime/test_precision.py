@@ -26,7 +26,7 @@ from permllm.training.losses import head_divergence
 from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from tests.conftest import tiny_model
-from tests.permutation.differentiable import sinkhorn
+from tests.problems import sinkhorn
 
 CPU = torch.device("cpu")
 

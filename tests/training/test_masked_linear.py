@@ -15,7 +15,7 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from permllm.training.settings import StraightThrough
-from tests.permutation.differentiable import sinkhorn
+from tests.problems import sinkhorn
 
 
 class Step(NamedTuple):
@@ -165,11 +165,17 @@ def test_the_scale_of_the_paper_start_is_learned_and_clamped_with_a_gradient_tha
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "expected"),
-    [(576, 64, [(0, 9, 64)]), (576, 128, [(0, 4, 128), (512, 1, 64)]), (32, 64, [(0, 1, 32)])],
+    ("channels", "size", "segment", "expected"),
+    [
+        (576, 64, None, [(0, 9, 64)]),
+        (576, 128, None, [(0, 4, 128), (512, 1, 64)]),
+        (32, 64, None, [(0, 1, 32)]),
+        (24, 4, 8, [(0, 6, 4)]),
+        (24, 12, 8, [(0, 3, 8)]),
+    ],
 )
-def test_blocks_cover_the_channels(
-    channels: int, size: int, expected: list[tuple[int, int, int]]
+def test_blocks_cover_the_channels_and_are_cut_to_a_segment(
+    channels: int, size: int, segment: int | None, expected: list[tuple[int, int, int]]
 ) -> None:
-    stacks = split_blocks(channels, size)
+    stacks = split_blocks(channels, size, segment)
     assert [(stack.start, stack.count, stack.size) for stack in stacks] == expected

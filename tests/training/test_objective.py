@@ -17,7 +17,7 @@ from permllm.sparsity.calibrate import calibrate_dense
 from permllm.training.objective import kept_a_token
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import lcp
+from tests.problems import lcp
 
 HIDDEN, INNER = 96, 256  # in the proportion of LLaMA's
 
