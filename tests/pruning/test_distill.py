@@ -149,6 +149,7 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
     assert (whole.further, asked.further) == (0, 3)
     assert config(*words, "reconstruction.samples=2").further == 0
     assert config(*words, "reconstruction.skip=4").further == 4
+    assert config(*words, "reconstruction.skip=0").hash == whole.hash
     assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
     found = calibration_tokens(ByT5Tokenizer(extra_ids=0), asked.calibration, 0, further=3)
     assert found.shape == (7, 16)

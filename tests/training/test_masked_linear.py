@@ -15,7 +15,7 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from permllm.training.settings import StraightThrough
-from tests.problems import sinkhorn
+from tests.problems import sinkhorn, straight_through
 
 
 class Step(NamedTuple):
@@ -65,10 +65,6 @@ def factors_of(form: str, power: int = 1) -> SaliencyFactors:
     return SaliencyFactors(power, column, row if form == "two terms" else None)
 
 
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    return hard.detach() + soft - soft.detach()
-
-
 def dense_mask(
     score: Tensor, hard: Tensor, soft: Tensor, pattern: NMPattern, variant: str
 ) -> Tensor:
@@ -84,7 +80,7 @@ def dense_mask(
 
 
 @pytest.mark.parametrize("variant", ["hard", "soft"])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8)])
 @pytest.mark.parametrize("form", ["one term", "two terms", "dense"])
 @pytest.mark.parametrize(("power", "bias"), [(1, True), (2, False)])
 def test_output_and_gradients_equal_the_dense_formula(
