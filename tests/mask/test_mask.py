@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.layerwise import Found
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training import loop
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.permutation.test_lcp import Interrupt, output_loss, same
-from tests.pruning.test_layerwise import PATTERN, problem, pruned
+from tests.problems import PATTERN, Interrupt, check_masks, output_loss, problem, pruned, same
 
 METHODS = {"score": ScoreMask, "lowrank": LowRankMask}
 
@@ -45,27 +42,15 @@ def pruners(learning: LearningProblem, orders: dict[str, Tensor]) -> dict[str, T
     }
 
 
-def check_masks(
-    learning: LearningProblem, orders: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-) -> None:
-    for group, path in ((one, path) for one in learning.groups for path in one.members):
-        kept = masks[path][:, orders[group.name]].unflatten(1, (-1, PATTERN.m)).sum(2)
-        assert bool((kept == PATTERN.n).all())
-
-
 @pytest.mark.parametrize(
     ("name", "permutation"), [("score", "none"), ("score", "heuristic"), ("lowrank", "heuristic")]
 )
 def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutation: str) -> None:
     measured: list[float] = []
-    learning = problem(
-        tiny_model("llama"),
-        Wanda(),
-        on_epoch=lambda values: measured.append(values["measured_loss"]),
-    )
+    learning = problem(on_epoch=lambda values: measured.append(values["measured_loss"]))
     orders = ordered(learning, permutation)
-    masks = mask(name, epochs=12, select_from=12).masks(learning, orders)
-    check_masks(learning, orders, masks)
+    masks = mask(name, epochs=8, select_from=8).masks(learning, orders)
+    check_masks(learning.groups, orders, masks)
     loss = output_loss(orders, masks)
     assert loss == pytest.approx(min(measured), rel=1e-4)
     assert loss < 0.9 * output_loss(orders, pruners(learning, orders))
@@ -75,7 +60,7 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutat
 def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_have_it(
     name: str,
 ) -> None:
-    learning = problem(tiny_model("llama"), Wanda())
+    learning = problem()
     orders = ordered(learning, "heuristic")
     start = pruners(learning, orders)
     assert same(start, mask(name, learning_rate=1e-12).masks(learning, orders))
@@ -95,10 +80,10 @@ def test_an_interrupted_training_continues_to_the_same_result(
     method = mask("score", batch_size=2, layers_per_stage=stage, epochs=3)
 
     def learned(**extra: Any) -> dict[str, Tensor]:
-        learning = problem(tiny_model("llama", dtype=dtype), Wanda(), **extra)
+        learning = problem(tiny_model("llama", dtype=dtype), **extra)
         orders = ordered(learning, "heuristic")
         found: dict[str, Tensor] = method.masks(learning, orders)
-        check_masks(learning, orders, found)
+        check_masks(learning.groups, orders, found)
         return found
 
     steps: list[int] = []
@@ -134,7 +119,7 @@ def test_only_what_learns_now_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ScoreMask, "scores", counted)
     monkeypatch.setattr(Training, "run", run)
-    learning = problem(tiny_model("llama"), Wanda())
+    learning = problem()
     mask("score", layers_per_stage=1).masks(learning, ordered(learning, "heuristic"))
     assert alive == [sum(len(group.members) for group in learning.groups) // 2] * 2
 

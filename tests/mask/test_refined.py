@@ -17,10 +17,9 @@ from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
-from tests.mask.test_mask import check_masks, ordered, pruners
-from tests.permutation.test_lcp import same
+from tests.mask.test_mask import ordered, pruners
 from tests.permutation.test_patterns import PATTERN, check, mixed
-from tests.pruning.test_layerwise import problem, pruned, tokens
+from tests.problems import check_masks, problem, pruned, random, same, tokens
 
 
 def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
@@ -30,12 +29,8 @@ def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(6, 8)])
 def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPattern) -> None:
-    generator = torch.Generator().manual_seed(0)
     # More channels than the products follow at once, and inputs that belong together.
-    weight, inputs, mixing = (
-        torch.randn(rows, 72, generator=generator, dtype=torch.float64) for rows in (3, 200, 72)
-    )
-    inputs = inputs @ mixing + 0.5
+    weight, inputs = random(3, 72), random(200, 72, seed=1) @ random(72, 72, seed=2) + 0.5
     start = nm_mask(weight.abs() * inputs.norm(dim=0), pattern)
     gram = inputs.t() @ inputs
     found = refined_mask(weight, start, gram, pattern, 100)
@@ -65,10 +60,10 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
 ) -> None:
     def found(refined: bool) -> Any:
         model = tiny_model("llama")
-        learning = problem(model, Wanda())
+        learning = problem(model)
         orders = ordered(learning, permutation)
         masks = RefinedMask().masks(learning, orders) if refined else pruners(learning, orders)
-        check_masks(learning, orders, masks)
+        check_masks(learning.groups, orders, masks)
         return pruned(model, Wanda(), Found(learning.factors, orders, masks))
 
     plain, better = found(refined=False), found(refined=True)
@@ -80,7 +75,7 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
 
 
 def test_only_the_calibration_samples_are_read_and_groups_are_refined_alone_alike() -> None:
-    learning = problem(tiny_model("llama"), Wanda(), calibration=tokens()[:4])
+    learning = problem(calibration=tokens()[:4])
     orders = ordered(learning, "none")
     masks = RefinedMask().masks(learning, orders)
     learning.tokens = learning.tokens[:4]
@@ -93,7 +88,7 @@ def test_only_the_calibration_samples_are_read_and_groups_are_refined_alone_alik
 
 def test_patterns_of_modules_and_dense_layers_in_orders_that_fold() -> None:
     model = tiny_model("llama")
-    learning = problem(model, Wanda(), PATTERN)
+    learning = problem(model, pattern=PATTERN)
     learning.groups = mixed(model)
     orders = Heuristic("foldable").orders(learning)
     masks = RefinedMask().masks(learning, orders)

@@ -23,9 +23,7 @@ from permllm.permutation.heuristic import (
     segments_of,
     sums_of_larger,
 )
-from permllm.pruning.wanda import Wanda
-from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PATTERN, problem
+from tests.problems import PATTERN, problem, random, shuffled
 
 
 def retained(parts: list[tuple[Tensor, NMPattern]], perm: Tensor) -> list[float]:
@@ -34,30 +32,22 @@ def retained(parts: list[tuple[Tensor, NMPattern]], perm: Tensor) -> list[float]
     return [float(part.topk(n, dim=2).values.sum()) for part, n in groups]
 
 
-def random_parts(
-    rows: int, channels: int, seed: int, patterns: list[str]
-) -> list[tuple[Tensor, NMPattern]]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, channels)
-    return [
-        (torch.rand(shape, dtype=torch.float64, generator=generator) ** 3, NMPattern.parse(text))
-        for text in patterns
-    ]
+def random_parts(rows: int, channels: int, patterns: list[str]) -> list[tuple[Tensor, NMPattern]]:
+    saliencies = random(len(patterns), rows, channels).abs() ** 3
+    return list(zip(saliencies, map(NMPattern.parse, patterns), strict=True))
 
 
 @pytest.mark.parametrize(
-    "patterns",
-    [["2:4"], ["1:4"], ["3:4"], ["4:8"], ["6:8"], ["2:4", "4:8"], ["8:16", "1:4"]],
-    ids=" and ".join,
+    "patterns", [["2:4"], ["1:4"], ["6:8"], ["2:4", "4:8"], ["8:16", "1:4"]], ids=" and ".join
 )
 def test_each_assignment_step_is_the_best_of_all_and_never_lowers(
     patterns: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heuristic, "_ROWS_AT_A_TIME", 4)  # of six
     groups, m = 4, max(NMPattern.parse(text).m for text in patterns)
-    parts = random_parts(6, groups * m, 0, patterns)
+    parts = random_parts(6, groups * m, patterns)
     search = Search(lambda: parts)
-    search.perm = torch.randperm(groups * m, generator=torch.Generator().manual_seed(0))
+    search.perm = shuffled(groups * m)
     for position in range(m):
         best, before = 0.0, sum(retained(parts, search.perm))
         for exchange in itertools.permutations(range(groups)):
@@ -71,10 +61,10 @@ def test_each_assignment_step_is_the_best_of_all_and_never_lowers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", range(4))
-def test_an_assignment_is_the_best_of_all(seed: int, dtype: torch.dtype) -> None:
-    scores = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 1e4
-    if seed % 2:  # as those of channels that no group gains by
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_assignment_is_the_best_of_all(tied: bool, dtype: torch.dtype) -> None:
+    scores = 1e4 * random(6, 6).to(dtype)
+    if tied:  # as those of channels that no group gains by
         scores[:3] = scores[:1]
     source = assigned(scores)
     orders = [list(order) for order in itertools.permutations(range(6))]
@@ -89,12 +79,10 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
 ) -> None:
     monkeypatch.setattr(heuristic, "cores", lambda: 3)
     monkeypatch.setattr(heuristic, "free_memory", lambda _: free)  # a search takes 16,384 bytes
-    learning = problem(tiny_model("llama"), Wanda())
+    learning = problem()
     shared = shared_orders(learning.groups, "free")
-    expected = {
-        order.name: heuristic_order(segments_of(order, learning.saliency_of, PATTERN)[0])
-        for order in shared
-    }
+    segments = {one.name: segments_of(one, learning.saliency_of, PATTERN)[0] for one in shared}
+    expected = {name: heuristic_order(segment) for name, segment in segments.items()}
     calls, met, threads = itertools.count(), threading.Barrier(together, timeout=20), set()
 
     def meeting(scores: Tensor) -> Tensor:
@@ -114,8 +102,7 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
 def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristic, "_ROWS_IN_CACHE", 7)
     monkeypatch.setattr(heuristic, "_PAIRS_IN_CACHE", 60)  # three of five at a time
-    left = torch.rand(5, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    right = torch.rand(3, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left, right = random(5, 30), random(3, 30, seed=1)
     expected = torch.stack([torch.stack([torch.max(a, b).sum() for b in right]) for a in left])
     torch.testing.assert_close(sums_of_larger(left, right), expected, rtol=1e-12, atol=0)
 
@@ -127,7 +114,7 @@ def test_channels_are_dealt_in_a_snake() -> None:
 
 @pytest.mark.parametrize("patterns", [["2:4"], ["2:4", "4:8"]], ids=" and ".join)
 def test_an_order_retains_more_of_each_pattern_than_the_identity(patterns: list[str]) -> None:
-    parts = random_parts(20, 64, 0, patterns)
+    parts = random_parts(20, 64, patterns)
     perm = heuristic_order(lambda: parts)
     assert sorted(perm.tolist()) == list(range(64))
     pairs = zip(retained(parts, perm), retained(parts, torch.arange(64)), strict=True)

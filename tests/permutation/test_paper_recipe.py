@@ -28,7 +28,7 @@ from permllm.training.learner import Moment, Window
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import tokens
+from tests.problems import straight_through, tokens
 from tests.test_config import config
 
 BATCH = torch.tensor([0, 2, 5])
@@ -67,10 +67,6 @@ def norms(model: PreTrainedModel, groups: list[ChannelGroup]) -> dict[str, Tenso
     for handle in handles:
         handle.remove()
     return {path: (found / len(tokens())).sqrt() for path, found in sums.items()}
-
-
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    return (hard - soft).detach() + soft
 
 
 def clamped(logits: Tensor) -> Tensor:
@@ -113,8 +109,7 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
     return straight_through(kept.flatten(1) @ p.T, groups.softmax(2).flatten(1) @ p.T)
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "ria"])
-@pytest.mark.parametrize("iterations", [0, 5])
+@pytest.mark.parametrize(("pruner", "iterations"), [("wanda", 0), ("ria", 5)])
 def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
     cache: Path, pruner: str, iterations: int
 ) -> None:

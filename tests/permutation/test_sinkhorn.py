@@ -15,16 +15,12 @@ from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.runtime import parallel
 from permllm.training.masked_linear import BlockStack
-from tests.permutation.differentiable import sinkhorn
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.problems import random, sinkhorn
 
 
 @pytest.mark.parametrize(
     ("halves", "temperature", "scale"),
-    [(0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 1.0), (10, 1.0, 1.0), (10, 0.1, 1.0), (10, 0.1, 30.0)],
+    [(0, 1.0, 1.0), (1, 1.0, 1.0), (10, 1.0, 1.0), (10, 0.1, 1.0), (10, 0.1, 30.0)],
 )
 def test_values_and_gradients_equal_the_plain_formula(
     halves: int, temperature: float, scale: float

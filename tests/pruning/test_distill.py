@@ -6,13 +6,13 @@ import gc
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
-from permllm.config import read_config
 from permllm.data.windows import calibration_tokens
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruning.admm import ADMM
@@ -26,11 +26,10 @@ from permllm.sparsity.statistics import Gram
 from permllm.training import loop as training
 from permllm.training import objective
 from permllm.training.learner import Moment, Window
-from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PATTERN, pruned, tokens
-from tests.test_config import composed, config
+from tests.problems import CPU, problem, pruned, same, tokens
+from tests.test_config import config
 
 STEPS, RATE = 7, 0.05
 
@@ -38,12 +37,10 @@ STEPS, RATE = 7, 0.05
 def test_kept_weights_learn_as_adam_says() -> None:
     """Go down `sum(weight^4 + weight)` of two linears."""
     torch.manual_seed(0)
-    linears = [
-        nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)
-    ]
+    linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64) for rows in (3, 5)]
     masks = [torch.rand(rows, 8) < 0.5 for rows in (3, 5)]
     for linear, mask in zip(linears, masks, strict=True):
-        linear.weight.mul_(10 * mask)
+        linear.requires_grad_(False).weight.mul_(10 * mask)
     before = [linear.weight.clone() for linear in linears]
     learner = KeptWeights(linears, masks, RATE)
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=0.0)
@@ -71,8 +68,28 @@ def test_kept_weights_learn_as_adam_says() -> None:
         assert not linear.weight[~kept].any()
 
 
-def pruned_with(model: nn.Module, reconstruction: Any, **more: Any) -> None:
-    pruned(model, Magnitude(), reconstruction=reconstruction, **more)
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    paths = (path for group in channel_groups(model) for path in group.members)
+    return {path: linear_at(model, path).weight for path in paths}
+
+
+def distilled(directory: Path | None = None, **settings: Any) -> dict[str, Tensor]:
+    """Return the weights of a model that is pruned and distilled, in a run directory if given."""
+    model, record = tiny_model("llama"), Record()
+    if directory is not None:
+        record = RunDirectory(directory, config("model=tiny"))
+    record.metrics["status"] = "running"
+    kind = settings.pop("kind", Distill)
+    defaults: dict[str, Any] = {"epochs": 2, "batch_size": 2, "samples": 10}
+    made = kind(**defaults | {"learning_rate": 0.003} | settings)
+    pruned(model, Magnitude(), windows=tokens(10), record=record, reconstruction=made)
+    return weights_of(model)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Tensor]:
+    """Return what is learned without an interruption."""
+    return distilled()
 
 
 def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> None:
@@ -82,35 +99,15 @@ def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> Non
         def network(self, network: Any) -> None:
             alive.extend(one for one in gc.get_objects() if type(one) is Gram)
 
-    pruned_with(
-        tiny_model("llama"),
-        Watching(epochs=1, batch_size=2, start="admm", samples=10),
-        windows=tokens(10),
-    )
+    distilled(kind=Watching, start="admm")
     assert not alive
 
 
-def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
-    model = tiny_model("llama")
-    reconstruction = Distill(
-        **{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "samples": 10} | settings
-    )
-    record = (
-        Record()
-        if directory is None
-        else RunDirectory(directory, read_config(composed("model=tiny")))
-    )
-    record.metrics["status"] = "running"
-    pruned_with(model, reconstruction, windows=tokens(10), record=record)
-    return {
-        path: linear_at(model, path).weight
-        for group in channel_groups(model)
-        for path in group.members
-    }
-
-
 def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    whole: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write, step = training.save_state, 8  # of 10, in the second epoch
 
@@ -119,21 +116,19 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
         if state["scheduler"]["last_epoch"] == step:
             raise KeyboardInterrupt
 
-    whole = distilled(None)
     monkeypatch.setattr(training, "_EVERY", 0.0)
     monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
     monkeypatch.setattr(training, "save_state", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         distilled(tmp_path)
     with caplog.at_level("INFO"):
-        continued = distilled(tmp_path)
+        assert same(whole, distilled(tmp_path))
     assert f"continuing after step {step} of 10" in caplog.text
-    assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
     monkeypatch.setattr(training, "_EVERY", math.inf)
     monkeypatch.setattr(training, "save_state", lambda *_: None)
-    assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
+    assert same(whole, distilled(tmp_path))
     assert "learning begins anew" in caplog.text
 
 
@@ -142,11 +137,9 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
     found = []
     for reconstruction in (Distill(start=start, learning_rate=1e-12, epochs=1), like()):  # type: ignore[arg-type]
         model = tiny_model("llama", dtype=torch.float64)
-        groups = channel_groups(model)
-        pruned_with(model, reconstruction)
-        found.append([linear_at(model, path).weight for group in groups for path in group.members])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+        pruned(model, Magnitude(), reconstruction=reconstruction)
+        found.append(weights_of(model))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
 
 
 def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> None:
@@ -156,6 +149,7 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
     assert (whole.further, asked.further) == (0, 3)
     assert config(*words, "reconstruction.samples=2").further == 0
     assert config(*words, "reconstruction.skip=4").further == 4
+    assert config(*words, "reconstruction.skip=0").hash == whole.hash
     assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
     found = calibration_tokens(ByT5Tokenizer(extra_ids=0), asked.calibration, 0, further=3)
     assert found.shape == (7, 16)
@@ -164,22 +158,19 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
 def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls: list[int] = []
-    real = objective.recomputed
-    monkeypatch.setattr(objective, "recomputed", lambda *given: (calls.append(1), real(*given))[1])
-    kept = distilled(None)
-    assert not calls  # a tiny model needs little
+    recomputed = Mock(wraps=objective.recomputed)
+    monkeypatch.setattr(objective, "recomputed", recomputed)
+    kept = distilled(epochs=1)
+    assert not recomputed.called  # a tiny model needs little
     monkeypatch.setattr(objective, "KEPT_ON_A_HOST", 0.0)
-    for path, weight in distilled(None).items():
-        torch.testing.assert_close(kept[path], weight)
-    assert calls
+    torch.testing.assert_close(distilled(epochs=1), kept)
+    assert recomputed.called
 
 
 def test_steps_go_through_the_samples_as_often_as_they_take(
-    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, counted = distilled(None), distilled(None, epochs=1, steps=10)
-    assert all(torch.equal(weight, counted[path]) for path, weight in whole.items())
+    assert same(whole, distilled(epochs=1, steps=10))
     seen: list[Tensor] = []
     real = training.Training.step
 
@@ -188,7 +179,7 @@ def test_steps_go_through_the_samples_as_often_as_they_take(
         return real(self, batch, *more)
 
     monkeypatch.setattr(training.Training, "step", watched)
-    distilled(None, epochs=1, steps=7)
+    distilled(epochs=1, steps=7)
     assert [len(batch) for batch in seen] == 7 * [2]
     assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
     assert len(torch.cat(seen[5:]).unique()) == 4
@@ -196,17 +187,14 @@ def test_steps_go_through_the_samples_as_often_as_they_take(
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> None:
-    model = tiny_model("llama")
-    groups = channel_groups(model)
-    linears = [linear_at(model, path) for group in groups for path in group.members]
+    learning = problem()
+    linears = [linear_at(learning.model, path) for path in learning.factors]
     masks = [torch.rand(linear.weight.shape) < 0.5 for linear in linears]
-    weights = KeptWeights(linears, masks, 1e-3)
-    target = model.model(input_ids=tokens()).last_hidden_state.detach()
-    learning = LearningProblem(model, groups, tokens(), {}, target, PATTERN, seed=0)
+    weights, target = KeptWeights(linears, masks, 1e-3), learning.target
     settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
     window, values = Window(0, 0, 2, None, target), sum(int(mask.sum()) for mask in masks)
     rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
-    with weights.gradients(), products_in(products, torch.device("cpu")):
+    with weights.gradients(), products_in(products, CPU):
         loop = training.Training(settings, learning, window, weights, "distill", "file")
         # Gradients and two moments, then gradients alone.
         assert loop._not_yet_taken(target) == 4 * 3 * values + rounded

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from permllm import job
 from permllm.errors import ConfigError
 from permllm.pruning.placement import FITS, placement_for, would_fit
 from permllm.pruning.plan import print_plan
 from permllm.runtime.speed import CARDS, speed_of
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 from tests.pruning.test_footprint import planned
 from tests.test_config import config
 
 PLAN = ("plan=true", "plan_on=h100")
+QWEN = "model=qwen2.5-7b"
+WOULD = ["mask=lowrank", "method=order-folded"]
 
 
 def minutes(*words: str, place: str = "device") -> dict[str, float]:
@@ -23,16 +26,18 @@ def minutes(*words: str, place: str = "device") -> dict[str, float]:
     return of.minutes(place, speed_of("h100", of.device, {of.products, of.dtype, torch.float32}))
 
 
-def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path: Path) -> None:
-    result = run_command("model=qwen2.5-7b", *PLAN, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    learns = "orders learn 28 layers at a time, of 28"
-    for said in ("3584", "18944", "7615616512", "device, taken here", learns):
-        assert said in result.stdout
+def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.run(config(QWEN, *PLAN, f"runs_dir={tmp_path}/runs")) is None
+    said = capsys.readouterr().out
+    for part in ("3584", "18944", "7615616512", "device, taken here"):
+        assert part in said
+    assert "orders learn 28 layers at a time, of 28" in said
     assert not (tmp_path / "runs").exists()
 
 
-FOLDABLE = ["model=qwen2.5-7b", "permutation.constraint=foldable"]
+FOLDABLE = [QWEN, "permutation.constraint=foldable"]
 EIGHT = "permutation.layers_per_stage=8"
 
 
@@ -40,7 +45,7 @@ EIGHT = "permutation.layers_per_stage=8"
     ("words", "said", "unsaid"),
     [
         (["model=tiny"], "host", "disk"),  # a random model has no files
-        (["model=qwen2.5-7b", EIGHT], "orders learn 8 layers at a time, of 28", "residual"),
+        ([QWEN, EIGHT], "orders learn 8 layers at a time, of 28", "residual"),
         (FOLDABLE, "residual_stream", "stays where"),
         ([*FOLDABLE, EIGHT], "residual_stream stays where it starts", "learn 28"),
     ],
@@ -64,9 +69,9 @@ def test_a_card_is_for_a_plan_alone() -> None:
 @pytest.mark.parametrize(
     ("words", "stage", "expected"),
     [
-        (["model=qwen2.5-7b"], "learn", 1.2),
-        (["model=qwen2.5-7b"], "tasks", 5.5),
-        (["model=qwen2.5-7b", "permutation=heuristic"], "search", 1.75),
+        ([QWEN], "learn", 1.2),
+        ([QWEN], "tasks", 5.5),
+        ([QWEN, "permutation=heuristic"], "search", 1.75),
         (["model=llama-2-7b", "protocol=paper"], "learn", 13.0),
         (["model=llama-2-7b", "pruner=sparsegpt", "permutation=none"], "prune", 2.0),
     ],
@@ -78,28 +83,20 @@ def test_minutes_are_within_a_factor_of_two_of_a_detailed_estimate(
 
 
 def test_layers_that_come_in_each_batch_of_tasks_take_the_time_of_their_way() -> None:
-    on_host, on_device = (minutes("model=qwen2.5-7b", place=place) for place in ("host", "device"))
+    on_host, on_device = (minutes(QWEN, place=place) for place in ("host", "device"))
     assert on_host["tasks"] > 10 * on_device["tasks"]
 
 
 @pytest.mark.parametrize(
     ("words", "card", "named"),
     [
+        ([QWEN, "method=folded-masks"], "rtx4090", ["mask=lowrank", "method=order-folded"]),
         (
-            ["model=qwen2.5-7b", "method=folded-masks"],
-            "rtx4090",
-            ["mask=lowrank", "method=order-folded"],
-        ),
-        (
-            ["model=qwen2.5-7b", "permutation=none", "mask=score"],
+            [QWEN, "permutation=none", "mask=score"],
             "a100",
             ["mask.layers_per_stage=4", "mask=lowrank", "method=order-folded"],
         ),
-        (
-            ["model=llama-2-13b", "model.placement=device"],
-            "rtx4090",
-            ["model.placement=auto"],
-        ),
+        (["model=llama-2-13b", "model.placement=device"], "rtx4090", ["model.placement=auto"]),
     ],
 )
 def test_settings_that_would_fit_are_named_with_what_they_need(
@@ -112,11 +109,8 @@ def test_settings_that_would_fit_are_named_with_what_they_need(
 
 
 def test_commands_of_the_readme_fit_the_cards_that_they_name() -> None:
-    lines = [
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if " GB GPU" in line and "run.py" in line
-    ]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = [line for line in lines if " GB GPU" in line and "run.py" in line]
     assert len(lines) == 3
     for line in lines:
         command, _, comment = line.partition("#")

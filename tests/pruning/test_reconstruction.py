@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
-from permllm.models.families import decoder_layers, linear_at
-from permllm.models.layers import LayerStream
+from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill
@@ -22,37 +20,34 @@ from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram, InputStatistics
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import problem, pruned, tokens
+from tests.problems import PATTERN, problem, pruned, random, shuffled, states_of
 
 
 def reconstructed(
     reconstruction: Any, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
     model = tiny_model("llama", dtype=dtype)
-    learning = problem(model, Wanda())
-    result = pruned(
-        model, Wanda(), Found(learning.factors), Heuristic(), reconstruction=reconstruction
-    )
-    return model, result, learning.target
+    learning = problem(model)
+    found, more = Found(learning.factors), {"reconstruction": reconstruction}
+    return model, pruned(model, Wanda(), found, Heuristic(), **more), learning.target
 
 
 def output_error(model: torch.nn.Module, target: Tensor) -> float:
-    stream = LayerStream(model, tokens(), 4)
-    for index in range(len(decoder_layers(model))):
-        stream.advance(index)
-    return float(((stream.states() - target).square().sum(-1) / target.square().sum(-1)).mean())
+    errors = (states_of(model) - target).square().sum(-1)
+    return float((errors / target.square().sum(-1)).mean())
 
 
+DISTILL = Distill(epochs=12, learning_rate=0.005)
+
+
+# Steps of a distillation are too small for bfloat16.
 @pytest.mark.parametrize(
     ("reconstruction", "dtype"),
     [
         (OBS(), torch.float32),
         (ADMM(), torch.float32),
-        (Distill(epochs=20, learning_rate=0.003), torch.float32),
-        (
-            Distill(epochs=20, learning_rate=0.003),
-            torch.bfloat16,
-        ),  # steps are too small for the format
+        (DISTILL, torch.float32),
+        (DISTILL, torch.bfloat16),
     ],
 )
 def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(
@@ -73,17 +68,13 @@ def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(
 
 def correlated() -> tuple[Tensor, PrunedLinear]:
     """Return inputs `(400, 64)` that share signal in pairs, and a linear pruned for them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 64, generator=generator) + torch.randn(
-        400, 32, generator=generator
-    ).repeat_interleave(2, 1)
-    x = x[:, torch.randperm(64, generator=generator)] * torch.logspace(-1, 1, 64)
-    weight = torch.randn(6, 64, generator=generator)
+    x = random(400, 64).float() + random(400, 32, seed=1).float().repeat_interleave(2, 1)
+    x = x[:, shuffled(64)] * torch.logspace(-1, 1, 64)
+    weight, perm = random(6, 64, seed=2).float(), shuffled(64, seed=1)
     statistics = InputStatistics(64, "cpu", (Gram,))
     statistics.update(x)
-    perm = torch.randperm(64, generator=generator)
-    mask = permuted_nm_mask(weight.abs() * x.norm(dim=0), perm, NMPattern(2, 4))
-    return x.double(), PrunedLinear(weight, weight * mask, mask, perm, NMPattern(2, 4), statistics)
+    mask = permuted_nm_mask(weight.abs() * x.norm(dim=0), perm, PATTERN)
+    return x.double(), PrunedLinear(weight, weight * mask, mask, perm, PATTERN, statistics)
 
 
 def squared_error(x: Tensor, linear: PrunedLinear, weight: Tensor) -> Tensor:
@@ -95,9 +86,8 @@ def least_squares(x: Tensor, linear: PrunedLinear) -> Tensor:
     """Return the kept weights of least error, row by row."""
     best = torch.zeros_like(linear.dense, dtype=torch.float64)
     for row, kept in enumerate(linear.mask):
-        best[row, kept] = torch.linalg.lstsq(
-            x[:, kept], x @ linear.dense[row].double(), driver="gelsd"
-        ).solution
+        output = x @ linear.dense[row].double()
+        best[row, kept] = torch.linalg.lstsq(x[:, kept], output, driver="gelsd").solution
     return best
 
 
@@ -122,10 +112,8 @@ def test_admm_ends_at_the_least_squares_of_each_row() -> None:
     least = squared_error(x, linear, best)
     assert (squared_error(x, linear, found) <= 1.01 * least).all()
     # A dozen iterations are nearly there, and no row is worse than before.
-    errors = [
-        squared_error(x, linear, ADMM(iterations=number, damping=1e-9).linear(linear))
-        for number in (1, 12)
-    ]
+    methods = [ADMM(iterations=number, damping=1e-9) for number in (1, 12)]
+    errors = [squared_error(x, linear, method.linear(linear)) for method in methods]
     assert errors[1].sum() <= 1.05 * least.sum()
     assert all((error <= squared_error(x, linear, linear.weight)).all() for error in errors)
     assert errors[1].sum() < squared_error(x, linear, OBS(damping=1e-6).linear(linear)).sum()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from permllm.runtime import memory
-from tests.commands import ROOT
+from tests.conftest import ROOT, run_python
 
-STAGES = """
-import torch
+STAGES = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
 from permllm.runs.directory import Record
 from permllm.runtime.memory import host_memory, keep_freed_memory
 keep_freed_memory()
@@ -31,9 +31,11 @@ with progress.stage("two", cpu):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GNU C library's")
-def test_what_a_stage_has_freed_is_given_back_before_the_next() -> None:
-    command = [sys.executable, "-c", STAGES]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+def test_what_a_stage_has_freed_is_given_back_before_the_next(tmp_path: Path) -> None:
+    script = tmp_path / "stages.py"
+    script.write_text(STAGES)
+    done = run_python(str(script))
+    assert done.returncode == 0, done.stderr
     kept, left = map(int, done.stdout.split())
     assert kept > 350 << 20
     assert left < 50 << 20

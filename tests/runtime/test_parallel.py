@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from permllm import job
-from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.launched import share_gpus
@@ -24,11 +23,11 @@ from permllm.runtime import parallel
 from permllm.runtime.terminal import CONTINUES
 from permllm.training import loop as training
 from tests.conftest import ROOT, run_command
-from tests.test_config import composed
+from tests.test_config import config
 
 TINY = ("model=tiny", "model.dtype=float64", "logger=none")
 # Batches of 4, 4, 4 and 3 samples: unequal shares.
-LCP = (*TINY, "calibration.samples=15", "permutation.epochs=4", "permutation.learning_rate=0.05")
+LCP = (*TINY, "calibration.samples=15", "permutation.epochs=2", "permutation.learning_rate=0.05")
 
 
 def ranks(cwd: Path, *words: str, processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
@@ -75,7 +74,7 @@ def test_two_ranks_continue_a_run_to_what_one_process_learns(
     words = (*LCP, "permutation=lcp", "reconstruction=distill", "reconstruction.batch_size=4")
 
     def learn(folder: Path) -> None:
-        job.run(read_config(composed(*words, f"run_dir={folder}")))
+        job.run(config(*words, f"run_dir={folder}"))
 
     learn(tmp_path / "alone")
     write, left = training.save_state, [2]
@@ -98,10 +97,11 @@ def test_two_ranks_continue_a_run_to_what_one_process_learns(
     check_equal(tmp_path / "alone", tmp_path / "rank0" / "run")
 
 
+@pytest.mark.slow
 def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_ranks(tmp_path: Path) -> None:
     def record(*words: str) -> RunDirectory:
-        config = read_config(composed(*LCP, *words))
-        return RunDirectory(tmp_path / "rank0" / run_directory(config), config)
+        made = config(*LCP, *words)
+        return RunDirectory(tmp_path / "rank0" / run_directory(made), made)
 
     stray, busy = record("permutation.margin=1e300", "seed=1"), record("seed=1")
     stray.directory.mkdir(parents=True)
@@ -141,6 +141,7 @@ for number in range(3):
 """
 
 
+@pytest.mark.slow
 def test_an_error_that_one_rank_meets_alone_ends_all(tmp_path: Path) -> None:
     script = tmp_path / "errors.py"
     script.write_text(ERRORS)
@@ -183,8 +184,8 @@ def test_a_batch_that_leaves_processes_without_samples_is_refused(
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
     monkeypatch.setattr(parallel, "share", lambda value: value)
     words = ("permutation.batch_size=8", f"runs_dir={tmp_path}", f"{setting}=4")
-    with pytest.raises(ConfigError, match=f"{setting}=4 .*{setting}=8"):
-        job.run(read_config(composed(*TINY, *words)))
+    with pytest.raises(ConfigError, match=f"{setting}=4.* {setting}=8"):
+        job.run(config(*TINY, *words))
     assert not list(tmp_path.rglob("metrics.json"))
 
 

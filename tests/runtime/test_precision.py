@@ -26,32 +26,26 @@ from permllm.training.losses import head_divergence
 from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from tests.conftest import tiny_model
-from tests.permutation.differentiable import sinkhorn
-
-CPU = torch.device("cpu")
+from tests.problems import CPU, sinkhorn
 
 
 @pytest.mark.parametrize(
-    ("setting", "native", "weights", "expected"),
+    ("setting", "native", "weights", "found"),
     [
-        ("auto", True, torch.float32, torch.bfloat16),
-        ("auto", False, torch.float32, torch.float32),
-        ("float32", True, torch.float32, torch.float32),
-        ("bfloat16", False, torch.float32, torch.bfloat16),
-        ("auto", True, torch.float64, torch.float64),
-        ("float32", True, torch.bfloat16, torch.bfloat16),
-        ("bfloat16", True, torch.float16, torch.float16),
+        ("auto", True, "float32", "bfloat16"),
+        ("auto", False, "float32", "float32"),
+        ("float32", True, "float32", "float32"),
+        ("bfloat16", False, "float32", "bfloat16"),
+        ("auto", True, "float64", "float64"),
+        ("float32", True, "bfloat16", "bfloat16"),
+        ("bfloat16", True, "float16", "float16"),
     ],
 )
 def test_only_float32_is_rounded(
-    setting: str,
-    native: bool,
-    weights: torch.dtype,
-    expected: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    setting: str, native: bool, weights: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: native)
-    assert compute_dtype(setting, weights, CPU) == expected
+    assert compute_dtype(setting, getattr(torch, weights), CPU) == getattr(torch, found)
 
 
 def masked(linear: nn.Linear) -> tuple[MaskedLinear, BlockLogits]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def started(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
     sweep = ("-m", "permutation.epochs=1,100000", *QUICK, "permutation.compile=false")
     process = started(tmp_path, *sweep)
@@ -105,20 +107,24 @@ def test_an_early_interruption_is_one_line(tmp_path: Path) -> None:
     assert error.startswith("interrupted: ")
 
 
+@contextmanager
+def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let nobody read what is printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        yield
+
+
 def test_where_nobody_reads_a_job_goes_on_and_where_the_disk_is_full_a_command_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stream)
+    with unread(monkeypatch):
         job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={run}")))
     assert json.loads((run / "metrics.json").read_text())["status"] == "finished"
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stream)
+    with unread(monkeypatch):
         assert call("results", [str(run)]) == 141
     assert not [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     with open("/dev/full", "w") as stream, monkeypatch.context() as patch:

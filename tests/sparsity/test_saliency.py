@@ -15,19 +15,20 @@ from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Magnitude, Wanda
 from permllm.sparsity.saliency import SaliencyFactors, saliency, saliency_t
 from permllm.sparsity.statistics import Gram, InputStatistics, Norm
+from tests.problems import random, shuffled
 
 ROWS, CHANNELS, TOKENS = 5, 12, 40
 
 
 @pytest.fixture
 def weight() -> Tensor:
-    return torch.randn(ROWS, CHANNELS, generator=torch.Generator().manual_seed(0))
+    return random(ROWS, CHANNELS).float()
 
 
 @pytest.fixture
 def inputs() -> Tensor:
     scale = torch.linspace(0.1, 3.0, CHANNELS)
-    return torch.randn(4, TOKENS // 4, CHANNELS, generator=torch.Generator().manual_seed(1)) * scale
+    return random(4, TOKENS // 4, CHANNELS, seed=1).float() * scale
 
 
 @pytest.fixture
@@ -106,8 +107,7 @@ def test_the_norm_of_the_released_code_divides_by_samples(inputs: Tensor, flatte
 def test_factors_can_be_permuted_scaled_and_transposed(
     weight: Tensor, statistics: InputStatistics
 ) -> None:
-    perm = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(2))
-    score = torch.rand(ROWS, CHANNELS, generator=torch.Generator().manual_seed(3))
+    perm, score = shuffled(CHANNELS), random(ROWS, CHANNELS, seed=2).abs().float()
     dense = [SaliencyFactors.of_each_weight(score, power) for power in (1, 2)]
     pruners = (Magnitude(), Wanda(), RIA(), SparseGPT())
     for factors in (*(pruner.factors(weight, statistics) for pruner in pruners), *dense):

@@ -21,17 +21,14 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.training import losses
 from permllm.training.losses import cosine_loss, head_divergence
 from tests.conftest import tiny_model
+from tests.problems import random, tokens
 
 
-def random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def last_states(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def last_states(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output of the last decoder layer in the model's own forward, and its logits."""
     seen: list[Any] = []
     handle = decoder_layers(model)[-1].register_forward_hook(lambda *args: seen.append(args[2]))
-    logits = model(input_ids=tokens).logits
+    logits = model(input_ids=ids).logits
     handle.remove()
     return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]), logits
 
@@ -45,7 +42,7 @@ def test_the_heads_weight_is_rounded_once() -> None:
 
 
 def test_cosine_loss_against_its_formula() -> None:
-    a, b = random(6, 5, seed=0), random(6, 5)
+    a, b = random(6, 5), random(6, 5, seed=1)
     total = sum(1 - float(u @ v / (u.norm() * v.norm())) for u, v in zip(a, b, strict=True))
     assert float(cosine_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
     assert float(cosine_loss(a, a)) == pytest.approx(0.0, abs=1e-12)
@@ -121,9 +118,8 @@ PLAIN_HEADS = sorted(FAMILIES.keys() - {"gemma2", "granite"})
 @pytest.mark.parametrize("family", PLAIN_HEADS)
 def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> None:
     model = tiny_model(family)
-    tokens = torch.randint(0, 259, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        states, expected = last_states(model, tokens)
+        states, expected = last_states(model, tokens())
         found = model.get_output_embeddings()(after_layers(model, states))
     torch.testing.assert_close(found, expected)
     other = tiny_model(family, dtype=torch.bfloat16)
@@ -133,26 +129,11 @@ def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> N
     assert torch.equal(torch.get_rng_state(), before)  # found out without a random number
 
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 259,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_PHI = Family(
-    "model.layers",
-    (GroupTable("mlp.fc1", ("mlp.fc1",), "mlp"),),
-    ("model.final_layernorm",),
-    (),
-    (),
-    (),
-)
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 259}
+_SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_FC1 = GroupTable("mlp.fc1", ("mlp.fc1",), "mlp")
+_PHI = Family("model.layers", (_FC1,), ("model.final_layernorm",), (), (), ())
 # Families that the project does not prune, for what their heads do beside the product.
 HEADS: dict[str, tuple[Family, dict[str, Any]]] = {
     "gemma2": (_LLAMA, {"final_logit_softcapping": 3.0}),
@@ -179,8 +160,8 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
 ) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)
     model = model_of(model_type, {}, monkeypatch)
-    tokens = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
-    target, logits = last_states(model, tokens)
+    ids = tokens(2, 9)
+    target, logits = last_states(model, ids)
     p = logits.log_softmax(-1)
     output = (target + random(*target.shape)).requires_grad_()
     reference = output.detach().clone().requires_grad_()
@@ -188,9 +169,9 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     handle = decoder_layers(model)[-1].register_forward_hook(
         lambda _, __, given: (reference, *given[1:]) if isinstance(given, tuple) else reference
     )
-    q = model(input_ids=tokens).logits.log_softmax(-1)
+    q = model(input_ids=ids).logits.log_softmax(-1)
     handle.remove()
-    expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / tokens.numel()
+    expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / ids.numel()
     expected.backward()
 
     head = Head(model)
@@ -200,7 +181,7 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
     with torch.no_grad():
         again = head_divergence(head, output, target)
-        torch.testing.assert_close(model(input_ids=tokens).logits, logits)  # as it was
+        torch.testing.assert_close(model(input_ids=ids).logits, logits)  # as it was
     for value in (found, again):
         assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
 

@@ -12,13 +12,10 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import FreeScores, LowRankScores, Scores
+from tests.problems import random, shuffled
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
 TINY = torch.finfo(torch.float64).tiny
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def given(form: str) -> tuple[nn.Linear, SaliencyFactors, Tensor]:
@@ -30,8 +27,7 @@ def given(form: str) -> tuple[nn.Linear, SaliencyFactors, Tensor]:
     column = random(terms, CHANNELS, seed=1).abs() + 0.5
     row = random(2, ROWS, seed=2).abs() + 0.5 if form == "two terms" else None
     power = 0 if form == "dense, without the weight" else 1
-    order = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(3))
-    return linear, SaliencyFactors(power, column, row), order
+    return linear, SaliencyFactors(power, column, row), shuffled(CHANNELS, seed=3)
 
 
 def permuted(linear: nn.Linear, order: Tensor) -> nn.Linear:

@@ -1,0 +1,153 @@
+"""Tiny problems of learning and pruning that tests of several packages share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.config import NMPattern, RunConfig, read_config
+from permllm.mask.base import Mask
+from permllm.models.families import ChannelGroup, channel_groups
+from permllm.models.layers import LayerStream
+from permllm.models.load import LoadedModel
+from permllm.permutation.base import Identity
+from permllm.permutation.lcp.lcp import LCP
+from permllm.permutation.lcp.temperature import Linear
+from permllm.pruning.layerwise import Found, PrunedModel, prune
+from permllm.pruning.methods import Job, Methods
+from permllm.pruning.reconstruction import NoReconstruction
+from permllm.pruning.ria import RIA
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.wanda import Magnitude, Wanda
+from permllm.runs.directory import Record
+from permllm.runs.loggers import NO_LOGGER
+from permllm.sparsity.calibrate import Pruner, calibrate_dense
+from permllm.training.losses import cosine_loss
+from permllm.training.problem import LearningProblem
+from tests.conftest import tiny_model
+from tests.test_config import composed
+
+PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA}
+PRUNERS["sparsegpt"] = SparseGPT
+PATTERN = NMPattern(2, 4)
+CPU = torch.device("cpu")
+
+
+class Interrupt(Exception):
+    """Stops learning or pruning."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def shuffled(channels: int, seed: int = 0) -> Tensor:
+    return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(samples: int = 6, length: int = 12) -> Tensor:
+    return torch.randint(0, 259, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def sinkhorn(logits: Tensor, temperature: float, iterations: float) -> Tensor:
+    """Return the soft permutations `(blocks, B, B)`, as autograd differentiates them.
+
+    Half an iteration normalises rows alone.
+    """
+    log_p = logits / temperature
+    for half in range(int(2 * iterations)):
+        log_p = log_p - log_p.logsumexp(1 if half % 2 else 2, keepdim=True)
+    return log_p.exp()
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    return hard.detach() + soft - soft.detach()
+
+
+def lcp(**settings: Any) -> LCP:
+    defaults: dict[str, Any] = {"block_size": 24, "epochs": 2, "batch_size": 4, "loss": "cosine"}
+    return LCP(**defaults | {"temperature": Linear(), **settings})
+
+
+def problem(
+    model: Any = None,
+    pruner: Pruner | None = None,
+    pattern: NMPattern = PATTERN,
+    samples: Tensor | None = None,
+    **extra: Any,
+) -> LearningProblem:
+    """Return the problem of a calibrated model, by default a Llama's with Wanda."""
+    model, windows = model or tiny_model("llama"), tokens() if samples is None else samples
+    groups = channel_groups(model)
+    dense = calibrate_dense(model, groups, windows, pruner or Wanda(), batch_size=4)
+    return LearningProblem(
+        model, groups, windows, dense.factors, dense.target, pattern, seed=0, **extra
+    )
+
+
+@functools.cache
+def _settings() -> RunConfig:
+    return read_config(composed("model=tiny", "calibration.samples=6", "calibration.batch_size=4"))
+
+
+def pruned(
+    model: Any, pruner: Pruner, found: Found | None = None, permutation: Any = None, **more: Any
+) -> PrunedModel:
+    """Prune a model.
+
+    Args:
+        model: in place.
+        pruner: of the job.
+        found: by the stages before; None: nothing.
+        permutation: None leaves the channels where they are.
+        more: `groups`, `windows`, `pattern`, `reconstruction`, `products` and `record`.
+    """
+    config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)))
+    reconstruction = more.get("reconstruction") or NoReconstruction()
+    methods = Methods(pruner, permutation or Identity(), Mask(), reconstruction)
+    groups, record = more.get("groups") or channel_groups(model), more.get("record") or Record()
+    loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
+    products = more.get("products") or model.dtype
+    job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
+    return prune(job, more.get("windows", tokens()), found or Found())
+
+
+def states_of(model: nn.Module, layers: int = 2) -> Tensor:
+    """Return the output of the first layers."""
+    stream = LayerStream(model, tokens(), 4)
+    for index in range(layers):
+        stream.advance(index)
+    return stream.states()
+
+
+def output_loss(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> float:
+    """Return the loss of the pruned model under given orders and masks, by default the pruner's."""
+    learning = problem()
+    pruned(learning.model, Wanda(), Found(learning.factors, orders, masks))
+    return float(cosine_loss(states_of(learning.model), learning.target))
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether the second has the tensors of the first."""
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def check_masks(
+    groups: Iterable[ChannelGroup], orders: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> None:
+    """Check that the masks of all members are 2:4 in the orders of their groups."""
+    for group, path in ((one, path) for one in groups for path in one.members):
+        kept = masks[path][:, orders[group.name]].unflatten(1, (-1, PATTERN.m)).sum(2)
+        assert bool((kept == PATTERN.n).all())
+
+
+def check_others(model: nn.Module, found: PrunedModel, dense: nn.Module | None = None) -> None:
+    """Check that what is not pruned is as in the dense model, by default a Llama's."""
+    before = dict((dense or tiny_model("llama")).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert name.removesuffix(".weight") in found.masks or torch.equal(parameter, before[name])
