@@ -136,9 +136,7 @@ for kind in (Auto, LlamaForCausalLM):
 """
 
 
-def test_a_process_without_permllm_loads_folded_models_and_no_gathered_ones(
-    tmp_path: Path,
-) -> None:
+def test_a_process_without_permllm_loads_folded_models_and_no_gathered_ones(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "foldable")
     forms = ("folded", "simulate", "gathered")
     for form in forms:

@@ -401,11 +401,7 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
     ("name", "change", "said"),
     [
         ("metrics.schema_version", 2, "schema_version=2: expected 3"),
-        (
-            "metrics.status",
-            "running",
-            "not finished (running); the same command continues it",
-        ),
+        ("metrics.status", "running", "not finished (running); the same command continues it"),
         ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
         ("config.model", None, "not as a run leaves it: "),
