@@ -214,9 +214,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
 
 
-def test_a_log_in_the_run_directory_says_what_the_job_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permllm.pruning.stages.prune", Mock(side_effect=Terminated(signal.SIGTERM)))
@@ -236,9 +234,7 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(
     assert (directory / "run.log").read_bytes() == before
 
 
-def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_form(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_parts_of_a_model_to_several_patterns_in_every_form(cache: Path, tmp_path: Path) -> None:
     words = ["permutation.epochs=1", "mask=score", "mask.layers_per_stage=1", "mask.epochs=1"]
     words = ["permutation.constraint=foldable", "keep_dense=[0,v_proj]", *words]
     words += ["sparsity_of={down_proj: 4:8}"]

@@ -123,9 +123,7 @@ def test_a_file_that_is_not_what_the_wheel_holds_is_had_again(
     assert file.read_bytes() == b"weighty"
 
 
-def test_what_a_killed_process_left_goes(
-    cache: Path, built: Wheel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_kill_left_goes(cache: Path, built: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -169,7 +169,7 @@ def test_passages_have_two_halves_and_questions_join_the_one_to_calibrate_on(
     assert not mixed.evaluates
 
 
-def test_c4_is_evaluated_as_in_wandas_protocol(
+def test_c4_is_evaluated_as_by_wanda(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [f"document {number} of many more words than that" for number in range(1200)]
@@ -232,9 +232,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, mine: Path) ->
         (MINE.replace("= 3", "= 0"), "max_windows=0: expected a whole number"),
     ],
 )
-def test_a_module_that_is_no_such_text_is_one_line(
-    mine: Path, source: str | None, message: str
-) -> None:
+def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, message: str) -> None:
     if source is not None:
         mine.write_text(source)
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset=") as caught:

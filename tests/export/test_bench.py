@@ -26,9 +26,7 @@ CUDA = torch.device("cuda")
 FEW = Sizes(batch_sizes=(1, 2), prompt=8, new_tokens=2, seconds=1e-3)
 
 
-def test_the_command_measures_all_that_a_cpu_can(
-    exports: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_measures_on_a_cpu(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, dense = exports / "gathered", exports / "of-gathered" / "dense"
     words = [str(out), "--against", str(dense), "--device", "cpu"]
     words += ["--prompt", "8", "--new-tokens", "2", "--batch-sizes", "1", "2", "--seconds", "1e-3"]

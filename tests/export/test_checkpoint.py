@@ -44,9 +44,7 @@ from tests.export.pruned import (
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_folded_models_are_stock_and_compute_what_simulate_computes(
-    name: str, tmp_path: Path
-) -> None:
+def test_folded_models_are_stock_and_compute_what_simulate_does(name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model(name), "foldable")
     for form in ("folded", "simulate"):
         export_run(run, Request(form), tmp_path / form)
@@ -63,9 +61,7 @@ def test_folded_models_are_stock_and_compute_what_simulate_computes(
         assert not torch.equal(weight, pruned[f"{path}.weight"])
 
 
-def test_folding_leaves_nothing_but_rounding(
-    exports: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folding_leaves_only_rounding(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, with norms in float64, which transformers computes in float32."""
     double = {"dtype": torch.float64}
     pruned = reference(load(exports / "of-folded/dense", **double), exports / "of-folded/run")
@@ -98,7 +94,7 @@ def test_gathered_models_keep_any_order(name: str, tmp_path: Path) -> None:
     assert (half.dtype, len(half.state_dict())) == (torch.bfloat16, len(pruned.state_dict()))
 
 
-def test_a_gathered_model_is_saved_pickled_and_cached_with_its_orders(
+def test_a_gathered_model_is_saved_and_cached_with_its_orders(
     exports: Path, tmp_path: Path
 ) -> None:
     gathered = load(exports / "gathered")
@@ -183,9 +179,7 @@ PARTS = {
 
 @pytest.mark.parametrize("form", ["folded", "gathered"])
 @pytest.mark.parametrize("name", sorted(PARTS))
-def test_what_stays_dense_follows_the_orders_around_it(
-    name: str, form: str, tmp_path: Path
-) -> None:
+def test_what_stays_dense_follows_orders_around_it(name: str, form: str, tmp_path: Path) -> None:
     constraint = "foldable" if form == "folded" else "free"
     run = make_run(tmp_path, variant_model(name), constraint, TWO_OF_FOUR, *PARTS[name])
     export_run(run, Request(form), tmp_path / "out")
@@ -283,9 +277,7 @@ def test_the_command_takes_the_first_form_that_the_run_allows(
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_requests_that_cannot_be_met(
-    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_requests(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = shutil.copytree(exports / "of-gathered" / "run", tmp_path / "run"), tmp_path / "out"
     for request, key in [
         (Request("flat"), "export.form='flat'"),

@@ -73,9 +73,7 @@ def settings(**values: Any) -> Change:
     return lambda tensors, config: config.update(values)
 
 
-def test_the_command_gives_its_verdict_first(
-    exports: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_its_verdict(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def command(*words: str) -> tuple[int, list[str]]:
         return call("verify", list(words)), capsys.readouterr().out.splitlines()
 
@@ -170,7 +168,7 @@ def test_what_is_not_whole_is_one_line(name: str, exports: Path, tmp_path: Path)
         (ORDERS, "garbage", ORDERS),
     ],
 )
-def test_garbage_in_a_file_is_one_line(
+def test_garbage_is_one_line(
     file: str, content: str | None, named: str, exports: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(exports / "gathered", tmp_path / "bad")
@@ -199,7 +197,7 @@ def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Pa
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_difference_that_is_not_finite_fails(
+def test_an_infinite_difference_fails(
     value: float, exports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = exports / "folded"

@@ -61,7 +61,7 @@ def settings(folder: Path, placement: str, **more: Any) -> ModelConfig:
         ("phi3", "bfloat16", "float32"),
     ],
 )
-def test_perplexity_is_the_same_to_the_bit(
+def test_perplexity_has_the_same_bits(
     tmp_path: Path, family: str, of_files: str, dtype: str
 ) -> None:
     folder = saved(family, tmp_path, getattr(torch, of_files))
@@ -102,9 +102,7 @@ def test_generation_settings_come_from_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pickled", "an own head"])
-def test_files_without_the_tensors_of_the_model_are_not_read_by_layer(
-    tmp_path: Path, kind: str
-) -> None:
+def test_files_without_the_models_tensors_are_not_read_by_layer(tmp_path: Path, kind: str) -> None:
     folder, model = saved("gemma3_text", tmp_path), tiny_model("gemma3_text")
     for file in (*folder.glob("*.index.json"), *folder.glob("*.safetensors")):
         file.unlink()
@@ -176,7 +174,7 @@ def test_every_stage_gives_the_same_model(tmp_path: Path, checkpoint: Path, meth
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_weight_is_stored_in_another_way_and_replaced(
+def test_a_weight_is_rearranged_and_replaced(
     checkpoint: Path, tmp_path: Path, placement: str
 ) -> None:
     model = load_model(settings(checkpoint, placement), 0).model
@@ -261,9 +259,7 @@ def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_compute
 @pytest.mark.parametrize(
     "damage", [lambda file: os.truncate(file, 4000), Path.unlink], ids=["cut off", "gone"]
 )
-def test_a_file_that_cannot_be_read_any_more_is_named(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+def test_a_file_that_was_damaged_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = saved("llama", tmp_path)
     model = load_model(settings(folder, "disk"), 0).model
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -79,9 +79,7 @@ def test_it_is_what_one_process_makes_of_the_model(
     check_equal(alone(method), tmp_path / "rank0" / "run")
 
 
-def test_settings_that_sharding_cannot_work_with_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_settings_that_sharding_cannot_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("model=tiny", "logger=none", "permutation=none", "model.placement=sharded")
     with pytest.raises(ConfigError, match=r"^model\.placement=sharded needs several processes"):
         methods_of(config(*words))

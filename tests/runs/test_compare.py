@@ -181,7 +181,7 @@ def test_what_is_not_the_same_has_no_interval(
     assert "% [" not in capsys.readouterr().out
 
 
-def test_the_command_compares_two_rows_and_all_with_a_baseline(
+def test_the_command_compares_two_rows_and_all(
     two: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, ours, theirs = two

@@ -113,7 +113,7 @@ def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> Non
     assert not [*directory.glob("*.pt"), *directory.glob("pruned_layers")]
 
 
-def test_finished_stages_are_not_computed_again(
+def test_finished_stages_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
@@ -126,9 +126,7 @@ def test_finished_stages_are_not_computed_again(
     run(tmp_path / "lcp", *LEARNED)
 
 
-def test_a_damaged_file_of_a_finished_run_gives_the_same_result_or_is_named(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_file_gives_the_same_result_or_is_named(whole: Path, tmp_path: Path) -> None:
     before, refused, directory = results(whole), set(), tmp_path / "run"
     files = [file for file in whole.rglob("*") if file.is_file()]
     for file in [file for file in files if not file.name.startswith(".lock")]:
@@ -195,9 +193,7 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
     assert read_json(directory / "metrics.json") == again
 
 
-def test_an_evaluation_that_is_killed_leaves_the_finished_one_and_force_removes_all(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_a_killed_evaluation_leaves_the_others_and_force_none(cache: Path, tmp_path: Path) -> None:
     first, directory = run(tmp_path, "export=simulate")
     begun(tmp_path, OTHER, measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])
     assert read_json(directory / "metrics.json")["perplexity"] == first["perplexity"]

@@ -68,9 +68,7 @@ def test_a_sweep_is_named_by_its_jobs() -> None:
 
 
 @pytest.mark.usefixtures("_nothing_started")
-def test_a_sweep_of_more_than_ten_jobs_says_which_before_it_starts(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_sweep_of_more_than_ten_jobs_lists_them_first(capsys: pytest.CaptureFixture[str]) -> None:
     before_its_jobs("seed=range(10)")
     assert capsys.readouterr().err == ""
     before_its_jobs("seed=range(21)", "pruner=ria")
@@ -91,9 +89,7 @@ def test_a_sweep_of_more_than_ten_jobs_says_which_before_it_starts(
         ),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused_before_it_starts(
-    words: str, given: str, named: str
-) -> None:
+def test_a_sweep_that_cannot_be_is_refused_at_once(words: str, given: str, named: str) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{named}"):
         before_its_jobs(words, given=tuple(given.split()))
 

@@ -152,9 +152,7 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
 
 
-def test_infinite_perplexities_are_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_infinite_values_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         for name in ("lcp", "none"):
             make_run(tmp_path / f"{name}{seed}", float("inf"), seed=seed, permutation=name)
@@ -199,9 +197,7 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     assert table.measures[:2] == [PERPLEXITY, "gap closed"]
 
 
-def test_a_baseline_is_of_the_same_settings_and_the_same_statistics_where_there_is_one(
-    tmp_path: Path,
-) -> None:
+def test_a_baseline_has_the_same_settings_and_statistics_where_it_can(tmp_path: Path) -> None:
     for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
         how: Any = {"calibration": {"dataset": "c4", "statistics": statistics}}
         make_run(tmp_path / f"none {statistics}", start, permutation="none", **how)
@@ -260,9 +256,7 @@ def test_every_published_number_is_found_by_its_table() -> None:
         published("table9")
 
 
-def test_the_papers_numbers_stand_beside_ours(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_papers_numbers_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 9.5, model="llama-2-7b")
     make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
     paper = Comparison(published("table6"), "llama-2-7b")
@@ -402,9 +396,7 @@ def test_a_file_of_garbage_takes_no_other_run_with_it(
     assert f"{tmp_path / 'bad'}" in note
 
 
-def test_a_place_without_runs_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reasons = {"none": "is not a directory, nor a file of records", "": "no runs below"}
     for place, message in reasons.items():
         assert call("results", [str(tmp_path / place)]) == 1
@@ -415,9 +407,7 @@ def test_a_place_without_runs_is_one_line(
     assert "b has the same settings as" in capsys.readouterr().err
 
 
-def test_the_runs_of_a_sweep_are_those_of_its_jobs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran = {"directory": str(make_run(tmp_path / "runs" / "a"))}
     failed, gone = {"reason": "out of memory"}, {"directory": str(tmp_path / "gone")}
     for number, job in enumerate((ran, failed, gone)):
