@@ -27,10 +27,8 @@ def as_folder(line: Mapping[str, Any], folder: Path) -> Path:
         write_json(folder / f"{name}.json", line[name])
     for evaluation in line["evaluations"]:
         write_json(folder / "evaluations" / f"{evaluation['evaluation_hash']}.json", evaluation)
-    write_text(
-        folder / "history.jsonl",
-        "".join(json.dumps(entry) + "\n" for entry in line.get("history", [])),
-    )
+    lines = [json.dumps(entry) + "\n" for entry in line.get("history", [])]
+    write_text(folder / "history.jsonl", "".join(lines))
     return folder
 
 
@@ -48,60 +46,34 @@ def evaluation(
         window: tokens of a window.
         facts: others of `evaluation.perplexity`.
     """
-    found: dict[str, Any] = {
-        "evaluation": {"perplexity": {"dataset": [*texts], "seqlen": window} | facts}
-    }
-    found["evaluation"] |= {
-        "tasks": {
-            task: {"num_fewshot": None, "limit": 32, "add_bos_token": None} for task in tasks or ()
-        }
-    }
-    found |= {
-        "evaluation_hash": digest_of(found["evaluation"]),
-        "perplexity": {},
-        "tasks": {},
-        "seconds": {},
-    }
-    found |= {
-        "evaluated_texts": {text: f"digest of {text}" for text in texts},
-        "scores": {"perplexity": {}, "tasks": {}},
-    }
+    how = {"num_fewshot": None, "limit": 32, "add_bos_token": None}
+    asked = {"perplexity": {"dataset": [*texts], "seqlen": window} | facts}
+    asked |= {"tasks": dict.fromkeys(tasks or (), how)}
+    measured: dict[str, Any] = {"perplexity": {}, "tasks": {}}
+    scores: dict[str, Any] = {"perplexity": {}, "tasks": {}}
     for which in ("dense", "sparse"):
         for text, values in texts.items():
-            nats = (
-                np.atleast_1d(values[which])
-                if isinstance(values[which], Sequence | np.ndarray)
-                else None
-            )
-            value = values[which] if nats is None else float(np.exp(nats.mean()))
-            tokens = (window - 1) * (10 if nats is None else len(nats))
-            found["perplexity"].setdefault(which, {})[text] = {
-                "value": value,
-                "window": window,
-                "tokens": tokens,
-            }
-            if nats is not None:
-                found["scores"]["perplexity"].setdefault(which, {})[text] = (
-                    nats * (window - 1)
-                ).tolist()
-        for task, values in (tasks or {}).items():
-            scores = None if isinstance(values, float) else [*map(int, values)]
-            acc = values if scores is None else float(np.mean(scores))
-            one = {
-                "metrics": {"acc,none": acc, "acc_norm,none": 0.9},
-                "stderr": {"acc,none": 0.05},
-                "n": 32,
-            }
+            value, windows = values[which], 10
+            if isinstance(value, Sequence | np.ndarray):
+                kept = scores["perplexity"].setdefault(which, {})
+                kept[text] = (np.asarray(value) * (window - 1)).tolist()
+                value, windows = float(np.exp(np.mean(value))), len(value)
+            one = {"value": value, "window": window, "tokens": (window - 1) * windows}
+            measured["perplexity"].setdefault(which, {})[text] = one
+        for task, accuracy in (tasks or {}).items():
+            if not isinstance(accuracy, float):
+                items = [*map(int, accuracy)]
+                kept = scores["tasks"].setdefault(which, {})
+                kept[task] = {"digest": task, "items": [*range(len(items))]}
+                kept[task]["metrics"] = {"acc,none": items}
+                accuracy = float(np.mean(items))
+            metrics = {"acc,none": accuracy, "acc_norm,none": 0.9}
+            one = {"metrics": metrics, "stderr": {"acc,none": 0.05}, "n": 32}
             one |= {"limited": True, "num_fewshot": None, "split": None, "asked": task}
-            found["tasks"].setdefault(which, {})[task] = one
-            if scores is not None:
-                kept = {
-                    "digest": task,
-                    "items": [*range(len(scores))],
-                    "metrics": {"acc,none": scores},
-                }
-                found["scores"]["tasks"].setdefault(which, {})[task] = kept
-    return found
+            measured["tasks"].setdefault(which, {})[task] = one
+    digests = {text: f"digest of {text}" for text in texts}
+    found = {"evaluation": asked, "evaluation_hash": digest_of(asked), "seconds": {}}
+    return found | measured | {"evaluated_texts": digests, "scores": scores}
 
 
 def record(
@@ -121,16 +93,13 @@ def record(
         changed: settings, and metrics that are there.
     """
     found = evaluations or (evaluation({"wikitext2": {"dense": 10.0, "sparse": perplexity}}),)
+    ordered = {"name": permutation, "block_size": changed.get("block_size", 64)}
     config: dict[str, Any] = {
         "name": f"{model}-wanda-{permutation}",
         "model": {"name": model, "source": "wheel", "device": "cpu"},
         "sparsity": "2:4",
         "pruner": {"name": "wanda", "_target_": "permllm.x"},
-        "permutation": {
-            "name": permutation,
-            "block_size": changed.get("block_size", 64),
-            "_target_": "permllm.y",
-        },
+        "permutation": ordered | {"_target_": "permllm.y"},
         "block_size": 64,
         "seed": 0,
         "calibration": {"dataset": "c4", "data_files": None},
@@ -150,22 +119,15 @@ def record(
         "retained_saliency": {"a": 0.5, "b": 0.7},
         "output_error": {"a": 0.1, "b": 0.2},
     }
-    metrics |= {
-        key: found[0][key]
-        for key in ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
-    }
+    shown = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
+    metrics |= {key: found[0][key] for key in shown}
     metrics |= {key: changed.pop(key) for key in [*changed] if key in metrics and key != "sparsity"}
     history = [
         {"epoch": epoch, "loss": 1.5 / epoch, "measured_loss": None, "temperature": 1 / epoch}
         for epoch in (1, 2)
     ]
-    return {
-        "run": config["name"],
-        "config": config | changed,
-        "metrics": metrics,
-        "evaluations": [*found],
-        "history": history,
-    }
+    made = {"run": config["name"], "config": config | changed, "metrics": metrics}
+    return made | {"evaluations": [*found], "history": history}
 
 
 def make_run(folder: Path, *arguments: Any, **changed: Any) -> Path:

@@ -116,9 +116,7 @@ def test_texts_may_be_tokens_or_a_name(model: PreTrainedModel, tokenizer: ByT5To
     assert named.report["sparsity"]["fraction"] == 0.5
 
 
-def test_the_caller_finds_everything_else_as_it_was(
-    model: PreTrainedModel, tokenizer: ByT5Tokenizer
-) -> None:
+def test_all_else_is_left_as_it_was(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
     model.train().requires_grad_(True)
     model.model.layers[0].eval()
     left = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
@@ -360,9 +358,7 @@ def adapted_head(model: PreTrainedModel) -> PreTrainedModel:
         (torch.nn.Sequential, "model: .* is a Sequential"),
     ],
 )
-def test_what_is_no_model_that_can_be_pruned_is_one_line(
-    change: Any, named: str, model: PreTrainedModel
-) -> None:
+def test_no_model_to_prune_is_one_line(change: Any, named: str, model: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match=named):
         permllm.prune(change(model), None, texts=WINDOWS, permutation="none")
 

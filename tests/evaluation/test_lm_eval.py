@@ -162,9 +162,7 @@ doc_to_text: other.json
 """
 
 
-def test_what_a_definition_names_is_part_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_definition_names_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     definition = Path("tasks/mine.yaml")
     for name, content in {

@@ -37,7 +37,7 @@ def test_value_equals_the_definition() -> None:
     )
 
 
-def test_a_large_vocabulary_has_the_logits_of_some_tokens_at_a_time(
+def test_a_large_vocabulary_has_logits_of_some_tokens_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model("gemma3_text", dtype=torch.float64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "opt-tied": {"tie_word_embeddings": True},
 }
 TWO_OF_FOUR = NMPattern(2, 4)
+WEIGHTS = "model.safetensors"
 
 
 def variant_model(name: str, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
@@ -71,7 +72,7 @@ def make_run(
     settings = {"name": "local", "source": "local", "path": path, "dtype": dtype, "device": "cpu"}
     config: dict[str, Any] = {"name": "x", "model": settings, "seed": 0, "sparsity": str(pattern)}
     config |= {name: {"name": name} for name in ("pruner", "permutation", "mask", "reconstruction")}
-    write_text(run / "config.yaml", json.dumps(config))
+    write_text(run / "config.yaml", yaml.safe_dump(config))
     sparsity: dict[str, Any] = {"pattern": str(pattern), "of_model": 0.5, "violations": 0}
     sparsity |= {"weights_changed": False, "weights_kept": False}
     if keep_dense or sparsity_of:
@@ -87,7 +88,7 @@ def make_run(
 
 def take_as_pruned(run: Path, dense: Path) -> None:
     """Have a run be one of a folder as it is now."""
-    dtype = json.loads((run / "config.yaml").read_text())["model"]["dtype"]
+    dtype = yaml.safe_load((run / "config.yaml").read_text())["model"]["dtype"]
     settings = ModelConfig(name="local", source="local", path=str(dense), dtype=dtype)
     change_metrics(run, model=folder_identity(settings, dense))
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from permllm.cli import call
 from permllm.config import NMPattern
@@ -21,18 +20,15 @@ from permllm.export.gathered import leave_out_gathers
 from permllm.export.verify import stated_patterns
 from permllm.models.families import channel_groups, linear_at
 from tests.conftest import tiny_model
-from tests.export.pruned import logits, make_run, variant_model
+from tests.export.pruned import WEIGHTS, load, logits, make_run, variant_model
 
 CUDA = torch.device("cuda")
 FEW = Sizes(batch_sizes=(1, 2), prompt=8, new_tokens=2, seconds=1e-3)
 
 
-def test_the_command_measures_all_that_a_cpu_can(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered"), tmp_path / "out")
-    words = [str(tmp_path / "out"), "--against", str(tmp_path / "dense"), "--device", "cpu"]
+def test_the_command_measures_on_a_cpu(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, dense = exports / "gathered", exports / "of-gathered" / "dense"
+    words = [str(out), "--against", str(dense), "--device", "cpu"]
     words += ["--prompt", "8", "--new-tokens", "2", "--batch-sizes", "1", "2", "--seconds", "1e-3"]
     assert call("bench", [*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -42,8 +38,7 @@ def test_the_command_measures_all_that_a_cpu_can(
         assert [row["batch"] for row in variant["speed"]] == [1, 2]
         assert all(row["prefill_tokens_a_second"] > 0 for row in variant["speed"])
         assert all(row["decode_tokens_a_second"] > 0 for row in variant["speed"])
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert report["bytes"] == size
+    assert report["bytes"] == (out / WEIGHTS).stat().st_size
     assert (report["gathers"], len(report["missing"])) == (6, 1)
     assert call("bench", words) == 0
     assert "missing: 2:4 products need an NVIDIA GPU" in capsys.readouterr().out
@@ -65,9 +60,8 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
 
     Keys and values have too few rows for either.
     """
-    run = make_run(
-        tmp_path, variant_model("llama", hidden_size=64, num_key_value_heads=1), "foldable"
-    )
+    wide = variant_model("llama", hidden_size=64, num_key_value_heads=1)
+    run = make_run(tmp_path, wide, "foldable")
     export_run(run, Request("folded", "bfloat16"), tmp_path / "out")
     searched: list[tuple[int, ...]] = []
 
@@ -106,10 +100,8 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
         use_backend("CUTLASS", patterns, 8, model)
 
 
-def test_gathers_are_left_out(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered"), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+def test_gathers_are_left_out(exports: Path) -> None:
+    model = load(exports / "gathered")
     before = logits(model)
     leave_out_gathers(model)
     assert not torch.allclose(logits(model), before)
@@ -131,7 +123,7 @@ def test_sparse_tensor_cores_compute_the_same(backend: str, tmp_path: Path) -> N
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     run = make_run(tmp_path, variant_model("llama", **shape), "foldable")
     export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(CUDA).eval()
+    model = load(tmp_path / "out").to(CUDA)
     x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
     linear: nn.Linear = linear_at(model, channel_groups(model)[0].members[0])
     before = linear(x)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import permllm
 from permllm.cli import call
@@ -28,6 +31,7 @@ from permllm.runs.tensors import save_tensors, violations
 from tests.export.pruned import (
     TWO_OF_FOUR,
     VARIANTS,
+    WEIGHTS,
     change_metrics,
     load,
     logits,
@@ -40,9 +44,7 @@ from tests.export.pruned import (
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_folded_models_are_stock_and_compute_what_simulate_computes(
-    name: str, tmp_path: Path
-) -> None:
+def test_folded_models_are_stock_and_compute_what_simulate_does(name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model(name), "foldable")
     for form in ("folded", "simulate"):
         export_run(run, Request(form), tmp_path / form)
@@ -59,14 +61,10 @@ def test_folded_models_are_stock_and_compute_what_simulate_computes(
         assert not torch.equal(weight, pruned[f"{path}.weight"])
 
 
-def test_folding_leaves_nothing_but_rounding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folding_leaves_only_rounding(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, with norms in float64, which transformers computes in float32."""
-    run = make_run(tmp_path, variant_model("qwen3"), "foldable")
-    export_run(run, Request("folded"), tmp_path / "out")
     double = {"dtype": torch.float64}
-    pruned = reference(load(tmp_path / "dense", **double), run)
+    pruned = reference(load(exports / "of-folded/dense", **double), exports / "of-folded/run")
     call_module: Any = nn.Module.__call__
 
     def norms_in_float64(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +74,7 @@ def test_folding_leaves_nothing_but_rounding(
         return module.weight * args[0] * torch.rsqrt(mean + module.variance_epsilon)
 
     monkeypatch.setattr(nn.Module, "__call__", norms_in_float64)
-    assert relative(logits(load(tmp_path / "out", **double)), logits(pruned)) < 1e-10
+    assert relative(logits(load(exports / "folded", **double)), logits(pruned)) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama-biases", "opt-projected", "qwen3-tied"])
@@ -96,58 +94,30 @@ def test_gathered_models_keep_any_order(name: str, tmp_path: Path) -> None:
     assert (half.dtype, len(half.state_dict())) == (torch.bfloat16, len(pruned.state_dict()))
 
 
-def test_a_gathered_model_is_saved_and_pickled_with_its_orders(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered"), tmp_path / "out")
-    gathered = load(tmp_path / "out")
+def test_a_gathered_model_is_saved_and_cached_with_its_orders(
+    exports: Path, tmp_path: Path
+) -> None:
+    gathered = load(exports / "gathered")
     gathered.save_pretrained(tmp_path / "again")
     torch.save(gathered, tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     whole.save_pretrained(tmp_path / "third")
-    for one in (load(tmp_path / "again"), whole, load(tmp_path / "third")):
+    cached = tmp_path / "models--some--model"  # as the hub's client keeps it
+    write_text(cached / "refs" / "main", "0" * 40)
+    shutil.copytree(exports / "gathered", cached / "snapshots" / ("0" * 40))
+    hub = load(Path("some/model"), cache_dir=tmp_path, local_files_only=True)
+    for one in (load(tmp_path / "again"), whole, load(tmp_path / "third"), hub):
         assert torch.equal(logits(one), logits(gathered))
 
 
-def test_gathered_models_are_read_from_the_hubs_cache(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    folder = tmp_path / "models--some--model"
-    write_text(folder / "refs" / "main", "0" * 40)
-    (folder / "snapshots").mkdir()
-    export_run(run, Request("gathered"), folder / "snapshots" / ("0" * 40))
-    found = load(Path("some/model"), cache_dir=tmp_path, local_files_only=True)
-    assert relative(logits(found), logits(reference(variant_model("llama"), run))) < 1e-5
-
-
-WITHOUT_PERMLLM = """
-import sys
-sys.modules["permllm"] = None  # whoever imports it fails
-import torch
-from transformers import AutoModelForCausalLM as Auto, LlamaForCausalLM
-folded, simulated, gathered = sys.argv[1:]
-tokens = torch.arange(30).view(2, 15)
-with torch.no_grad():
-    one, other = (Auto.from_pretrained(f)(tokens).logits for f in (folded, simulated))
-print(float((one - other).norm() / other.norm()))
-for kind in (Auto, LlamaForCausalLM):
-    try:
-        kind.from_pretrained(gathered)
-    except Exception as error:
-        print("import permllm.export" in str(error))
-"""
-
-
-def test_a_process_without_permllm_loads_folded_models_and_no_gathered_ones(
-    tmp_path: Path,
+def test_without_permllm_a_gathered_checkpoint_says_what_to_import(
+    exports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    forms = ("folded", "simulate", "gathered")
-    for form in forms:
-        export_run(run, Request(form), tmp_path / form)
-    command = [sys.executable, "-c", WITHOUT_PERMLLM, *(str(tmp_path / form) for form in forms)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    difference, *refused = result.stdout.split()
-    assert float(difference) < 1e-5
-    assert refused == ["True", "True"]
+    kind = read_json(exports / "gathered" / "config.json")["model_type"]
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, kind)  # where its import puts it
+    for one in (AutoModelForCausalLM, LlamaForCausalLM):
+        with pytest.raises(Exception, match=r"import permllm\.export"):
+            one.from_pretrained(exports / "gathered")
 
 
 # What the process grows by over its memory after the imports: all pages, those of mapped files too.
@@ -209,9 +179,7 @@ PARTS = {
 
 @pytest.mark.parametrize("form", ["folded", "gathered"])
 @pytest.mark.parametrize("name", sorted(PARTS))
-def test_what_stays_dense_follows_the_orders_around_it(
-    name: str, form: str, tmp_path: Path
-) -> None:
+def test_what_stays_dense_follows_orders_around_it(name: str, form: str, tmp_path: Path) -> None:
     constraint = "foldable" if form == "folded" else "free"
     run = make_run(tmp_path, variant_model(name), constraint, TWO_OF_FOUR, *PARTS[name])
     export_run(run, Request(form), tmp_path / "out")
@@ -251,40 +219,41 @@ def test_changed_weights_are_exported_in_shards(tmp_path: Path) -> None:
     assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
 
 
-def test_a_checkpoint_in_another_layout_is_loaded_as_a_whole(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("opt"), "foldable")
-    file = tmp_path / "dense" / "model.safetensors"
-    state = {name.removeprefix("model."): value for name, value in load_file(file).items()}
-    save_file(state, file, {"format": "pt"})  # as OPT's files on the hub
-    take_as_pruned(run, tmp_path / "dense")
-    export_run(run, Request("folded"), tmp_path / "out")
-    pruned = reference(variant_model("opt"), run)
-    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
+def as_the_hub_has_it(dense: Path) -> None:
+    state = load_file(dense / WEIGHTS)
+    state = {name.removeprefix("model."): value for name, value in state.items()}
+    save_file(state, dense / WEIGHTS, {"format": "pt"})
 
 
-def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_exported(
-    tmp_path: Path,
+def with_a_head_apart_from_its_tie(dense: Path) -> None:
+    config = read_json(dense / "config.json")
+    write_json(dense / "config.json", config | {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("opt", as_the_hub_has_it), ("llama", with_a_head_apart_from_its_tie)]
+)
+def test_a_dense_checkpoint_as_others_write_it_is_exported(
+    name: str, change: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    config = read_json(tmp_path / "dense" / "config.json")
-    write_json(tmp_path / "dense" / "config.json", config | {"tie_word_embeddings": True})
+    run = make_run(tmp_path, variant_model(name), "foldable")
+    change(tmp_path / "dense")
     take_as_pruned(run, tmp_path / "dense")
     export_run(run, Request("folded"), tmp_path / "out")
-    pruned = reference(load(tmp_path / "dense"), run)
-    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
+    pruned = logits(reference(load(tmp_path / "dense"), run))
+    assert relative(logits(load(tmp_path / "out")), pruned) < 1e-5
 
 
-def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("gemma3_text"), "free")
-    config = json.loads((run / "config.yaml").read_text())
+def test_what_lies_beside_the_weights(exports: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(exports / "of-gathered" / "run", tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"] |= {"licence": "gemma", "terms": "https://x.org", "notice": "X is under terms"}
     write_text(run / "config.yaml", json.dumps(config))
     summary = export_run(run, Request("gathered"), tmp_path / "out")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert summary["bytes"] < size < summary["bytes"] + 20_000  # the rest is the header
-    assert {"generation_config.json", ORDERS} <= {
-        file.name for file in (tmp_path / "out").iterdir()
-    }
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {"generation_config.json", ORDERS}
     tokenizers = AutoTokenizer.from_pretrained(tmp_path / "out"), ByT5Tokenizer(extra_ids=0)
     assert len({tuple(tokenizer("abc").input_ids) for tokenizer in tokenizers}) == 1
     said = "X is under terms. The weights of local were changed: they were pruned to 2:4."
@@ -296,20 +265,20 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize(("constraint", "form"), [("foldable", "folded"), ("free", "gathered")])
+@pytest.mark.parametrize("form", ["folded", "gathered"])
 def test_the_command_takes_the_first_form_that_the_run_allows(
-    constraint: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: str, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path, variant_model("llama"), constraint)
-    assert call("export", [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    run = str(exports / f"of-{form}" / "run")
+    assert call("export", [run, "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert f"({form}, bfloat16)" in said[0]
     assert said[1].startswith(f"{form} is the first of folded, gathered, simulate")
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_requests_that_cannot_be_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, out = make_run(tmp_path, variant_model("llama"), "free"), tmp_path / "out"
+def test_bad_requests(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = shutil.copytree(exports / "of-gathered" / "run", tmp_path / "run"), tmp_path / "out"
     for request, key in [
         (Request("flat"), "export.form='flat'"),
         (Request("folded", dtype="int8"), "export.dtype='int8'"),
@@ -318,9 +287,10 @@ def test_requests_that_cannot_be_met(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]:
         with pytest.raises(ConfigError, match=key):
             export_run(run, request, out)
-    for directory, target in [(run, tmp_path / "dense"), (tmp_path / "dense", out)]:
-        with pytest.raises(ConfigError, match="dense"):
-            export_run(directory, Request(), target)
+    with pytest.raises(ConfigError, match="not a run directory"):
+        export_run(exports / "folded", Request(), out)
+    with pytest.raises(ConfigError, match="not empty"):
+        export_run(run, Request(), run)
     out.mkdir()
     monkeypatch.chdir(out)
     with pytest.raises(ConfigError, match="cannot be replaced"):
@@ -331,10 +301,8 @@ def test_requests_that_cannot_be_met(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(out.iterdir())
 
 
-def test_an_export_is_present_where_it_is_whole(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    out = tmp_path / "out"
-    assert export_run(run, Request("gathered"), out) == present_export(out)
+def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(exports / "gathered", tmp_path / "out")
     for file in (ORDERS, SUMMARY):
         (out / file).write_text("[]")
         assert present_export(out) is None

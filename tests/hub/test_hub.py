@@ -70,7 +70,7 @@ def test_a_model_in_shards_is_loaded_whole(family: str, hub: Hub, online: dict[s
     assert (online[family][2][0], len(online[family][2])) == (1, 4)
 
 
-def test_texts_and_tasks_record_their_commits_and_each_file_comes_once(
+def test_texts_and_tasks_have_commits_and_each_file_comes_once(
     hub: Hub, online: dict[str, Any]
 ) -> None:
     for step, name, file in (
@@ -87,7 +87,7 @@ def test_texts_and_tasks_record_their_commits_and_each_file_comes_once(
     assert len([file for file in files if "/c4-" in file]) == 2
 
 
-def test_windows_of_the_pile_are_drawn_as_in_the_released_code(
+def test_windows_of_the_pile_are_those_of_the_released_code(
     hub: Hub, online: dict[str, Any]
 ) -> None:
     file = hub.root / "datasets" / "mit-han-lab" / "pile-val-backup" / "val.jsonl.zst"

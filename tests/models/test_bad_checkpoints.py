@@ -93,7 +93,7 @@ def test_a_broken_checkpoint_is_refused_by_name(folder: Path, name: str) -> None
     "name", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors"]
 )
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 9999])
-def test_garbage_in_a_file_is_one_line(folder: Path, name: str, content: str) -> None:
+def test_garbage_is_one_line(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     # Some a tokenizer reads without this file.
     named = f"transformers cannot load {folder}" if name == "tokenizer_config.json" else name
@@ -130,9 +130,7 @@ def test_a_gpu_that_is_too_small_is_no_fault_of_the_checkpoint(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known type", "a type of its own"])
-def test_no_code_of_a_checkpoint_is_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
+def test_no_code_of_it_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     marker = folder / "ran"
     names = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
     rewrite(folder, {}, auto_map=names, **{} if known else {"model_type": "mine"})

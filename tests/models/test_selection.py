@@ -53,7 +53,7 @@ def test_names_of_layers_modules_and_channel_groups(
     assert {group.pattern for group in left} == {None}
 
 
-def test_patterns_by_name_are_told_of_the_linears_that_differ_and_read_again(
+def test_patterns_by_name_are_told_where_they_differ_and_read_again(
     groups: list[ChannelGroup],
 ) -> None:
     left = pruned_groups(groups, PATTERN, ["0", "v_proj"], {"down_proj": "4:8", "o_proj": "2:4"})

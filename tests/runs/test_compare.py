@@ -20,6 +20,7 @@ from tests.kept import evaluation, make_run
 
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 TASKS = ("rte", "piqa")
+HEADER = ["measure", "permutation=lcp", "permutation=none", "difference", "95 % interval", "over"]
 Numbers = NDArray[np.float64]
 
 
@@ -27,19 +28,13 @@ def drawn(seed: int, shift: float = 0.0) -> tuple[Numbers, dict[str, Numbers]]:
     """Return nats of windows, and scores of items by task."""
     generator = np.random.default_rng(seed)
     nats = np.abs(generator.normal(3.0 + shift, 0.4, 60))
-    return nats, {
-        task: generator.integers(0, 2, items) * 1.0
-        for task, items in zip(TASKS, (90, 100), strict=True)
-    }
+    sizes = zip(TASKS, (90, 100), strict=True)
+    return nats, {task: generator.integers(0, 2, items) * 1.0 for task, items in sizes}
 
 
 def scored(folder: Path, nats: Numbers, tasks: dict[str, Numbers], **settings: Any) -> Path:
-    return make_run(
-        folder,
-        0.0,
-        evaluation({"wikitext2": {"dense": nats / 2, "sparse": nats}}, tasks),
-        **settings,
-    )
+    texts = {"wikitext2": {"dense": nats / 2, "sparse": nats}}
+    return make_run(folder, 0.0, evaluation(texts, tasks), **settings)
 
 
 def rows_of(folder: Path) -> tuple[Table, int, int]:
@@ -49,11 +44,8 @@ def rows_of(folder: Path) -> tuple[Table, int, int]:
 
 def percentile_interval(difference: Numbers) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean of paired differences, by a loop."""
-    generator = np.random.default_rng(5)
-    means = [
-        difference[generator.integers(len(difference), size=len(difference))].mean()
-        for _ in range(10_000)
-    ]
+    drawn, size = np.random.default_rng(5), len(difference)
+    means = [difference[drawn.integers(size, size=size)].mean() for _ in range(10_000)]
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
@@ -68,9 +60,8 @@ def two(tmp_path: Path) -> tuple[Path, Any, Any]:
 def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
     folder, ours, theirs = two
     table = rows_of(folder)
-    samples = {PERPLEXITY: ours[0] - theirs[0]} | {
-        f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS
-    }
+    samples = {f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS}
+    samples[PERPLEXITY] = ours[0] - theirs[0]
     for name, difference in samples.items():
         found = paired(*table, name)
         assert found["interval"]
@@ -91,9 +82,8 @@ def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
     parts = [ours[1][task] - theirs[1][task] for task in TASKS]
     assert found["difference"] == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
     error = math.sqrt(sum(part.var() / len(part) for part in parts)) / len(parts)
-    assert (found["interval"][1] - found["interval"][0]) / 2 == pytest.approx(
-        1.96 * error, rel=0.05
-    )
+    half = (found["interval"][1] - found["interval"][0]) / 2
+    assert half == pytest.approx(1.96 * error, rel=0.05)
     assert found["over"] == "190 items"
 
 
@@ -139,22 +129,19 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
     rows = {table.label(row, "permutation"): row for row in range(3)}
 
     def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
-        here, start = (
-            np.mean([nats[text]["sparse"][of].mean() for nats in made[row]])
-            for row in (name, "none")
-        )
+        sparse = {row: [nats[text]["sparse"][of].mean() for nats in made[row]] for row in shifts}
+        here, start = np.mean(sparse[name]), np.mean(sparse["none"])
         return float((start - here) / (start - made["none"][0][text]["dense"][of].mean()))
 
     def mean_gap(generator: np.random.Generator | None) -> tuple[float, float]:
         """Return the gap, and its difference from the heuristic's; None: of all windows."""
-        windows = {
-            t: np.arange(n) if generator is None else generator.integers(n, size=n)
-            for t, n in SIZES.items()
-        }
-        one, other = (
-            float(np.mean([drawn_gap(row, t, of) for t, of in windows.items()]))
-            for row in ("lcp", "heuristic")
-        )
+        windows = {text: np.arange(size) for text, size in SIZES.items()}
+        if generator is not None:
+            windows = {text: generator.integers(size, size=size) for text, size in SIZES.items()}
+        gaps = [
+            [drawn_gap(row, t, of) for t, of in windows.items()] for row in ("lcp", "heuristic")
+        ]
+        one, other = (float(np.mean(of_row)) for of_row in gaps)
         return one, one - other
 
     gap, difference = mean_gap(None)
@@ -183,10 +170,8 @@ def test_what_is_not_the_same_has_no_interval(
 ) -> None:
     nats, tasks = drawn(0)
     scored(tmp_path / "lcp", nats, tasks)
-    settings: dict[str, Any] = {
-        "another seed": {"seed": 1},
-        "another tokenizer": {"model": "another"},
-    }.get(changed, {})
+    changes: Any = {"another seed": {"seed": 1}, "another tokenizer": {"model": "another"}}
+    settings = changes.get(changed, {})
     other = scored(tmp_path / "none", nats + 0.1, tasks, permutation="none", **settings)
     if changed == "nothing kept":
         (file,) = (other / "evaluations").glob("*.json")
@@ -196,21 +181,17 @@ def test_what_is_not_the_same_has_no_interval(
     assert "% [" not in capsys.readouterr().out
 
 
-def test_the_command_compares_two_rows_and_all_with_a_baseline(
+def test_the_command_compares_two_rows_and_all(
     two: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, ours, theirs = two
     words = [str(folder), "--compare", "permutation=lcp", "permutation=none"]
     assert call("results", words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[0]
-        == "| measure | permutation=lcp | permutation=none | difference | 95 % interval | over |"
-    )
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == HEADER
     expected = math.expm1(ours[0].mean() - theirs[0].mean())
-    cells = (
-        next(line for line in lines if line.startswith(f"| {PERPLEXITY}")).strip("| ").split(" | ")
-    )
+    (line,) = (line for line in lines if line.startswith(f"| {PERPLEXITY}"))
+    cells = line.strip("| ").split(" | ")
     assert cells[3] == f"{expected * 100:+.1f}%"
     low, high = (float(word.rstrip("%")) for word in cells[4].split(" to "))
     assert low < expected * 100 < high

@@ -20,7 +20,7 @@ from permllm.errors import ConfigError, DataError, InUseError, PermLLMError
 from permllm.evaluation import measure
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.pruning import methods, stages
+from permllm.pruning import stages
 from permllm.runs.directory import RunDirectory, is_finished, run_directory
 from permllm.runs.files import read_json, read_lines
 from permllm.runtime.identity import digest_of
@@ -30,21 +30,13 @@ SMALL = (
     "model=tiny logger=none calibration.samples=4 calibration.seqlen=16 calibration.batch_size=4 "
     "evaluation.perplexity.limit=2"
 )
-LEARNED = (
-    "permutation=lcp",
-    "permutation.epochs=3",
-    "permutation.batch_size=2",
-    "permutation.compile=false",
-)
-EVERYTHING = (
-    *LEARNED,
-    "mask=score",
-    "mask.epochs=2",
-    "reconstruction=distill",
-    "reconstruction.epochs=2",
-    "export=gathered",
-)
+LEARNED = ("permutation=lcp", "permutation.epochs=3", "permutation.batch_size=2")
+EVERYTHING = (*LEARNED, "mask=score", "mask.epochs=2", "reconstruction=distill")
+EVERYTHING += ("reconstruction.epochs=2", "export=gathered")
 OTHER = ("evaluation.perplexity.seqlen=32", "evaluation.perplexity.limit=3")
+
+
+Stop = tuple[Any, str, Callable[..., bool]]  # a function of an owner, and whether it is now
 
 
 def settings(folder: Path, *words: str) -> RunConfig:
@@ -58,11 +50,7 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
 
 
 def begun(
-    folder: Path,
-    words: Sequence[str],
-    owner: Any,
-    name: str,
-    when: Callable[..., bool] = lambda *_: True,
+    folder: Path, words: Sequence[str], owner: Any, name: str, when: Any = lambda *_: True
 ) -> Path:
     """Return the directory of a run that was interrupted where a function is called."""
     original = getattr(owner, name)
@@ -77,6 +65,15 @@ def begun(
         with pytest.raises(KeyboardInterrupt):
             run(folder, *words)
     return run_directory(settings(folder, *words))
+
+
+def line_with(key: str, epoch: int = 1) -> Stop:
+    """Stop where the history gets the line of an epoch of the method that has this key."""
+
+    def when(_: object, lines: list[dict[str, Any]]) -> bool:
+        return bool(lines) and key in lines[-1] and lines[-1]["epoch"] == epoch
+
+    return RunDirectory, "write_history", when
 
 
 def results(directory: Path) -> dict[str, Any]:
@@ -105,31 +102,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> None:
     """Stop one run at each of its stages in turn."""
-    stops: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-        "permutation": (
-            methods._Epochs,
-            "add",
-            lambda _, one: one["epoch"] == 2 and "temperature" in one,
-        ),
-        "mask": (methods._Epochs, "add", lambda _, one: "mask_flips" in one),
-        "weights": (methods._Epochs, "add", lambda _, one: "weights_learned" in one),
-        "prune": (stages, "prune", lambda *_: True),
-        "evaluate": (measure, "perplexity", lambda *arguments: "sparse" in arguments[-1]),
-        "export": (job, "export_run", lambda *_: True),
-    }
-    for owner, name, when in stops.values():
+    stops: list[Stop] = [line_with("temperature", 2), line_with("mask_flips")]
+    stops += [line_with("weights_learned"), (stages, "prune", lambda *_: True)]
+    stops += [(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])]
+    stops += [(job, "export_run", lambda *_: True)]
+    for owner, name, when in stops:
         directory = begun(tmp_path, EVERYTHING, owner, name, when)
     assert run(tmp_path, *EVERYTHING)[1] == directory
     assert differing(directory, results(whole)) == []
     assert not [*directory.glob("*.pt"), *directory.glob("pruned_layers")]
 
 
-def test_finished_stages_are_not_computed_again(
+def test_finished_stages_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
     begun(tmp_path, words, stages, "prune")
-    learned = begun(tmp_path / "lcp", LEARNED, methods._Epochs, "add")
+    learned = begun(tmp_path / "lcp", LEARNED, *line_with("temperature"))
     assert (learned / "lcp_checkpoint.pt").exists()
     monkeypatch.setattr(Heuristic, "orders", lambda *_: pytest.fail("searched again"))
     monkeypatch.setattr(LCP, "start_orders", lambda *_: pytest.fail("searched again"))
@@ -137,9 +126,7 @@ def test_finished_stages_are_not_computed_again(
     run(tmp_path / "lcp", *LEARNED)
 
 
-def test_a_damaged_file_of_a_finished_run_gives_the_same_result_or_is_named(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_file_gives_the_same_result_or_is_named(whole: Path, tmp_path: Path) -> None:
     before, refused, directory = results(whole), set(), tmp_path / "run"
     files = [file for file in whole.rglob("*") if file.is_file()]
     for file in [file for file in files if not file.name.startswith(".lock")]:
@@ -171,7 +158,7 @@ def attempt(folder: Path, *words: str) -> dict[str, Any] | PermLLMError:
 def test_a_damaged_checkpoint_is_learned_anew(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = begun(tmp_path, EVERYTHING, methods._Epochs, "add")
+    directory = begun(tmp_path, EVERYTHING, *line_with("temperature"))
     content = bytearray((directory / "lcp_checkpoint.pt").read_bytes())
     content[2000] ^= 4
     (directory / "lcp_checkpoint.pt").write_bytes(content)
@@ -206,19 +193,14 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
     assert read_json(directory / "metrics.json") == again
 
 
-def test_an_evaluation_that_is_killed_leaves_the_finished_one(cache: Path, tmp_path: Path) -> None:
-    first, directory = run(tmp_path)
+def test_a_killed_evaluation_leaves_the_others_and_force_none(cache: Path, tmp_path: Path) -> None:
+    first, directory = run(tmp_path, "export=simulate")
     begun(tmp_path, OTHER, measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])
     assert read_json(directory / "metrics.json")["perplexity"] == first["perplexity"]
     assert is_finished(directory, settings(tmp_path).evaluation_identity)
     assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
     assert run(tmp_path, *OTHER)[0]["perplexity"]["sparse"]["builtin"]["window"] == 32
     assert is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
-
-
-def test_force_removes_earlier_results(cache: Path, tmp_path: Path) -> None:
-    run(tmp_path, *OTHER)
-    _, directory = run(tmp_path, "export=simulate")
     run(tmp_path, "force=true")
     assert len(list((directory / "evaluations").iterdir())) == 1
     assert not (directory / "export").exists()
@@ -283,9 +265,8 @@ def test_a_job_that_was_killed_anywhere_ends_with_the_same_result(
         monkeypatch.setenv("PERMLLM_CACHE", str(folder / "cache"))
         _, directory = run(folder, *LEARNED, *words, f"run_dir={folder}/run")
         files = [file for file in folder.rglob("*") if file.suffix != ".lock"]
-        return results(directory) | {
-            "files": sorted(str(file.relative_to(folder)) for file in files)
-        }
+        names = sorted(str(file.relative_to(folder)) for file in files)
+        return results(directory) | {"files": names}
 
     def copy_before(owner: Any, name: str, patch: pytest.MonkeyPatch) -> None:
         original = getattr(owner, name)

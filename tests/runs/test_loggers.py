@@ -170,7 +170,7 @@ def test_the_default_is_wandb_where_a_key_is_configured_or_its_mode_is_said(
     assert started == modes
 
 
-def test_a_resumed_run_is_the_same_one_in_wandb(
+def test_a_resumed_run_is_the_same_in_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -75,7 +75,7 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     assert found["front"].to_dict() == {"none": True, "heuristic": False, "lcp": True}
 
 
-def test_pictures_are_written_in_the_format_of_their_suffix(
+def test_pictures_have_the_format_of_a_suffix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, png, svg = (str(tmp_path / name) for name in ("runs", "a.png", "a.svg"))

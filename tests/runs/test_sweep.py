@@ -26,14 +26,28 @@ from tests.conftest import ROOT, run_command
 TINY = ("model=tiny", "logger=none")
 
 
-def name_of(*words: str, **sweeper: str) -> str:
+def before_its_jobs(*words: str, given: tuple[str, ...] = (), **swept: str) -> str:
+    """Do what Hydra asks for before the first job of a sweep, and return the sweep's name.
+
+    Args:
+        words: that were typed, as the jobs have them.
+        given: those of them that compose the settings.
+        swept: `hydra.sweeper.params`.
+    """
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        hydra = compose("config", overrides=["model=tiny"], return_hydra_config=True).hydra
-    hydra.overrides.task = list(words)
-    names = [word[11:] for word in words if word.startswith("experiment=")]
-    hydra.runtime.choices.experiment = names[0] if names else None
-    hydra.sweeper.params = sweeper
-    return sweep.sweep_name(hydra)
+        config = compose("config", overrides=["model=tiny", *given], return_hydra_config=True)
+        config.hydra.overrides.task = list(words)
+        names = [word[11:] for word in words if word.startswith("experiment=")]
+        config.hydra.runtime.choices.experiment = names[0] if names else None
+        config.hydra.sweeper.params = swept
+        sweep.SweepFolder().on_multirun_start(config, "config")
+    return os.environ[sweep.VARIABLE]
+
+
+@pytest.fixture
+def _nothing_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "STARTED", [])
+    monkeypatch.setenv(sweep.VARIABLE, "none")
 
 
 def outcomes(cwd: Path) -> list[tuple[str, str]]:
@@ -42,14 +56,42 @@ def outcomes(cwd: Path) -> list[tuple[str, str]]:
     return [(job.overrides[-1], job.outcome) for job in kept(folder)]
 
 
+@pytest.mark.usefixtures("_nothing_started")
 def test_a_sweep_is_named_by_its_jobs() -> None:
-    name = name_of("block_size=32,64", "seed=1")
+    name = before_its_jobs("block_size=32,64", "seed=1")
     assert name.startswith("sweep-")
-    assert name_of("seed=1", "block_size=32,64", "force=true", "logger=none") == name
-    assert name_of("block_size=32,64", "seed=2") != name
-    experiment = [name_of("experiment=table6", block_size=sizes) for sizes in ("32", "32,64", "32")]
-    assert experiment[0].startswith("table6-")
-    assert experiment[0] == experiment[2] != experiment[1]
+    assert before_its_jobs("seed=1", "block_size=32,64", "force=true", "logger=none") == name
+    assert before_its_jobs("block_size=32,64", "seed=2") != name
+    table6 = [before_its_jobs("experiment=table6", block_size=one) for one in ("32", "32,64", "32")]
+    assert table6[0].startswith("table6-")
+    assert table6[0] == table6[2] != table6[1]
+
+
+@pytest.mark.usefixtures("_nothing_started")
+def test_a_sweep_of_more_than_ten_jobs_lists_them_first(capsys: pytest.CaptureFixture[str]) -> None:
+    before_its_jobs("seed=range(10)")
+    assert capsys.readouterr().err == ""
+    before_its_jobs("seed=range(21)", "pruner=ria")
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == ["21 jobs:", "  seed=0", "  seed=1"]
+    assert said[20:] == ["  seed=19", "  and 1 more"]
+
+
+@pytest.mark.usefixtures("_nothing_started")
+@pytest.mark.parametrize(
+    ("words", "given", "named"),
+    [
+        ("seed=0,1", "runs_dir=a hydra.sweep.dir=b", "are the same setting: give one of them"),
+        (
+            "model=tiny,smollm2-135m",
+            "",
+            "model=tiny builtin and builtin; model=smollm2-135m boolq-passages",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_at_once(words: str, given: str, named: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: .*{named}"):
+        before_its_jobs(words, given=tuple(given.split()))
 
 
 @pytest.mark.parametrize(
@@ -114,29 +156,11 @@ def test_each_process_of_joblib_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyP
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
-@pytest.mark.parametrize(
-    "words", ["-m runs_dir=a hydra.sweep.dir=b seed=0,1", "run_dir=a hydra.run.dir=b"]
-)
-def test_a_place_is_named_once(words: str, tmp_path: Path) -> None:
-    refused = run_command(*words.split(), *TINY, cwd=tmp_path)
+def test_a_place_is_named_once(tmp_path: Path) -> None:
+    refused = run_command("run_dir=a", "hydra.run.dir=b", *TINY, cwd=tmp_path)
     (error,) = refused.stderr.splitlines()
     assert error.endswith("are the same setting: give one of them")
     assert not list(tmp_path.rglob("config.yaml"))
-
-
-def test_a_plan_keeps_the_outcomes_and_a_run_in_use_is_skipped(tmp_path: Path) -> None:
-    command = ["-m", *TINY, "permutation=none", "seed=0,1"]
-    assert run_command(*command, cwd=tmp_path).returncode == 0
-    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
-    planned = run_command(*command, "plan=true", cwd=tmp_path)
-    assert planned.returncode == 0
-    assert [job.outcome for job in kept(folder)] == ["ran", "ran"]
-    (lock,) = Path(kept(folder)[0].directory or "").glob(".lock-*")
-    with FileLock(lock):
-        again = run_command(*command, "force=true", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "1 ran, 1 skipped" in again.stdout
-    assert "is in use by another process" in again.stdout
 
 
 @pytest.mark.slow
@@ -154,17 +178,28 @@ def test_two_processes_that_start_a_sweep_share_it(tmp_path: Path) -> None:
     assert {outcome for _, outcome in outcomes(tmp_path)} <= {"ran", "skipped"}
 
 
-def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_outcomes_of_jobs_are_gathered_and_kept(processes: int, tmp_path: Path) -> None:
     command = ["-m", *TINY, "permutation=none", "pruner=glob([m*,w*])", "sparsity=2:4,2:5"]
-    first = run_command(*command, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", cwd=tmp_path)
+    joblib = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={processes}"]
+    first = run_command(*command, *joblib[: 2 * (processes > 1)], cwd=tmp_path)
     assert "2 ran, 2 failed" in first.stdout
     assert "does not divide" in " ".join(first.stdout.split())  # M = 5
     assert outcomes(tmp_path) == [(r"sparsity=2\:4", "ran"), (r"sparsity=2\:5", "failed")] * 2
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    environments = map(read_json, (tmp_path / "runs").glob("*/environment.json"))
-    assert {environment["hardware"]["threads"] for environment in environments} == {share}
-    run_command(*command, cwd=tmp_path)  # the same sweep, whatever launches it
-    assert outcomes(tmp_path) == [(r"sparsity=2\:4", "skipped"), (r"sparsity=2\:5", "failed")] * 2
+    if processes > 1:  # which share the cores
+        share = max(1, len(os.sched_getaffinity(0)) // processes)
+        environments = map(read_json, (tmp_path / "runs").glob("*/environment.json"))
+        assert {environment["hardware"]["threads"] for environment in environments} == {share}
+    # The same sweep, whatever launches it: a plan leaves its outcomes, a run in use is skipped.
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    before = kept(folder)
+    run_command(*command, "plan=true", cwd=tmp_path)
+    assert kept(folder) == before
+    (lock,) = Path(kept(folder)[0].directory or "").glob(".lock-*")
+    with FileLock(lock):
+        again = run_command(*command, "force=true", cwd=tmp_path)
+    assert "1 ran, 1 skipped, 2 failed" in again.stdout
+    assert "is in use by another process" in again.stdout
     assert collect([tmp_path / "runs"]).notes == []
 
 

@@ -36,9 +36,7 @@ def test_a_random_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
-def test_its_tokenizer_has_a_token_for_each_byte_whatever_class_reads_it(
-    tmp_path: Path, family: str
-) -> None:
+def test_its_tokenizer_has_a_token_for_each_byte_in_any_class(tmp_path: Path, family: str) -> None:
     folder = written(tmp_path / "model", f"model.architecture.model_type={family}")
     ids = AutoTokenizer.from_pretrained(folder)("The ß", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6

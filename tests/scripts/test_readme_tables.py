@@ -13,9 +13,7 @@ from tests.conftest import ROOT
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
-def test_the_tables_of_documents_are_those_of_the_records(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_tables_of_documents_are_those_of_the_records(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check", *map(str, DOCUMENTS)]) == 0, capsys.readouterr()
 
 
@@ -31,9 +29,7 @@ def test_the_tables_of_documents_are_those_of_the_records(
         ),
     ],
 )
-def test_a_table_that_cannot_be_made_names_the_document(
-    words: str, message: str, tmp_path: Path
-) -> None:
+def test_a_table_that_cannot_be_names_its_file(words: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     file.write_text(f"Before.\n\n<!-- view: {words} -->\nold\n<!-- /view -->\n\nAfter.\n")
     with pytest.raises(ConfigError) as raised:
