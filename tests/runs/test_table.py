@@ -416,7 +416,7 @@ def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None
     code = (
         "import sys; from permllm.cli import main\n"
         f"assert main(['results', {str(tmp_path)!r}]) == 0\n"
-        "heavy = 'torch transformers wandb safetensors matplotlib scipy lm_eval'.split()\n"
+        "heavy = 'torch transformers wandb matplotlib scipy lm_eval'.split()\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     assert run_python("-c", code, cwd=tmp_path, fresh=True).stdout.splitlines()[-1] == "[]"
