@@ -94,38 +94,22 @@ def record(
     """
     found = evaluations or (evaluation({"wikitext2": {"dense": 10.0, "sparse": perplexity}}),)
     ordered = {"name": permutation, "block_size": changed.get("block_size", 64)}
-    config: dict[str, Any] = {
-        "name": f"{model}-wanda-{permutation}",
-        "model": {"name": model, "source": "wheel", "device": "cpu"},
-        "sparsity": "2:4",
-        "pruner": {"name": "wanda", "_target_": "permllm.x"},
-        "permutation": ordered | {"_target_": "permllm.y"},
-        "block_size": 64,
-        "seed": 0,
-        "calibration": {"dataset": "c4", "data_files": None},
-        "mask": {"name": "pruner"},
-        "reconstruction": {"name": "none"},
-        "inputs": {},
-    }
-    metrics: dict[str, Any] = {
-        "schema_version": 3,
-        "status": "finished",
-        "name": config["name"],
-        "config_hash": "0",
-        "seconds": {"permute": 5.0, "evaluate sparse": 100.0},
-        "peak_memory_bytes": 1,
-        "compute_dtype": "float32",
-        "sparsity": {"pattern": "2:4", "fraction": 0.5, "of_model": 0.5, "violations": 0},
-        "retained_saliency": {"a": 0.5, "b": 0.7},
-        "output_error": {"a": 0.1, "b": 0.2},
-    }
+    config: dict[str, Any] = {"name": f"{model}-wanda-{permutation}", "sparsity": "2:4", "seed": 0}
+    config |= {"model": {"name": model, "source": "wheel", "device": "cpu"}, "inputs": {}}
+    config |= {"pruner": {"name": "wanda", "_target_": "permllm.x"}, "mask": {"name": "pruner"}}
+    config |= {"permutation": ordered | {"_target_": "permllm.y"}, "block_size": 64}
+    config |= {"calibration": {"dataset": "c4", "data_files": None}}
+    config |= {"reconstruction": {"name": "none"}}
+    metrics: dict[str, Any] = {"schema_version": 3, "status": "finished", "name": config["name"]}
+    metrics |= {"config_hash": "0", "compute_dtype": "float32", "peak_memory_bytes": 1}
+    metrics |= {"seconds": {"permute": 5.0, "evaluate sparse": 100.0}}
+    metrics |= {"sparsity": {"pattern": "2:4", "fraction": 0.5, "of_model": 0.5, "violations": 0}}
+    metrics |= {"retained_saliency": {"a": 0.5, "b": 0.7}, "output_error": {"a": 0.1, "b": 0.2}}
     shown = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
     metrics |= {key: found[0][key] for key in shown}
     metrics |= {key: changed.pop(key) for key in [*changed] if key in metrics and key != "sparsity"}
-    history = [
-        {"epoch": epoch, "loss": 1.5 / epoch, "measured_loss": None, "temperature": 1 / epoch}
-        for epoch in (1, 2)
-    ]
+    line = {"measured_loss": None}
+    history = [line | {"epoch": n, "loss": 1.5 / n, "temperature": 1 / n} for n in (1, 2)]
     made = {"run": config["name"], "config": config | changed, "metrics": metrics}
     return made | {"evaluations": [*found], "history": history}
 

@@ -147,13 +147,6 @@ def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Pat
         apply_record(load_model(config.model, 1).model, "another", directory)
 
 
-def test_another_pattern(cache: Path, tmp_path: Path) -> None:
-    metrics, _ = run(tmp_path, "sparsity='3:4'", "permutation.epochs=1")
-    found = metrics["sparsity"]
-    assert (found["pattern"], found["violations"]) == ("3:4", 0)
-    assert found["fraction"] == found["of_model"] == 0.25
-
-
 def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
     (tmp_path / "held-out.txt").write_text(BUILTIN.evaluation().upper())

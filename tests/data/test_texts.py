@@ -33,12 +33,8 @@ from permllm.data.texts import Text
 class Mine(Text):
     calibrates = evaluates = True
     max_windows = 3
-
-    def calibration(self, seed):
-        return ["forward " * 20]
-
-    def evaluation(self):
-        return "backward " * 20
+    def calibration(self, seed): return ["forward " * 20]
+    def evaluation(self): return "backward " * 20
 
 TEXT = Mine()
 """
@@ -189,11 +185,6 @@ def test_c4_is_evaluated_as_by_wanda(
         assert windows_of("c4", window).flatten().tolist() == tokens[: count * window]
     assert windows_of("c4", 20, limit=3).shape == (3, 20)
     assert windows_of("wikitext2", 20).shape[0] > 256
-
-
-def test_the_builtin_text_is_enough_for_its_default(cache: Path) -> None:
-    config = CalibrationConfig(dataset="builtin", samples=8, seqlen=64)
-    assert calibration_tokens(TOKENIZER, config, seed=0).shape == (8, 64)
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "opt-tied": {"tie_word_embeddings": True},
 }
 TWO_OF_FOUR = NMPattern(2, 4)
-WEIGHTS = "model.safetensors"
 
 
 def variant_model(name: str, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:

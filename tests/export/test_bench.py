@@ -16,11 +16,11 @@ from permllm.errors import ConfigError
 from permllm.export import bench
 from permllm.export.bench import BACKENDS, Sizes, measure, use_backend, what_is_missing
 from permllm.export.checkpoint import Request, export_run
-from permllm.export.gathered import leave_out_gathers
 from permllm.export.verify import stated_patterns
 from permllm.models.families import channel_groups, linear_at
 from tests.conftest import tiny_model
-from tests.export.pruned import WEIGHTS, load, logits, make_run, variant_model
+from tests.export.pruned import load, make_run, variant_model
+from tests.models.test_bad_checkpoints import WEIGHTS
 
 CUDA = torch.device("cuda")
 FEW = Sizes(batch_sizes=(1, 2), prompt=8, new_tokens=2, seconds=1e-3)
@@ -98,13 +98,6 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
     patterns = stated_patterns(tmp_path, model)
     with pytest.raises(ConfigError, match=r"layers\.0.*is not 2:4 in stored order"):
         use_backend("CUTLASS", patterns, 8, model)
-
-
-def test_gathers_are_left_out(exports: Path) -> None:
-    model = load(exports / "gathered")
-    before = logits(model)
-    leave_out_gathers(model)
-    assert not torch.allclose(logits(model), before)
 
 
 def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> None:

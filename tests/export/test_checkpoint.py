@@ -23,7 +23,7 @@ from permllm.cli import call
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
-from permllm.export.gathered import ORDERS
+from permllm.export.gathered import ORDERS, leave_out_gathers
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.runs.files import file_sha256, read_json, write_json, write_text
@@ -31,7 +31,6 @@ from permllm.runs.tensors import save_tensors, violations
 from tests.export.pruned import (
     TWO_OF_FOUR,
     VARIANTS,
-    WEIGHTS,
     change_metrics,
     load,
     logits,
@@ -41,6 +40,7 @@ from tests.export.pruned import (
     take_as_pruned,
     variant_model,
 )
+from tests.models.test_bad_checkpoints import WEIGHTS
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
@@ -108,6 +108,8 @@ def test_a_gathered_model_is_saved_and_cached_with_its_orders(
     hub = load(Path("some/model"), cache_dir=tmp_path, local_files_only=True)
     for one in (load(tmp_path / "again"), whole, load(tmp_path / "third"), hub):
         assert torch.equal(logits(one), logits(gathered))
+    leave_out_gathers(whole)
+    assert not torch.allclose(logits(whole), logits(gathered))
 
 
 def test_without_permllm_a_gathered_checkpoint_says_what_to_import(
@@ -168,11 +170,9 @@ def test_folding_holds_for_random_shapes(seed: int, tmp_path: Path) -> None:
 
 
 # A layer, a member of a group, and a group of the residual stream stay dense; another M is there.
+BY_NAME = ("layers.1.mlp", "v_proj", "layers.0.mlp.gate_up_proj")
 PARTS = {
-    "llama-biases": (
-        ("layers.1.mlp", "v_proj", "layers.0.mlp.gate_up_proj"),
-        {"layers.0.mlp.down_proj": "4:8"},
-    ),
+    "llama-biases": (BY_NAME, {"layers.0.mlp.down_proj": "4:8"}),
     "opt-projected": (("-1", "q_proj"), {"fc2": "8:16"}),
 }
 
@@ -199,12 +199,9 @@ def test_what_stays_dense_follows_orders_around_it(name: str, form: str, tmp_pat
 def test_changed_weights_are_exported_in_shards(tmp_path: Path) -> None:
     model = variant_model("llama")
     run = make_run(tmp_path, model, "foldable")
-    paths = [path for group in channel_groups(model) for path in group.members]
-    generator = torch.Generator().manual_seed(5)
-    weights = {
-        path: torch.randn(linear_at(model, path).weight.shape, generator=generator)
-        for path in paths
-    }
+    members = [path for group in channel_groups(model) for path in group.members]
+    torch.manual_seed(5)
+    weights = {path: torch.randn_like(linear_at(model, path).weight) for path in members}
     file = run / "weights/00000.safetensors"
     save_tensors(file, weights)
     metrics = read_json(run / "metrics.json")

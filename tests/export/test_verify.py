@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import permllm
@@ -22,55 +21,11 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.checkpoint import SUMMARY, Request, export_run
 from permllm.export.gathered import ORDERS
 from permllm.export.verify import verify
-from tests.export.pruned import WEIGHTS, change_metrics, load, logits, make_run, variant_model
+from tests.export.pruned import change_metrics, load, logits, make_run, variant_model
+from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite
 
-Tensors = dict[str, Tensor]
-Change = Callable[[Tensors, dict[str, Any]], object]
-
-UP = "model.layers.0.mlp.up_proj.weight"
 ORDER = "model.layers.0.self_attn.o_proj.input_order"
 GATHERED = ORDER.removesuffix(".input_order")
-
-
-def rewritten(source: Path, folder: Path, file: str, change: Change) -> Path:
-    """Copy an export and change a file's tensors or the config, as a tool that states no sha256."""
-    shutil.copytree(source, folder)
-    tensors, config = load_file(folder / file), json.loads((folder / "config.json").read_text())
-    change(tensors, config)
-    whole = {name: one.contiguous() for name, one in tensors.items()}
-    save_file(whole, folder / file, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / SUMMARY).unlink(missing_ok=True)
-    return folder
-
-
-def put(name: str, value: float) -> Change:
-    """Make the last number of a tensor another."""
-    return lambda tensors, config: tensors[name].view(-1)[-1:].fill_(value)
-
-
-def become(name: str, change: Callable[[Tensor], Tensor]) -> Change:
-    """Make a tensor another."""
-    return lambda tensors, config: tensors.update({name: change(tensors[name])})
-
-
-def gone(name: str) -> Change:
-    """Leave a tensor out."""
-    return lambda tensors, config: tensors.pop(name)
-
-
-def put_in(name: str) -> Change:
-    """Put in a tensor that the model has not."""
-    return lambda tensors, config: tensors.update({name: torch.zeros(2, 4)})
-
-
-def shortened(order: Tensor) -> Tensor:
-    return order.sort().values[:-1]
-
-
-def settings(**values: Any) -> Change:
-    """Have the config say something else."""
-    return lambda tensors, config: config.update(values)
 
 
 def test_the_command_says_its_verdict(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,26 +82,29 @@ def test_another_tools_checkpoint_of_a_family_without_a_table(tmp_path: Path) ->
     assert layer.violations == 1
 
 
-# What is done to an export, and what is said of it.
-BAD: dict[str, tuple[str, str, Change, str]] = {
-    "a linear is missing": ("gathered", WEIGHTS, gone(UP), UP),
-    "a stranger": ("gathered", WEIGHTS, put_in("x.weight"), "x.weight"),
-    "an infinite head": ("folded", WEIGHTS, put("lm_head.weight", float("inf")), "lm_head.weight"),
-    "settings that make NaN": ("folded", WEIGHTS, settings(rms_norm_eps=-1e30), "logits"),
-    "an order is missing": ("gathered", ORDERS, gone(ORDER), GATHERED),
-    "an order names a channel twice": ("gathered", ORDERS, put(ORDER, 0), ORDER),
-    "an order is too short": ("gathered", ORDERS, become(ORDER, shortened), GATHERED),
-    "an order of fractions": ("gathered", ORDERS, become(ORDER, Tensor.float), ORDER),
-    "another gather": ("gathered", ORDERS, settings(gathers=["x"]), ORDERS),
-    "gathers of nothing": ("gathered", ORDERS, settings(gathers=None), "cannot load"),
-    "no config": ("gathered", ORDERS, settings(dense_config={"dense_type": "x"}), "x"),
+# What is changed of an export: tensors of a file, settings of the config; and what is said of it.
+FEW = torch.arange(31, dtype=torch.int32)
+BAD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
+    "a linear is missing": ("gathered", WEIGHTS, {UP: None}, {}, UP),
+    "a stranger": ("gathered", WEIGHTS, {"x.weight": torch.zeros(2, 4)}, {}, "x.weight"),
+    "an infinite head": ("folded", WEIGHTS, {HEAD: poisoned((259, 32), torch.inf)}, {}, HEAD),
+    "settings that make NaN": ("folded", WEIGHTS, {}, {"rms_norm_eps": -1e30}, "logits"),
+    "an order is missing": ("gathered", ORDERS, {ORDER: None}, {}, GATHERED),
+    "an order names a channel twice": ("gathered", ORDERS, {ORDER: FEW.new_zeros(32)}, {}, ORDER),
+    "an order is too short": ("gathered", ORDERS, {ORDER: FEW}, {}, GATHERED),
+    "an order of fractions": ("gathered", ORDERS, {ORDER: torch.arange(32.0)}, {}, ORDER),
+    "another gather": ("gathered", ORDERS, {}, {"gathers": ["x"]}, ORDERS),
+    "gathers of nothing": ("gathered", ORDERS, {}, {"gathers": None}, "cannot load"),
+    "no config": ("gathered", ORDERS, {}, {"dense_config": {"dense_type": "x"}}, "x"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_not_whole_is_one_line(name: str, exports: Path, tmp_path: Path) -> None:
-    form, file, change, named = BAD[name]
-    folder = rewritten(exports / form, tmp_path / "bad", file, change)
+    form, file, tensors, settings, named = BAD[name]
+    folder = shutil.copytree(exports / form, tmp_path / "bad")
+    rewrite(folder, tensors, file, **settings)
+    (folder / SUMMARY).unlink()  # as a tool that states no sha256
     reads: list[Callable[[Path], object]] = [verify]
     if name != "settings that make NaN":  # which only a forward shows
         reads.append(permllm.load)
@@ -206,25 +164,25 @@ def test_an_infinite_difference_fails(
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("changed", "named"),
     [
-        (gone(UP), UP),
-        (put("model.norm.weight", float("nan")), "model.norm.weight holds"),
-        (put(UP, 1e30), f"{UP} does not fit into float16"),
+        ({UP: None}, UP),
+        ({NORM: poisoned((32,), torch.nan)}, f"{NORM} holds"),
+        ({UP: poisoned((64, 32), 1e30)}, f"{UP} does not fit into float16"),
         (None, "was pruned from"),
     ],
     ids=["missing", "not finite", "does not fit", "another model"],
 )
 def test_a_dense_model_that_is_not_whole_is_not_exported(
-    change: Change | None, named: str, exports: Path, tmp_path: Path
+    changed: dict[str, Any] | None, named: str, exports: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(exports / "of-folded" / "run", tmp_path / "run")
-    dense = exports / "of-folded" / "dense"
-    if change is None:
+    dense = shutil.copytree(exports / "of-folded" / "dense", tmp_path / "dense")
+    if changed is None:
         change_metrics(run, model="local:other:float32")
     else:
         change_metrics(run, model="a hub's")  # which a folder cannot be compared with
-        dense = rewritten(dense, tmp_path / "dense", WEIGHTS, change)
+        rewrite(dense, changed)
     with pytest.raises(DataError, match=re.escape(named)):
         export_run(run, Request("folded", "float16"), tmp_path / "out", dense)
     assert not list(tmp_path.glob("*out*"))

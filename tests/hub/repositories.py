@@ -31,11 +31,9 @@ def write_repositories(root: Path) -> None:
     documents = ["short", *("\n".join(paragraphs[n : n + 3]) for n in range(len(paragraphs)))]
     rows = [{"text": text, "timestamp": "2019-04-25T12:57:54Z"} for text in documents]
     lines = [json.dumps(row) + "\n" for row in rows]
-    c4, wikitext = (
-        root / "datasets" / "allenai" / "c4",
-        root / "datasets" / "Salesforce" / "wikitext",
-    )
-    pile, glue = root / "datasets" / "mit-han-lab" / "pile-val-backup", root / "datasets" / GLUE
+    data = root / "datasets"
+    c4, wikitext = data / "allenai" / "c4", data / "Salesforce" / "wikitext"
+    pile, glue = data / "mit-han-lab" / "pile-val-backup", data / GLUE
     for folder in (c4 / "en", wikitext / WIKITEXT, pile, glue / "rte"):
         folder.mkdir(parents=True)
     for file in ("train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008"):

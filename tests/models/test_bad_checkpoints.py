@@ -19,7 +19,8 @@ from permllm.models.checkpoint import transformers_reads
 from permllm.models.load import load_model
 from tests.conftest import tiny_config, tiny_model
 
-Tensors, Settings = dict[str, Tensor], dict[str, Any]
+Tensors, Settings = dict[str, Any], dict[str, Any]
+WEIGHTS = "model.safetensors"
 UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -35,13 +36,11 @@ def local(folder: Path, **more: Any) -> ModelConfig:
     return ModelConfig(name="local", source="local", path=str(folder), device="cpu", **more)
 
 
-def rewrite(folder: Path, tensors: Tensors, **settings: Any) -> None:
-    """Replace tensors and settings; None takes them away."""
-    file, config = folder / "model.safetensors", folder / "config.json"
-    changed = load_file(file) | tensors
-    save_file(
-        {name: one for name, one in changed.items() if one is not None}, file, {"format": "pt"}
-    )
+def rewrite(folder: Path, tensors: Tensors, name: str = WEIGHTS, **settings: Any) -> None:
+    """Replace tensors of a file and settings; None takes a tensor away."""
+    file, config = folder / name, folder / "config.json"
+    changed = {key: one for key, one in (load_file(file) | tensors).items() if one is not None}
+    save_file(changed, file, {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
 
 

@@ -74,11 +74,22 @@ def test_perplexity_has_the_same_bits(
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_models_own_forward_finds_its_layers(checkpoint: Path, placement: str) -> None:
+def test_weights_are_there_inside_of_their_layer_or_all_alone(
+    checkpoint: Path, placement: str
+) -> None:
     ids = torch.arange(12).view(2, 6)
     dense = load_model(settings(checkpoint, "device"), 0).model
     model = load_model(settings(checkpoint, placement), 0).model
-    with placement_of(model).whole():
+    (first, second), place = decoder_layers(model), placement_of(model)
+    expected = dict(decoder_layers(dense)[1].named_parameters())
+    with place.layer(1), place.layer(1):
+        with place.layer(1):
+            pass
+        assert all(torch.equal(value, expected[name]) for name, value in second.named_parameters())
+        assert all(parameter.is_meta for parameter in first.parameters())
+    with place.layer(0):
+        assert all(parameter.is_meta for parameter in second.parameters())
+    with place.whole():
         assert torch.equal(model(ids).logits, dense(ids).logits)
         found = [one.generate(ids, max_new_tokens=3) for one in (model, dense)]
         assert torch.equal(*found)
@@ -116,21 +127,6 @@ def test_files_without_the_models_tensors_are_not_read_by_layer(tmp_path: Path, 
         load_model(settings(folder, "disk"), 0)
     loaded = load_model(settings(folder, "host"), 0).model
     assert torch.equal(loaded.get_output_embeddings().weight, state["lm_head.weight"])
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_weights_are_there_inside_of_their_layer_alone(checkpoint: Path, placement: str) -> None:
-    dense = load_model(settings(checkpoint, "device"), 0).model
-    expected = dict(decoder_layers(dense)[1].named_parameters())
-    model = load_model(settings(checkpoint, placement), 0).model
-    (first, second), place = decoder_layers(model), placement_of(model)
-    with place.layer(1), place.layer(1):
-        with place.layer(1):
-            pass
-        assert all(torch.equal(value, expected[name]) for name, value in second.named_parameters())
-        assert all(parameter.is_meta for parameter in first.parameters())
-    with place.layer(0):
-        assert all(parameter.is_meta for parameter in second.parameters())
 
 
 METHODS = {

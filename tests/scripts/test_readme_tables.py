@@ -10,6 +10,7 @@ from permllm.errors import ConfigError
 from scripts.readme_tables import main, with_views
 from tests.conftest import ROOT
 
+TABLE_6 = ROOT / "experiments" / "table6" / "records.jsonl"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
@@ -23,10 +24,7 @@ def test_tables_of_documents_are_those_of_the_records(capsys: pytest.CaptureFixt
         ("tabel", "view tabel: 'tabel'; views are table, paper, "),
         ("table colums=x", "got an unexpected keyword argument 'colums'"),
         ("table records=none.jsonl", "none.jsonl is not a directory, nor a file of records"),
-        (
-            f"table records={ROOT}/experiments/table6/records.jsonl baseline=block_size=7",
-            "no row has block_size=7",
-        ),
+        (f"table records={TABLE_6} baseline=block_size=7", "no row has block_size=7"),
     ],
 )
 def test_a_table_that_cannot_be_names_its_file(words: str, message: str, tmp_path: Path) -> None:
