@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from permllm import job
+from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.pruning.placement import FITS, placement_for, would_fit
 from permllm.pruning.plan import print_plan
 from permllm.runtime.speed import CARDS, speed_of
 from tests.conftest import ROOT
 from tests.pruning.test_footprint import planned
-from tests.test_config import config
+from tests.test_config import composed, config
 
 PLAN = ("plan=true", "plan_on=h100")
 QWEN = "model=qwen2.5-7b"
@@ -39,6 +40,7 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
 
 FOLDABLE = [QWEN, "permutation.constraint=foldable"]
 EIGHT = "permutation.layers_per_stage=8"
+STAYS = "residual_stream stays where it starts"
 
 
 @pytest.mark.parametrize(
@@ -46,8 +48,8 @@ EIGHT = "permutation.layers_per_stage=8"
     [
         (["model=tiny"], "host", "disk"),  # a random model has no files
         ([QWEN, EIGHT], "orders learn 8 layers at a time, of 28", "residual"),
-        (FOLDABLE, "residual_stream", "stays where"),
-        ([*FOLDABLE, EIGHT], "residual_stream stays where it starts", "learn 28"),
+        (FOLDABLE, "residual_stream", STAYS),
+        ([*FOLDABLE, EIGHT], STAYS, "learn 28"),
     ],
 )
 def test_the_plan_says_what_learns_together(
@@ -62,8 +64,9 @@ def test_the_plan_says_what_learns_together(
 def test_a_card_is_for_a_plan_alone() -> None:
     with pytest.raises(ConfigError, match="plan_on=h100"):
         config("model=tiny", "plan_on=h100")
-    for card in CARDS:
-        assert config("model=tiny", "plan=true", f"plan_on={card}").plan_on == card
+    settings = composed("model=tiny", "plan=true", "plan_on=h100")
+    for settings.plan_on in CARDS:
+        assert read_config(settings).plan_on == settings.plan_on
 
 
 @pytest.mark.parametrize(

@@ -145,15 +145,10 @@ for number in range(3):
 def test_an_error_that_one_rank_meets_alone_ends_all(tmp_path: Path) -> None:
     script = tmp_path / "errors.py"
     script.write_text(ERRORS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stdout.count("met by all") == 4
     assert done.stderr.count(f"error: rank 1: no space left: {CONTINUES}") == 1

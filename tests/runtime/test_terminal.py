@@ -63,15 +63,12 @@ def test_handlers_of_others_stay_and_so_does_what_is_ignored(handlers: None) -> 
 def started(folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"PERMLLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = "1"
     # In the background it is ignored, and would be there too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    command, pipe = [sys.executable, str(ROOT / "run.py"), *words], subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words],
-        cwd=folder,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
     )
 
 
