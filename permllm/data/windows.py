@@ -79,8 +79,8 @@ def calibration_tokens(
         "samples": config.samples,
         "length": config.seqlen,
         "seed": seed,
+        "further": further,
     }
-    settings |= {"further": further} if further else {}
 
     def draw() -> Tensor:
         return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further)

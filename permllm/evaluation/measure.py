@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from permllm.config import EvaluationConfig
-from permllm.data.texts import NamedText, perplexity_texts
+from permllm.data.texts import perplexity_texts
 from permllm.data.windows import tokenizer_digest
 from permllm.evaluation.lm_eval import run_task
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
@@ -52,14 +55,13 @@ def evaluate(
         which: `dense` or `sparse`.
         record: of the run.
     """
-    evaluation = record.evaluation
-    others = parallel.on_main(lambda: _evaluations(record.directory))
+    evaluation, folder = record.evaluation, record.directory / EVALUATIONS
+    others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
     for measure in _measures(loaded, settings, evaluation):
-        measured = evaluation.setdefault("measured", {}).setdefault(which, {})
+        measured = _part(evaluation, "measured", which)
         if measure.key in measured:
             continue
-        results = next(filter(None, (_taken(other, measure, which) for other in others)), None)
-        results = results or _measured(loaded, measure, which)
+        results = _taken(others, measure, which) or _measured(loaded, measure, which)
         for name, values in results.items():
             if scores := values.pop("scores", None):
                 _part(evaluation, "scores", measure.kind, which)[name] = scores
@@ -73,36 +75,29 @@ def _measures(
 ) -> Iterator[Measure]:
     for named in perplexity_texts(settings.perplexity):
         _part(evaluation, "evaluated_texts")[named.name] = named.text.digest(calibration=False)
-        yield _perplexity(loaded, settings, named)
+        windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
+        key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}"
+        run = partial(_perplexity, loaded, settings, named.name, windows)
+        yield Measure("perplexity", key, run)
     for name in settings.tasks:
         asked = Path(name).name
-        yield _task(loaded, settings, name, evaluation["evaluation"]["tasks"][asked])
+        key = f"tasks/{asked}/{digest_of(evaluation['evaluation']['tasks'][asked])}"
+        yield Measure("tasks", key, partial(_task, loaded, settings, name))
 
 
-def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedText) -> Measure:
-    windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
-
-    def run(which: str) -> Results:
-        tokens, label = settings.perplexity.batch_tokens, f"{which} perplexity"
-        values = perplexity(loaded.model, windows, tokens, label)
-        values["scores"] = values.pop("losses")
-        return {named.name: values}
-
-    key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}"
-    return Measure("perplexity", key, run)
+def _perplexity(
+    loaded: LoadedModel, settings: EvaluationConfig, name: str, windows: Tensor, which: str
+) -> Results:
+    tokens, label = settings.perplexity.batch_tokens, f"{which} perplexity"
+    values = perplexity(loaded.model, windows, tokens, label)
+    values["scores"] = values.pop("losses")
+    return {name: values}
 
 
-def _task(
-    loaded: LoadedModel, settings: EvaluationConfig, name: str, how: Mapping[str, Any]
-) -> Measure:
-    asked = Path(name).name
-
-    def run(which: str) -> Results:
-        config, shared = settings.tasks[name], settings.lm_eval
-        found = run_task(loaded.model, loaded.tokenizer, name, config, shared)
-        return {task: values | {"asked": asked} for task, values in found.items()}
-
-    return Measure("tasks", f"tasks/{asked}/{digest_of(how)}", run)
+def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str) -> Results:
+    config, shared = settings.tasks[name], settings.lm_eval
+    found = run_task(loaded.model, loaded.tokenizer, name, config, shared)
+    return {task: values | {"asked": Path(name).name} for task, values in found.items()}
 
 
 def _measured(loaded: LoadedModel, measure: Measure, which: str) -> Results:
@@ -118,17 +113,13 @@ def _measured(loaded: LoadedModel, measure: Measure, which: str) -> Results:
     return cached(measure.kind, key, lambda: measure.run(which))
 
 
-def _evaluations(directory: Path) -> list[dict[str, Any]]:
-    return [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
-
-
-def _taken(other: dict[str, Any], measure: Measure, which: str) -> Results:
+def _taken(others: list[dict[str, Any]], measure: Measure, which: str) -> Results:
     """Return the results that another evaluation has under the key of a measure, possibly none."""
     results = {}
-    for name in _part(other, "measured", which).get(measure.key, []):
-        results[name] = dict(other[measure.kind][which][name])
-        if scores := _part(other, "scores", measure.kind, which).get(name):
-            results[name]["scores"] = scores
+    for other in others:
+        for name in _part(other, "measured", which).get(measure.key, []):
+            scores = _part(other, "scores", measure.kind, which).get(name)
+            results[name] = other[measure.kind][which][name] | {"scores": scores}
     return results
 
 

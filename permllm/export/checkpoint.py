@@ -112,9 +112,6 @@ def export_run(
             target is not empty.
         DataError: the dense model is not the one that was pruned, or a file is damaged.
     """
-    request.check()
-    if not replace:
-        _check_free(target)  # before a model is loaded
     return write_checkpoint(_model_of(directory, dense), request, target, replace)
 
 
@@ -142,6 +139,7 @@ def write_checkpoint(
     model: PrunedModel, request: Request, target: Path, replace: bool = False
 ) -> dict[str, Any]:
     """Write a pruned model. Arguments, result and errors are those of `export_run`."""
+    request.check()
     if not replace:
         _check_free(target)
     with new_folder(target.resolve()) as scratch:

@@ -29,7 +29,6 @@ from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
-    Read,
     check_checkpoint,
     check_runs,
     check_values,
@@ -47,7 +46,7 @@ from permllm.models.families import FAMILIES, after_layers, decoder_layers, fami
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
-from permllm.models.offload import Offloaded, OnDisk, Placement, place, placement_of
+from permllm.models.offload import Offloaded, OnDisk, place, placement_of
 from permllm.runtime.devices import resolve_device
 
 # Files of a hub's repository: the configuration, the tokenizer and the indices of weights.
@@ -110,8 +109,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         place(model, Offloaded(model, device))
         _outside_to(model, device)
     elif placement == "sharded" and folder is None:  # of a folder it is read in parts
+        from permllm.models.sharded import Sharded  # which takes seconds to import
+
         own = dict(model.named_parameters())
-        place(model, _sharded(model, device, lambda name: own[name].data))
+        place(model, Sharded(model, device, lambda name: own[name].data))
         _outside_to(model, device)
     _check_vocabulary(called, model, tokenizer)
     with placement_of(model).whole():
@@ -285,7 +286,9 @@ def _by_layers(
     model.generation_config = generation_of(folder)
     check_values(folder, model)
     if placement == "sharded":
-        place(model, _sharded(model, device, read))
+        from permllm.models.sharded import Sharded
+
+        place(model, Sharded(model, device, read))
         return model
     on_disk = OnDisk(model, device, read)
     place(model, on_disk)
@@ -293,12 +296,6 @@ def _by_layers(
         with on_disk.layer(index):
             check_values(folder, layer, f"{layers}{index}")
     return model
-
-
-def _sharded(model: PreTrainedModel, device: torch.device, read: Read) -> Placement:
-    from permllm.models.sharded import Sharded  # which takes seconds to import
-
-    return Sharded(model, device, read)
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:

@@ -82,8 +82,8 @@ def recorded_groups(
         patterns: as `differing_patterns`.
 
     Raises:
-        DataError: a linear is none of the model's, or those that read the same channels have
-            different patterns.
+        DataError: a linear is none of the model's.
+        ConfigError: those that read the same channels have different patterns.
     """
     strange = patterns.keys() - {path for group in groups for path in group.members}
     if strange:
@@ -92,10 +92,7 @@ def recorded_groups(
         )
     dense = {path for path, text in patterns.items() if text == DENSE}
     others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
-    try:
-        return _left(groups, pattern, dense, others)
-    except ConfigError as error:
-        raise DataError(f"its patterns cannot be: {error}") from error
+    return _left(groups, pattern, dense, others)
 
 
 def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
