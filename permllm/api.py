@@ -204,7 +204,7 @@ def save(
         form: `folded` (transformers loads it, N:M as it is stored; needs
             `permutation__constraint="foldable"`), `gathered` (any order; `permllm.load` opens it)
             or `simulate` (the original order). None is the first that the permutations allow.
-        dtype: of the weights; None is `model.dtype`.
+        dtype: of the weights; None is the model's.
         shard_gb: largest size of a file, in 10^9 bytes.
 
     Returns:
@@ -212,11 +212,14 @@ def save(
 
     Raises:
         ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not
-            empty.
+            empty, weights have several dtypes and none is given.
         DataError: weights are not finite.
     """
     if getattr(model, _PRUNED, None) is None:
         raise ConfigError("permllm.save writes a model that permllm.prune has pruned")
+    dtypes = {parameter.dtype for parameter in model.parameters()}  # after training, several
+    if len(dtypes) > 1 and dtype is None:
+        raise ConfigError(f"dtype: the model's weights are in {sorted(map(str, dtypes))}; name one")
     found, tokenizer, config = getattr(model, _PRUNED)
     state = model.state_dict()
 
