@@ -15,7 +15,7 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from permllm.training.settings import StraightThrough
-from tests.problems import sinkhorn, straight_through
+from tests.problems import random, shuffled, sinkhorn, straight_through
 
 
 class Step(NamedTuple):
@@ -34,34 +34,26 @@ def step(
     factors: SaliencyFactors, pattern: NMPattern, way: StraightThrough, seed: int, bias: bool = True
 ) -> Step:
     """Run a layer of 40 channels, two blocks of 16 and one of 8, from random logits."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    torch.manual_seed(seed)
     linear = nn.Linear(40, 10, bias=bias, dtype=torch.float64).requires_grad_(False)
-    for parameter in linear.parameters():
-        parameter.copy_(random(*parameter.shape))
+    linear.weight.normal_()
     stacks = split_blocks(40, 16)
-    start = [random(stack.count, stack.size, stack.size) for stack in stacks]
-    base = torch.randperm(40, generator=generator)
-    logits = BlockLogits(base, stacks, [stack.clone() for stack in start])
+    start = [random(stack.count, stack.size, stack.size, seed=seed) for stack in stacks]
+    logits = BlockLogits(shuffled(40, seed), stacks, [stack.clone() for stack in start])
     module = MaskedLinear(linear, Scores(factors), pattern, stacks, way)
     soft = [sinkhorn(logits.effective(number), 0.7, 3) for number in range(len(stacks))]
     hard = torch.cat([perm.flatten() for perm in harden(soft)])
     order = logits.order(hard)
     module.set_order(order, hard, soft)
-    x, grad = random(3, 7, 40).requires_grad_(), random(3, 7, 10)
+    x, grad = random(3, 7, 40, seed=seed).requires_grad_(), random(3, 7, 10, seed=seed + 1)
     output = module(x)
     output.backward(grad)
     return Step(linear, logits, start, order, x, grad, output)
 
 
 def factors_of(form: str, power: int = 1) -> SaliencyFactors:
-    generator = torch.Generator().manual_seed(power)
     terms = {"one term": 1, "two terms": 2, "dense": 10}[form]
-    column = torch.rand(terms, 40, generator=generator, dtype=torch.float64) + 0.5
-    row = torch.rand(terms, 10, generator=generator, dtype=torch.float64) + 0.5
+    column, row = (random(terms, size).abs() + 0.5 for size in (40, 10))
     return SaliencyFactors(power, column, row if form == "two terms" else None)
 
 
