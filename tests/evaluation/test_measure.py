@@ -61,9 +61,8 @@ def test_another_evaluation_of_the_run_is_asked_for_what_it_has_measured(
     first = evaluated(tmp_path / "run", [few, asked(tasks, colours={})], loaded)
     both = ["dense perplexity", "my-colours", "sparse perplexity", "my-colours"]
     assert ran == both
-    assert first["tasks"]["sparse"]["colours"] == {
-        "metrics": VALUES["metrics"], "n": 2, "asked": "my-colours.yaml",
-    }  # fmt: skip
+    told = {"metrics": VALUES["metrics"], "n": 2, "asked": "my-colours.yaml"}
+    assert first["tasks"]["sparse"]["colours"] == told
     assert first["scores"]["tasks"]["dense"]["colours"] == VALUES["scores"]
     assert first["perplexity"]["dense"]["builtin"].keys() == {"value", "window", "tokens"}
     assert len(first["scores"]["perplexity"]["sparse"]["builtin"]) == 2
@@ -98,6 +97,10 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
         evaluated(tmp_path / f"run{next(runs)}", list(words), of)
         return len(ran) == 2
 
+    for names in (["dense perplexity", "sparse perplexity"], ["sparse perplexity"]):
+        ran.clear()
+        evaluated(tmp_path / f"run{next(runs)}", ["evaluation.perplexity.limit=2"], loaded)
+        assert ran == names
     assert measured(colours={})
     assert not measured(colours={})
     assert measured(sums={})
@@ -112,13 +115,9 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
 
 
 def test_tasks_are_part_of_how_a_model_is_evaluated(tasks: dict[str, str]) -> None:
-    words = [
-        "evaluation.tasks=null",
-        "evaluation.tasks=gsm8k",
-        "evaluation.tasks={gsm8k: {num_fewshot: 5}}",
-        "evaluation.tasks={gsm8k: {num_fewshot: 5, limit: 100}}",
-        asked(tasks, sums={}),
-    ]
+    five = ["num_fewshot: 5", "num_fewshot: 5, limit: 100"]
+    words = ["evaluation.tasks=null", "evaluation.tasks=gsm8k"]
+    words += [*(f"evaluation.tasks={{gsm8k: {{{how}}}}}" for how in five), asked(tasks, sums={})]
 
     def told() -> list[RunConfig]:
         return [read_config(composed("model=tiny", word)) for word in words]

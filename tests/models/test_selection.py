@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from permllm.config import NMPattern
@@ -18,6 +20,11 @@ MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 @pytest.fixture(scope="module")
 def groups() -> list[ChannelGroup]:
     return channel_groups(tiny_model("llama"))
+
+
+def rows_of(groups: list[ChannelGroup]) -> dict[str, int]:
+    pairs = (zip(group.members, group.rows, strict=True) for group in groups)
+    return dict(itertools.chain(*pairs))
 
 
 def in_layer(index: int, *names: str) -> set[str]:
@@ -43,13 +50,8 @@ def test_names_of_layers_modules_and_channel_groups(
     groups: list[ChannelGroup], names: list[str], dense: set[str]
 ) -> None:
     left = pruned_groups(groups, PATTERN, names, {})
-    rows = {
-        path: rows for group in groups for path, rows in zip(group.members, group.rows, strict=True)
-    }
-    found = {
-        path: rows for group in left for path, rows in zip(group.members, group.rows, strict=True)
-    }
-    assert found == {path: number for path, number in rows.items() if path not in dense}
+    expected = {path: rows for path, rows in rows_of(groups).items() if path not in dense}
+    assert rows_of(left) == expected
     assert {group.pattern for group in left} == {None}
 
 
@@ -58,10 +60,8 @@ def test_patterns_by_name_are_told_where_they_differ_and_read_again(
 ) -> None:
     left = pruned_groups(groups, PATTERN, ["0", "v_proj"], {"down_proj": "4:8", "o_proj": "2:4"})
     told = differing_patterns(groups, left)
-    expected = dict.fromkeys(in_layer(0) | in_layer(1, "self_attn.v_proj"), DENSE) | {
-        "model.layers.1.mlp.down_proj": "4:8"
-    }
-    assert told == expected
+    expected = dict.fromkeys(in_layer(0) | in_layer(1, "self_attn.v_proj"), DENSE)
+    assert told == expected | {"model.layers.1.mlp.down_proj": "4:8"}
     assert recorded_groups(groups, PATTERN, told) == left
     assert recorded_groups(groups, PATTERN, {}) == groups
 

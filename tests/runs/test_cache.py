@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig, PerplexityConfig
@@ -52,18 +53,13 @@ def test_processes_at_the_same_time_compute_once(cache: Path, tmp_path: Path) ->
 
 
 def test_values_and_tensors_come_back_as_they_were(cache: Path) -> None:
-    tensors = {
-        "a": torch.randn(3, dtype=torch.float64),
-        "b": torch.tensor([1, 2]),
-        "c": torch.randn(2, 2).bfloat16(),
-    }
+    tensors = {"a": torch.randn(3, dtype=torch.float64), "b": torch.tensor([1, 2])}
+    tensors["c"] = torch.randn(2, 2).bfloat16()
     cached("kind", {"a": 1}, lambda: tensors)
     found = cached("kind", {"a": 1}, refuse)
     assert found.keys() == tensors.keys()
-    assert all(
-        torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype
-        for name in tensors
-    )
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)  # dtype too
     cached("kind", {"a": 2}, lambda: {"x": [1, None]})
     assert cached("kind", {"a": 2}, refuse) == {"x": [1, None]}
     for kind, key in (("kind", {"a": 3}), ("other", {"a": 1})):
@@ -92,12 +88,9 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
 ) -> None:
     loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
 
-    def share(
-        pruner: Pruner, tokens: torch.Tensor = TOKENS, norm_tokens: int = 1
-    ) -> DenseCalibration:
-        return shared_calibration(
-            loaded, tokens, pruner, {"name": type(pruner).__name__}, 2, torch.float32, norm_tokens
-        )
+    def share(pruner: Pruner, tokens: Tensor = TOKENS, norm_tokens: int = 1) -> DenseCalibration:
+        settings = {"name": type(pruner).__name__}
+        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_tokens)
 
     first = {pruner: share(pruner) for pruner in (Wanda(), RIA())}
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
@@ -111,9 +104,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
             found = again.factors[path]
             assert found.power == factors.power
             assert torch.equal(found.column, factors.column)
-            assert (found.row is None and factors.row is None) or torch.equal(
-                found.row, factors.row
-            )
+            assert found.row is factors.row is None or torch.equal(found.row, factors.row)
     for changed in ((SparseGPT(),), (Wanda(), TOKENS.flip(0)), (Wanda(), TOKENS, TOKENS.shape[1])):
         with pytest.raises(AssertionError, match="computed again"):
             share(*changed)
