@@ -15,8 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 import permllm
 from permllm.cli import call
@@ -112,14 +111,31 @@ def test_a_gathered_model_is_saved_and_cached_with_its_orders(
     assert not torch.allclose(logits(whole), logits(gathered))
 
 
-def test_without_permllm_a_gathered_checkpoint_says_what_to_import(
-    exports: Path, monkeypatch: pytest.MonkeyPatch
+# A process in which this package cannot be imported.
+STOCK = """
+import sys
+sys.modules["permllm"] = None
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids = sys.argv[1], torch.arange(48).view(2, 24)
+model = AutoModelForCausalLM.from_pretrained(f"{folder}/folded", dtype=torch.float32)
+torch.save(model(input_ids=ids).logits.detach(), sys.argv[2])
+try:
+    AutoModelForCausalLM.from_pretrained(f"{folder}/gathered")
+except Exception as error:
+    print(error)
+"""
+
+
+def test_without_permllm_a_folded_checkpoint_loads_and_a_gathered_one_says_what_to_import(
+    exports: Path, tmp_path: Path
 ) -> None:
-    kind = read_json(exports / "gathered" / "config.json")["model_type"]
-    monkeypatch.delitem(CONFIG_MAPPING._extra_content, kind)  # where its import puts it
-    for one in (AutoModelForCausalLM, LlamaForCausalLM):
-        with pytest.raises(Exception, match=r"import permllm\.export"):
-            one.from_pretrained(exports / "gathered")
+    words = [sys.executable, "-c", STOCK, str(exports), str(tmp_path / "logits.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "import permllm.export" in done.stdout
+    with torch.no_grad():
+        ours = load(exports / "folded")(input_ids=torch.arange(48).view(2, 24)).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours)
 
 
 # What the process grows by over its memory after the imports: all pages, those of mapped files too.
