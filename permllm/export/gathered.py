@@ -40,8 +40,9 @@ class GatheredConfig(PreTrainedConfig):
     """`config.json` of a gathered checkpoint."""
 
     model_type = _MODEL_TYPE
-    dense_config: dict[str, Any]
-    gathers: list[str]
+    # transformers also makes a config without arguments.
+    dense_config: Any = None
+    gathers: Any = None
 
 
 class GatheredForCausalLM:

@@ -68,16 +68,6 @@ def test_a_sweep_is_named_by_its_jobs() -> None:
 
 
 @pytest.mark.usefixtures("_nothing_started")
-def test_a_sweep_of_more_than_ten_jobs_lists_them_first(capsys: pytest.CaptureFixture[str]) -> None:
-    before_its_jobs("seed=range(10)")
-    assert capsys.readouterr().err == ""
-    before_its_jobs("seed=range(21)", "pruner=ria")
-    said = capsys.readouterr().err.splitlines()
-    assert said[:3] == ["21 jobs:", "  seed=0", "  seed=1"]
-    assert said[20:] == ["  seed=19", "  and 1 more"]
-
-
-@pytest.mark.usefixtures("_nothing_started")
 @pytest.mark.parametrize(
     ("words", "given", "named"),
     [
