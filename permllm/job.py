@@ -76,8 +76,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
-            again = "and is not logged: force=true runs it again, with the logger"
-            log.info("%s is finished already %s", record.directory, again)
+            log.info("%s is finished already; force=true runs and logs it again", record.directory)
         else:
             _unfinished(config, methods, record, device)
         if request is not None:
