@@ -270,7 +270,7 @@ def test_a_finished_run_is_not_logged_again(
 ) -> None:
     caplog.set_level("INFO", "permllm")
     assert run_with("tensorboard", finished[1].parent) == finished
-    assert "is not logged: force=true runs it again" in caplog.text
+    assert "force=true runs and logs it again" in caplog.text
     assert not (finished[1] / "tensorboard").exists()
 
 
