@@ -20,6 +20,8 @@ from permllm.runs.table import Table
 _FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'unsafe-inline' 'unsafe-eval' data: blob:">
 <title>PermLLM: {runs} runs</title><link rel="icon" href="data:,">
 <style>
 body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
