@@ -25,8 +25,8 @@ from permllm.runs.files import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.training.learner import Learner, Moment, Window
-from permllm.training.loop import Training, read_checkpoint
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
+from permllm.training.stages import Course
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -62,16 +62,8 @@ class Distill(DescentSettings, Reconstruction):
         weights = KeptWeights(pruned.linears, pruned.masks, self.learning_rate)
         window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with weights.gradients():
-            state = read_checkpoint(problem, DISTILL_CHECKPOINT)
-            history = [] if state is None else list(state["history"])
-            problem.on_resume(list(history))
-            training = Training(
-                settings, problem, window, weights, "distill", DISTILL_CHECKPOINT, history
-            )
-            if state is not None:
-                training.restore(state)
-            del state  # which is as large as the weights
-            training.run()
+            course = Course(settings, problem, "distill", DISTILL_CHECKPOINT)
+            course.train(window, weights)
 
 
 class KeptWeights(Learner):
