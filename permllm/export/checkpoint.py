@@ -198,9 +198,9 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         if name in pruned:
             tensor = model.weight(pruned[name], tensor)
         cast = tensor.to(dtype)
-        if not all_finite(tensor):
-            raise DataError(f"{name} holds values that are not finite")
         if not all_finite(cast):
+            if not all_finite(tensor):
+                raise DataError(f"{name} holds values that are not finite")
             raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
         # Adding +0.0 turns -0.0, on which some sparse kernels break, into +0.0.
         return stored.apply(name, cast + 0.0 if name in pruned else cast)

@@ -91,8 +91,8 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     for path, its in stated.items():
         weight = linear_at(model, path).weight
         check_divides(its, weight.shape[1], path)
-        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
-        share = float((weight == 0).float().mean())
+        found = int((weight == 0).sum())
+        zeros, size, share = zeros + found, size + weight.numel(), found / weight.numel()
         layers.append(LayerReport(f"{path}.weight", str(its), share, violations(weight, None, its)))
     problems = [
         f"{layer.name} has {layer.violations} groups that are not {layer.pattern}"
