@@ -133,7 +133,7 @@ def output_loss(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether the second has the tensors of the first."""
+    """Tell whether both mappings hold equal tensors under the names of the first."""
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 

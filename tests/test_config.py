@@ -33,7 +33,7 @@ PROTOCOLS = ("paper", "offline")
 
 
 def composed(*overrides: str) -> DictConfig:
-    """What Hydra makes of a command line.
+    """Compose the settings of a command line.
 
     Folders of a test are put in afterwards: to compose takes longer than a tiny job.
     """

@@ -63,7 +63,7 @@ class LoadedModel:
         model: in evaluation mode, no parameter requires a gradient.
         tokenizer: its tokenizer.
         identity: string that changes when the weights do; keys caches of dense results. Empty for a
-            model that somebody else has loaded, of which nothing is kept.
+            model that the caller loaded; the cache keeps none of its results.
         bos: windows of tokens begin with BOS.
     """
 

@@ -25,7 +25,7 @@ class Course:
 
     Args:
         settings: of the descent.
-        problem: of the method; it is told of the epochs that are done.
+        problem: of the method. Its `on_resume` gets the history of the epochs before.
         name: of the method, for messages.
         file: of the checkpoint in the problem's directory.
 

@@ -86,7 +86,7 @@ def make_run(
 
 
 def take_as_pruned(run: Path, dense: Path) -> None:
-    """Have a run be one of a folder as it is now."""
+    """Record in a run the present identity of its dense folder."""
     dtype = yaml.safe_load((run / "config.yaml").read_text())["model"]["dtype"]
     settings = ModelConfig(name="local", source="local", path=str(dense), dtype=dtype)
     change_metrics(run, model=folder_identity(settings, dense))
