@@ -203,6 +203,7 @@ class EvaluationConfig:
         default_factory=dict
     )
     lm_eval: LMEvalConfig = dataclasses.field(default_factory=LMEvalConfig)
+    weights: Literal["fp8"] | None = None
 
 
 @dataclass(config=SETTINGS)
@@ -221,6 +222,7 @@ class ExportConfig:
     form: Literal["none", "simulate", "folded", "gathered"] = "none"
     dtype: Dtype | None = None
     shard_gb: Positive = 5.0
+    serve: Literal["vllm"] | None = None
 
 
 @dataclass(config=SETTINGS)

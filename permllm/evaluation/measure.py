@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from permllm.config import EvaluationConfig
 from permllm.data.texts import perplexity_texts
 from permllm.data.windows import tokenizer_digest
+from permllm.evaluation.fp8 import fp8_products
 from permllm.evaluation.lm_eval import run_task
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models.load import LoadedModel
@@ -56,12 +58,16 @@ def evaluate(
         record: of the run.
     """
     evaluation, folder = record.evaluation, record.directory / EVALUATIONS
+    products = partial(fp8_products, loaded.model) if settings.weights else nullcontext
     others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
     for measure in _measures(loaded, settings, evaluation):
         measured = _part(evaluation, "measured", which)
         if measure.key in measured:
             continue
-        results = _taken(others, measure, which) or _measured(loaded, measure, which)
+        results = _taken(others, measure, which)
+        if not results:
+            with products():
+                results = _measured(loaded, measure, which)
         for name, values in results.items():
             if scores := values.pop("scores", None):
                 _part(evaluation, "scores", measure.kind, which)[name] = scores
@@ -73,15 +79,16 @@ def evaluate(
 def _measures(
     loaded: LoadedModel, settings: EvaluationConfig, evaluation: dict[str, Any]
 ) -> Iterator[Measure]:
+    rounding = f"/{settings.weights}" if settings.weights else ""
     for named in perplexity_texts(settings.perplexity):
         _part(evaluation, "evaluated_texts")[named.name] = named.text.digest(calibration=False)
         windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
-        key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}"
+        key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}{rounding}"
         run = partial(_perplexity, loaded, settings, named.name, windows)
         yield Measure("perplexity", key, run)
     for name in settings.tasks:
         asked = Path(name).name
-        key = f"tasks/{asked}/{digest_of(evaluation['evaluation']['tasks'][asked])}"
+        key = f"tasks/{asked}/{digest_of(evaluation['evaluation']['tasks'][asked])}{rounding}"
         yield Measure("tasks", key, partial(_task, loaded, settings, name))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from permllm.config import flatten
 from permllm.errors import ConfigError
-from permllm.runs.measures import Measure, method_of
+from permllm.runs.measures import FP8, Measure, method_of
 from permllm.runs.table import DENSE, Table
 
 RESAMPLES = 10_000
@@ -245,7 +245,7 @@ class Comparison:
 
     def _metric(self, measure: str) -> str | None:
         same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
-        if "perplexity" in measure and same:
+        if "perplexity" in measure and same and not measure.endswith(FP8):
             return "wikitext2_ppl"
         match = re.fullmatch(r"(\w+) acc", measure)
         return f"{match[1]}_acc" if match else None

@@ -29,6 +29,8 @@ PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
+# Ending of the names of measures with `evaluation.weights=fp8`.
+FP8 = ", fp8"
 # Groups of methods by their option that does nothing.
 METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
 _FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
@@ -85,7 +87,7 @@ def measured(
 
 
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
-    how = evaluation.get("evaluation", {}).get("perplexity", {})
+    how, rounding = evaluation.get("evaluation", {}).get("perplexity", {}), _rounding(evaluation)
     losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
     begins = "with BOS" if how.get("bos") else "without BOS"
     found: dict[Key, Measure] = {}
@@ -95,7 +97,7 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
         nats = [loss / (window - 1) for loss in losses.get(text, [])]
         scores = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
-        found[f"{plain(text)} perplexity (window {window})", facts] = Measure(
+        found[f"{plain(text)} perplexity (window {window}){rounding}", facts] = Measure(
             float(values["value"]),
             "perplexity",
             limited=how.get("limit") is not None,
@@ -105,7 +107,7 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
 
 
 def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
-    how = evaluation.get("evaluation", {}).get("tasks", {})
+    how, rounding = evaluation.get("evaluation", {}).get("tasks", {}), _rounding(evaluation)
     scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
     tasks = evaluation.get("tasks", {}).get(which, {})
     found: dict[Key, Measure] = {}
@@ -132,7 +134,7 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
                 {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {},
                 asked_for=metric != ACC and ACC in values["metrics"],
             )
-            found[plain(task_label(task, values, metric)), facts] = measure
+            found[plain(task_label(task, values, metric)) + rounding, facts] = measure
             if metric == ACC:
                 parts[task] = measure
     counted, mean, error = average_accuracy(tasks)
@@ -146,7 +148,7 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             f"add_bos_token={bos}",
         )
         every = {task: one.scores[task] for task, one in parts.items() if one.scores}
-        found["average acc", of_all] = Measure(
+        found[f"average acc{rounding}", of_all] = Measure(
             mean,
             "accuracy",
             error,
@@ -156,6 +158,11 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             tuple(sorted(counted)),
         )
     return found
+
+
+def _rounding(evaluation: Mapping[str, Any]) -> str:
+    """Return the ending of the names of an evaluation's measures."""
+    return FP8 if evaluation.get("evaluation", {}).get("weights") == "fp8" else ""
 
 
 def column_names(keys: list[Key]) -> dict[Key, str]:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.runs.measures import (
+    FP8,
     METHODS,
     Measure,
     column_names,
@@ -183,13 +184,17 @@ class Table:
         if closed.empty:
             return []
         common = closed.columns[closed.dropna(how="all").notna().all()]
-        # A text that was measured in two ways counts once.
-        shared = [*{name.partition(_PERPLEXITY)[0]: name for name in common}.values()]
-        self.gaps, notes = {GAP: shared} if shared else {}, list[str]()
+        self.gaps = {}
+        for ending in ("", FP8):
+            names = [name for name in common if name.endswith(FP8) == bool(ending)]
+            # A text that was measured in two ways counts once.
+            shared = [*{name.partition(_PERPLEXITY)[0]: name for name in names}.values()]
+            self.gaps |= {GAP + ending: shared} if shared else {}
+        notes = []
         if len(closed.columns) > 1:
+            notes = [f"{gap}: the mean over {', '.join(of)}" for gap, of in self.gaps.items()]
+            notes = notes or [f"{GAP}: no text is in all rows, so that each stands alone"]
             self.gaps |= {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
-            mean, alone = f"the mean over {', '.join(shared)}", "no text is in all rows"
-            notes.append(f"{GAP}: {mean if shared else f'{alone}, so that each stands alone'}")
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
             self.kinds[gap] = "share"

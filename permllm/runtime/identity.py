@@ -91,7 +91,9 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
             **({"source": source} if source == "wheel" else {}),
             **({"digest": inputs[key]} if key in inputs else {}),
         }
-    return found | ({"tasks": tasks} if tasks else {})
+    found |= {"tasks": tasks} if tasks else {}
+    rounded = {"weights": settings["weights"]} if found and settings.get("weights") else {}
+    return found | rounded
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:

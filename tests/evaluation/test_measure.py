@@ -17,6 +17,7 @@ from permllm.runs.directory import RunDirectory
 from permllm.runtime.identity import digest_of
 from tests.test_config import composed, config
 
+FP8 = "evaluation.weights=fp8"
 VALUES = {"metrics": {"acc,none": 0.5}, "n": 2, "scores": {"items": [0, 1]}}
 
 
@@ -82,6 +83,12 @@ def test_another_evaluation_of_the_run_is_asked_for_what_it_has_measured(
     words = ["evaluation.perplexity.limit=1", asked(tasks, colours={"num_fewshot": 2})]
     evaluated(tmp_path / "run", words, loaded)
     assert ran[2:] == both
+    ran.clear()
+    rounded = evaluated(tmp_path / "run", [few, asked(tasks, colours={}), FP8], loaded)
+    assert ran == both
+    assert rounded["evaluation"] == first["evaluation"] | {"weights": "fp8"}
+    ours, theirs = (one["perplexity"]["dense"]["builtin"]["value"] for one in (rounded, first))
+    assert ours != theirs
 
 
 def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
@@ -108,6 +115,7 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     assert measured(colours={"limit": 2})
     assert not measured("evaluation.lm_eval.limit=2", colours={})
     assert measured("evaluation.lm_eval.add_bos_token=true", colours={})
+    assert measured(FP8, colours={})
     assert measured(colours={}, of=load_model(config("model=tiny").model, 1))
     assert not measured(colours={})
     (tmp_path / "test.json").write_text("other items")

@@ -232,6 +232,22 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     assert table.main() == PERPLEXITY
 
 
+def test_measures_by_fp8_stand_beside_the_others_with_a_gap_of_their_own(tmp_path: Path) -> None:
+    for name, sparse, rounded in (("none", 40.0, 44.0), ("lcp", 20.0, 22.0)):
+        plain, fp8 = (
+            evaluation({"wikitext2": {"dense": dense, "sparse": value}}, {"rte": 0.5})
+            for dense, value in ((10.0, sparse), (11.0, rounded))
+        )
+        fp8["evaluation"]["weights"], fp8["evaluation_hash"] = "fp8", "1"
+        make_run(tmp_path / name, 0.0, plain, fp8, permutation=name)
+    table = table_of(tmp_path)
+    row = table.means.loc[table.find("permutation=lcp", "")]
+    assert row[[PERPLEXITY, f"{PERPLEXITY}, fp8"]].tolist() == [20.0, 22.0]
+    assert row[["gap closed", "gap closed, fp8"]].tolist() == pytest.approx([0.5, 0.5])
+    assert table.dense[f"{PERPLEXITY}, fp8"][0] == 11.0
+    assert {"rte acc", "rte acc, fp8"} <= {*table.measures}
+
+
 def test_every_published_number_is_found_by_its_table() -> None:
     lines = (ROOT / "permllm" / "runs" / "published.csv").read_text().splitlines()
     assert sum(len(published(f"table{number}")) for number in range(1, 9)) == len(lines) - 1

@@ -1,0 +1,53 @@
+"""Evaluation with the rounding of FP8 kernels, as `export.serve=vllm` has a model served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from permllm.models.families import channel_groups, linear_at
+from permllm.models.layers import replaced_forwards
+
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Round values to float8 e4m3 with a scale for each row, as torchao does (`PerRow`).
+
+    The scale is the row's largest magnitude over 448, both in bfloat16. A row of zeros stays zero.
+
+    Args:
+        values: `(..., channels)` in any float dtype, which bfloat16 rounds first.
+
+    Returns:
+        float32 of the same shape: codes times scales.
+    """
+    values = values.bfloat16()
+    scale = (values.abs().amax(-1, keepdim=True) / _LARGEST).float()
+    scale = scale.masked_fill(scale == 0, 1.0)
+    codes = (values.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return codes.float() * scale
+
+
+@contextmanager
+def fp8_products(model: nn.Module) -> Iterator[None]:
+    """Have all linears of the decoder layers multiply in FP8 inside the context.
+
+    Weights are rounded by row and activations by token. Products are summed up in float32.
+    """
+    with ExitStack() as held:
+        for group in channel_groups(model):
+            for linear in [linear_at(model, path) for path in group.members]:
+                held.enter_context(replaced_forwards([linear], partial(_forward, linear)))
+        yield
+
+
+def _forward(linear: nn.Linear, states: Tensor) -> Tensor:
+    bias = None if linear.bias is None else linear.bias.float()
+    # The weight is rounded at each call, because it may come from the host or from a file.
+    product = nn.functional.linear(rounded(states), rounded(linear.weight), bias)
+    return product.to(states.dtype)
