@@ -120,6 +120,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the weights (default: that of the run)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (5)")
     parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved")
+    parser.add_argument("--serve", choices=("vllm",), help="write settings of a server too")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:

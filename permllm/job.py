@@ -20,8 +20,11 @@ from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
+from permllm.export.serve import check_serve, serving
+from permllm.models.families import channel_groups
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
+from permllm.models.selection import differing_patterns
 from permllm.pruning.footprint import Footprint
 from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
 from permllm.pruning.placement import placement_for
@@ -89,7 +92,10 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
 def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
     """Return the sizes of a job. Raises ConfigError where a method cannot work on its model."""
     model = meta_model(config.model)
-    checked_groups(config, methods, model)
+    pruned = checked_groups(config, methods, model)
+    if config.export.serve:
+        groups = channel_groups(model)
+        serving(groups, config.sparsity, differing_patterns(groups, pruned))
     return Footprint(config, model, methods, device)
 
 
@@ -149,8 +155,10 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
             if value != usual[key]:
                 raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
-    request = Request(export.form, export.dtype, export.shard_gb)
+    request = Request(export.form, export.dtype, export.shard_gb, export.serve)
     request.check()
+    if export.serve:
+        check_serve(export.form, export.dtype or config.model.dtype, config.patterns)
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
     if export.form == "folded" and methods.permutation.constraint == "free":
@@ -239,6 +247,7 @@ def _export(request: Request, record: RunDirectory) -> None:
     """Write the pruned model into the run directory, unless it is there already in this form."""
     wanted = {"form": request.form, "dtype": request.dtype or record.config["model"]["dtype"]}
     wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
+    wanted |= {"serve": request.serve}
     target = record.directory / EXPORT
     summary = present_export(target)
     if summary is not None and all(summary.get(key) == value for key, value in wanted.items()):

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from permllm.export.serve import COMMAND, READERS, SETTINGS
 from permllm.runs.measures import patterns_text, result_rows
 from permllm.runtime.version import __version__
 
@@ -17,6 +18,23 @@ _FORMS = {
     "gathered": "It is N:M as it is stored, and gathers activations where no neighbouring weight "
     "absorbs an order: transformers loads it after `import permllm.export`, of a PermLLM checkout.",
 }
+
+
+def _serving(served: dict[str, int]) -> list[str]:
+    """Return how vLLM serves the checkpoint.
+
+    Args:
+        served: number of linears that its FP8 kernels for 2:4 multiply (`sparse`), and of `all`.
+    """
+    return [
+        f"vLLM serves it in FP8 with 2:4 kernels, {served['sparse']} of its {served['all']} linears"
+        " (joined as vLLM joins them); the others stay in bfloat16. On an H100 or H200 (compute "
+        "capability 9), in this folder:",
+        "",
+        f"    {COMMAND}",
+        "",
+        f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
+    ]
 
 
 def model_notice(config: dict[str, Any]) -> str | None:
@@ -55,6 +73,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         lines += [f"{notice} The terms: {model['terms']}", ""]
     if summary.get("patterns"):
         lines += [f"Patterns of its linears: {patterns_text(metrics['sparsity'])}.", ""]
+    if served := summary.get("served"):
+        lines += [*_serving(served), ""]
     lines += ["| measure | dense | sparse |", "| --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in result_rows(metrics)]
     lines += ["", f"Weights: {summary['bytes'] / 1e6:.1f} MB, {summary['dtype']}."]

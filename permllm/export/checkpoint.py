@@ -18,11 +18,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import set_verbosity_error
 
-from permllm.config import DTYPES, ModelConfig
+from permllm.config import DTYPES, ModelConfig, NMPattern
 from permllm.errors import ConfigError, DataError, check_one_of, check_positive
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, write_gathered
+from permllm.export.serve import COMMAND, SERVERS, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
 from permllm.models.selection import DENSE
@@ -53,11 +54,13 @@ class Request:
         form: one of `FORMS`; None is the first that the permutations allow.
         dtype: of the weights; None is that of the run.
         shard_gb: largest size of a file, in 10^9 bytes.
+        serve: one of `SERVERS`, for which a file of settings is written; None: for none.
     """
 
     form: str | None = None
     dtype: str | None = None
     shard_gb: float = 5.0
+    serve: str | None = None
 
     def check(self) -> None:
         """Raise ConfigError when a value is not valid."""
@@ -66,6 +69,8 @@ class Request:
         if self.dtype is not None:
             check_one_of("export.dtype", self.dtype, DTYPES)
         check_positive("export.shard_gb", self.shard_gb)
+        if self.serve is not None:
+            check_one_of("export.serve", self.serve, SERVERS)
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,13 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     groups = channel_groups(source.skeleton)
     form = request.form or first_form(groups, model.orders)
     stored = stored_order(form, source.skeleton, groups, model.orders)
-    dtype = getattr(torch, request.dtype or model.config["model"]["dtype"])
-    patterns = sparsity.get("patterns", {})
+    said = request.dtype or model.config["model"]["dtype"]
+    dtype, patterns = getattr(torch, said), sparsity.get("patterns", {})
+    served = None
+    if request.serve:
+        there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
+        check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
+        served = serving(groups, sparsity["pattern"], patterns)
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
 
@@ -215,6 +225,9 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     }
     files = write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
+    if served is not None:
+        write_json(folder / SETTINGS, served.settings())
+        files += [SETTINGS]
     source.save_tokenizer(folder)
     summary = {
         "form": form,
@@ -225,6 +238,8 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         "config_hash": model.metrics["config_hash"],
         "shard_gb": request.shard_gb,
         "gathers": len(stored.gathers),
+        "serve": request.serve,
+        **({"served": dict(zip(("sparse", "all"), served.counts, strict=True))} if served else {}),
         "sha256": {name: file_sha256(folder / name) for name in files},
         "seconds": time.perf_counter() - started,
     }
@@ -281,7 +296,7 @@ def _write_settings(
 def work(options: argparse.Namespace) -> Answer:
     """Do the work of the command `permllm export`."""
     set_verbosity_error()  # what its warnings are about is an error here
-    request = Request(options.form, options.dtype, options.shard_gb)
+    request = Request(options.form, options.dtype, options.shard_gb, options.serve)
     summary = export_run(options.run, request, options.to, options.dense)
     said = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
@@ -289,4 +304,6 @@ def work(options: argparse.Namespace) -> Answer:
     )
     if options.form is None:
         said += f"\n{summary['form']} is the first of {', '.join(FORMS)} that this run allows"
+    if options.serve:
+        said += f"\nto serve it, in {options.to}: {COMMAND}"
     return Answer(summary, lambda: print(said))

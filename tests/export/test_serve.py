@@ -1,0 +1,176 @@
+"""Settings for vLLM: names beside the weights of the checkpoint, torchao's own words, refusals."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from permllm.cli import call
+from permllm.config import NMPattern, read_config
+from permllm.errors import ConfigError
+from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
+from permllm.export.serve import COMMAND, KEPT, SETTINGS
+from permllm.job import export_request, run
+from permllm.pruning.methods import methods_of
+from permllm.runs.files import read_json
+from permllm.runs.tensors import violations
+from tests.export.pruned import TWO_OF_FOUR, make_run, variant_model
+from tests.test_config import composed
+
+# Sizes that the kernels take, of joined linears too.
+QWEN3 = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 3}
+VLLM = Request("folded", "bfloat16", serve="vllm")
+# vLLM's linears, and the linears of transformers' models that each joins.
+JOINED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+
+def qwen3(folder: Path, *arguments: Any, constraint: str = "foldable", **sizes: int) -> Path:
+    model = variant_model("qwen3", torch.bfloat16, **QWEN3 | sizes)
+    return make_run(folder, model, constraint, *arguments)
+
+
+def chosen(settings: dict[str, Any], path: str) -> Any:
+    """Return the settings of a module as torchao and vLLM look them up."""
+    names = settings["_data"]["fqn_to_config"]
+    if path in names:
+        return names[path]
+    found = [value for name, value in names.items() if re.fullmatch(name.removeprefix("re:"), path)]
+    return found[0] if found else None
+
+
+def served(folder: Path) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield the paths that vLLM and torchao may look up for each linear of vLLM, and its weight."""
+    state = load_file(folder / "model.safetensors")
+    for layer in range(QWEN3["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for joined, parts in JOINED.items():
+            weights = [state[f"{prefix}{part}.weight"] for part in parts]
+            yield [prefix + name for name in (joined, *parts)], torch.cat(weights)
+
+
+def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
+    tmp_path: Path,
+) -> None:
+    dense, other = ("layers.1.mlp", "layers.2.self_attn.v_proj"), {"layers.0.mlp.down_proj": "4:8"}
+    run = qwen3(tmp_path, TWO_OF_FOUR, dense, other)
+    summary = export_run(run, VLLM, tmp_path / "out")
+    settings, multiplied = read_json(tmp_path / "out" / SETTINGS), 0
+    for names, weight in served(tmp_path / "out"):
+        sparse = violations(weight, None, TWO_OF_FOUR) == 0
+        multiplied += sparse
+        assert [chosen(settings, name) for name in names] == [KEPT if sparse else None] * len(names)
+    assert summary["served"] == {"sparse": multiplied, "all": 12}
+    assert multiplied == 12 - 4
+    others = ("self_attn.q_norm", "self_attn.o_proj.weight")  # torchao looks up parameters too
+    for name in ("lm_head", "model.norm", *(f"model.layers.0.{name}" for name in others)):
+        assert chosen(settings, name) is None
+    assert settings["_data"]["fqn_to_config"] == settings["_data"]["module_fqn_to_config"]
+    assert SETTINGS in present_export(tmp_path / "out")["sha256"]  # type: ignore[index]
+    assert f"\n    {COMMAND}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_torchao_writes_and_reads_the_kept_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = pytest.importorskip("torchao.core.config")
+    run = qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",))
+    export_run(run, VLLM, tmp_path / "by-torchao")
+    monkeypatch.setattr("permllm.export.serve.find_spec", lambda name: None)
+    export_run(run, VLLM, tmp_path / "kept")
+    theirs, kept = (read_json(tmp_path / name / SETTINGS) for name in ("by-torchao", "kept"))
+    assert theirs == kept
+    config = core.config_from_dict(kept)
+    assert core.config_to_dict(config) == kept
+    ((sparse, settings), *dense) = config.fqn_to_config.items()
+    assert settings.packing_format.name == "SPARSE_2D_DATA_2D_METADATA"
+    assert {settings.weight_dtype, settings.activation_dtype} == {torch.float8_e4m3fn}
+    names = [f"model.layers.1.mlp.{name}_proj" for name in ("gate_up", "gate", "up", "down")]
+    assert [name for name, settings in dense if settings is None] == names
+    assert re.fullmatch(sparse.removeprefix("re:"), "model.layers.10.self_attn.qkv_proj")
+
+
+def test_sizes_that_the_kernels_do_not_take_stay_dense(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = qwen3(tmp_path, hidden_size=192)  # 64 rows, and 128 channels do not divide it
+    with caplog.at_level(logging.WARNING):
+        summary = export_run(run, VLLM, tmp_path / "out")
+    assert summary["served"] == {"sparse": 6, "all": 12}
+    settings = read_json(tmp_path / "out" / SETTINGS)
+    for names, weight in served(tmp_path / "out"):
+        assert (chosen(settings, names[0]) == KEPT) == (weight.shape[1] % 128 == 0)
+    assert "6 of 12 linears" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "request_", "wanted"),
+    [
+        ({"pattern": NMPattern(4, 8)}, VLLM, "sparsity=2:4"),
+        ({"constraint": "free"}, Request(None, "bfloat16", serve="vllm"), "permutation.constraint"),
+        ({}, Request("simulate", "bfloat16", serve="vllm"), "export=folded"),
+        ({}, Request("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
+        ({"hidden_size": 96, "intermediate_size": 96}, VLLM, "export.serve"),
+        ({}, Request("folded", "bfloat16", serve="sglang"), "export.serve='sglang'"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
+    changed: dict[str, Any], request_: Request, wanted: str, tmp_path: Path
+) -> None:
+    pattern = changed.pop("pattern", TWO_OF_FOUR)
+    path = qwen3(tmp_path, pattern, **changed)
+    with pytest.raises(ConfigError, match=re.escape(wanted)) as refused:
+        export_run(path, request_, tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("export=none", "export=folded"),
+        ("export=gathered", "export=folded"),
+        (
+            "export=folded export.dtype=bfloat16 permutation=heuristic",
+            "permutation.constraint=foldable",
+        ),
+        ("export=folded", "export.dtype=bfloat16"),
+        ("export=folded export.dtype=bfloat16 sparsity=4:8", "sparsity=2:4"),
+    ],
+)
+def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wanted: str) -> None:
+    config = read_config(
+        composed("model=tiny", "permutation=none", "export.serve=vllm", *words.split())
+    )
+    with pytest.raises(ConfigError, match=re.escape(wanted)):
+        export_request(config, methods_of(config))
+
+
+def test_sizes_are_refused_before_a_job_begins(cache: Path, tmp_path: Path) -> None:
+    words = ("permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm")
+    config = read_config(composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words))
+    with pytest.raises(ConfigError, match="serve=vllm"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_writes_the_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = qwen3(tmp_path)
+    words = [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16", "--serve", "vllm"]
+    assert call("export", words) == 0
+    assert SETTINGS in capsys.readouterr().out
+    assert read_json(tmp_path / "out" / SUMMARY)["serve"] == "vllm"
