@@ -29,11 +29,11 @@ from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
 from permllm.runs.compare import Comparison, published
 from permllm.runs.files import RECORDS, write_text
-from permllm.runs.measures import method_of
+from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.plots import points
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render
-from permllm.runs.table import GAP, Table
+from permllm.runs.table import GAP, Table, gap_closed
 from permllm.runtime.terminal import run_tool
 from scripts.memory_table import memory
 
@@ -208,6 +208,84 @@ def peers(folder: Path, theirs: str) -> str:
     )
 
 
+def landscape(folder: Path, theirs: str, reference: str, **ours: str) -> str:
+    """Return published results, the CSV file `theirs`, by the share of the gap that they close.
+
+    Args:
+        folder: that of the document.
+        theirs: the CSV file.
+        reference: rows that measure the gap from this method are shown.
+        ours: by file of records our methods, each with settings that tell its rows apart.
+    """
+    found = csv.DictReader((folder / theirs).read_text(encoding="utf-8").splitlines())
+    rows = [_published(row) for row in found if row["reference_method"] == reference]
+    for records, methods in ours.items():
+        rows += _measured(folder / records, methods, reference)
+    frame = pd.DataFrame(rows).sort_values(GAP, ascending=False, kind="stable")
+    frame[GAP] = frame[GAP].map("{:.1%}".format)
+    return as_text(frame, "md")
+
+
+def _published(row: dict[str, str]) -> dict[str, Any]:
+    here, start, dense = (
+        pd.DataFrame([float(row[name])]) for name in ("perplexity", "reference", "dense")
+    )
+    return {
+        "method": row["method"] + " †" * row["note"].startswith("second-hand"),
+        **{name: row[name] for name in ("year", "model", "window", "dense")},
+        row["reference_method"]: row["reference"],
+        "perplexity": row["perplexity"],
+        GAP: gap_closed(here, start, dense).iat[0, 0],
+        "weights change": row["changes_weights"],
+        "cost": row["cost"],
+        "source": "; ".join(filter(None, (row["source"], row["note"]))),
+    }
+
+
+def _measured(file: Path, methods: str, reference: str) -> Iterator[dict[str, Any]]:
+    """Give our row of each method; a perplexity has a number for each text."""
+    found = Table(runs_of(file), _settings_of(reference.lower()))
+    texts, start = found.gaps[GAP], found.baseline
+    for words in methods.split():
+        method, _, others = words.partition(",")
+        row = found.find(",".join(filter(None, (_settings_of(method), others))), str(file))
+        runs = [found.runs[run] for run in found.rows[row]]
+        # Other jobs of a machine only add to the minutes.
+        fastest = min(runs, key=lambda run: pruning_minutes(run.metrics["seconds"]))
+        minutes = pruning_minutes(fastest.metrics["seconds"])
+        asked = fastest.metrics["perplexity"]["sparse"].values()
+        values = {
+            "dense": [found.dense[text][0] for text in texts],
+            reference: found.means.loc[start, texts],
+            "perplexity": found.means.loc[row, texts],
+        }
+        seeds = ", ".join(sorted(str(run.config["seed"]) for run in runs))
+        yield {
+            "method": f"ours: `{method.rpartition('/')[2]}`",
+            "year": fastest.environment["started"][:4],
+            "model": fastest.config["model"]["name"],
+            "window": ", ".join(sorted({str(one["window"]) for one in asked})),
+            **{name: " / ".join(map("{:.2f}".format, of)) for name, of in values.items()},
+            GAP: found.means.at[row, GAP],
+            "weights change": "yes" if fastest.metrics["sparsity"]["weights_changed"] else "no",
+            "cost": f"{minutes:.1f} minutes; {processor(fastest)}, "
+            f"{fastest.environment['hardware']['threads']} threads, "
+            f"{fastest.metrics['compute_dtype']}",
+            "source": f"[frontier](../frontier/README.md), seed {seeds}",
+        }
+
+
+def _settings_of(method: str) -> str:
+    """Return the settings by which `Table.find` finds a method's row."""
+    config = composed([f"method={method}"])
+    said = {group: config[group].get("name") for group in _GROUPS[:4]}
+    said |= {
+        f"{group}.{key}": config[group].get(key)
+        for group, key in (("permutation", "constraint"), ("reconstruction", "start"))
+    }
+    return ",".join(f"{name}={value}" for name, value in said.items() if value)
+
+
 def ablation(folder: Path, records: str = RECORDS) -> str:
     """Return rows by perplexity, the worst first, with what differs from a job without settings."""
     lines = pd.DataFrame([_ablated(run) for run in collect([folder / records], apart=True).runs])
@@ -318,7 +396,8 @@ def provenance(runs: list[Run]) -> str:
 
 
 _VIEWS = {
-    view.__name__: view for view in (table, paper, frontier, ablation, placements, peers, memory)
+    view.__name__: view
+    for view in (table, paper, frontier, ablation, placements, peers, landscape, memory)
 }
 
 

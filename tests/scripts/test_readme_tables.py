@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from permllm.errors import ConfigError
-from scripts.readme_tables import main, with_views
+from scripts.readme_tables import landscape, main, with_views
 from tests.conftest import ROOT
 
 TABLE_6 = ROOT / "experiments" / "table6" / "records.jsonl"
+LANDSCAPE = ROOT / "experiments" / "landscape"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
@@ -34,3 +38,48 @@ def test_a_table_that_cannot_be_names_its_file(words: str, message: str, tmp_pat
         with_views(file)
     assert str(raised.value).startswith(f"{file}: view ")
     assert message in str(raised.value)
+
+
+def test_the_landscape_has_the_gap_of_each_published_row() -> None:
+    with (LANDSCAPE / "landscape.csv").open(encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    methods = {row["reference_method"] for row in published}
+    shown = "".join(landscape(LANDSCAPE, "landscape.csv", method) for method in methods)
+    cells = {tuple(line.strip("| ").split(" | ")) for line in shown.splitlines()}
+    for row in published:
+        second_hand = "second-hand" in row["note"]
+        # The logarithm of a quotient, to the base of the whole gap's.
+        share = math.log(
+            float(row["reference"]) / float(row["perplexity"]),
+            float(row["reference"]) / float(row["dense"]),
+        )
+        start = (f"{row['method']} †" if second_hand else row["method"], row["year"], row["model"])
+        (found,) = (cell for cell in cells if cell[:3] == start and cell[6] == row["perplexity"])
+        assert found[5] == row["reference"]
+        assert found[7] == f"{100 * share:.1f}%"
+
+
+def test_the_landscape_names_each_perplexity_of_wanda_that_is_published() -> None:
+    text = (LANDSCAPE / "README.md").read_text(encoding="utf-8")
+    with (LANDSCAPE / "landscape.csv").open(encoding="utf-8") as file:
+        values = {
+            row["reference"]
+            for row in csv.DictReader(file)
+            if (row["model"], row["reference_method"]) == ("LLaMA-2-7B", "Wanda")
+        }
+    (said,) = re.findall(r"Wanda on LLaMA-2-7B has a perplexity of ([\d., or]+), by", text)
+    assert set(re.findall(r"\d+\.\d+", said)) == values
+
+
+def test_our_rows_of_the_landscape_are_those_of_the_frontier() -> None:
+    ours = {"../frontier/minutes-10.jsonl": "masks frontier/weights"}
+    shown = landscape(LANDSCAPE, "landscape.csv", "Wanda", **ours)
+    (masks,), (weights,) = (
+        re.findall(rf"^\| ours: `{name}` .*$", shown, re.MULTILINE) for name in ("masks", "weights")
+    )
+    of_frontier = (LANDSCAPE.parent / "frontier" / "README.md").read_text(encoding="utf-8")
+    line = r"^\| wanda \| none \|  \| score \| none .*?\| ([\d.]+)% ± [\d.]+% \| ([\d.]+) "
+    (gap, perplexity), *_ = re.findall(line, of_frontier, re.MULTILINE)
+    assert f"| {float(gap):.1f}% | no |" in masks
+    assert f"| {perplexity} / " in masks
+    assert "| yes |" in weights
