@@ -140,8 +140,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     """Measure prefill and decoding of a checkpoint, the cost of its gathers, loading, sizes.
 
     With --against DENSE the dense model is measured too. On a GPU with sparse tensor cores the 2:4
-    linears of a model in half precision run on them, by cuSPARSELt, for which the fastest algorithm
-    is searched, and by CUTLASS. What is missing for that is said.
+    linears of a model in half precision run on them, and 6:8 linears as three 2:4 windows: by
+    cuSPARSELt, for which the fastest algorithm is searched, and by CUTLASS. What is missing for
+    that is said.
     """
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
     parser.add_argument(

@@ -1,7 +1,8 @@
 """Command `permllm bench`: speed of a checkpoint, one variant of it after the other.
 
 A variant is the checkpoint as it is stored, without its gathers, the dense model, or the checkpoint
-with its 2:4 weights on the sparse tensor cores of a GPU by one of torch's two libraries.
+with its 2:4 weights on the sparse tensor cores of a GPU by one of torch's two libraries. There 6:8
+weights are three 2:4 windows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from permllm.runs.environment import hardware, versions
 from permllm.runs.tensors import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.terminal import Answer, terminal
+from permllm.sparsity.windows import as_two_of_four, window_count
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
 _TWO_OF_FOUR = NMPattern(2, 4)
@@ -52,15 +54,15 @@ def what_is_missing(
     """Return why no sparse tensor cores multiply linears of such patterns; None where they may."""
     if not sparse_tensor_cores(device):
         return "2:4 products need an NVIDIA GPU of compute capability 8.0 or more"
-    if _TWO_OF_FOUR not in patterns:
-        return "sparse tensor cores multiply 2:4, and no linear has it"
+    if not any(map(window_count, patterns)):
+        return "sparse tensor cores multiply 2:4, and 6:8 as windows of it: no linear has either"
     if dtype.itemsize != 2:
         return "2:4 products need half precision: --dtype bfloat16"
     return None
 
 
 def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: nn.Module) -> str:
-    """Put the 2:4 linears whose sizes allow it on sparse tensor cores, and say what was used.
+    """Put 2:4 and 6:8 linears of suitable sizes on sparse tensor cores, and say what was used.
 
     Args:
         backend: one of `BACKENDS`.
@@ -69,22 +71,25 @@ def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: 
         model: with its weights in stored order.
 
     Raises:
-        ConfigError: a weight is not 2:4 in stored order, or none has a size that allows it.
+        ConfigError: a weight is not N:M in stored order, or none has a size that allows it.
         RuntimeError: torch has no such kernel for this device.
     """
     SparseSemiStructuredTensor._FORCE_CUTLASS = backend == "CUTLASS"
     algorithms: dict[torch.Size, int] = {}
     used = 0
-    for path in [path for path, pattern in patterns.items() if pattern == _TWO_OF_FOUR]:
-        linear = linear_at(model, path)
-        if violations(linear.weight, None, _TWO_OF_FOUR):
-            raise ConfigError(f"{path}.weight is not 2:4 in stored order")
-        if linear.out_features % 32 or linear.in_features % 64:
+    for path in [path for path, pattern in patterns.items() if window_count(pattern)]:
+        linear, pattern = linear_at(model, path), patterns[path]
+        if violations(linear.weight, None, pattern):
+            raise ConfigError(f"{path}.weight is not {pattern} in stored order")
+        split, columns = as_two_of_four(linear.weight.detach(), pattern)
+        if split.shape[0] % 32 or split.shape[1] % 64:
             continue
-        weight: Any = to_sparse_semi_structured(linear.weight.detach())
+        weight: Any = to_sparse_semi_structured(split)
+        if pattern != _TWO_OF_FOUR:
+            linear.register_forward_pre_hook(partial(_columns, columns))
         if backend == "cuSPARSELt":
             if weight.shape not in algorithms:
-                x = torch.ones(-(-rows // 8) * 8, linear.in_features).to(linear.weight)
+                x = torch.ones(-(-rows // 8) * 8, split.shape[1]).to(split)
                 algorithms[weight.shape] = torch._cslt_sparse_mm_search(weight.packed, x.t())
             weight.alg_id_cusparselt = algorithms[weight.shape]
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -93,6 +98,11 @@ def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: 
         raise ConfigError("no linear has rows that 32 divides and channels that 64 divides")
     chosen = f", algorithms {sorted(set(algorithms.values()))}" if algorithms else ""
     return f"{used} linears by {backend}{chosen}"
+
+
+def _columns(columns: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Return the inputs of a linear as the columns of its windows multiply them."""
+    return inputs[0].index_select(-1, columns)
 
 
 @dataclass(frozen=True)

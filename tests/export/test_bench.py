@@ -18,8 +18,9 @@ from permllm.export.bench import BACKENDS, Sizes, measure, use_backend, what_is_
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import stated_patterns
 from permllm.models.families import channel_groups, linear_at
+from permllm.runs.tensors import violations
 from tests.conftest import tiny_model
-from tests.export.pruned import load, make_run, variant_model
+from tests.export.pruned import load, logits, make_run, relative, variant_model
 from tests.models.test_bad_checkpoints import WEIGHTS
 
 CUDA = torch.device("cuda")
@@ -51,7 +52,8 @@ def test_what_is_missing_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert what_is_missing(torch.device("cpu"), {two}, torch.bfloat16)
     monkeypatch.setattr(bench, "sparse_tensor_cores", lambda device: True)
     assert what_is_missing(CUDA, {two, None}, torch.bfloat16) is None
-    assert "no linear has it" in str(what_is_missing(CUDA, {four}, torch.bfloat16))
+    assert what_is_missing(CUDA, {NMPattern(6, 8)}, torch.bfloat16) is None
+    assert "no linear has either" in str(what_is_missing(CUDA, {four}, torch.bfloat16))
     assert "--dtype bfloat16" in str(what_is_missing(CUDA, {two}, torch.float32))
 
 
@@ -98,6 +100,21 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
     patterns = stated_patterns(tmp_path, model)
     with pytest.raises(ConfigError, match=r"layers\.0.*is not 2:4 in stored order"):
         use_backend("CUTLASS", patterns, 8, model)
+
+
+def test_windows_of_6_8_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In float64, with a stand-in for the kernel."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    run = make_run(tmp_path, variant_model("llama", **shape), "foldable", NMPattern(6, 8))
+    export_run(run, Request("folded"), tmp_path / "out")
+    model = load(tmp_path / "out", dtype=torch.float64)
+    before, weights = logits(model), []
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
+    monkeypatch.setattr(bench, "to_sparse_semi_structured", lambda x: weights.append(x) or x)
+    used = use_backend("CUTLASS", stated_patterns(tmp_path / "out", model), 8, model)
+    assert used.startswith("14 linears")
+    assert {violations(weight, None, NMPattern(2, 4)) for weight in weights} == {0}
+    assert relative(logits(model), before) < 1e-6  # transformers' norms are in float32
 
 
 def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""(M-2):M as overlapping 2:4 windows, which sparse tensor cores multiply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern
+
+
+def window_count(pattern: NMPattern) -> int | None:
+    """Return how many 2:4 windows make up M channels, two channels apart; None: none do.
+
+    2:4 is one window, 6:8 are three. The product has four channels a window, of which 2:4 kernels
+    multiply half: it takes at least (M - 2) / M of the dense time.
+    """
+    return pattern.n // 2 if pattern.m % 2 == 0 and pattern.n == pattern.m - 2 else None
+
+
+def as_two_of_four(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+    """Split a weight into 2:4 windows, without rounding and with each value in one window.
+
+    A window takes the first two values that earlier windows have left.
+
+    Args:
+        weight: `(C_out, C_in)`, N:M of a pattern that has windows.
+        pattern: N:M.
+
+    Returns:
+        The weight `(C_out, 2 N C_in / M)`, which is 2:4, and the channel that each of its columns
+        multiplies, int64.
+    """
+    blocks = weight.unflatten(1, (-1, pattern.m))
+    left, windows = blocks != 0, []
+    starts = range(0, pattern.m - 2, 2)
+    for window in (slice(start, start + 4) for start in starts):
+        taken = left[..., window] & (left[..., window].cumsum(-1) <= 2)
+        left[..., window] &= ~taken
+        windows.append(torch.where(taken, blocks[..., window], 0.0))
+    channels = torch.arange(weight.shape[1], device=weight.device).view(-1, pattern.m)
+    columns = torch.cat([channels[:, start : start + 4] for start in starts], dim=1)
+    return torch.cat(windows, dim=-1).flatten(1), columns.flatten()
