@@ -195,6 +195,7 @@ def save(
     form: str | None = None,
     dtype: str | None = None,
     shard_gb: float = 5.0,
+    serve: str | None = None,
 ) -> dict[str, Any]:
     """Write a model that `prune` has pruned as a checkpoint, as `permllm export` does.
 
@@ -206,6 +207,7 @@ def save(
             or `simulate` (the original order). None is the first that the permutations allow.
         dtype: of the weights; None is the model's.
         shard_gb: largest size of a file, in 10^9 bytes.
+        serve: `vllm` writes its settings for FP8 and 2:4 too; None: none.
 
     Returns:
         The summary that is written beside the model: form, pattern, size in bytes, seconds.
@@ -238,7 +240,7 @@ def save(
     present = str(model.dtype).removeprefix("torch.")
     config = config | {"model": config["model"] | {"dtype": present}}
     pruned = PrunedModel(source, config, found.report, found.orders, weight)
-    return write_checkpoint(pruned, Request(form, dtype, shard_gb), Path(folder))
+    return write_checkpoint(pruned, Request(form, dtype, shard_gb, serve), Path(folder))
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

@@ -114,7 +114,7 @@ def _kept(
     if not named.kept:
         return compute()
     key = settings | {
-        "text": named.text.digest(calibration),
+        "text": [named.name, named.text.digest(calibration)],  # a wheel has several texts
         "tokenizer": tokenizer_digest(tokenizer),
         "bos": bos,
         "use": "calibration" if calibration else "perplexity",

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig
-from permllm.data.texts import TEXTS
-from permllm.data.windows import calibration_tokens, encode, windows_of
+from permllm.data.texts import TEXTS, NamedText, Text
+from permllm.data.windows import all_tokens, calibration_tokens, encode, windows_of
 from permllm.errors import ConfigError, DataError
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -113,3 +113,32 @@ def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
         "documents": documents,
     }
     assert all(any(piece in text for text in joined[sampling]) for piece in own)
+
+
+class OfOneWheel(Text):
+    """Text that tells no other of its wheel from itself by its digest."""
+
+    def __init__(self, document: str) -> None:
+        self.document = document
+
+    def calibration(self, seed: int) -> list[str]:
+        return [self.document]
+
+    def digest(self, calibration: bool) -> str:
+        return "sha256 of the wheel"
+
+
+def test_two_texts_of_one_wheel_are_kept_apart(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, config = ByT5Tokenizer(extra_ids=0), {"samples": 1, "seqlen": 8}
+    read, drawn = {}, {}
+    for name, document in {"first": "abcdefghi", "second": "123456789"}.items():
+        monkeypatch.setitem(TEXTS, name, OfOneWheel(document))
+        read[name] = tokenizer.decode(all_tokens(tokenizer, NamedText(name, TEXTS[name])))
+        monkeypatch.setattr(OfOneWheel, "calibrates", True)
+        windows = calibration_tokens(tokenizer, CalibrationConfig(name, **config), seed=0)
+        drawn[name] = tokenizer.decode(windows[0])
+    assert (read["first"][:9], read["second"][:9]) == ("abcdefghi", "123456789")
+    assert drawn["first"].isalpha()
+    assert not drawn["second"].isalpha()
