@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from permllm.config import flatten
+from permllm.config import NMPattern, flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
 from permllm.runs.compare import Comparison, published
@@ -35,6 +35,7 @@ from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render
 from permllm.runs.table import GAP, Table, gap_closed
 from permllm.runtime.terminal import run_tool
+from permllm.sparsity.windows import window_count
 from scripts.memory_table import memory
 
 _BLOCK = re.compile(
@@ -131,6 +132,26 @@ def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) 
     memory = (drawn["memory"] / 1e9).map("{:.2f} GB".format)
     frame.insert(place, "minutes", ["", *minutes])
     frame.insert(place + 1, "peak memory", ["", *memory])
+    return f"{as_text(frame, 'md')}\n{machine(runs)}"
+
+
+def bounds(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
+    """Return rows with the bytes of pruned linears and the bound of their speed on 2:4 kernels."""
+    runs = runs_of(folder / records)
+    found = Table(runs, baseline)
+    found.baseline = None  # the gaps say it
+    found.show(columns, "gap closed, perplexity (")
+    found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
+    frame, costs = cells(found), [("100.0%", "100.0%", "1.00")]
+    for row in found.labels.index:
+        pattern = NMPattern.parse(found.label(row, "sparsity"))
+        # Values, half of them stored, and a bit for each, of windows of four channels.
+        width = 4 * (window_count(pattern) or 0) / pattern.m
+        sizes = (f"{width * (bits / 2 + 1) / bits:.1%}" for bits in (16, 8))
+        costs.append((*sizes, f"{2 / width:.2f}"))
+    names = ("bytes, bfloat16", "bytes, FP8", "speed at most")
+    for name, values in zip(names, zip(*costs, strict=True), strict=True):
+        frame.insert(list(frame).index(GAP), name, [*values])
     return f"{as_text(frame, 'md')}\n{machine(runs)}"
 
 
@@ -397,7 +418,7 @@ def provenance(runs: list[Run]) -> str:
 
 _VIEWS = {
     view.__name__: view
-    for view in (table, paper, frontier, ablation, placements, peers, landscape, memory)
+    for view in (table, paper, frontier, bounds, ablation, placements, peers, landscape, memory)
 }
 
 

@@ -101,10 +101,11 @@ def test_the_peers_are_run_by_their_protocol() -> None:
         assert not job.evaluation.tasks
 
 
-# The first two take texts of the hub, the third any checkpoint.
-@pytest.mark.parametrize(
-    "experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier", "scale")]
-)
+# The first three take texts of the hub, the last any checkpoint.
+OTHERS = ("peers", "frontier", "serving", "scale")
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in OTHERS])
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
     words = (f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick")
     for config in jobs(*words, few=True):
@@ -155,6 +156,14 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
     # Without a budget they learn from the calibration samples.
     for method in sorted({config.method for config in jobs("experiment=frontier")}):
         assert jobs(f"method={method}")[0].further == 0
+
+
+def test_serving_measures_each_method_of_the_frontier_in_both_ways() -> None:
+    found = jobs("experiment=serving")
+    assert {job.evaluation.weights for job in found} == {None, "fp8"}
+    frontier = {job.hash for job in jobs("experiment=frontier")}
+    assert {job.hash for job in found} < frontier
+    assert len({job.hash for job in found}) == len(found) / 2
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def rounded(values: Tensor) -> Tensor:
 
 @contextmanager
 def fp8_products(model: nn.Module) -> Iterator[None]:
-    """Have all linears of the decoder layers multiply in FP8 inside the context.
+    """Let all linears of the decoder layers multiply in FP8 inside the context.
 
     Weights are rounded by row and activations by token. Products are summed up in float32.
     """

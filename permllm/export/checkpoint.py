@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,33 +189,15 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     source, sparsity = model.source, model.metrics["sparsity"]
-    groups = channel_groups(source.skeleton)
+    groups, patterns = channel_groups(source.skeleton), sparsity.get("patterns", {})
     form = request.form or first_form(groups, model.orders)
     stored = stored_order(form, source.skeleton, groups, model.orders)
     said = request.dtype or model.config["model"]["dtype"]
-    dtype, patterns = getattr(torch, said), sparsity.get("patterns", {})
-    served = None
+    dtype, served = getattr(torch, said), None
     if request.serve:
         there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
         check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
         served = serving(groups, sparsity["pattern"], patterns)
-    members = [path for group in groups for path in group.members]
-    pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
-
-    def made(name: str) -> Tensor:
-        tensor = source.read(name)
-        if not tensor.is_floating_point():
-            return tensor
-        if name in pruned:
-            tensor = model.weight(pruned[name], tensor)
-        cast = tensor.to(dtype)
-        if not all_finite(cast):
-            if not all_finite(tensor):
-                raise DataError(f"{name} holds values that are not finite")
-            raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
-        # Adding +0.0 turns -0.0, on which some sparse kernels break, into +0.0.
-        return stored.apply(name, cast + 0.0 if name in pruned else cast)
-
     _write_settings(source, stored, dtype, folder)  # which may fail, before anything large
     state = source.skeleton.state_dict()
     planned = {
@@ -223,6 +206,9 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         )
         for name in parameter_names(source.skeleton)
     }
+    members = [path for group in groups for path in group.members]
+    pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
+    made = partial(_made, model, stored, dtype, pruned)
     files = write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
     if served is not None:
@@ -233,13 +219,13 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         "form": form,
         "sparsity": sparsity["pattern"],
         **({"patterns": patterns} if patterns else {}),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": said,
         "bytes": sum(tensor.nbytes for tensor in planned.values()),
         "config_hash": model.metrics["config_hash"],
         "shard_gb": request.shard_gb,
         "gathers": len(stored.gathers),
         "serve": request.serve,
-        **({"served": dict(zip(("sparse", "all"), served.counts, strict=True))} if served else {}),
+        **({"served": served.counts} if served else {}),
         "sha256": {name: file_sha256(folder / name) for name in files},
         "seconds": time.perf_counter() - started,
     }
@@ -249,6 +235,24 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     if notice := model_notice(model.config):
         (folder / "NOTICE").write_text(f"{notice}\n", encoding="utf-8")
     return summary
+
+
+def _made(
+    model: PrunedModel, stored: StoredOrder, dtype: torch.dtype, pruned: dict[str, str], name: str
+) -> Tensor:
+    """Return a tensor as it is stored; `pruned` are paths of linears by the names of weights."""
+    tensor = model.source.read(name)
+    if not tensor.is_floating_point():
+        return tensor
+    if name in pruned:
+        tensor = model.weight(pruned[name], tensor)
+    cast = tensor.to(dtype)
+    if not all_finite(cast):
+        if not all_finite(tensor):
+            raise DataError(f"{name} holds values that are not finite")
+        raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
+    # Adding +0.0 turns -0.0, on which some sparse kernels break, into +0.0.
+    return stored.apply(name, cast + 0.0 if name in pruned else cast)
 
 
 def write_shards(

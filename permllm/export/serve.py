@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from permllm.config import NMPattern
@@ -69,17 +68,19 @@ class Serving:
     Attributes:
         sparse: regular expression of the module paths that FP8 and 2:4 kernels multiply.
         dense: module paths that vLLM leaves in bfloat16.
-        counts: number of linears that the kernels multiply, and of all.
+        counts: number of linears that the kernels multiply (`sparse`), and of `all`.
     """
 
     sparse: str
     dense: list[str]
-    counts: tuple[int, int]
+    counts: dict[str, int]
 
     def settings(self) -> dict[str, Any]:
-        """Return the content of the file `SETTINGS`; made by torchao where it is installed."""
-        if find_spec("torchao"):
+        """Return the content of the file `SETTINGS`, which torchao makes where it is installed."""
+        try:
             return _by_torchao(self.sparse, self.dense)
+        except ImportError:  # or it is older than the kernels
+            pass
         by_name = {self.sparse: KEPT, **dict.fromkeys(self.dense)}
         return _of_type(
             "FqnToConfig", {"fqn_to_config": by_name, "module_fqn_to_config": by_name}, 1
@@ -152,33 +153,31 @@ def serving(groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str,
             linear.rows += rows
             its = patterns.get(path, pattern)
             linear.sparse &= its != DENSE and _two_of_four(NMPattern.parse(its))
-    fits = {
-        name: linear.rows % _ROWS == linear.channels % _CHANNELS == 0
-        for name, linear in linears.items()
-    }
-    unfit = [name for name, linear in linears.items() if linear.sparse and not fits[name]]
-    kinds, dense, count, layers = dict[str, None](), list[str](), 0, ""
+    kinds, layers = dict[str, None](), ""
+    dense, unfit, count = list[str](), list[str](), 0
     for name, linear in linears.items():
         names = dict.fromkeys([name, *linear.paths])
-        if linear.sparse and fits[name]:
+        fits = linear.rows % _ROWS == linear.channels % _CHANNELS == 0
+        if linear.sparse and fits:
             layers = linear.prefix.rstrip(".").rpartition(".")[0]
             kinds |= dict.fromkeys(re.escape(one.removeprefix(linear.prefix)) for one in names)
             count += 1
         else:
             dense += names
+            unfit += [name] * linear.sparse
     if not count:
         raise ConfigError(
-            f"export.serve=vllm: its kernels take linears with {_ROWS} x rows and {_CHANNELS} x "
-            f"channels, and the 2:4 linears of this model are none; serve it without export.serve"
+            f"export.serve=vllm: its kernels need rows that {_ROWS} divides and channels that "
+            f"{_CHANNELS} divides, which no 2:4 linear of this model has; leave export.serve out"
         )
     if unfit:
         log.warning(
-            "vLLM leaves %s of %s linears dense, such as %s: the kernels take %s x rows and %s x "
-            "channels; keep_dense keeps their weights",
+            "vLLM leaves %s of %s linears dense, such as %s: its kernels need rows that %s divides "
+            "and channels that %s divides; keep_dense would leave their weights whole",
             *(len(unfit), len(linears), unfit[0], _ROWS, _CHANNELS),
         )
     sparse = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(kinds)})"
-    return Serving(sparse, dense, (count, len(linears)))
+    return Serving(sparse, dense, {"sparse": count, "all": len(linears)})
 
 
 def _two_of_four(pattern: NMPattern) -> bool:

@@ -30,7 +30,7 @@ PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 # Ending of the names of measures with `evaluation.weights=fp8`.
-FP8 = ", fp8"
+FP8 = " in fp8"
 # Groups of methods by their option that does nothing.
 METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
 _FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from permllm.cli import call
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
-from permllm.export.serve import COMMAND, KEPT, SETTINGS
+from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
 from permllm.job import export_request, run
+from permllm.models.families import channel_groups
+from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
 from permllm.runs.files import read_json
 from permllm.runs.tensors import violations
 from tests.export.pruned import TWO_OF_FOUR, make_run, variant_model
-from tests.test_config import composed
+from tests.test_config import composed, config
 
 # Sizes that the kernels take, of joined linears too.
 QWEN3 = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 3}
@@ -88,7 +91,7 @@ def test_torchao_writes_and_reads_the_kept_settings(
     core = pytest.importorskip("torchao.core.config")
     run = qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",))
     export_run(run, VLLM, tmp_path / "by-torchao")
-    monkeypatch.setattr("permllm.export.serve.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
     export_run(run, VLLM, tmp_path / "kept")
     theirs, kept = (read_json(tmp_path / name / SETTINGS) for name in ("by-torchao", "kept"))
     assert theirs == kept
@@ -164,6 +167,14 @@ def test_sizes_are_refused_before_a_job_begins(cache: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="serve=vllm"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b"])
+def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
+    model = meta_model(config(f"model={name}").model)
+    found = serving(channel_groups(model), "2:4", {})
+    assert found.counts["sparse"] == found.counts["all"] > 0
+    assert not found.dense
 
 
 def test_the_command_writes_the_settings(

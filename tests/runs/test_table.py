@@ -242,10 +242,10 @@ def test_measures_by_fp8_stand_beside_the_others_with_a_gap_of_their_own(tmp_pat
         make_run(tmp_path / name, 0.0, plain, fp8, permutation=name)
     table = table_of(tmp_path)
     row = table.means.loc[table.find("permutation=lcp", "")]
-    assert row[[PERPLEXITY, f"{PERPLEXITY}, fp8"]].tolist() == [20.0, 22.0]
-    assert row[["gap closed", "gap closed, fp8"]].tolist() == pytest.approx([0.5, 0.5])
-    assert table.dense[f"{PERPLEXITY}, fp8"][0] == 11.0
-    assert {"rte acc", "rte acc, fp8"} <= {*table.measures}
+    assert row[[PERPLEXITY, f"{PERPLEXITY} in fp8"]].tolist() == [20.0, 22.0]
+    assert row[["gap closed", "gap closed in fp8"]].tolist() == pytest.approx([0.5, 0.5])
+    assert table.dense[f"{PERPLEXITY} in fp8"][0] == 11.0
+    assert {"rte acc", "rte acc in fp8"} <= {*table.measures}
 
 
 def test_every_published_number_is_found_by_its_table() -> None:
