@@ -149,6 +149,8 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     Raises ConfigError where it cannot be had from this run.
     """
     export = config.export
+    if export.serve:
+        check_serve(export.form, export.dtype or config.model.dtype, config.patterns)
     if export.form == "none":
         usual = asdict(ExportConfig())
         for key, value in asdict(export).items():
@@ -157,8 +159,6 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
         return None
     request = Request(export.form, export.dtype, export.shard_gb, export.serve)
     request.check()
-    if export.serve:
-        check_serve(export.form, export.dtype or config.model.dtype, config.patterns)
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
     if export.form == "folded" and methods.permutation.constraint == "free":
