@@ -28,7 +28,7 @@ from permllm.config import NMPattern, flatten, read_config
 from permllm.errors import ConfigError, DataError
 from permllm.models.load import meta_model
 from permllm.pruning.composition import composed
-from permllm.runs.compare import Comparison, published
+from permllm.runs.compare import Comparison, paired, published
 from permllm.runs.files import RECORDS, write_text
 from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.plots import points
@@ -132,7 +132,7 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
 def frontier(
     folder: Path, baseline: str, columns: str = "", records: str = RECORDS, methods: str = ""
 ) -> str:
-    """Return rows by the gap that they close, with minutes and memory (`points`).
+    """Return rows by the gap that they close, with minutes, processor and memory (`points`).
 
     Args:
         folder: that of the document.
@@ -153,11 +153,40 @@ def frontier(
     drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
     drawn = drawn[drawn.index.isin([*names] or drawn.index)]
     frame = cells(found).iloc[[0, *(drawn.index + 1)]]
-    place, minutes = list(frame).index(GAP), drawn["minutes"].map("{:.1f}".format)
-    memory = (drawn["memory"] / 1e9).map("{:.2f} GB".format)
-    frame.insert(place, "minutes", ["", *minutes])
-    frame.insert(place + 1, "peak memory", ["", *memory])
+    fastest = (runs[int(found.frame["minutes"][found.rows[row]].idxmin())] for row in drawn.index)
+    costs = {
+        "minutes": drawn["minutes"].map("{:.1f}".format),
+        "on": map(_computed_on, fastest),
+        "peak memory": (drawn["memory"] / 1e9).map("{:.2f} GB".format),
+    }
+    for name, values in costs.items():
+        frame.insert(list(frame).index(GAP), name, ["", *values])
     return f"{as_text(frame, 'md')}\n{machine(runs)}"
+
+
+def _computed_on(run: Run) -> str:
+    name = processor(run).replace("(R)", "").replace(" Processor", "")
+    threads = run.environment["hardware"]["threads"]
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {run.metrics['compute_dtype']}"
+
+
+def differences(
+    folder: Path, baseline: str, columns: str, measures: str, records: str = RECORDS
+) -> str:
+    """Return the difference of each row from the baseline in some measures, with 95 % intervals."""
+    found = Table(runs_of(folder / records), baseline)
+    found.show(columns, measures)
+    start, rows = found.baseline, []
+    if start is None:
+        raise ConfigError("baseline: missing, expected settings that name one row")
+    for row in found.labels.index.drop(start):
+        line = [found.label(row, name) for name in found.settings]
+        for name in found.measures:
+            pair = paired(found, row, start, name)
+            change, (low, high) = pair["difference"], pair["interval"]
+            line.append(f"{100 * change:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+        rows.append(line)
+    return as_text(pd.DataFrame(rows, columns=[*found.settings, *found.measures]), "md")
 
 
 def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) -> str:
@@ -456,28 +485,16 @@ def provenance(runs: list[Run]) -> str:
     minutes = sum(sum(run.metrics["seconds"].values()) for run in runs) / 60
     seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
     budget = runs[0].config["calibration"]
-    cost = f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included"
-    cost += ". Runs of several tables count in each"
-    cached = "what an earlier job had left of the dense model's evaluation and calibration does not"
-    calibrated = f"calibrated on {budget['samples']} samples of {budget['seqlen']} tokens"
-    return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"
-
-
-_VIEWS = {
-    view.__name__: view
-    for view in (
-        table,
-        paper,
-        frontier,
-        needs,
-        bounds,
-        ablation,
-        placements,
-        peers,
-        landscape,
-        memory,
+    return (
+        f"{len(runs)} runs of seed {seeds}, {minutes:.0f} minutes with evaluation, "
+        f"{budget['samples']} calibration windows of {budget['seqlen']} tokens. "
+        "A run that is in several tables counts in each. The minutes lack the dense model's "
+        f"evaluation and calibration where an earlier job had left them. {machine(runs)}\n"
     )
-}
+
+
+_TABLES = (table, paper, frontier, differences, needs, bounds, ablation, placements, peers)
+_VIEWS = {view.__name__: view for view in (*_TABLES, landscape, memory)}
 
 
 def with_views(file: Path) -> str:
