@@ -66,6 +66,11 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 120
 
 
+def test_the_changelog_has_at_most_twenty_lines_a_version() -> None:
+    _, *versions = (ROOT / "CHANGELOG.md").read_text("utf-8").split("\n## [")
+    assert [text for text in versions if len(text.rstrip().splitlines()) > 20] == []
+
+
 def test_commands_for_several_processes_have_a_sample_of_each_batch_for_each() -> None:
     commands = [line for line in README.splitlines() if line.startswith("torchrun ")]
     assert commands
