@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from permllm.config import read_config
 from permllm.models.load import meta_model
@@ -36,18 +37,22 @@ def memory(folder: Path, models: str) -> str:
     shapes = {name: meta_model(read_config(composed([f"model={name}"])).model) for name in names}
     rows = []
     for words in _METHODS:
-        row = [f"`{words}`"]
-        for name in names:
-            config = read_config(composed([f"model={name}", *words.split()]))
-            job = Footprint(config, shapes[name], methods_of(config), torch.device("cuda"))
-            row.append(
-                " / ".join(
-                    f"{job.needs(place).device / 1e9:.1f}"
-                    for place in placements(job)
-                    if place in ("device", "host")
-                )
-            )
-        rows.append(row)
+        cells = (gigabytes(f"model={name} {words}", shapes[name]) for name in names)
+        rows.append([f"`{words}`", *cells])
     return as_text(
         pd.DataFrame(rows, columns=["GB on the device / with the layers on the host", *names]), "md"
     )
+
+
+def gigabytes(words: str, shape: PreTrainedModel | None = None) -> str:
+    """Return GB of a GPU for a job, and behind a slash GB with the layers on the host.
+
+    Args:
+        words: what is typed after `run.py`, with spaces.
+        shape: the job's model without weights; None: made here.
+    """
+    config = read_config(composed(words.split()))
+    model = shape or meta_model(config.model)
+    job = Footprint(config, model, methods_of(config), torch.device("cuda"))
+    places = (place for place in placements(job) if place in ("device", "host"))
+    return " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in places)

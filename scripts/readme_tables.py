@@ -24,10 +24,11 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from permllm.config import NMPattern, flatten
+from permllm.config import NMPattern, flatten, read_config
 from permllm.errors import ConfigError, DataError
+from permllm.models.load import meta_model
 from permllm.pruning.composition import composed
-from permllm.runs.compare import Comparison, published
+from permllm.runs.compare import Comparison, paired, published
 from permllm.runs.files import RECORDS, write_text
 from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.plots import points
@@ -36,7 +37,7 @@ from permllm.runs.render import as_text, cells, machine, processor, render
 from permllm.runs.table import GAP, Table, gap_closed
 from permllm.runtime.terminal import run_tool
 from permllm.sparsity.windows import window_count
-from scripts.memory_table import memory
+from scripts.memory_table import gigabytes, memory
 
 _BLOCK = re.compile(
     r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL
@@ -68,10 +69,19 @@ def table(
     baseline: str = "",
     columns: str = "",
     measures: str = _SHOWN,
+    sort: str = "",
 ) -> str:
-    """Return runs as `permllm results` shows them, and what they were measured with."""
+    """Return runs as `permllm results` shows them, and what they were measured with.
+
+    With `sort` the rows follow the dense model's by this measure, the largest value first.
+    """
     runs = runs_of(folder / records)
-    return f"{shown(runs, columns, measures, baseline)}\n{machine(runs)}"
+    if not sort:
+        return f"{shown(runs, columns, measures, baseline)}\n{machine(runs)}"
+    found = Table(runs, baseline)
+    found.show(columns, measures)
+    rows = found.means[sort].sort_values(ascending=False, kind="stable").index
+    return f"{as_text(cells(found).iloc[[0, *(rows + 1)]], 'md')}\n{machine(runs)}"
 
 
 def shown(
@@ -119,20 +129,86 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
     )
 
 
-def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
-    """Return rows by the gap that they close, with minutes and memory (`points`)."""
+def frontier(
+    folder: Path, baseline: str, columns: str = "", records: str = RECORDS, methods: str = ""
+) -> str:
+    """Return rows by the gap that they close, with minutes, processor and memory (`points`).
+
+    Args:
+        folder: that of the document.
+        baseline: settings of the row from which the gap is measured.
+        columns: settings to show.
+        records: the file of records.
+        methods: options of the group `method`, whose rows alone are shown, in the place of columns.
+    """
     runs = runs_of(folder / records)
     found = Table(runs, baseline)
     found.baseline = None  # the gaps say it
+    names = {found.find(_settings_of(method), records): method for method in methods.split()}
     found.show(columns, "gap closed, perplexity (")
+    if names:
+        found.labels["method"] = pd.Series(names).reindex(found.labels.index).map("`{}`".format)
+        found.settings = ["method"]
     found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
     drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
+    drawn = drawn[drawn.index.isin([*names] or drawn.index)]
     frame = cells(found).iloc[[0, *(drawn.index + 1)]]
-    place, minutes = list(frame).index(GAP), drawn["minutes"].map("{:.1f}".format)
-    memory = (drawn["memory"] / 1e9).map("{:.2f} GB".format)
-    frame.insert(place, "minutes", ["", *minutes])
-    frame.insert(place + 1, "peak memory", ["", *memory])
+    fastest = (runs[int(found.frame["minutes"][found.rows[row]].idxmin())] for row in drawn.index)
+    costs = {
+        "minutes": drawn["minutes"].map("{:.1f}".format),
+        "on": map(_computed_on, fastest),
+        "peak memory": (drawn["memory"] / 1e9).map("{:.2f} GB".format),
+    }
+    for name, values in costs.items():
+        frame.insert(list(frame).index(GAP), name, ["", *values])
     return f"{as_text(frame, 'md')}\n{machine(runs)}"
+
+
+def _computed_on(run: Run) -> str:
+    name = processor(run).replace("(R)", "").replace(" Processor", "")
+    threads = run.environment["hardware"]["threads"]
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {run.metrics['compute_dtype']}"
+
+
+def differences(
+    folder: Path, baseline: str, columns: str, measures: str, records: str = RECORDS
+) -> str:
+    """Return the difference of each row from the baseline in some measures, with 95 % intervals."""
+    found = Table(runs_of(folder / records), baseline)
+    found.show(columns, measures)
+    start, rows = found.baseline, []
+    if start is None:
+        raise ConfigError("baseline: missing, expected settings that name one row")
+    for row in found.labels.index.drop(start):
+        line = [found.label(row, name) for name in found.settings]
+        for name in found.measures:
+            pair = paired(found, row, start, name)
+            change, (low, high) = pair["difference"], pair["interval"]
+            line.append(f"{100 * change:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+        rows.append(line)
+    return as_text(pd.DataFrame(rows, columns=[*found.settings, *found.measures]), "md")
+
+
+def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) -> str:
+    """Return by need what to type, the gap that it closes, and the memory that `model` takes.
+
+    Args:
+        folder: that of the document.
+        records: the file of records.
+        baseline: settings of the row from which the gap is measured.
+        model: option of the group `model`.
+        uses: what is typed by need, with `method=NAME` first.
+    """
+    found = Table(runs_of(folder / records), baseline)
+    shape = meta_model(read_config(composed([f"model={model}"])).model)
+    rows = []
+    for need, words in uses.items():
+        method = words.split()[0].removeprefix("method=")
+        row = found.find(_settings_of(method), records)
+        gap = f"{found.means.at[row, GAP]:.0%}"
+        rows.append([need, f"`{words}`", gap, gigabytes(f"model={model} method={method}", shape)])
+    columns = ["you want", "use", GAP, f"GB for {model}, on a GPU / with layers on the host"]
+    return as_text(pd.DataFrame(rows, columns=columns), "md")
 
 
 def bounds(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
@@ -409,17 +485,16 @@ def provenance(runs: list[Run]) -> str:
     minutes = sum(sum(run.metrics["seconds"].values()) for run in runs) / 60
     seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
     budget = runs[0].config["calibration"]
-    cost = f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included"
-    cost += ". Runs of several tables count in each"
-    cached = "what an earlier job had left of the dense model's evaluation and calibration does not"
-    calibrated = f"calibrated on {budget['samples']} samples of {budget['seqlen']} tokens"
-    return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"
+    return (
+        f"{len(runs)} runs of seed {seeds}, {minutes:.0f} minutes with evaluation, "
+        f"{budget['samples']} calibration windows of {budget['seqlen']} tokens. "
+        "A run that is in several tables counts in each. The minutes lack the dense model's "
+        f"evaluation and calibration where an earlier job had left them. {machine(runs)}\n"
+    )
 
 
-_VIEWS = {
-    view.__name__: view
-    for view in (table, paper, frontier, bounds, ablation, placements, peers, landscape, memory)
-}
+_TABLES = (table, paper, frontier, differences, needs, bounds, ablation, placements, peers)
+_VIEWS = {view.__name__: view for view in (*_TABLES, landscape, memory)}
 
 
 def with_views(file: Path) -> str:

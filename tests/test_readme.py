@@ -1,4 +1,4 @@
-"""The README says what is true: its records, options, links and install commands exist."""
+"""Tests of what documents name: records, options, links and commands exist."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 
@@ -30,19 +31,29 @@ def test_the_two_commands_exist_as_written() -> None:
     assert "test" in project["optional-dependencies"]
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        *("model", "pruner", "permutation", "temperature", "reconstruction", "calibration"),
-        *("evaluation", "export", "logger", "budget", "method", "experiment", "protocol"),
-    ],
-)
-def test_every_option_in_the_table_exists(group: str) -> None:
-    (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)
-    options = [name for name in re.findall(r"`([^`]+)`", row) if "=" not in name]
-    named = [name for name in options if not name.startswith(f"{group}.")]
-    assert named
-    assert [name for name in named if not (ROOT / "conf" / group / f"{name}.yaml").is_file()] == []
+def test_every_option_that_the_readme_names_exists() -> None:
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    pattern = r"(?<![\w.])([a-z]+)=([\w./-]+(?:,(?![\w.]+=)[\w./-]+)*)"
+    named = {
+        (group, option)
+        for group, options in re.findall(pattern, README)
+        for option in options.split(",")
+        if group in groups
+    }
+    assert {group for group, _ in named} >= {"model", "pruner", "permutation", "mask", "method"}
+    missing = [name for name in named if not (ROOT / "conf" / f"{'/'.join(name)}.yaml").is_file()]
+    assert missing == []
+
+
+def test_the_citation_of_the_readme_is_that_of_the_file() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    (paper,) = citation["references"]
+    text = re.sub(r"[{}]", "", README)
+    assert f"version = {citation['version']}," in text
+    assert f"title  = {citation['title']}," in text
+    assert f"title  = {paper['title']}," in text
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in text
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
@@ -52,7 +63,12 @@ def test_links_to_files_lead_somewhere(document: Path) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 160
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_changelog_has_at_most_twenty_lines_a_version() -> None:
+    _, *versions = (ROOT / "CHANGELOG.md").read_text("utf-8").split("\n## [")
+    assert [text for text in versions if len(text.rstrip().splitlines()) > 20] == []
 
 
 def test_commands_for_several_processes_have_a_sample_of_each_batch_for_each() -> None:
