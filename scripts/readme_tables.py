@@ -211,24 +211,37 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     return as_text(pd.DataFrame(rows, columns=columns), "md")
 
 
-def bounds(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
-    """Return rows with the bytes of pruned linears and the bound of their speed on 2:4 kernels."""
-    runs = runs_of(folder / records)
-    found = Table(runs, baseline)
+def bounds(folder: Path, methods: str, records: str) -> str:
+    """Return methods at 2:4 and at 6:8, with the bytes and the bound of the speed on 2:4 kernels.
+
+    All gaps are measured from the first method at 2:4.
+
+    Args:
+        folder: that of the document.
+        methods: options of the group `method`.
+        records: files of records, which have them in both patterns.
+    """
+    runs = [run for file in records.split() for run in runs_of(folder / file)]
+    settings = {method: _settings_of(method) for method in methods.split()}
+    first, *_ = settings.values()
+    found = Table(runs, f"{first},sparsity=2:4")
     found.baseline = None  # the gaps say it
-    found.show(columns, "gap closed, perplexity (")
+    found.show(None, "gap closed, perplexity (")
     found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
-    frame, costs = cells(found), [("100.0%", "100.0%", "1.00")]
-    for row in found.labels.index:
-        pattern = NMPattern.parse(found.label(row, "sparsity"))
-        # Values, half of them stored, and a bit for each, of windows of four channels.
+    rows, costs = list[int](), [("dense", "", "100.0%", "100.0%", "1.00")]
+    for text in ("2:4", "6:8"):
+        pattern = NMPattern.parse(text)
+        # Half of four channels in each window is stored, with a bit for each channel.
         width = 4 * (window_count(pattern) or 0) / pattern.m
-        sizes = (f"{width * (bits / 2 + 1) / bits:.1%}" for bits in (16, 8))
-        costs.append((*sizes, f"{2 / width:.2f}"))
-    names = ("bytes, bfloat16", "bytes, FP8", "speed at most")
-    for name, values in zip(names, zip(*costs, strict=True), strict=True):
-        frame.insert(list(frame).index(GAP), name, [*values])
-    return f"{as_text(frame, 'md')}\n{machine(runs)}"
+        sizes = [f"{width * (bits / 2 + 1) / bits:.1%}" for bits in (16, 8)]
+        for method, said in settings.items():
+            rows.append(found.find(f"{said},sparsity={text}", records))
+            costs.append((text, f"`{method}`", *sizes, f"{2 / width:.2f}"))
+    names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
+    frame = cells(found).iloc[[0, *(row + 1 for row in rows)]].drop(columns=found.settings)
+    shown = pd.concat([pd.DataFrame(costs, columns=names), frame.reset_index(drop=True)], axis=1)
+    used = [runs[number] for row in rows for number in found.rows[row]]
+    return f"{as_text(shown, 'md')}\n{machine(used)}"
 
 
 def placements(folder: Path, records: str = RECORDS) -> str:

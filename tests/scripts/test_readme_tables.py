@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from permllm.errors import ConfigError
-from scripts.readme_tables import landscape, main, with_views
+from scripts.readme_tables import bounds, landscape, main, with_views
 from tests.conftest import ROOT
 
 TABLE_6 = ROOT / "experiments" / "table6" / "records.jsonl"
 LANDSCAPE = ROOT / "experiments" / "landscape"
+SERVING, FRONTIER = ROOT / "experiments" / "serving", "../frontier/minutes-10.jsonl"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
@@ -83,3 +84,14 @@ def test_our_rows_of_the_landscape_are_those_of_the_frontier() -> None:
     assert f"| {float(gap):.1f}% | no |" in masks
     assert f"| {perplexity} / " in masks
     assert "| yes |" in weights
+
+
+def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None:
+    shown = bounds(SERVING, "wanda wanda-cp", f"patterns.jsonl {FRONTIER}")
+    cells = [line.strip("| ").split(" | ") for line in shown.splitlines() if "`" in line]
+    for pattern, _, half, eight, speed, *_ in cells:
+        # Bits of eight channels: stored values, and two bits to place each.
+        stored = {"2:4": 4, "6:8": 6}[pattern]
+        shares = [f"{stored * (bits + 2) / (8 * bits):.1%}" for bits in (16, 8)]
+        assert [half, eight, speed] == [*shares, f"{8 / stored:.2f}"]
+    assert [cell[0] for cell in cells] == ["2:4", "2:4", "6:8", "6:8"]
