@@ -107,7 +107,7 @@ def draw(file: Path) -> None:
         _matrix(second, "permuted, 2:4", permuted, nm_mask(permuted, _PATTERN), perm)
         back = permuted_nm_mask(saliency, perm, _PATTERN)
         _matrix(third, "the same mask, original order: not 2:4", saliency, back, channels)
-        blocks = [("logits W", logits), ("soft, temperature 1", soft[1.0])]
+        blocks = [("logits A", logits), ("soft, temperature 1", soft[1.0])]
         blocks += [("soft, temperature 0.1", soft[0.1])]
         blocks += [("hard, by assignment", torch.eye(len(perm))[:, hard[0]].unsqueeze(0))]
         for axes, (title, block) in zip(below.subplots(1, 4), blocks, strict=True):
