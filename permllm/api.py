@@ -32,7 +32,7 @@ from permllm.models.head import head_path
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_layers
 from permllm.models.source import DenseSource, skeleton_like
-from permllm.pruning.composition import composed, conf_directory
+from permllm.pruning.composition import composed, conf_directory, replaced_options
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import prune_model
 from permllm.runs.directory import Record
@@ -324,6 +324,8 @@ def _composed(
         found = composed(words)
     finally:
         GlobalHydra.instance().hydra = theirs
+    if replaced_options(groups.get("method", ""), groups):
+        found.method = None  # the name would be wrong
     for key, value in (given | asked).items():
         try:
             OmegaConf.update(found, key, value)

@@ -48,6 +48,8 @@ from permllm.runtime.version import __version__
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+log = logging.getLogger("permllm.cli")
+
 # Each with its line in --help and the module that does its work.
 COMMANDS = {
     "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
@@ -291,6 +293,7 @@ class Session:
             with parallel.in_step():
                 config = parallel.on_main(lambda: read_config(sweep.place(composed)))
                 check_names(config)
+                config.method = _method_as_chosen(config.method)
                 skipped = not config.force and is_finished(
                     run_directory(config), config.evaluation_identity
                 )
@@ -354,6 +357,18 @@ class Session:
                 sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
             except DataError as error:  # a full disk must not take the other jobs with it
                 print(f"error: {error}", file=sys.stderr)
+
+
+def _method_as_chosen(method: str | None) -> str | None:
+    """Return the method to record: None, with a warning, where other options replace its own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from permllm.pruning.composition import replaced_options
+
+    if method and (replaced := replaced_options(method, HydraConfig.get().runtime.choices)):
+        log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
+        return None
+    return method
 
 
 def objective(metrics: dict[str, Any]) -> float:

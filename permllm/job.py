@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.config import ExportConfig, RunConfig
-from permllm.data.texts import calibration_text, check_texts, perplexity_texts
+from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
@@ -79,7 +79,10 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
-            log.info("%s is finished already; force=true runs and logs it again", record.directory)
+            to = config.logger.name
+            unlogged = "" if to in ("auto", "none") else f", and nothing is logged to {to}"
+            again = "force=true runs and logs it again"
+            log.info("%s is finished already%s: %s", record.directory, unlogged, again)
         else:
             _unfinished(config, methods, record, device)
         if request is not None:
@@ -106,6 +109,7 @@ def _unfinished(
     check_tasks(config.evaluation)
     footprint = _footprint(config, methods, device)
     _check_shares(config, methods, record)
+    parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
@@ -126,6 +130,19 @@ def _unfinished(
         parallel.on_main(opened)
         held.enter_context(half_products(getattr(torch, config.model.dtype), device))
         _stages(config, methods, record, logger, device)
+
+
+def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
+    """Download the texts of the hub first, because without network the run would fail later.
+
+    Raises DataError where a text cannot be had.
+    """
+    for named in perplexity_texts(config.evaluation.perplexity):
+        if isinstance(named.text, HubText):
+            named.text.digest(calibration=False)
+    text = calibration_text(config.calibration).text
+    if isinstance(text, HubText) and not pruned:
+        text.digest(calibration=True)
 
 
 def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> None:

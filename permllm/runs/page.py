@@ -73,7 +73,9 @@ def page(
 def _table(frame: pd.DataFrame, words: int) -> str:
     render, targets = itables.JavascriptFunction(_BY_NUMBER), [*range(words, frame.shape[1])]
     options: Any = {"connected": False, "table_id": "table", "paging": False, "showIndex": False}
-    options |= {"order": [], "maxBytes": 0, "layout": {"topEnd": "search"}}
+    # With its default layout itables hides the search box of a table of ten rows or fewer.
+    layout = {"topStart": "search", "topEnd": None, "bottomStart": None, "bottomEnd": None}
+    options |= {"order": [], "maxBytes": 0, "layout": layout}
     options["columnDefs"] = [{"targets": targets, "render": render, "type": "num"}]
     return str(itables.to_html_datatable(frame, **options))
 

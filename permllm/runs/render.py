@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table as Printed
 
 from permllm.runs.compare import Comparison, paired, published
+from permllm.runs.files import EXPORT
 from permllm.runs.measures import number, patterns_text, result_rows
 from permllm.runs.read import Run
 from permllm.runs.table import Table
@@ -225,6 +226,9 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
     console.print(f"memory    {memory}")
     console.print(f"files     {directory}", soft_wrap=True)
+    if (export := metrics.get("export")) and (directory / EXPORT).is_dir():
+        size = f"{export['bytes'] / 1e6:.1f} MB, {export['form']}, {export['dtype']}"
+        console.print(f"export    {directory / EXPORT}: {size}", soft_wrap=True)
 
 
 def print_comparison(table: Table) -> None:

@@ -41,6 +41,8 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
         if str(identity["model"].get("device")).startswith("cuda:"):  # any GPU gives the same
             identity["model"]["device"] = "cuda"
+    if "keep_dense" in identity:  # their order changes nothing
+        identity["keep_dense"] = sorted(identity["keep_dense"])
     permutation = dict(identity.get("permutation") or {})
     identity |= {key: permutation.pop(key) for key in _OF_A_PERMUTATION if key in permutation}
     identity["permutation"] = permutation

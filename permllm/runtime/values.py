@@ -28,12 +28,12 @@ def _texts(given: Any) -> Any:
 
 
 def _names(given: Any) -> list[str]:
-    """Return indices of layers and names of modules as sorted strings."""
+    """Return indices of layers and names of modules as strings, each once, in the given order."""
     names = [] if given is None else given if isinstance(given, list) else [given]
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise ValueError(f"{name!r} is neither the index of a layer nor the name of a module")
-    return sorted({str(name) for name in names})
+    return list(dict.fromkeys(map(str, names)))
 
 
 def _patterns(given: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _patterns(given: Any) -> dict[str, Any]:
 Arguments = Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})]
 # Name of a text, or names of several; None for none.
 Texts = Annotated[Any, BeforeValidator(_texts)]
-# Indices of layers and names of modules, sorted.
+# Indices of layers and names of modules.
 Names = Annotated[list[str], BeforeValidator(_names)]
 # Values by index of a layer or name of a module, in the order of the names.
 ByName = Annotated[dict[str, Any], BeforeValidator(_patterns)]
