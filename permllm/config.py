@@ -337,7 +337,8 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is unknown or missing, or its value is not valid.
     """
     try:
-        settings: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(composed)))
+        plain: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
+        settings: Any = OmegaConf.create(plain)
         budget = settings.get("budget") or {}
         settings.budget = {
             key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)

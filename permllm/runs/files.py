@@ -96,8 +96,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the JSON objects of a file, one in each line; no file: none. Errors as `read_json`."""
     if not path.exists():
         return []
-    parse = lambda text: [dict(json.loads(line)) for line in text.splitlines()]  # noqa: E731
-    return _read(path, parse, "JSON", list)
+    return _read(
+        path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list
+    )
 
 
 def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:

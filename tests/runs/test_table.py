@@ -395,7 +395,7 @@ def test_a_file_of_garbage_takes_no_other_run_with_it(
 
 
 def test_a_place_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reasons = {"none": "is not a directory, nor a file of records", "": "no runs below"}
+    reasons = {"none": "expected a directory, or a file of records", "": "no runs below"}
     for place, message in reasons.items():
         assert call("results", [str(tmp_path / place)]) == 1
         assert message in capsys.readouterr().err
