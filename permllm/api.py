@@ -103,8 +103,9 @@ def prune(
     _check(model, tokenizer, texts)
     config = read_config(_composed(model, texts, searchpath, settings))
     if isinstance(texts, Tensor) and config.further:
-        asked = len(texts) + config.further
-        raise ConfigError(f"texts has {len(texts)} windows of tokens, and {asked} are asked for")
+        raise ConfigError(
+            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + config.further}"
+        )
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
     # The tokenizer may be None where texts are tokens. Nothing asks for it then.
@@ -142,8 +143,13 @@ def prune(
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
         pruned = prune_model(job, tokens)
-    report = {"name": config.name, "config_hash": config.hash} | record.metrics
-    found = Pruned(pruned.orders, pruned.masks, report | {"history": record.history})
+    report = {
+        "name": config.name,
+        "config_hash": config.hash,
+        **record.metrics,
+        "history": record.history,
+    }
+    found = Pruned(pruned.orders, pruned.masks, report)
     setattr(model, _PRUNED, (found, tokenizer, config.resolved))
     return found
 
@@ -264,8 +270,9 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         DataError: the checkpoint is damaged; the message names the file or the tensor.
     """
-    dtype = options.pop("dtype", None)
-    return read_weights(Path(folder), dtype, torch.device("cpu"), **options).eval()
+    return read_weights(
+        Path(folder), options.pop("dtype", None), torch.device("cpu"), **options
+    ).eval()
 
 
 def results(*places: str | Path) -> pd.DataFrame:
@@ -299,8 +306,9 @@ def _dtype(model: PreTrainedModel) -> str:
 def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
     """Raise ConfigError for a model, tokenizer or texts that `prune` and `perplexity` refuse."""
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        kind = type(model).__name__
-        raise ConfigError(f"model: expected a model of AutoModelForCausalLM, got a {kind}")
+        raise ConfigError(
+            f"model: expected a model of AutoModelForCausalLM, got a {type(model).__name__}"
+        )
     linear_at(model, head_path(model))
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1 or places == {"meta"}:

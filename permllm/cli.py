@@ -201,8 +201,8 @@ def _hydra() -> None:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
-        words = " ".join(word for word in sys.argv[1:] if "null" in word)
-        raise SystemExit(f"error: {words}: {error}") from error
+        null = " ".join(word for word in sys.argv[1:] if "null" in word)
+        raise SystemExit(f"error: {null}: {error}") from error
 
 
 def _with_extra(said: str) -> str:
@@ -340,9 +340,12 @@ class Session:
             finished = [Path(job.directory) for job in jobs if job.directory]
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
                 print_comparison(Table(runs))
-            rows = zip(sweep.labels([job.overrides for job in jobs]), jobs, strict=True)
+            labels = sweep.labels([job.overrides for job in jobs])
             print_jobs(
-                [(label, job.outcome, job.reason or job.directory or "") for label, job in rows]
+                [
+                    (label, job.outcome, job.reason or job.directory or "")
+                    for label, job in zip(labels, jobs, strict=True)
+                ]
             )
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
 

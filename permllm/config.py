@@ -288,9 +288,10 @@ class RunConfig:
     @property
     def patterns(self) -> list[NMPattern]:
         """Distinct patterns of `sparsity` and `sparsity_of`, that of `sparsity` first."""
-        others = self.sparsity_of.items()
-        parsed = [NMPattern.parse(text, f"sparsity_of.{name}") for name, text in others]
-        return list(dict.fromkeys([self.pattern, *parsed]))
+        others = (
+            NMPattern.parse(text, f"sparsity_of.{name}") for name, text in self.sparsity_of.items()
+        )
+        return list(dict.fromkeys([self.pattern, *others]))
 
     @property
     def further(self) -> int:
@@ -310,8 +311,11 @@ class RunConfig:
             "model.path": self.model.path,
         }
         digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
-        tasks = [name for name in self.evaluation.tasks if is_task_file(name)]
-        digests |= {f"evaluation.tasks.{name}": task_digest(Path(name)) for name in tasks}
+        digests |= {
+            f"evaluation.tasks.{name}": task_digest(Path(name))
+            for name in self.evaluation.tasks
+            if is_task_file(name)
+        }
         return dataclasses.asdict(self) | {"inputs": digests}
 
     @cached_property

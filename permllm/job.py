@@ -81,8 +81,11 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         if record.finished:
             to = config.logger.name
             unlogged = "" if to in ("auto", "none") else f", and nothing is logged to {to}"
-            again = "force=true runs and logs it again"
-            log.info("%s is finished already%s; %s", record.directory, unlogged, again)
+            log.info(
+                "%s is finished already%s; force=true runs and logs it again",
+                record.directory,
+                unlogged,
+            )
         else:
             _unfinished(config, methods, record, device)
         if request is not None:
@@ -202,9 +205,9 @@ def _stages(
     with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
         if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
-            began = record.metrics["model"]
             raise DataError(
-                f"{record.directory} began with {began}, and the model is now {loaded.identity}"
+                f"{record.directory} began with the model {record.metrics['model']}, "
+                f"which is now {loaded.identity}"
             )
         groups = checked_groups(config, methods, loaded.model)
         _check_perplexity_texts(config, loaded)

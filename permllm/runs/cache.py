@@ -99,8 +99,7 @@ def choose_cache(folder: str | None) -> None:
 
 def cache_directory() -> Path:
     """Return the chosen folder, or `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
-    usual = os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))
-    path = Path(*_CHOSEN or [usual])
+    path = Path(*_CHOSEN or [os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))])
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

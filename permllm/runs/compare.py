@@ -145,9 +145,15 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
         kind = table.kinds[name]
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
-            line = {"measure": table.heading(name), "kind": kind}
-            line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
-            found.append(line | paired(table, first, second, name))
+            found.append(
+                {
+                    "measure": table.heading(name),
+                    "kind": kind,
+                    "first": table.shown(first, name),
+                    "second": table.shown(second, name),
+                    **paired(table, first, second, name),
+                }
+            )
     return found
 
 
@@ -221,11 +227,14 @@ class Comparison:
         pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
         ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
         method = f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}"
-        key = (model, config["sparsity"], method)
-        settings = [f"{name}={_value(config, name)}" for name in self._varied]
-        settings = [text.replace("last_layers=None", "last_layers=all") for text in settings]
-        found = (self._values.get((*key, setting, metric)) for setting in (*settings, ""))
-        return next((value for value in found if value is not None), None)
+        settings = [
+            f"{name}={_value(config, name)}".replace("last_layers=None", "last_layers=all")
+            for name in self._varied
+        ]
+        for setting in (*settings, ""):
+            if (key := (model, config["sparsity"], method, setting, metric)) in self._values:
+                return self._values[key]
+        return None
 
     def dense(self, measure: str) -> float | None:
         """Return the paper's number of the dense model; None: there are several models."""

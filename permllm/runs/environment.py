@@ -47,8 +47,11 @@ _SECRETS = (
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of this package, Python, and the libraries that results depend on."""
-    libraries = {package: metadata.version(package) for package in _PACKAGES}
-    return {"permllm": __version__, "python": platform.python_version()} | libraries
+    return {
+        "permllm": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in _PACKAGES},
+    }
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:

@@ -111,9 +111,12 @@ class _Tracked(RunLogger):
 @contextmanager
 def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open the logger of the group `logger`, and close it at the end, also if the run fails."""
-    openers = {"mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
-    open_it = openers.get(config.logger.name, _open_wandb)
-    logger = NO_LOGGER if config.logger.name == "none" else open_it(config, directory)
+    openers: dict[str, Callable[[RunConfig, Path], RunLogger]] = {
+        "none": lambda config, directory: NO_LOGGER,
+        "mlflow": _open_mlflow,
+        "tensorboard": _open_tensorboard,
+    }
+    logger = openers.get(config.logger.name, _open_wandb)(config, directory)
     failed = True
     try:
         yield logger

@@ -120,8 +120,9 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             f"add_bos_token={asked.get('add_bos_token')}",
             f"file {str(asked.get('digest', ''))[:8]}",
         )
-        measured = {name: value for name, value in values["metrics"].items() if value is not None}
-        for metric, value in measured.items():
+        for metric, value in values["metrics"].items():
+            if value is None:
+                continue
             # Other metrics may not be means over the items, so that their scores are not used.
             kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
             each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
@@ -186,8 +187,7 @@ def _short(digest: str) -> str:
 
 def plain(text: str) -> str:
     """Return a text of a record in one line, without characters that would control a terminal."""
-    printable = (character if character.isprintable() else " " for character in text)
-    return " ".join("".join(printable).split())
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
 
 
 def setting_text(value: Any) -> str:

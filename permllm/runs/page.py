@@ -72,23 +72,25 @@ def page(
 
 def _table(frame: pd.DataFrame, words: int) -> str:
     """Return the HTML of a frame, whose first columns, `words` of them, are no numbers."""
-    numbers = {
+    numbers: Any = {
         "targets": [*range(words, frame.shape[1])],
         "render": itables.JavascriptFunction(_BY_NUMBER),
         "type": "num",
     }
-    options: Any = {
-        "connected": False,
-        "table_id": "table",
-        "paging": False,
-        "showIndex": False,
-        "order": [],
-        "maxBytes": 0,
-        # With its default layout itables hides the search box of a table with ten rows or fewer.
-        "layout": {"topStart": "search", "topEnd": None, "bottomStart": None, "bottomEnd": None},
-        "columnDefs": [numbers],
-    }
-    return str(itables.to_html_datatable(frame, **options))
+    return str(
+        itables.to_html_datatable(
+            frame,
+            connected=False,
+            table_id="table",
+            paging=False,
+            showIndex=False,
+            order=[],
+            maxBytes=0,
+            # With its default layout itables hides the search box of a table with ten rows or less.
+            layout={"topStart": "search", "topEnd": None, "bottomStart": None, "bottomEnd": None},
+            columnDefs=[numbers],
+        )
+    )
 
 
 def _quality(table: Table, measure: str) -> str:

@@ -65,8 +65,9 @@ def drawn_measure(table: Table, measure: str | None) -> str:
     ]
     name = measure or table.main()
     if name is None or name not in valid:
-        missing = name or "a perplexity or an accuracy"
-        raise ConfigError(f"no row has {missing}; valid are: {', '.join(valid)}")
+        raise ConfigError(
+            f"no row has {name or 'a perplexity or an accuracy'}; valid are: {', '.join(valid)}"
+        )
     return name
 
 
@@ -161,16 +162,14 @@ def plot_curves(table: Table, file: Path) -> None:
 
     Raises ConfigError if no run has learned, or the picture cannot be written.
     """
-    rows = {row: table.first(row).history for row in table.labels.index}
-    learned = {row: history for row, history in rows.items() if history}
-    if not learned:
+    runs = [table.first(row) for row in table.labels.index]
+    if not any(run.history for run in runs):
         raise ConfigError(f"{file}: no run has a history of losses")
-    names = table.names()
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(7, 4))
-        for row, history in learned.items():
-            losses = [entry.get("loss", math.nan) for entry in history]
-            axis.plot(range(1, len(losses) + 1), losses, marker=".", label=names[row][:48])
+        for name, run in zip(table.names(), runs, strict=True):
+            if losses := [entry.get("loss", math.nan) for entry in run.history]:
+                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name[:48])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
         axis.legend(**_LEGEND)
@@ -211,8 +210,10 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
             axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
             axis.set_title(title, fontsize="small")
         rows, channels = mask.shape
-        corner = f"rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept"
-        figure.suptitle(f"{chosen}, {corner}", fontsize="small")
+        figure.suptitle(
+            f"{chosen}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
+            fontsize="small",
+        )
 
 
 def _layer(name: str) -> int:

@@ -169,9 +169,8 @@ def _nothing_below(places: list[Path]) -> str:
     kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
     below = ", ".join(map(str, places))
     if sweeps | kept:
-        kinds = " and ".join(["sweeps"] * bool(sweeps) + ["files of records"] * bool(kept))
         there = ", ".join(map(str, sorted(sweeps | kept)))
-        return f"no runs below {below}. It has {kinds}, which must be named: {there}"
+        return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
     return f"no runs below {below}: expected directories with a {METRICS}"
 
 

@@ -118,8 +118,9 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     note(found.notes)
     if not found.runs:
         there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        wanted = " or ".join(groups)
-        raise ConfigError(f"--group {wanted}: no finished run; groups are {there}, or * for all")
+        raise ConfigError(
+            f"--group {' or '.join(groups)}: no finished run; groups are {there}, or * for all"
+        )
     table = Table(found.runs)
     paper = beside(options.table, table)
     text = render(table, "md", paper)
@@ -175,7 +176,7 @@ def _published(table: Table, text: str, options: argparse.Namespace, entity: str
     project, title = {"entity": entity, "project": options.wandb}, f"PermLLM, {options.table}"
     ids = [run.environment["wandb_id"] for run in table.runs]
     runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
-    gap = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
-    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[gap])]
+    plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
+    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[plot])]
     with _asking("the report cannot be saved"):
         return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

@@ -152,8 +152,10 @@ def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
     texts, loader = {}, GlobalHydra.instance().config_loader()
     for model, job in of_model.items() if len(of_model) > 1 else ():
         config = loader.load_configuration(config_name, job, run_mode=RunMode.RUN)
-        parts = (config.calibration, config.evaluation.perplexity)
-        texts[model] = " and ".join(str(part.data_files or part.dataset) for part in parts)
+        texts[model] = " and ".join(
+            str(part.data_files or part.dataset)
+            for part in (config.calibration, config.evaluation.perplexity)
+        )
     if len(set(texts.values())) > 1:
         said = "; ".join(f"{model} {text}" for model, text in texts.items())
         raise ConfigError(

@@ -297,7 +297,9 @@ class Pruned:
         """Return the pruned weight of a linear, original channel order, on `dense`'s device."""
         mask = self.mask(path).to(dense.device)
         if mask.shape != dense.shape:
-            shapes = f"the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
-            raise DataError(f"{self._file}: {shapes}")
+            raise DataError(
+                f"{self._file}: the mask of {path} is {tuple(mask.shape)}, expected the shape of "
+                f"the linear, {tuple(dense.shape)}"
+            )
         new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
         return torch.where(mask, new.to(dense), 0.0)

@@ -134,8 +134,9 @@ def input_digest(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if not path.is_dir():
         return None
-    entries = [(file.name, file.stat()) for file in sorted(path.iterdir())]
-    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in entries]
+    listing = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())
+    ]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
