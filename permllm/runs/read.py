@@ -205,8 +205,14 @@ def _of_directory(directory: Path) -> Run:
 
 def _of_line(file: Path, text: bytes) -> Run:
     line = json.loads(text)
-    rest = (line.get("evaluations", []), line.get("environment", {}), line.get("history", []))
-    return Run(file / line["run"], line["config"], line["metrics"], *rest)
+    return Run(
+        file / line["run"],
+        line["config"],
+        line["metrics"],
+        line.get("evaluations", []),
+        line.get("environment", {}),
+        line.get("history", []),
+    )
 
 
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
@@ -228,8 +234,9 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     if wrong:
         raise ConfigError(f"--jsonl {file}: {wrong[0]}")
     lines = dict(sorted(zip(names, map(_line, found.runs), strict=True)))
-    text = "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
-    write_text(file, text)
+    write_text(
+        file, "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
+    )
     return [*lines]
 
 
@@ -241,6 +248,10 @@ def _line(run: Run) -> dict[str, Any]:
     if "command" in environment:
         words = environment["command"].split()
         environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
-    line = {"config": config, "metrics": run.metrics, "evaluations": run.evaluations}
     optional = {"environment": environment, "history": run.history}
-    return line | {key: value for key, value in optional.items() if value}
+    return {
+        "config": config,
+        "metrics": run.metrics,
+        "evaluations": run.evaluations,
+        **{key: value for key, value in optional.items() if value},
+    }

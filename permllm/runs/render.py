@@ -141,12 +141,13 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
             "dense": dense,
         }
         if paper:
-            values = {name: published[name][row] for name in names}
-            there = {name: value for name, value in values.items() if value is not None}
-            record["paper"] = {"from": paper.heading} | there
+            record["paper"] = {"from": paper.heading} | {
+                name: value for name in names if (value := published[name][row]) is not None
+            }
         if table.baseline is not None:
-            own = [name for name in changes if name in names]
-            record["against_baseline"] = {name: changes[name][row] for name in own}
+            record["against_baseline"] = {
+                name: of_rows[row] for name, of_rows in changes.items() if name in names
+            }
         found.append(record | {"runs": [str(table.runs[run].directory) for run in members]})
     return found
 
@@ -165,8 +166,9 @@ def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
         between = " to ".join(f"{end * 100:+.1f}" for end in line["interval"] or ())
         between += _unit(line["kind"]) if between else ""
         difference = _change_text(line["difference"], None, line["kind"])
-        values = [line[key] for key in ("measure", "first", "second")]
-        lines.append([*values, difference, between, line["over"]])
+        lines.append(
+            [line["measure"], line["first"], line["second"], difference, between, line["over"]]
+        )
     return as_text(pd.DataFrame(lines, columns=header), format, 1)
 
 
@@ -219,8 +221,10 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     _print_table(metrics["name"], ["", "dense", "sparse"], result_rows(metrics), "right")
     sparsity, seconds = metrics["sparsity"], metrics["seconds"]
     retained = statistics.fmean(metrics["retained_saliency"].values())
-    counts = f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations"
-    shares = f"{counts}, {retained:.2%} of the saliency retained"
+    shares = (
+        f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
+        f"{retained:.2%} of the saliency retained"
+    )
     stages = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
     if "planned_memory_bytes" in metrics:
@@ -233,8 +237,11 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     console.print(f"memory    {memory}")
     console.print(f"files     {directory}", soft_wrap=True)
     if (export := metrics.get("export")) and (directory / EXPORT).is_dir():
-        size = f"{export['bytes'] / 1e6:.1f} MB, {export['form']}, {export['dtype']}"
-        console.print(f"export    {directory / EXPORT}: {size}", soft_wrap=True)
+        console.print(
+            f"export    {directory / EXPORT}: {export['bytes'] / 1e6:.1f} MB, {export['form']}, "
+            f"{export['dtype']}",
+            soft_wrap=True,
+        )
 
 
 def print_comparison(table: Table) -> None:

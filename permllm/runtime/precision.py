@@ -117,8 +117,8 @@ def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
-            found = nn.functional.linear(wide, weight[rows].float(), of_rows)
-            output[..., rows] = found.to(states.dtype)
+            # The assignment rounds to the dtype of the output.
+            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows)
     return output
 
 

@@ -106,8 +106,11 @@ def scheduler_signals() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP, unless a launcher handles or nohup ignores them."""
     mine = []
     if threading.current_thread() is threading.main_thread():  # only it may set handlers
-        both = (signal.SIGTERM, signal.SIGHUP)
-        mine = [number for number in both if signal.getsignal(number) == signal.SIG_DFL]
+        mine = [
+            number
+            for number in (signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) == signal.SIG_DFL
+        ]
 
     def end(number: int, _: Any) -> None:
         for other in mine:  # schedulers repeat signals, which must not stop the last writes
