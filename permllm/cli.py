@@ -369,7 +369,8 @@ def _method_as_chosen(method: str | None) -> str | None:
 
     from permllm.pruning.composition import replaced_options
 
-    if method and (replaced := replaced_options(method, HydraConfig.get().runtime.choices)):
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if method and (replaced := replaced_options(method, chosen)):
         log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
         return None
     return method

@@ -206,8 +206,8 @@ def _stages(
         loaded = load_model(config.model, config.seed)
         if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
             raise DataError(
-                f"{record.directory} began with the model {record.metrics['model']}, "
-                f"which is now {loaded.identity}"
+                f"{record.directory} began with {record.metrics['model']}, and its model is now "
+                f"{loaded.identity}"
             )
         groups = checked_groups(config, methods, loaded.model)
         _check_perplexity_texts(config, loaded)
