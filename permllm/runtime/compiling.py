@@ -57,7 +57,11 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
         found: Callable[..., T] = options(torch.compile(function, dynamic=True))
         return found
 
-    attempt = attempted(lambda *arguments: compiled_once()(*arguments), otherwise)
+    def fast(*arguments: Any) -> T:
+        """Return the result of the compiled function."""
+        return compiled_once()(*arguments)
+
+    attempt = attempted(fast, otherwise)
 
     def run(*arguments: Any) -> T:
         """Return the result of the compiled function, or else of `function`."""
