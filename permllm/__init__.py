@@ -1,9 +1,8 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
-`permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes
-it, `permllm.load` opens a checkpoint that was written, and `permllm.results` reads runs.
-`import permllm.export` lets transformers load gathered checkpoints by itself. Importing `permllm`
-alone costs nothing.
+`permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes a
+checkpoint, `permllm.load` loads it, and `permllm.results` reads runs. After `import permllm.export`
+transformers can load gathered checkpoints. `import permllm` alone takes no time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prune a model in memory, measure it, write it, and read runs: what `permllm` itself offers."""
+"""Functions of `permllm` itself: prune a model in memory, measure it, write it, and read runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from permllm.models.head import head_path
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_layers
 from permllm.models.source import DenseSource, skeleton_like
-from permllm.pruning.composition import composed, conf_directory
+from permllm.pruning.composition import composed, conf_directory, replaced_options
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import prune_model
 from permllm.runs.directory import Record
@@ -46,23 +46,25 @@ from permllm.runtime.values import refused
 
 Texts = str | Sequence[str] | Tensor
 
-# Attribute of a model that `prune` has pruned: what `save` needs.
+# Attribute by which `prune` leaves on a model the values that `save` needs.
 _PRUNED = "_permllm_pruned"
-# Groups and settings of what the command does beyond pruning.
-_NOT_HERE = {"evaluation", "export", "logger", "paths", "experiment", "save_weights"}
-_NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "plan_on"}
+# Groups and settings of the command that do not concern pruning.
+_NOT_HERE = {
+    *("evaluation", "export", "logger", "paths", "experiment", "save_weights"),
+    *("name", "runs_dir", "run_dir", "force", "plan", "plan_on"),
+}
 
 
 class Pruned(NamedTuple):
     """Result of `prune`.
 
     Attributes:
-        orders: int64 `(C_in,)` by channel group: the order in which `weight[:, order]` is N:M.
-        masks: bool `(C_out, C_in)` by the path of a linear, original channel order, on the CPU;
-            True is kept.
+        orders: permutations by channel group, int64 `(C_in,)`: `weight[:, order]` is N:M.
+        masks: masks by the path of a linear, bool `(C_out, C_in)`, original channel order, on the
+            CPU; True: the weight is kept.
         report: plain values, named as in `metrics.json`: sparsity and violations, saliency retained
-            and output error by channel group, seconds of each stage, peak memory, and `history`, a
-            line for each epoch of learning.
+            and output error by channel group, seconds of each stage, peak memory, and `history`
+            with one entry for each epoch of learning.
     """
 
     orders: dict[str, Tensor]
@@ -81,63 +83,73 @@ def prune(
     """Prune a model in place, as `permllm run` does.
 
     Args:
-        model: a decoder with its head, on one device, with its weights in memory. Its linears hold
-            `weight * mask` afterwards (or the updated weight), in the original channel order.
-        tokenizer: its tokenizer; None where `texts` are tokens and no checkpoint is to hold one.
-        texts: to calibrate on: documents, the name of an option of the group `calibration`
-            (`"c4"`), or windows of tokens, int64 `(samples, seqlen)`.
-        searchpath: where options of other packages lie, as in `hydra.searchpath`:
+        model: decoder with its head, on one device, with its weights in memory. Afterwards its
+            linears hold `weight * mask` or the updated weight, in the original channel order.
+        tokenizer: tokenizer of the model. None is valid if `texts` are tokens; a checkpoint then
+            has no tokenizer.
+        texts: text to calibrate on: documents, the name of an option of the group `calibration`
+            (`"c4"`), or windows of tokens, int64 `(windows, seqlen)`.
+        searchpath: places with options of other packages, as in `hydra.searchpath`:
             `["pkg://mypackage.conf"]`.
-        settings: as the command line has them, with two underscores for a dot: `method="masks"`,
+        settings: settings of the command line, with two underscores for a dot: `method="masks"`,
             `pruner="ria"`, `permutation="lcp"`, `sparsity="2:4"`, `permutation__epochs=2`,
             `calibration__seqlen=512`, `block_size=128`; `model__bos=True` for Gemma.
 
     Raises:
-        ConfigError: a setting is unknown or cannot work; the model is none that can be pruned.
-        DataError: the text cannot be had or is too short.
-        TrainingError: learning cannot go on.
+        ConfigError: a setting is unknown or cannot work, or the model cannot be pruned.
+        DataError: the text is not available or too short.
+        TrainingError: learning cannot continue.
     """
     _check(model, tokenizer, texts)
     config = read_config(_composed(model, texts, searchpath, settings))
     if isinstance(texts, Tensor) and config.further:
-        asked = len(texts) + config.further
-        raise ConfigError(f"texts has {len(texts)} windows of tokens, and {asked} are asked for")
+        raise ConfigError(
+            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + config.further}"
+        )
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
+    # The tokenizer may be None where texts are tokens. Nothing asks for it then.
+    read_by = cast(PreTrainedTokenizerBase, tokenizer)
 
     def tokens() -> Tensor:
+        """Return the windows of the calibration text, int64 `(windows, seqlen)`."""
         if isinstance(texts, Tensor):
-            return texts.cpu().clone()  # it may be of inference mode
-        assert tokenizer is not None
+            return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
         how = config.calibration, config.seed, config.model.bos, config.further
         if isinstance(texts, str):
-            windows = calibration_tokens(tokenizer, *how)
+            windows = calibration_tokens(read_by, *how)
         else:
-            windows = windows_of(tokenizer, texts, *how)
+            windows = windows_of(read_by, texts, *how)
         check_windows("texts", windows, model)
         return windows
 
-    device, record = model.device, Record()
-    if device.type == "cpu":
+    record = Record()
+    if model.device.type == "cpu":
         keep_freed_memory()
     with (
         torch.inference_mode(False),
-        torch.enable_grad(),  # which whoever calls may have switched off
+        torch.enable_grad(),  # the caller may have switched gradients off
         _as_loaded(model),
         _random_numbers_kept(),
-        half_products(model.dtype, device),
+        half_products(model.dtype, model.device),
     ):
         check_layers("model", model)
         seed_everything(config.seed, config.deterministic)
-        reset_peak_memory(device)
-        products = compute_dtype(config.compute_dtype, model.dtype, device)
-        # Nothing asks for the tokenizer where texts are tokens.
-        loaded = LoadedModel(model, cast(PreTrainedTokenizerBase, tokenizer), "")
-        job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
-        setattr(model, _PRUNED, None)  # of an earlier call: an error may leave layers of this one
+        reset_peak_memory(model.device)
+        products = compute_dtype(config.compute_dtype, model.dtype, model.device)
+        job = Job(
+            config, methods, record, NO_LOGGER, LoadedModel(model, read_by, ""), groups, products
+        )
+        # After an error the model may have layers of two calls, which `save` must not write.
+        setattr(model, _PRUNED, None)
         pruned = prune_model(job, tokens)
-    report = {"name": config.name, "config_hash": config.hash} | record.metrics
-    found = Pruned(pruned.orders, pruned.masks, report | {"history": record.history})
+    report = {
+        "name": config.name,
+        "config_hash": config.hash,
+        **record.metrics,
+        "history": record.history,
+    }
+    found = Pruned(pruned.orders, pruned.masks, report)
     setattr(model, _PRUNED, (found, tokenizer, config.resolved))
     return found
 
@@ -152,26 +164,31 @@ def perplexity(
     batch_tokens: int = 2048,
     bos: bool = False,
 ) -> float:
-    """Measure perplexity over windows that do not overlap, of a model in memory, as a run does.
+    """Measure the perplexity of a model in memory, as a run does, over windows without overlap.
 
     Args:
-        model: a decoder with its head, dense or pruned.
-        tokenizer: its tokenizer; None where `texts` are tokens.
-        texts: documents, which are joined by a blank line, the name of a text that perplexity is
-            measured on (`"wikitext2"`), or windows of tokens, int64 `(windows, seqlen)`.
-        seqlen, limit, batch_tokens: as in `evaluation.perplexity`; windows of tokens have their own
-            length.
-        bos: the tokenizer's BOS is the first token of each window, as Gemma needs it.
+        model: decoder with its head, dense or pruned.
+        tokenizer: tokenizer of the model; None is valid if `texts` are tokens.
+        texts: documents, which are joined by a blank line; the name of a text for perplexity
+            (`"wikitext2"`); or windows of tokens, int64 `(windows, seqlen)`.
+        seqlen: tokens in a window. Windows of tokens keep their own length.
+        limit: number of windows that are measured; None: all.
+        batch_tokens: tokens in a forward, at least one window.
+        bos: True: the first token of each window is the tokenizer's BOS, as Gemma needs it.
 
     Raises:
-        ConfigError: there is no such text, or no such model.
-        DataError: the text cannot be had, is shorter than a window, or has tokens that the model
-            does not know.
+        ConfigError: the name is no text for perplexity, or the model is no decoder.
+        DataError: the text is not available, is shorter than a window, or has tokens that the
+            model does not know.
     """
     _check(model, tokenizer, texts)
     named = texts if isinstance(texts, str) else None
-    given: dict[str, Any] = {"dataset": named, "seqlen": seqlen, "limit": limit}
-    given["batch_tokens"] = batch_tokens
+    given: dict[str, Any] = {
+        "dataset": named,
+        "seqlen": seqlen,
+        "limit": limit,
+        "batch_tokens": batch_tokens,
+    }
     try:
         config = PerplexityConfig(**given)
     except ValidationError as error:
@@ -179,11 +196,10 @@ def perplexity(
     if isinstance(texts, Tensor):
         windows = texts[:limit]
     else:
-        assert tokenizer is not None
         text = (
             perplexity_texts(config)[0] if named else NamedText("texts", _Documents(texts), False)
         )
-        windows = perplexity_windows(tokenizer, text, config, bos)
+        windows = perplexity_windows(cast(PreTrainedTokenizerBase, tokenizer), text, config, bos)
     check_windows("texts", windows, model)
     with _as_loaded(model), half_products(model.dtype, model.device):
         return float(measure(model, windows, batch_tokens)["value"])
@@ -197,48 +213,48 @@ def save(
     shard_gb: float = 5.0,
     serve: str | None = None,
 ) -> dict[str, Any]:
-    """Write a model that `prune` has pruned as a checkpoint, as `permllm export` does.
+    """Write a pruned model as a checkpoint, as `permllm export` does.
 
     Args:
-        model: whose weights are written as they are now, zeros where the masks say so.
-        folder: must not hold anything yet. It appears when it is complete.
-        form: `folded` (transformers loads it, N:M as it is stored; needs
-            `permutation__constraint="foldable"`), `gathered` (any order; `permllm.load` opens it)
-            or `simulate` (the original order). None is the first that the permutations allow.
-        dtype: of the weights; None is the model's.
+        model: model that `prune` has pruned. Its present weights are written, with zeros where the
+            masks are False.
+        folder: new or empty folder. It appears when it is complete.
+        form: `folded` (stock transformers loads it, and it is N:M as stored; needs
+            `permutation__constraint="foldable"`), `gathered` (any permutation; `permllm.load` opens
+            it) or `simulate` (original channel order). None: the first that the permutations allow.
+        dtype: dtype of the weights; None: that of the model.
         shard_gb: largest size of a file, in 10^9 bytes.
-        serve: `vllm` writes its settings for FP8 and 2:4 too; None: none.
+        serve: `vllm` also writes vLLM's settings for FP8 and 2:4; None: no such settings.
 
     Returns:
         The summary that is written beside the model: form, pattern, size in bytes, seconds.
 
     Raises:
-        ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not
-            empty, weights have several dtypes and none is given.
+        ConfigError: `prune` has not pruned this model, its permutations do not fold, the folder is
+            not empty, or the weights have several dtypes and `dtype` is None.
         DataError: weights are not finite.
     """
     if getattr(model, _PRUNED, None) is None:
-        raise ConfigError("permllm.save writes a model that permllm.prune has pruned")
+        raise ConfigError("model: permllm.save expects a model that permllm.prune has pruned")
     dtypes = {parameter.dtype for parameter in model.parameters()}  # after training, several
     if len(dtypes) > 1 and dtype is None:
         raise ConfigError(f"dtype: the model's weights are in {sorted(map(str, dtypes))}; name one")
     found, tokenizer, config = getattr(model, _PRUNED)
     state = model.state_dict()
 
-    def read(name: str) -> Tensor:
-        return state[name].detach().cpu()
-
     def weight(path: str, dense: Tensor) -> Tensor:
+        """Return a linear's weight with zeros where its mask is False."""
         return torch.where(found.masks[path], dense, 0.0)
 
-    def save_tokenizer(target: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-
-    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
-    source = DenseSource(skeleton_like(model), save_tokenizer, generation, "", read)
-    present = str(model.dtype).removeprefix("torch.")
-    config = config | {"model": config["model"] | {"dtype": present}}
+    source = DenseSource(
+        skeleton_like(model),
+        tokenizer.save_pretrained if tokenizer is not None else lambda target: None,
+        model.generation_config or GenerationConfig.from_model_config(model.config),
+        "",
+        lambda name: state[name].detach().cpu(),
+    )
+    # Training may have changed the dtype since.
+    config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
     pruned = PrunedModel(source, config, found.report, found.orders, weight)
     return write_checkpoint(pruned, Request(form, dtype, shard_gb, serve), Path(folder))
 
@@ -247,21 +263,23 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Load a checkpoint in any of the forms of an export, in evaluation mode.
 
     Args:
-        folder: of the checkpoint.
-        options: for `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `device_map`.
+        folder: folder of the checkpoint.
+        options: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype` or
+            `device_map`.
 
     Raises:
-        DataError: it is not whole; the message names file or tensor.
+        DataError: the checkpoint is damaged; the message names the file or the tensor.
     """
-    dtype = options.pop("dtype", None)
-    return read_weights(Path(folder), dtype, torch.device("cpu"), **options).eval()
+    return read_weights(
+        Path(folder), options.pop("dtype", None), torch.device("cpu"), **options
+    ).eval()
 
 
 def results(*places: str | Path) -> pd.DataFrame:
     """Return a row for each finished run: its settings, measures, minutes and folder.
 
     Args:
-        places: run directories, folders that hold some, or kept records.
+        places: run directories, folders with run directories, or files of records.
 
     Raises:
         ConfigError: a place does not exist, or none holds a finished run.
@@ -270,28 +288,39 @@ def results(*places: str | Path) -> pd.DataFrame:
 
 
 class _Documents(Text):
+    """Text of documents in memory."""
+
     def __init__(self, documents: Sequence[str]) -> None:
         self._documents = documents
 
     def evaluation(self) -> str:
+        """Return the documents, joined by a blank line."""
         return "\n\n".join(self._documents)
 
 
+def _dtype(model: PreTrainedModel) -> str:
+    """Return the dtype of a model as settings have it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
-    """Raise ConfigError where one of them is not what `prune` and `perplexity` take."""
+    """Raise ConfigError for a model, tokenizer or texts that `prune` and `perplexity` refuse."""
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        kind = type(model).__name__
-        raise ConfigError(f"model: expected one of AutoModelForCausalLM, and it is a {kind}")
+        raise ConfigError(
+            f"model: expected a model of AutoModelForCausalLM, got a {type(model).__name__}"
+        )
     linear_at(model, head_path(model))
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1 or places == {"meta"}:
-        raise ConfigError(f"model: its weights must be on one device, and are on {sorted(places)}")
+        raise ConfigError(f"model: expected weights on one device, got {sorted(places)}")
     if isinstance(texts, Tensor):
         if texts.dtype != torch.int64 or texts.dim() != 2 or not texts.numel() or texts.min() < 0:
-            raise ConfigError("texts: expected documents, a name, or int64 (samples, seqlen)")
+            raise ConfigError("texts: expected documents, a name, or int64 (windows, seqlen)")
         check_windows("texts", texts, model)
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ConfigError("tokenizer: expected one of AutoTokenizer; only tokens need none")
+        raise ConfigError(
+            "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"
+        )
     elif not texts or not all(isinstance(document, str) for document in texts):
         raise ConfigError("texts: expected at least one document, a str each, or a name")
     elif isinstance(texts, str) and len(texts.split()) > 1:
@@ -303,27 +332,34 @@ def _composed(
 ) -> DictConfig:
     """Compose the settings as the command line would, with the model and the text as given."""
     path = str(model.config._name_or_path or model.config.model_type)
-    chosen = {"model": "local", "logger": "none"}
-    chosen["calibration"] = texts if isinstance(texts, str) else "text"
-    given: dict[str, Any] = {"model.name": path.rstrip("/").rsplit("/", 1)[-1], "model.path": path}
-    given |= {"model.dtype": str(model.dtype).removeprefix("torch.")}
-    given |= {"model.device": str(model.device)}
+    chosen = {
+        "model": "local",
+        "logger": "none",
+        "calibration": texts if isinstance(texts, str) else "text",
+    }
+    given: dict[str, Any] = {
+        "model.name": path.rstrip("/").rsplit("/", 1)[-1],
+        "model.path": path,
+        "model.dtype": _dtype(model),
+        "model.device": str(model.device),
+    }
     if isinstance(texts, Tensor):
-        samples, seqlen = texts.shape
-        given |= {"calibration.samples": samples, "calibration.seqlen": seqlen}
+        given |= dict(zip(("calibration.samples", "calibration.seqlen"), texts.shape, strict=True))
     asked = {name.replace("__", "."): value for name, value in settings.items()}
     for key in asked:
         if key in given or key in chosen or key.split(".")[0] in _NOT_HERE:
-            raise ConfigError(f"{key}: no setting of permllm.prune with this model and these texts")
+            raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
     groups = {key: asked.pop(key) for key in list(asked) if (conf_directory() / key).is_dir()}
     words = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
     words += [f"{key}={name}" for key, name in (chosen | groups).items()]
-    theirs = GlobalHydra.instance().hydra  # of an application that goes on with it
+    theirs = GlobalHydra.instance().hydra  # the caller's application may use Hydra itself
     GlobalHydra.instance().clear()
     try:
         found = composed(words)
     finally:
         GlobalHydra.instance().hydra = theirs
+    if replaced_options(groups.get("method", ""), groups):
+        found.method = None  # the name would say something else than the options
     for key, value in (given | asked).items():
         try:
             OmegaConf.update(found, key, value)
@@ -334,12 +370,12 @@ def _composed(
 
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back as it was."""
+    """Put a model into evaluation mode without gradients, and restore its state at the end."""
     training = [(module, module.training) for module in model.modules()]
     gradients = [(one, one.requires_grad, one.grad) for one in model.parameters()]
     model.eval().requires_grad_(False)
     for parameter, _, _ in gradients:
-        parameter.grad = None  # what learns would add to it
+        parameter.grad = None  # learning would add to it
     try:
         yield
     finally:
@@ -352,7 +388,7 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Leave whoever calls the random numbers that he would have drawn, on every device."""
+    """Restore the states of the random generators, on every device, at the end."""
     python, numbers = random.getstate(), np.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:

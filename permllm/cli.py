@@ -1,11 +1,13 @@
-"""Command `permllm`. Hydra reads `run`; every other command is a module that is imported on demand.
+"""Command `permllm`. Hydra parses `permllm run`; argparse parses every other command.
 
-A module has `work(options) -> Answer`, and `arguments(parser)` where it is quickly imported. This
-file alone turns errors into exit codes and answers into JSON:
+The module of a command is imported on demand. It has `work(options) -> Answer`, and also
+`arguments(parser)` if its import is fast. Only this file turns errors into exit codes and answers
+into JSON. Exit codes:
 
-- 0: done; 1: an error that a person can mend, as one line on stderr, or an answer that is no;
+- 0: success;
+- 1: an error that the user can fix, as one line on stderr, or an answer that is no;
 - 2: the command line is wrong, or `permllm verify` cannot read the checkpoint;
-- 128 and the number of the signal that ended the command.
+- 128 plus the number of the signal that ended the command.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ from permllm.runtime.version import __version__
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Each with its line in --help and the module that does its work.
+log = logging.getLogger("permllm.cli")
+
+# Commands with their line in --help and their module.
 COMMANDS = {
     "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
     "results": ("make one table of many runs, or one file", "permllm.runs.results_command"),
@@ -57,7 +61,7 @@ COMMANDS = {
     "verify": ("check that a checkpoint is whole and N:M", "permllm.export.verify"),
     "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench"),
 }
-# Packages whose errors are those of a launcher's processes.
+# Packages whose errors come from the processes of a launcher.
 _LAUNCHERS = ("submitit", "joblib", "loky")
 
 
@@ -65,20 +69,20 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command `permllm WORDS` and return its exit code."""
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["run"]:
-        sys.argv = ["permllm run", *words[1:]]  # which Hydra reads
+        sys.argv = ["permllm run", *words[1:]]  # Hydra reads it
         return run()
     if words and words[0] in COMMANDS:
         return call(words[0], words[1:])
     parser = argparse.ArgumentParser(
         prog="permllm",
         description="Learnable channel permutation for N:M sparse large language models.",
-        epilog="permllm COMMAND --help describes one. All but run take --json.",
+        epilog="permllm COMMAND --help describes a command. All commands but run take --json.",
     )
     parser.add_argument("--version", action="version", version=f"permllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (meaning, _) in COMMANDS.items():
         commands.add_parser(name, help=meaning)
-    parser.parse_args(words or ["--help"])  # exits: help, version, or what is wrong
+    parser.parse_args(words or ["--help"])  # exits with help, the version, or an error
     return 2
 
 
@@ -114,58 +118,58 @@ def _answered(name: str, words: Sequence[str]) -> int:
 def _export(parser: argparse.ArgumentParser) -> None:
     """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR."""
     forms = ("folded", "gathered", "simulate")
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--to", type=Path, required=True, help="folder, new or empty")
-    parser.add_argument("--form", choices=forms, help="default: the first that the run allows")
-    parser.add_argument("--dtype", help="of the weights (default: that of the run)")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (5)")
-    parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved")
-    parser.add_argument("--serve", choices=("vllm",), help="write settings of a server too")
+    add = parser.add_argument
+    add("run", type=Path, help="run directory")
+    add("--to", type=Path, required=True, help="new or empty folder")
+    add("--form", choices=forms, help="default: the first form that the permutations allow")
+    add("--dtype", help="dtype of the weights (default: that of the run)")
+    add("--shard-gb", type=float, default=5.0, help="largest size of a file in GB (default: 5)")
+    add("--dense", type=Path, help="folder of the dense model, if it has moved")
+    add("--serve", choices=("vllm",), help="also write the settings of this server")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
-    """Reload a checkpoint, count N:M in stored order, and compare its logits with another's.
+    """Check that a checkpoint is complete and N:M as it is stored, and compare its logits.
 
-    Every linear of the decoder layers must be N:M, or dense where an export says so. The exit code
-    is 0 where all holds, 1 where not, 2 where the checkpoint is not whole.
+    Every linear of the decoder layers must be N:M, or dense if the export says so. With --against
+    CHECKPOINT the logits of the two are compared: a folded or gathered export should match a
+    simulate export of the same run; the difference from the dense model is the effect of pruning.
+
+    Exit codes: 0: everything holds; 1: something does not; 2: the checkpoint is damaged.
     """
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
-    parser.add_argument("--pattern", help="N:M of every linear (default: the export's, else 2:4)")
-    parser.add_argument(
-        "--against", type=Path, metavar="DENSE", help="checkpoint to compare logits with"
-    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="checkpoint")
+    add("--pattern", help="N:M of every linear (default: that of the export, else 2:4)")
+    add("--against", type=Path, metavar="CHECKPOINT", help="checkpoint to compare logits with")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    """Measure prefill and decoding of a checkpoint, the cost of its gathers, loading, sizes.
+    """Measure the speed and size of a checkpoint: prefill, decoding, gathers, loading, bytes.
 
-    With --against DENSE the dense model is measured too. On a GPU with sparse tensor cores the 2:4
-    linears of a model in half precision run on them, and 6:8 linears as three 2:4 windows: by
-    cuSPARSELt, for which the fastest algorithm is searched, and by CUTLASS. What is missing for
-    that is said.
+    With --against DENSE the dense model is measured too. On a GPU with sparse tensor cores, 2:4
+    linears in half precision run on these cores, and 6:8 linears as three 2:4 windows. Both
+    cuSPARSELt, with its fastest algorithm, and CUTLASS are measured. The output names what is
+    missing for them.
     """
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
-    parser.add_argument(
-        "--against", type=Path, metavar="DENSE", help="checkpoint of the dense model"
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement, at least")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's"
-    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="checkpoint")
+    add("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 8], help="sequences in a batch")
+    add("--prompt", type=int, default=256, help="tokens in each sequence")
+    add("--new-tokens", type=int, default=16, help="tokens that are decoded one by one")
+    add("--seconds", type=float, default=1.0, help="shortest duration of a measurement")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
 
 
-# Of the commands whose modules take seconds to import.
+# Arguments of the commands whose modules take seconds to import.
 _ARGUMENTS = {"export": _export, "verify": _verify, "bench": _bench}
 
 
 def run() -> int:
-    """Run what Hydra makes of the command line (`sys.argv`) and return the exit code."""
+    """Run the job or the sweep of the command line (`sys.argv`) and return the exit code."""
     if sys.platform == "win32":
-        print("error: a job needs Linux or macOS; on Windows that is WSL", file=sys.stderr)
+        print("error: a job needs Linux or macOS; on Windows use WSL", file=sys.stderr)
         return 1
     return SESSION.of(_hydra)
 
@@ -179,15 +183,15 @@ def _hydra() -> None:
     from permllm.pruning.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
 
     if not first():
-        os.environ["TQDM_DISABLE"] = "1"  # read where tqdm is imported
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
     register_resolvers()
-    # Hydra would copy its only store for each line of --help, which takes longer than all else.
+    # Hydra copies its only store for each line of --help, which would take most of the time.
     ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
     if everything_wanted():
         start()
         return
-    # Hydra then raises what it would print.
+    # With the variable Hydra raises its errors instead of printing them.
     os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
     try:
         start()
@@ -197,12 +201,12 @@ def _hydra() -> None:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
-        words = " ".join(word for word in sys.argv[1:] if "null" in word)
-        raise SystemExit(f"error: {words}: {error}") from error
+        null = " ".join(word for word in sys.argv[1:] if "null" in word)
+        raise SystemExit(f"error: {null}: {error}") from error
 
 
 def _with_extra(said: str) -> str:
-    """Return Hydra's refusal, or the extra that a missing launcher or sweeper comes with."""
+    """Return Hydra's error, or for a missing launcher or sweeper the extra that installs it."""
     missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
     if missing is None or "Could not find" not in said:
         return said
@@ -210,12 +214,12 @@ def _with_extra(said: str) -> str:
 
 
 def job(composed: DictConfig) -> float:
-    """Run one job of the command line and return what a search minimises."""
+    """Run one job of the command line and return the number that a search minimises."""
     return SESSION.job(composed)
 
 
 class Session:
-    """Jobs of one command: a single one, or those of a sweep, perhaps in a launcher's processes."""
+    """Jobs of one command: a single job, or those of a sweep, perhaps in a launcher's processes."""
 
     def __init__(self) -> None:
         self._failed = False
@@ -236,13 +240,13 @@ class Session:
         except KeyboardInterrupt as error:
             code, said = exit_code(error), f"{what_happened(error)}: "
         except SystemExit as stop:
-            if stop.code:  # a launcher gives up although some jobs may have finished
+            if stop.code:  # some jobs may have finished before a launcher failed
                 self.close()
             raise
         except Exception as error:
             if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
                 raise
-            # A launcher's process was killed or ran out of time: the last lines may say why.
+            # A launcher's process was killed or ran out of time. Its last lines may say why.
             code, said = 1, f"error: {type(error).__name__}: {str(error).strip()}\n"
         if first():
             print(f"{said}{CONTINUES}", file=sys.stderr)
@@ -250,27 +254,27 @@ class Session:
         return code
 
     def job(self, composed: DictConfig) -> float:
-        """Run one job and return its `objective`, which is infinite for a job that failed.
+        """Run one job and return its `objective`, which is infinite if the job failed.
 
-        An error that a person can mend is one line on stderr and does not stop the other jobs.
-        Under torchrun all ranks run each job together; rank 0 prints and keeps its outcome.
+        An error that the user can fix is one line on stderr and does not stop the other jobs.
+        Under torchrun all ranks run each job together. Rank 0 prints and keeps its outcome.
         """
-        take_gpu()  # before anything uses one
+        take_gpu()  # before anything uses a GPU
         import datasets
         import transformers
 
         from permllm.pruning.composition import register_resolvers
         from permllm.runtime import parallel
 
-        register_resolvers()  # a launcher's process has begun with this
+        register_resolvers()  # a launcher's process starts here
         transformers.logging.set_verbosity_error()
-        datasets.logging.set_verbosity_error()  # it warns wherever it works without network
+        datasets.logging.set_verbosity_error()  # without network it warns each time
         warnings.filterwarnings("ignore", category=FutureWarning)
-        for name in ("httpx", "httpx2", "huggingface_hub"):  # huggingface_hub 2 speaks by httpx2
+        for name in ("httpx", "httpx2", "huggingface_hub"):  # huggingface_hub 2 uses httpx2
             logging.getLogger(name).setLevel(logging.ERROR)
         parallel.start()
         if not first():
-            logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 says what all would say
+            logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages
         with scheduler_signals():  # in a launcher's process too
             return self._run(composed)
 
@@ -287,10 +291,11 @@ class Session:
 
         try:
             if sweep.sweeping() and first():
-                sweep.outcome_file().unlink(missing_ok=True)  # of an earlier time
+                sweep.outcome_file().unlink(missing_ok=True)  # the same sweep may have run before
             with parallel.in_step():
                 config = parallel.on_main(lambda: read_config(sweep.place(composed)))
                 check_names(config)
+                config.method = _method_as_chosen(config.method)
                 skipped = not config.force and is_finished(
                     run_directory(config), config.evaluation_identity
                 )
@@ -299,13 +304,13 @@ class Session:
             if result is not None:
                 self._end("skipped" if skipped else "ran", directory=str(result[1]))
             return value
-        except (KeyboardInterrupt, SystemExit) as error:  # the latter is of `in_step`
-            said = "one rank failed alone"
-            if isinstance(error, KeyboardInterrupt):
-                said = what_happened(error)
-            self._end("failed", f"{said}: the same command continues it")
+        except KeyboardInterrupt as error:
+            self._end("failed", f"{what_happened(error)}: {CONTINUES}")
             raise
-        except InUseError as error:  # of a sweep: a single run waits
+        except SystemExit:  # from `in_step`
+            self._end("failed", f"one rank failed alone: {CONTINUES}")
+            raise
+        except InUseError as error:  # only in a sweep, because a single run waits
             self._end("skipped", one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if everything_wanted():
@@ -317,14 +322,13 @@ class Session:
             if first():
                 if not sweep.sweeping():
                     raise
-                # A defect must be seen whole, and the other jobs go on.
-                traceback.print_exc()
+                traceback.print_exc()  # a defect needs its traceback, and the other jobs go on
             self._end("failed", f"{type(error).__name__}: {one_line(error)}")
         return math.inf
 
     def close(self) -> int:
         """Print the tables of a sweep of several jobs, in rank 0, and return the exit code."""
-        sweep = sys.modules.get("permllm.runs.sweep")  # or no sweep has begun
+        sweep = sys.modules.get("permllm.runs.sweep")  # None: no sweep has begun
         if sweep is None or not first():
             return int(self._failed)
         jobs = [job for folder in sweep.STARTED for job in sweep.kept(folder)]
@@ -336,9 +340,12 @@ class Session:
             finished = [Path(job.directory) for job in jobs if job.directory]
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
                 print_comparison(Table(runs))
-            rows = zip(sweep.labels([job.overrides for job in jobs]), jobs, strict=True)
+            labels = sweep.labels([job.overrides for job in jobs])
             print_jobs(
-                [(label, job.outcome, job.reason or job.directory or "") for label, job in rows]
+                [
+                    (label, job.outcome, job.reason or job.directory or "")
+                    for label, job in zip(labels, jobs, strict=True)
+                ]
             )
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
 
@@ -352,14 +359,28 @@ class Session:
         if sweep.sweeping():
             try:
                 sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
-            except DataError as error:  # a full disk must not take the other jobs with it
+            except DataError as error:  # the other jobs go on although the disk is full
                 print(f"error: {error}", file=sys.stderr)
 
 
-def objective(metrics: dict[str, Any]) -> float:
-    """Return the sparse model's perplexity, which a search minimises.
+def _method_as_chosen(method: str | None) -> str | None:
+    """Return the method to record: None, with a warning, where other options replace its own."""
+    from hydra.core.hydra_config import HydraConfig
 
-    Several texts: their geometric mean. No text: 1 - mean accuracy. No task either: infinity.
+    from permllm.pruning.composition import replaced_options
+
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if method and (replaced := replaced_options(method, chosen)):
+        log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
+        return None
+    return method
+
+
+def objective(metrics: dict[str, Any]) -> float:
+    """Return the number that a search minimises: the perplexity of the sparse model.
+
+    With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
+    task too infinity.
     """
     from permllm.runs.measures import average_accuracy
 
@@ -371,5 +392,5 @@ def objective(metrics: dict[str, Any]) -> float:
     return math.inf if math.isnan(accuracy) else 1 - accuracy
 
 
-# Of this process.
+# The jobs of this process.
 SESSION = Session()

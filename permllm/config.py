@@ -1,8 +1,8 @@
-"""Typed settings of a run and its hash.
+"""Typed settings of a run, and the hash of the run.
 
 `conf/config.yaml` explains each setting and has its default. The groups `pruner`, `permutation`,
-`temperature`, `mask` and `reconstruction` stay mappings: each names a class (`_target_`), and its
-other keys are the typed arguments of that class.
+`temperature`, `mask` and `reconstruction` stay mappings. Each names a class (`_target_`); its other
+keys are the arguments of that class.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from permllm.runtime.values import (
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(Dtype)
 Placement = Literal["device", "sharded", "host", "disk"]
-PLACEMENTS = get_args(Placement)  # the first that fits is the fastest
-# Models of the package index; the first one where none is named.
+PLACEMENTS = get_args(Placement)  # the fastest first
+# Models of the package index; the first is the default.
 WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
 
 
 @dataclasses.dataclass(frozen=True)
 class NMPattern:
-    """N:M: `n` of every `m` consecutive weights along the input channels are kept."""
+    """N:M pattern: `n` of every `m` consecutive weights along the input channels are kept."""
 
     n: int
     m: int
 
     @classmethod
     def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
-        """Read `"N:M"`. Raises ConfigError, which names the setting `key`, for another form."""
+        """Parse `"N:M"`. Raises ConfigError, which names the setting `key`, for other values."""
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(f"{key}={text!r}: expected N:M as a string, such as '2:4'")
@@ -81,19 +81,18 @@ def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
 
 
 def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Return nested values as one level, keys joined by the separator; empty mappings go."""
+    """Return nested values as one level, with joined keys and without empty mappings."""
     flat: dict[str, Any] = {}
     for key, part in values.items():
-        name = f"{prefix}{key}"
         if isinstance(part, Mapping):
-            flat |= flatten(part, separator, f"{name}{separator}")
+            flat |= flatten(part, separator, f"{prefix}{key}{separator}")
         else:
-            flat[name] = part
+            flat[f"{prefix}{key}"] = part
     return flat
 
 
 def finite(value: Any) -> Any:
-    """Return the values with None for NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by None in nested values."""
     if isinstance(value, Mapping):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -113,7 +112,7 @@ class ModelConfig:
     wheel: WheelModel | None = None
     dtype: Dtype = "float32"
     device: str = "auto"
-    placement: Literal["auto", "device", "sharded", "host", "disk"] = "auto"
+    placement: Placement | Literal["auto"] = "auto"
     architecture: Arguments = dataclasses.field(default_factory=dict)
     bos: bool = False
     accept_terms: bool = False
@@ -123,12 +122,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.source == "hub" and not self.hub_name:
-            raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository of the hub")
+            raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository on the hub")
         if self.source == "local" and not self.path:
             raise ConfigError("model=local needs model.path=DIR, a folder with a checkpoint")
         if self.placement == "disk" and self.source == "random":
             raise ConfigError(
-                f"model.placement=disk: model={self.name} is random and has no files; take host"
+                f"model.placement=disk: model={self.name} is random and has no files; use host"
             )
 
 
@@ -150,7 +149,7 @@ class CalibrationConfig:
 
 @dataclass(config=SETTINGS)
 class PerplexityConfig:
-    """`evaluation.perplexity`."""
+    """Settings `evaluation.perplexity`."""
 
     dataset: Texts
     seqlen: Length
@@ -168,7 +167,7 @@ class PerplexityConfig:
 
 @dataclass(config=SETTINGS)
 class TaskConfig:
-    """`evaluation.tasks.NAME`."""
+    """Settings of one task, `evaluation.tasks.NAME`."""
 
     num_fewshot: Whole | None = None
     limit: Count | None = None
@@ -176,7 +175,7 @@ class TaskConfig:
 
 @dataclass(config=SETTINGS)
 class LMEvalConfig:
-    """`evaluation.lm_eval`: settings that all tasks share."""
+    """Settings of all tasks, `evaluation.lm_eval`."""
 
     limit: Count | None = None
     batch_size: Count = 8
@@ -185,6 +184,7 @@ class LMEvalConfig:
 
 
 def _tasks(given: Any) -> Any:
+    """Return the settings of tasks by name; `given` may be names, also in one string."""
     if isinstance(given, str):
         given = [name.strip() for name in given.split(",") if name.strip()]
     if given is None or isinstance(given, list):
@@ -227,7 +227,7 @@ class ExportConfig:
 
 @dataclass(config=SETTINGS)
 class PathsConfig:
-    """`paths`: folders."""
+    """Folders, `paths`."""
 
     runs_dir: str = "runs"
     cache_dir: str | None = None
@@ -236,7 +236,7 @@ class PathsConfig:
 
 @dataclass(config=SETTINGS)
 class RunConfig:
-    """One job: one model, one method, one run directory."""
+    """Settings of one job: one model, one method, one run directory."""
 
     name: str
     model: ModelConfig
@@ -253,7 +253,7 @@ class RunConfig:
     sparsity_of: ByName
     block_size: Count
     compute_dtype: Literal["auto", "float32", "bfloat16"]
-    seed: Annotated[Whole, Field(le=2**32 - 1)]  # numpy takes no larger one
+    seed: Annotated[Whole, Field(le=2**32 - 1)]  # numpy accepts no larger seed
     runs_dir: str
     run_dir: str | None
     force: bool
@@ -269,28 +269,29 @@ class RunConfig:
     inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.patterns  # raises if one of them cannot be read
+        assert self.patterns  # raises ConfigError if a pattern is not valid
         if self.plan_on and not self.plan:
             raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
         if "/" in self.name:
-            raise ConfigError(f"name={self.name!r} must not contain a slash: it names a directory")
+            raise ConfigError(f"name={self.name!r} names a directory: expected no slash")
         if self.model.terms and not self.model.accept_terms and not self.plan:
             raise ConfigError(
-                f"model={self.model.name} comes under terms that you must accept: read "
-                f"{self.model.terms}, and type model.accept_terms=true where you do"
+                f"model={self.model.name} has terms that you must accept: read "
+                f"{self.model.terms}, and give model.accept_terms=true if you accept them"
             )
 
     @property
     def pattern(self) -> NMPattern:
-        """N:M of `sparsity`."""
+        """Pattern of `sparsity`."""
         return NMPattern.parse(self.sparsity)
 
     @property
     def patterns(self) -> list[NMPattern]:
-        """Every N:M that is asked for, that of `sparsity` first."""
-        others = self.sparsity_of.items()
-        parsed = [NMPattern.parse(text, f"sparsity_of.{name}") for name, text in others]
-        return list(dict.fromkeys([self.pattern, *parsed]))
+        """Distinct patterns of `sparsity` and `sparsity_of`, that of `sparsity` first."""
+        others = (
+            NMPattern.parse(text, f"sparsity_of.{name}") for name, text in self.sparsity_of.items()
+        )
+        return list(dict.fromkeys([self.pattern, *others]))
 
     @property
     def further(self) -> int:
@@ -300,7 +301,7 @@ class RunConfig:
             last = max(last, windows_learned_from(one.get("samples"), one.get("skip"), first).stop)
         return last - first
 
-    @cached_property  # files take time to read
+    @cached_property  # because reading the files takes time
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with a digest of each file that they name (`inputs`)."""
         files = {
@@ -310,13 +311,16 @@ class RunConfig:
             "model.path": self.model.path,
         }
         digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
-        tasks = [name for name in self.evaluation.tasks if is_task_file(name)]
-        digests |= {f"evaluation.tasks.{name}": task_digest(Path(name)) for name in tasks}
+        digests |= {
+            f"evaluation.tasks.{name}": task_digest(Path(name))
+            for name in self.evaluation.tasks
+            if is_task_file(name)
+        }
         return dataclasses.asdict(self) | {"inputs": digests}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The settings that make a pruned model, as plain values."""
+        """Settings that determine the pruned model, as plain values."""
         return identity_of(self.resolved)
 
     @cached_property
@@ -326,24 +330,24 @@ class RunConfig:
 
     @cached_property
     def evaluation_identity(self) -> dict[str, Any]:
-        """The settings that say how a model is evaluated, as plain values."""
+        """Settings that determine how a model is evaluated, as plain values."""
         return evaluation_of(self.resolved)
 
 
 def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
-    """Return typed settings of what Hydra composed.
+    """Return the typed settings of settings that Hydra composed.
 
     Raises:
         ConfigError: a key is unknown or missing, or its value is not valid.
     """
     try:
-        given: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
-        settings: Any = OmegaConf.create(given)
+        plain: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
+        settings: Any = OmegaConf.create(plain)
         budget = settings.get("budget") or {}
         settings.budget = {
             key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)
         }
-        given = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+        given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"
@@ -358,7 +362,8 @@ def windows_learned_from(samples: int | None, skip: int | None, calibration: int
     """Return the windows of the calibration text that a method learns from.
 
     Args:
-        samples, skip: its settings; None where it has none.
-        calibration: number of windows that statistics are taken of, the first ones.
+        samples: number of windows to learn from; None: as many as for the statistics.
+        skip: number of windows before them; None: 0.
+        calibration: number of windows for the statistics, which are the first ones.
     """
     return slice(skip or 0, (skip or 0) + (samples or calibration))

@@ -1,11 +1,12 @@
-"""Errors that a person can mend. Each is one line: the key or file, its value, what is valid."""
+"""Errors that the user can fix. Each is one line: the key or file, its value, what is expected."""
 
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-# Set beside `HYDRA_FULL_ERROR` by this package, so that Hydra raises what it would print.
+# Variable that this package sets together with `HYDRA_FULL_ERROR`. It tells that the package, not
+# the user, asked Hydra to raise its errors.
 SHORT_ERRORS = "PERMLLM_SHORT_ERRORS"
 
 
@@ -18,40 +19,41 @@ class ConfigError(PermLLMError):
 
 
 class InUseError(ConfigError):
-    """Another process is at work on the same run."""
+    """Another process uses the same run directory."""
 
 
 class DataError(PermLLMError):
-    """A model, text or wheel could not be had, or is not what it should be."""
+    """A model, text or wheel is not available or damaged."""
 
 
 class TrainingError(PermLLMError):
-    """Learning the permutations cannot go on, for example because the loss is not finite."""
+    """Learning cannot continue, for example because the loss is not finite."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, or its kind where it says nothing."""
+    """Return the first line of a library's error, or its class if the error has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error as it is shown to a person."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which takes long to import
+    """Return the line that the user sees for an error."""
+    if type(error).__name__ == "OutOfMemoryError":  # from torch, whose import takes long
         return (
             "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or "
-            "reconstruction's) computes a step sample by sample, with the same result; "
-            "model.placement=host brings layers singly; plan=true says what fits"
+            "reconstruction's) computes a step window by window, with the same result; "
+            "model.placement=host moves layers to the GPU one by one; plan=true lists the memory "
+            "of each placement"
         )
     return " ".join(str(error).split())
 
 
 def printable(name: str) -> str:
-    """Return a name from a stranger's file without what would steer a terminal."""
+    """Return a name from a file with escapes for characters that would control a terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def everything_wanted() -> bool:
-    """Tell if `HYDRA_FULL_ERROR=1` asks for the whole of an error."""
+    """Tell if the user asks for tracebacks by `HYDRA_FULL_ERROR=1`."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1" and SHORT_ERRORS not in os.environ
 
 

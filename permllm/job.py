@@ -1,4 +1,4 @@
-"""One job, top to bottom: load, calibrate, permute, prune, evaluate, record."""
+"""One job from its settings to its record: load, calibrate, permute, prune, evaluate, export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.config import ExportConfig, RunConfig
-from permllm.data.texts import calibration_text, check_texts, perplexity_texts
+from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
@@ -52,13 +52,13 @@ log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
-    """Run one job, under torchrun in all ranks; rank 0 keeps the record.
+    """Run one job, under torchrun in all ranks. Rank 0 keeps the record.
 
     Returns:
-        The metrics and the run directory; None when only a plan was asked for.
+        The metrics and the run directory; None after plan=true.
 
     Raises:
-        PermLLMError: with one line for the person who started it.
+        PermLLMError: an error that the user can fix.
     """
     choose_cache(config.paths.cache_dir)
     check_texts(config.calibration, config.evaluation.perplexity)
@@ -69,7 +69,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-        return_freed_memory()  # an earlier job's, or it would count as taken
+        return_freed_memory()  # memory that an earlier job freed would count as taken
     if config.plan:
         footprint = _footprint(config, methods, torch.device("cuda") if config.plan_on else device)
         if parallel.rank() == 0:
@@ -79,7 +79,13 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
-            log.info("%s is finished already; force=true runs and logs it again", record.directory)
+            to = config.logger.name
+            unlogged = "" if to in ("auto", "none") else f", and nothing is logged to {to}"
+            log.info(
+                "%s is finished already%s; force=true runs and logs it again",
+                record.directory,
+                unlogged,
+            )
         else:
             _unfinished(config, methods, record, device)
         if request is not None:
@@ -90,7 +96,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
 
 
 def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
-    """Return the sizes of a job. Raises ConfigError where a method cannot work on its model."""
+    """Return the sizes of a job. Raises ConfigError if a method cannot work on its model."""
     model = meta_model(config.model)
     pruned = checked_groups(config, methods, model)
     if config.export.serve:
@@ -102,10 +108,11 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
 def _unfinished(
     config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
 ) -> None:
-    """Do what is left of a run."""
+    """Run the stages of a run that are not finished."""
     check_tasks(config.evaluation)
     footprint = _footprint(config, methods, device)
     _check_shares(config, methods, record)
+    parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
@@ -118,18 +125,32 @@ def _unfinished(
     logger = NO_LOGGER
     with ExitStack() as held:
 
-        def opened() -> None:
+        def open_logs() -> None:
+            """Open the run's log file and its logger."""
             nonlocal logger
             held.enter_context(job_log(record.directory / LOG))
             logger = held.enter_context(open_logger(config, record.directory))
 
-        parallel.on_main(opened)
+        parallel.on_main(open_logs)
         held.enter_context(half_products(getattr(torch, config.model.dtype), device))
         _stages(config, methods, record, logger, device)
 
 
+def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
+    """Download the texts of the hub before the model, so that a missing text ends the job early.
+
+    Raises DataError if a text is not available.
+    """
+    for named in perplexity_texts(config.evaluation.perplexity):
+        if isinstance(named.text, HubText):
+            named.text.digest(calibration=False)
+    text = calibration_text(config.calibration).text
+    if isinstance(text, HubText) and not pruned:
+        text.digest(calibration=True)
+
+
 def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> None:
-    """Raise ConfigError where some ranks would have no sample of their own to learn from."""
+    """Raise ConfigError if some ranks would have no window of their own to learn from."""
     processes = parallel.world_size()
     for group, method in methods.learned.items():
         counts = {
@@ -144,17 +165,16 @@ def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> 
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
-    """Return the export that is asked for; None for nothing.
+    """Return the export that the settings ask for, or None.
 
-    Raises ConfigError where it cannot be had from this run.
+    Raises ConfigError if this run cannot have the export.
     """
     export = config.export
     if export.serve:
         check_serve(export.form, export.dtype or config.model.dtype, config.patterns)
     if export.form == "none":
-        usual = asdict(ExportConfig())
         for key, value in asdict(export).items():
-            if value != usual[key]:
+            if value != getattr(ExportConfig(), key):
                 raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
     request = Request(export.form, export.dtype, export.shard_gb, export.serve)
@@ -185,69 +205,58 @@ def _stages(
     with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
         if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
-            began = record.metrics["model"]
             raise DataError(
-                f"{record.directory} began with {began}, and the model is now {loaded.identity}"
+                f"{record.directory} began with {record.metrics['model']}, and its model is now "
+                f"{loaded.identity}"
             )
         groups = checked_groups(config, methods, loaded.model)
-        _check_amounts(config, loaded, record.pruned)
+        _check_perplexity_texts(config, loaded)
+        windows = None if record.pruned else _calibration_windows(config, loaded)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
-    _evaluate(job, record, "dense")
-    if record.pruned:
+    with record.stage("evaluate dense", device):
+        evaluate(loaded, config.evaluation, "dense", record)
+    if windows is None:
         log.info("continuing %s after pruning", record.directory)
         apply_record(loaded.model, loaded.identity, record.directory)
     else:
-        _prune(job, record)
-    _evaluate(job, record, "sparse")
+        digest = calibration_text(config.calibration).text.digest(calibration=True)
+        record.metrics["texts"] = {"calibration": digest}
+        prune_model(job, lambda: windows)
+    with record.stage("evaluate sparse", device):
+        evaluate(loaded, config.evaluation, "sparse", record)
 
     record.finish()
     logger.summary(flat_figures(record.metrics))
 
 
-def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None:
-    """Raise DataError where a text is too short or has tokens that the model does not know."""
-    tokenizer, model = loaded.tokenizer, loaded.model
-    for named in perplexity_texts(config.evaluation.perplexity):
-        windows = perplexity_windows(
-            tokenizer, named, config.evaluation.perplexity, config.model.bos
-        )
-        check_windows(f"evaluation.perplexity: {named.name}", windows, model)
-    if not pruned:
-        windows = calibration_tokens(
-            tokenizer, config.calibration, config.seed, config.model.bos, config.further
-        )
-        check_windows("calibration", windows, model)
+def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:
+    """Raise DataError if a text is too short or has tokens that the model does not know."""
+    how = config.evaluation.perplexity
+    for named in perplexity_texts(how):
+        windows = perplexity_windows(loaded.tokenizer, named, how, config.model.bos)
+        check_windows(f"evaluation.perplexity: {named.name}", windows, loaded.model)
 
 
-def _evaluate(job: Job, record: RunDirectory, which: str) -> None:
-    with record.stage(f"evaluate {which}", job.device):
-        evaluate(job.loaded, job.config.evaluation, which, record)
-
-
-def _prune(job: Job, record: RunDirectory) -> None:
-    """Calibrate, permute, prune.
-
-    The model is sparse afterwards, and the record holds permutations, masks and weights.
-    """
-    config = job.config
-
-    def tokens() -> Tensor:
-        digest = calibration_text(config.calibration).text.digest(calibration=True)
-        record.metrics["texts"] = {"calibration": digest}
-        return calibration_tokens(
-            job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
-        )
-
-    prune_model(job, tokens)
+def _calibration_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
+    """Return the windows of the calibration text. Errors as `_check_perplexity_texts`."""
+    windows = calibration_tokens(
+        loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
+    )
+    check_windows("calibration", windows, loaded.model)
+    return windows
 
 
 def _export(request: Request, record: RunDirectory) -> None:
-    """Write the pruned model into the run directory, unless it is there already in this form."""
-    wanted = {"form": request.form, "dtype": request.dtype or record.config["model"]["dtype"]}
-    wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
-    wanted |= {"serve": request.serve}
+    """Write the pruned model into the run directory, unless this export is there already."""
+    wanted = {
+        "form": request.form,
+        "dtype": request.dtype or record.config["model"]["dtype"],
+        "config_hash": record.metrics["config_hash"],
+        "shard_gb": request.shard_gb,
+        "serve": request.serve,
+    }
     target = record.directory / EXPORT
     summary = present_export(target)
     if summary is not None and all(summary.get(key) == value for key, value in wanted.items()):

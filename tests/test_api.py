@@ -261,7 +261,7 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
         ({"export": "folded"}, "export: "),
         ({"texts": torch.zeros(3)}, "texts: "),
         ({"texts": WINDOWS - 100}, "texts: "),
-        ({"texts": WINDOWS} | DISTILL, "texts has 2 windows of tokens"),
+        ({"texts": WINDOWS} | DISTILL, "texts: got 2 windows of tokens, expected 3"),
         ({"texts": WINDOWS, "calibration__seqlen": 7}, "calibration.seqlen: "),
         ({"texts": "nowhere"}, "calibration/nowhere"),
         ({"texts": "A document."}, "texts: "),
@@ -319,8 +319,8 @@ def adapted_head(model: PreTrainedModel) -> PreTrainedModel:
         (other_layers, "^model: model.layers, run one at a time"),
         (adapted_head, "lm_head is a Sequential"),
         (lambda model: model.to("meta"), "model: .*meta"),
-        (lambda model: model.model, "model: .* is a LlamaModel"),
-        (torch.nn.Sequential, "model: .* is a Sequential"),
+        (lambda model: model.model, "model: .* got a LlamaModel"),
+        (torch.nn.Sequential, "model: .* got a Sequential"),
     ],
 )
 def test_no_model_to_prune_is_one_line(change: Any, named: str, model: PreTrainedModel) -> None:

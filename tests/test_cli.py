@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import stat
 import sys
@@ -100,7 +101,7 @@ def test_a_system_that_jobs_do_not_run_on_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     assert cli.run() == 1
-    assert capsys.readouterr().err == "error: a job needs Linux or macOS; on Windows that is WSL\n"
+    assert capsys.readouterr().err == "error: a job needs Linux or macOS; on Windows use WSL\n"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,7 @@ def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path
     first = run_command(*arguments, "export=folded", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     directory = only_run(tmp_path)
+    assert re.search(r"export +runs/\S+/export: \d+\.\d MB, folded, float32\n", first.stdout)
     assert call("verify", [str(directory / "export")]) == 0
     written = (directory / "export" / "model.safetensors").stat().st_mtime_ns
     again = run_command(*arguments, "export=folded", cwd=tmp_path)
@@ -226,7 +228,7 @@ sparsity=4:2 -> sparsity=4:2
 sparsity=24 -> expected N:M
 sparsity=3:7 permutation=none -> does not divide the 32 input channels of model.layers.0.self_attn
 block_size=0 -> block_size=0: must be at least 1
-name=a/b -> name='a/b' must not contain a slash
+name=a/b -> name='a/b' names a directory: expected no slash
 model.device=toaster -> model.device='toaster'
 model.dtype=int4 -> model.dtype='int4': must be 'float32', 'bfloat16'
 model=local -> model=local needs model.path=DIR

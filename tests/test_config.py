@@ -19,7 +19,7 @@ from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
-from permllm.pruning.composition import options_of
+from permllm.pruning.composition import options_of, replaced_options
 from permllm.pruning.methods import METHODS, methods_of
 from permllm.runs.directory import run_directory
 from permllm.runs.tensors import save_tensors
@@ -326,6 +326,34 @@ def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
     assert held_out.evaluation.perplexity.limit == quick.evaluation.perplexity.limit == 32
     alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
     assert alone.evaluation_identity == small.evaluation_identity
+
+
+def test_a_run_is_named_by_its_methods_and_its_pattern() -> None:
+    words = ("model=tiny", "permutation=heuristic", "mask=score")
+    assert config(*words).name == "tiny-wanda-heuristic-score-2x4"
+    assert config(*words, "reconstruction=distill").name == "tiny-wanda-heuristic-score-distill-2x4"
+
+
+def test_names_of_dense_layers_stay_as_typed_and_their_order_makes_no_other_run() -> None:
+    typed, other = (config("model=tiny", f"keep_dense=[{names}]") for names in ("0,-1", "-1,0"))
+    assert typed.keep_dense == ["0", "-1"]
+    assert typed.hash == other.hash
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen", "replaced"),
+    [
+        ("wanda", {"permutation": "none", "mask": "pruner", "pruner": "wanda"}, []),
+        ("wanda", {"permutation": "lcp", "mask": "score"}, ["mask=score", "permutation=lcp"]),
+        ("permllm-ria-last6", {"permutation": "lcp-paper", "pruner": "ria"}, []),
+        ("permllm-ria-last6", {"pruner": "wanda"}, ["pruner=wanda"]),
+        ("of-another-package", {"permutation": "lcp"}, []),
+    ],
+)
+def test_options_that_replace_those_of_a_method_are_found(
+    method: str, chosen: dict[str, str], replaced: list[str]
+) -> None:
+    assert replaced_options(method, chosen) == replaced
 
 
 def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:

@@ -54,8 +54,9 @@ def pruned_groups(
     for name, text in sparsity_of.items():
         found = _named("sparsity_of", name, groups) - dense
         if not found:
+            kept = ",".join(keep_dense)
             raise ConfigError(
-                f"sparsity_of.{name}={text}: keep_dense={sorted(keep_dense)} keeps all of it dense"
+                f"sparsity_of.{name}={text}: keep_dense=[{kept}] keeps all of it dense"
             )
         its = NMPattern.parse(text, f"sparsity_of.{name}")
         for path in sorted(found):
@@ -67,7 +68,7 @@ def pruned_groups(
     left = _left(groups, pattern, dense, {path: its for path, (_, its) in chosen.items()})
     if not left:
         every = "names every linear of the decoder layers: nothing left to prune"
-        raise ConfigError(f"keep_dense={sorted(keep_dense)} {every}")
+        raise ConfigError(f"keep_dense=[{','.join(keep_dense)}] {every}")
     return left
 
 

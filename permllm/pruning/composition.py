@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,31 @@ def options_of() -> dict[str, tuple[str | None, list[str]]]:
         group, chosen = next(iter(entry.items())) if isinstance(entry, dict) else (entry, None)
         if " " not in group and (conf / group).is_dir():
             found[group] = (chosen, sorted(file.stem for file in (conf / group).glob("[!_]*.yaml")))
+    return found
+
+
+def replaced_options(method: str, chosen: Mapping[str, str]) -> list[str]:
+    """Return the chosen options, `GROUP=OPTION`, that are others than a method of `conf/` has.
+
+    Args:
+        method: option of the group `method`; one of another package has no such file.
+        chosen: options by group.
+    """
+    own = {"mask": "pruner", "reconstruction": "none"} | _options_of_method(method)
+    return [
+        f"{group}={chosen[group]}" for group in own if chosen.get(group, own[group]) != own[group]
+    ]
+
+
+def _options_of_method(method: str) -> dict[str, str]:
+    file, found = conf_directory() / "method" / f"{method}.yaml", dict[str, str]()
+    if not file.is_file():
+        return found
+    for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]:
+        if isinstance(entry, dict):
+            found |= {key.removeprefix("override /"): option for key, option in entry.items()}
+        else:  # another method, which this one is a variant of
+            found |= _options_of_method(entry)
     return found
 
 

@@ -1,7 +1,7 @@
-"""Results that several jobs need: computed once, and kept in the cache directory.
+"""Cache of results that several jobs need.
 
-A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the
-folder costs time, nothing else.
+Jobs that run at the same time wait for the first one by a lock for each result. The cache directory
+can be deleted at any time; its results are then computed again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ log = logging.getLogger(__name__)
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
 _RESULTS = "results"
-# The folder that the settings of the job name.
+# The folder of `paths.cache_dir`, if the job has one.
 _CHOSEN: list[str] = []
 
 
 def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
-    """Return `compute()`, or what an earlier job kept of it; in all ranks rank 0's values.
+    """Return the values of `compute` from the cache, or compute and keep them.
+
+    All ranks get the values of rank 0.
 
     Args:
         kind: name of the kind of result.
-        key: plain values that determine the result, beside the versions of this package and its
-            libraries.
-        compute: gives tensors by name, on the CPU, or plain values by name.
+        key: plain values that determine the result, together with the versions of this package and
+            its libraries.
+        compute: returns tensors by name, on the CPU, or plain values by name.
     """
     software = {"versions": versions(), "commit": git_commit()}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
@@ -49,6 +51,7 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
     with ExitStack() as held:
 
         def kept() -> Values | None:
+            """Lock the result until it is written, and read it; None: it is not in the cache."""
             file = cache_directory() / _RESULTS / name
             file.parent.mkdir(exist_ok=True)
             held.enter_context(FileLock(file.with_suffix(".lock")))
@@ -62,12 +65,12 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
 
 def _read(file: Path) -> Any:
-    """Return what is kept; None: there is nothing, or it is unreadable."""
-    forms: dict[str, Callable[[Path], Any]] = {".json": read_json, ".safetensors": load_tensors}
+    """Return a result; None: there is none, or it cannot be read."""
     try:
-        for suffix, load in forms.items():
-            if (kept := file.with_suffix(suffix)).exists():
-                return load(kept)
+        if (tensors := file.with_suffix(".safetensors")).exists():
+            return load_tensors(tensors)
+        if (values := file.with_suffix(".json")).exists():
+            return read_json(values)
     except DataError as error:
         log.warning("%s: computing it again", error)
     return None
@@ -79,7 +82,7 @@ def _write(file: Path, values: Mapping[str, Any]) -> None:
             save_tensors(file.with_suffix(".safetensors"), values)
         else:
             write_json(file.with_suffix(".json"), values)
-    except DataError as error:  # a full disk must not cost a job what it has just computed
+    except DataError as error:  # the job has its result although the disk is full
         log.warning("not kept for other jobs: %s", error)
 
 
@@ -90,16 +93,15 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def choose_cache(folder: str | None) -> None:
-    """Use a folder as the cache directory from here on; None: the environment names it."""
+    """Use a folder as the cache directory from now on; None: the one of the environment."""
     _CHOSEN[:] = [folder] if folder else []
 
 
 def cache_directory() -> Path:
-    """Return, and make, the chosen folder, `PERMLLM_CACHE`, or `permllm` in the user's cache."""
-    usual = os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))
-    path = Path(*_CHOSEN or [usual])
+    """Return the chosen folder, or `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
+    path = Path(*_CHOSEN or [os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))])
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"PERMLLM_CACHE: cannot make {path} ({error.strerror})") from error
+        raise DataError(f"PERMLLM_CACHE: cannot create {path} ({error.strerror})") from error
     return path

@@ -1,4 +1,4 @@
-"""Rows beside each other, with intervals of a paired bootstrap, and beside the paper's numbers."""
+"""Comparison of rows, with intervals of a paired bootstrap, and with the paper's numbers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ LEVEL = 0.95
 Numbers = NDArray[np.float64]
 # The paper's numbers (PermLLM, tables 1 to 8).
 _FILE = Path(__file__).parent / "published.csv"
-# Model of the paper to take where a table does not have ours.
+# Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
-# Settings that the paper's tables vary, where ours have them, and the paper's value where a table
-# does not vary them.
+# Settings that tables of the paper vary, with our names, and the paper's value in the other tables.
 _SETTINGS: dict[str, tuple[str, Any]] = {
     "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
     "calibration": ("calibration.dataset", "c4"),
@@ -37,15 +36,15 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
 def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     """Return the difference of two rows in one measure with its interval.
 
-    Windows or items are resampled with replacement, those of each text or task on their own, each
-    with the scores of both rows averaged over their seeds. For a gap the windows have the scores of
-    the unpermuted and the dense model too.
+    The bootstrap resamples windows or items with replacement, separately for each text or task. A
+    window or item has the scores of both rows, as means over the seeds, and for a gap also the
+    scores of the unpermuted and the dense models.
 
     Returns:
-        `difference`: first row less second row, of a perplexity as a share of the second row's, by
-        the geometric mean over seeds, None where there is none. `interval`: ends of the interval
-        that holds 95 % of the resampled differences, or None. `over`: windows or items that were
-        resampled, and seeds, in words, or the reason why there is no interval.
+        `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
+        means over the seeds; None: not defined. `interval`: ends of the interval with 95 % of the
+        resampled differences; None: there is none. `over`: text with the number of windows or
+        items and the seeds, or with the reason why there is no interval.
     """
     found = {"difference": _difference(table, row, other, name), "interval": None}
     seeds, theirs = (sorted(table.seeds(one, []).index) for one in (row, other))
@@ -74,10 +73,11 @@ def _difference(table: Table, row: int, other: int, name: str) -> float | None:
 
 
 def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Numbers] | str:
-    """Return the scores that `interval` takes, or the reason why there are none."""
+    """Return the scores for `interval`, or the reason why there are none."""
     parts: list[Numbers] = []
     for text in table.gaps.get(name, [name]):
-        # Measures of runs: of each row, of a gap also of its unpermuted and its dense model.
+        # Columns and runs of the two rows. A gap also needs those of their unpermuted and their
+        # dense models.
         asked = []
         for row in rows:
             asked.append((text, table.rows[row]))
@@ -102,14 +102,16 @@ def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Nu
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
-    """Return the ends of the percentile interval of a statistic, the same at every call.
+    """Return the ends of the bootstrap's percentile interval, with a fixed seed.
 
-    The columns of each part, float64 `(numbers, windows)` of a text or task, are resampled on their
-    own. `of` gives the statistic from the means of a part's rows; its mean over the parts counts.
+    Args:
+        parts: for each text or task float64 `(scores, windows)`. Its columns are resampled.
+        of: function of the means of a part's rows. The statistic is its mean over the parts.
     """
-    from scipy import stats  # a table without intervals need not wait for it
+    from scipy import stats  # its import takes long, and most tables have no intervals
 
     def mean(*drawn: Any, axis: int = -1) -> Any:
+        """Return the statistic for some columns of each part."""
         chosen = [part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)]
         return np.mean([of(*part.mean(axis=-1)) for part in chosen], axis=0)
 
@@ -133,61 +135,71 @@ def _gap_difference(
 
 
 def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
-    """Return two rows in each perplexity, gap and accuracy that both have, as plain values.
+    """Compare two rows in each perplexity, gap and accuracy that both have.
 
     Returns:
-        For each its name, `kind`, both values, and what `paired` returns.
+        For each measure its name, its `kind`, both values as texts, and the result of `paired`.
     """
     found = []
     for name in table.measures:
         kind = table.kinds[name]
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
-            line = {"measure": table.heading(name), "kind": kind}
-            line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
-            found.append(line | paired(table, first, second, name))
+            found.append(
+                {
+                    "measure": table.heading(name),
+                    "kind": kind,
+                    "first": table.shown(first, name),
+                    "second": table.shown(second, name),
+                    **paired(table, first, second, name),
+                }
+            )
     return found
 
 
 def published(table: str) -> list[Any]:
-    """Return the numbers of one table, `table6` or `6`, by the columns of the file.
+    """Return the rows of the file for one table of the paper, `table6` or `6`.
 
-    Raises ConfigError for no such table.
+    Raises ConfigError if there is no such table.
     """
     rows = pd.read_csv(_FILE, dtype={"table": str}, keep_default_na=False)
     found = rows[rows["table"] == table.removeprefix("table")]
     if found.empty:
         valid = ", ".join(f"table{name}" for name in sorted(rows["table"].unique()))
-        raise ConfigError(f"--paper {table}: there is no such table; valid are {valid}")
+        raise ConfigError(f"--paper {table}: no such table; valid are {valid}")
     return [*found.itertuples(index=False, name="Published")]
 
 
 class Comparison:
     """Finder of the paper's number for a run of ours.
 
+    If the table does not have our single model, the numbers belong to another model. `note` says
+    so, and any perplexity of ours is compared with the paper's perplexity on WikiText-2.
+
     Args:
-        rows: of one table of the paper.
-        models: ours. A single one may be a model that the table does not have: the numbers are
-            those of another model then, as `note` says, and any perplexity of ours stands beside
-            the paper's perplexity on WikiText-2.
+        rows: rows of one table of the paper.
+        models: our models.
 
     Raises:
-        ConfigError: the table does not have one of several models.
+        ConfigError: there are several models, and the table does not have all of them.
     """
 
     def __init__(self, rows: list[Any], *models: str) -> None:
         theirs = list(dict.fromkeys(row.model for row in rows))
         missing = [model for model in models if model not in theirs]
         if missing and len(models) > 1:
-            there = f"the table has {', '.join(theirs)}, not {', '.join(missing)}"
-            raise ConfigError(f"--paper: {there}; give runs of one model or of these")
+            raise ConfigError(
+                f"--paper: the table has {', '.join(theirs)}, not {', '.join(missing)}: "
+                "expected runs of one model, or of the table's models"
+            )
         self.same_model, self.note = not missing, ""
         self._only = models[0] if len(models) == 1 else ""
         if missing:
             self._only = _STAND_IN if _STAND_IN in theirs else theirs[0]
-            numbers = f"those of {self._only} on its own protocol, ours of {missing[0]}"
-            compare = "compare the order of the rows, not the values"
-            self.note = f"The paper's numbers are {numbers}: {compare}."
+            self.note = (
+                f"The paper's numbers belong to {self._only} and the paper's protocol, ours to "
+                f"{missing[0]}. Compare the order of the rows, not the values."
+            )
         self.heading = f"paper, {self._only}" if self._only else "paper"
         self._values, self._varied, self._tasks = {}, list[str](), set[str]()
         for row in rows:
@@ -203,7 +215,7 @@ class Comparison:
     def value(
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
     ) -> float | None:
-        """Return the paper's number for a column of a run of ours; None: there is none."""
+        """Return the paper's number for a measure of a run; None: there is none."""
         metric = self._metric(measure)
         if metric is None or not self._as_in_the_paper(config):
             return None
@@ -215,14 +227,17 @@ class Comparison:
         pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
         ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
         method = f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}"
-        key = (model, config["sparsity"], method)
-        settings = [f"{name}={_value(config, name)}" for name in self._varied]
-        settings = [text.replace("last_layers=None", "last_layers=all") for text in settings]
-        found = (self._values.get((*key, setting, metric)) for setting in (*settings, ""))
-        return next((value for value in found if value is not None), None)
+        settings = [
+            f"{name}={_value(config, name)}".replace("last_layers=None", "last_layers=all")
+            for name in self._varied
+        ]
+        for setting in (*settings, ""):
+            if (key := (model, config["sparsity"], method, setting, metric)) in self._values:
+                return self._values[key]
+        return None
 
     def dense(self, measure: str) -> float | None:
-        """Return the paper's number of the dense model; None where there are several models."""
+        """Return the paper's number of the dense model; None: there are several models."""
         wanted = (self._only, "dense", self._metric(measure))
         for (model, _, method, _, metric), value in self._values.items():
             if (model, method, metric) == wanted:
@@ -230,13 +245,13 @@ class Comparison:
         return None
 
     def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
-        """Tell whether nothing that this table does not vary differs from the paper."""
+        """Tell if the settings that this table does not vary are those of the paper."""
         name = config["permutation"]["name"]
         foldable = config["permutation"].get("constraint", "free") != "free"
         dense = config.get("keep_dense") or config.get("sparsity_of")
         if method_of(config) != name or foldable or dense:
             return False
-        # Another model has other texts anyway, as the note says.
+        # With another model the texts differ anyway, as the note says.
         matter = ["calibration"] if self.same_model else []
         if name.startswith("lcp"):
             matter += [name for name in _SETTINGS if name != "calibration"]

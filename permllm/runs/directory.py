@@ -1,4 +1,4 @@
-"""The run directory: a file that exists is complete, and a run continues after its last file."""
+"""Run directory. A file that exists is complete; a run resumes after its last file."""
 
 from __future__ import annotations
 
@@ -42,29 +42,28 @@ from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_m
 from permllm.runtime.terminal import what_happened
 
 log = logging.getLogger(__name__)
-# Goes into the file `run.log` alone: a terminal has progress bars for it.
+# Logger of the file `run.log` alone, because a terminal has progress bars instead.
 noted = logging.getLogger("permllm.noted")
 noted.setLevel(logging.INFO)
 noted.propagate = False
 
 Value = TypeVar("Value")
 
-# `metrics.json` repeats these keys of the evaluation that was asked for last.
+# Keys of the last evaluation that `metrics.json` repeats.
 _COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
 
 
 class Record:
-    """Metrics, history and files of a job. This one keeps them in memory, `RunDirectory` on disk.
+    """Metrics, history and files of a job, in memory. `RunDirectory` keeps them on disk.
 
-    All ranks call its methods: rank 0 alone reads and writes files, and the others have what it
-    read.
+    All ranks call the methods. Only rank 0 reads and writes files; the other ranks get its values.
 
     Attributes:
-        directory: of the files; None: no file is kept.
+        directory: folder of the files; None: no file is kept.
         metrics: content of `metrics.json`.
-        evaluation: results of the evaluation that is asked for: `perplexity`, `tasks`, `scores`,
-            `seconds`.
-        history: an entry for each epoch of learning.
+        evaluation: results of the evaluation that the settings ask for: `perplexity`, `tasks`,
+            `scores`, `seconds`.
+        history: one entry for each epoch of learning.
     """
 
     directory: Path | None = None
@@ -73,14 +72,14 @@ class Record:
         self.metrics: dict[str, Any] = {"seconds": {}}
         self.evaluation: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        # Seconds of the stages inside of the one that runs; None: none runs.
+        # Seconds of the stages inside the running stage; None: no stage runs.
         self._inside: float | None = None
 
     def save(self) -> None:
-        """Write the metrics as they are now."""
+        """Write the metrics."""
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
-        """Read a file that an earlier process finished; None: there is none."""
+        """Read a file of an earlier process; None: there is no such file."""
         return None
 
     def keep(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
@@ -93,9 +92,9 @@ class Record:
         save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
     ) -> Value:
-        """Read a file if an earlier process finished it, otherwise compute and save it.
+        """Read a file of an earlier process, or else compute and save it.
 
-        All ranks have rank 0's value.
+        All ranks get the value of rank 0.
         """
         value = self.loaded(name, load)
         if value is None:
@@ -109,14 +108,14 @@ class Record:
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a stage, note the peak of memory, and save the metrics, also when it is interrupted.
+        """Record the seconds and the peak memory of a stage, also if it is interrupted.
 
-        The seconds of a stage inside of another one count for the inner one alone. The outer one
-        saves.
+        The seconds of a stage inside another one count only for the inner stage. The outer stage
+        saves the metrics.
         """
         outer, self._inside = self._inside, 0.0
         if outer is None:
-            return_freed_memory()  # or this stage's peak would include the memory of the last one
+            return_freed_memory()  # it would count in the peak of this stage
         start = time.perf_counter()
         try:
             yield
@@ -126,21 +125,21 @@ class Record:
             seconds = record.setdefault("seconds", {})
             seconds[name] = seconds.get(name, 0.0) + took - self._inside
             self._inside = None if outer is None else outer + took
-            peaks = {"peak_memory_bytes": peak_memory(device)}
-            peaks["peak_host_memory_bytes"] = peak_host_memory()
-            self.metrics |= {
-                key: max(peak, self.metrics.get(key, 0)) for key, peak in peaks.items()
-            }
+            for key, peak in (
+                ("peak_memory_bytes", peak_memory(device)),
+                ("peak_host_memory_bytes", peak_host_memory()),
+            ):
+                self.metrics[key] = max(peak, self.metrics.get(key, 0))
             if outer is None:
                 noted.info("%s: %.1f s", name, seconds[name])
                 self.save()
 
 
 class RunDirectory(Record):
-    """Directory of a run, made when missing; a directory with another config is refused.
+    """Record of a run in its directory, which is made if it is missing.
 
     Attributes:
-        finished: every stage was done when it was opened, the evaluation that is asked for too.
+        finished: True: every stage and the evaluation were finished when the directory was opened.
     """
 
     directory: Path
@@ -152,26 +151,33 @@ class RunDirectory(Record):
         asked = json.loads(json.dumps(config.evaluation_identity))
         self.evaluation = {"evaluation": asked, "evaluation_hash": digest_of(asked)}
         self._evaluation_file = directory / EVALUATIONS / f"{digest_of(asked)}.json"
-        self.metrics |= {"schema_version": SCHEMA_VERSION, "status": "running"}
-        self.metrics |= {"name": config.name, "config_hash": config.hash}
+        self.metrics |= {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "name": config.name,
+            "config_hash": config.hash,
+        }
 
     @contextmanager
     def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
-        """Hold the directory, and read what an earlier process left.
+        """Lock the directory, and read the results of earlier processes.
 
-        A run that ends by its settings or its text before it has any result leaves no directory.
+        The directory is removed again if the run fails by its settings or its text before it has a
+        result.
 
         Args:
-            force: remove earlier results first.
-            wait: for another process that is at work on the same run; False raises InUseError.
+            force: True: remove earlier results first.
+            wait: True: wait while another process uses the run; False: raise InUseError.
 
         Raises:
-            ConfigError: the directory belongs to another run. DataError: a file is unreadable.
+            ConfigError: the directory belongs to another run.
+            DataError: a file cannot be read.
         """
         made = parallel.rank() == 0 and not self.directory.exists()
         with ExitStack() as held:
 
             def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
+                """Return metrics, evaluation, history, and if the run is finished."""
                 held.enter_context(self._locked(wait))
                 self._check_config(force)
                 if force:
@@ -192,10 +198,7 @@ class RunDirectory(Record):
 
     @contextmanager
     def _locked(self, wait: bool) -> Iterator[None]:
-        """Hold the directory.
-
-        A process that evaluates the same run in another way waits in any case.
-        """
+        """Lock the directory. A process with another evaluation of the same run always waits."""
         same = FileLock(self.directory / f".lock-{self.evaluation['evaluation_hash']}")
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -206,15 +209,17 @@ class RunDirectory(Record):
             log.info("%s: waiting for another process that runs the same", self.directory)
             same.acquire()
         with same, FileLock(self.directory / ".lock"):
-            same.release()  # it is held twice now
-            self.directory.mkdir(exist_ok=True)  # the process before may have removed it
+            same.release()  # `with same` has acquired it a second time
+            self.directory.mkdir(exist_ok=True)  # the other process may have removed it
             yield
 
     def _check_config(self, force: bool) -> None:
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
-                raise ConfigError(f"run_dir={self.directory} is not empty and holds no {CONFIG}")
+                raise ConfigError(
+                    f"run_dir={self.directory} has files but no {CONFIG}: expected a run directory"
+                )
             return
         try:
             present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
@@ -225,7 +230,9 @@ class RunDirectory(Record):
         both = present.keys() | asked.keys()
         if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
             keys = ", ".join(differing[:5])
-            raise ConfigError(f"{file} is of another run: {keys} differ; choose another run_dir")
+            raise ConfigError(
+                f"{file} is of another run, whose {keys} differ: choose another run_dir"
+            )
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
@@ -235,7 +242,7 @@ class RunDirectory(Record):
             if self.metrics.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{file}: of another schema_version; force=true runs it again")
             if self.metrics["status"] == "finished":
-                self._remove(*UNFINISHED)  # the process before may have ended between the two
+                self._remove(*UNFINISHED)  # the process may have ended before it removed them
         self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
@@ -247,19 +254,19 @@ class RunDirectory(Record):
 
     @property
     def pruned(self) -> bool:
-        """The model was pruned; its evaluation is left."""
+        """True: the model is pruned, so that only its evaluation may be missing."""
         return "sparsity" in self.metrics
 
     def has(self, group: str) -> bool:
-        """Return whether the result of this group, `permutation` or `mask`, is there."""
+        """Tell if the run has the result of a group, `permutation` or `mask`."""
         file = self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]
         return self.pruned or parallel.on_main(file.exists)
 
     def save(self) -> None:
         """Write the evaluation and `metrics.json`.
 
-        A finished run that is evaluated in another way shows the earlier evaluation until the new
-        one is finished.
+        The `metrics.json` of a finished run keeps the earlier evaluation until the new one is
+        finished.
         """
         if self.metrics["status"] != "finished":
             self._show_evaluation()
@@ -275,30 +282,32 @@ class RunDirectory(Record):
         self.metrics["seconds"] |= self.evaluation.get("seconds", {})
 
     def finish(self) -> None:
-        """Write the last metrics, and remove what only an unfinished run needs."""
+        """Write the final metrics, and remove the files that only an unfinished run needs."""
         self.evaluation["finished"] = True
         self._show_evaluation()
         self.metrics["status"] = "finished"
         digests = self.metrics.setdefault("sha256", {})
-        for name in [name for name in digests if name.split("/")[0] in UNFINISHED]:
-            del digests[name]
+        self.metrics["sha256"] = {
+            name: digest for name, digest in digests.items() if name.split("/")[0] not in UNFINISHED
+        }
         self.save()
         if parallel.rank() == 0:
             self._remove(*UNFINISHED)
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
-        """Read a file that an earlier process finished; None: there is none.
+        """Read a file of an earlier process; None: there is no such file.
 
-        Raises DataError where the file is not what was written.
+        Raises DataError if the file has changed since it was written.
         """
 
         def read() -> Value | None:
+            """Check and read the file."""
             path, stated = self.directory / name, self.metrics.setdefault("sha256", {})
             if not path.exists():
                 return None
             if name in stated:
                 check_sha256(self.directory, name, stated[name])
-            else:  # the process before ended between the file and `metrics.json`
+            else:  # the earlier process ended after the file and before `metrics.json`
                 stated[name] = file_sha256(path)
             noted.info("continuing with %s", name)
             return load(path)
@@ -309,6 +318,7 @@ class RunDirectory(Record):
         """Write a file, and its sha256 into `metrics.json`."""
 
         def write() -> None:
+            """Write the file and the metrics."""
             save(self.directory / name, value)
             self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
             self.save()
@@ -342,11 +352,11 @@ def check_sha256(directory: Path, name: str, digest: str) -> None:
     if not path.is_file():
         raise DataError(f"{path} is missing; force=true runs it again")
     if file_sha256(path) != digest:
-        raise DataError(f"{path} has another sha256 than the run wrote; force=true runs it again")
+        raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")
 
 
 def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a directory holds a finished run, with this evaluation (None: with any)."""
+    """Tell if a directory has a finished run with this evaluation; None: with any evaluation."""
     try:
         metrics = read_json(directory / METRICS)
         there = all((directory / name).is_file() for name in metrics.get("sha256", {}))
@@ -362,10 +372,10 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
 
 @contextmanager
 def job_log(file: Path) -> Iterator[None]:
-    """Append to a file what is logged inside, the command, and why the job ended unfinished."""
+    """Append the command, all messages, and the error of a job that fails to a file."""
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # A full disk is the record's to tell.
+    # On a full disk the record raises the error that the user sees.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     loggers = (logging.getLogger(), noted)
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Environment of a result: versions, commit, hardware, command."""
+"""Environment of a run: versions, commit, hardware, command."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _PACKAGES = (
 )
 
 _NAME = r"(?:key|token|secret|password|passwd|credentials?)"
-# The value of a key that sounds like a secret: of the whole word, or inside of braces. A switch
-# such as add_bos_token is none.
+# The patterns find the value of a key that looks like a secret, for a whole word and inside braces.
+# A switch such as add_bos_token=true is not a secret.
 _VALUE = r"(?!(?:true|false|null)(?:[,}\s]|$))"
 _SECRETS = (
     re.compile(rf"^([^={{]*{_NAME}=){_VALUE}.+$", re.IGNORECASE | re.DOTALL),
@@ -46,9 +46,12 @@ _SECRETS = (
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of this project and of the libraries that results depend on."""
-    libraries = {package: metadata.version(package) for package in _PACKAGES}
-    return {"permllm": __version__, "python": platform.python_version()} | libraries
+    """Return the versions of this package, Python, and the libraries that results depend on."""
+    return {
+        "permllm": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in _PACKAGES},
+    }
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:
@@ -74,10 +77,10 @@ def command_line() -> str:
 def hardware(device: torch.device) -> dict[str, Any]:
     """Return processor, vector instructions, cores, memory (bytes), processes and the GPU, if any.
 
-    Processors of one name may differ in their instructions, and so by a multiple in their speed.
+    The instructions are part of it, because processors with the same name can differ in them, and
+    then in their speed by a factor.
     """
     found: dict[str, Any] = {
-        # not whose kernel it is
         "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -101,11 +104,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 @cache
 def git_commit() -> dict[str, Any] | None:
-    """Return the commit of the package's checkout, and whether it has changes; None outside one."""
-    folder = Path(__file__).parent.parent
+    """Return the commit of the package's checkout, and if it has changes; None: no checkout."""
 
     def git(*arguments: str) -> str:
-        words = ["git", "-C", str(folder), *arguments]
+        """Return the output of git in the package's folder."""
+        words = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -1,4 +1,4 @@
-"""Files of a run directory: their names, and writing that leaves a whole file or none."""
+"""Files of a run directory: their names, and functions that write a complete file or none."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from safetensors import SafetensorError
 
 from permllm.errors import DataError, first_line
 
-# Of `metrics.json` and of kept records.
+# Version of `metrics.json` and of files of records.
 SCHEMA_VERSION = 3
 
 CONFIG, ENVIRONMENT, LOG = "config.yaml", "environment.json", "run.log"
 METRICS, EVALUATIONS, HISTORY = "metrics.json", "evaluations", "history.jsonl"
 PERMUTATIONS, MASKS = "permutations.safetensors", "masks.safetensors"
-# Folders: of weights and of pruned layers with a file of each layer, and of the checkpoint.
+# Folders: weights and pruned layers, with one file for each layer, and the exported checkpoint.
 WEIGHTS, PRUNED_LAYERS, EXPORT = "weights", "pruned_layers", "export"
 CHECKPOINT, MASK_CHECKPOINT = "lcp_checkpoint.pt", "mask_checkpoint.pt"
 DISTILL_CHECKPOINT, BEST_SO_FAR = "distill_checkpoint.pt", "best_so_far.safetensors"
-# Of loggers: TensorBoard's curves, and the id of the W&B run.
+# Files of loggers: the folder of TensorBoard, and the id of the W&B run.
 TENSORBOARD, WANDB_ID = OF_LOGGERS = "tensorboard", ".wandb-id"
-# Only an unfinished run needs these.
+# Files that only an unfinished run needs.
 UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
 RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
 
-# Kept runs, a line each; any such file ends with the suffix.
+# Usual name, and suffix, of a file of records, which has one run in each line.
 RECORDS = "records.jsonl"
 LINES = ".jsonl"
 
@@ -44,25 +44,25 @@ def layer_file(folder: str, layer: int) -> str:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a scratch file beside `path`, and rename it to `path` at the end.
+    """Yield a temporary file beside `path`, and rename it to `path` at the end.
 
-    One process writes a target at a time: locks are the caller's.
+    The caller must hold a lock if several processes may write `path`.
 
     Raises:
-        DataError: the file cannot be written, for example because the disk is full. The target
-            stays as it was.
+        DataError: the file cannot be written, for example because the disk is full. `path` is
+            unchanged.
     """
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no file and cannot be replaced by one")
+        raise DataError(f"{path} is a folder: expected a file, or nothing")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(b"")
-        mode = scratch.stat().st_mode  # as the umask says, which not every library heeds
+        mode = scratch.stat().st_mode  # from the umask, which some libraries ignore
         yield scratch
         scratch.chmod(mode)
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's where the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise DataError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Raises DataError, which names the file, where it cannot be read or holds something else.
+    Raises DataError, which names the file, if it cannot be read or has another content.
     """
     return _read(path, json.loads, "JSON")
 
@@ -93,17 +93,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a JSON object a line; without a file there are none.
-
-    Errors as `read_json`.
-    """
+    """Read the JSON objects of a file, one in each line; no file: none. Errors as `read_json`."""
     if not path.exists():
         return []
-
-    def parse(text: str) -> list[dict[str, Any]]:
-        return [dict(json.loads(line)) for line in text.splitlines()]
-
-    return _read(path, parse, "JSON", list)
+    return _read(
+        path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list
+    )
 
 
 def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:
@@ -114,12 +109,12 @@ def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not readable {form}: {first_line(error)}") from error
     if not isinstance(value, kind):
-        raise DataError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+        raise DataError(f"{path} has a {type(value).__name__}: expected a {kind.__name__}")
     return value
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, hexadecimal. Raises DataError where it cannot be read."""
+    """Return the sha256 of a file, hexadecimal. Raises DataError if it cannot be read."""
     try:
         with open(path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -129,16 +124,16 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a scratch folder beside `target`, and rename it to `target` at the end.
+    """Yield a temporary folder beside `target`, and rename it to `target` at the end.
 
-    One process writes a target at a time: locks are the caller's.
+    The caller must hold a lock if several processes may write `target`.
 
     Raises:
         DataError: the folder cannot be written, for example because the disk is full.
     """
     scratch = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
         scratch.mkdir(parents=True)
         yield scratch
         shutil.rmtree(target, ignore_errors=True)
@@ -150,8 +145,5 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def matches(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Return whether each of these files of a folder has this sha256.
-
-    Raises DataError where one cannot be read.
-    """
+    """Tell if each file of a folder has its sha256. Raises DataError if one cannot be read."""
     return all(file_sha256(folder / name) == digest for name, digest in digests.items())

@@ -1,4 +1,4 @@
-"""GPUs of the processes that run the jobs of a sweep at once."""
+"""GPUs of the processes that run the jobs of a sweep in parallel."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from filelock import FileLock, Timeout
 
 from permllm.errors import ConfigError
 
-# A folder with a lock for each GPU, named as in CUDA_VISIBLE_DEVICES, for the processes of
-# hydra/launcher=joblib.
+# Variable with a folder for the processes of hydra/launcher=joblib. The folder has a lock for each
+# GPU, with a name as in CUDA_VISIBLE_DEVICES.
 GPUS = "PERMLLM_GPUS"
-_MADE: list[tempfile.TemporaryDirectory[str]] = []  # that folder
-_HELD: list[FileLock] = []  # the lock of this process's GPU
+_MADE: list[tempfile.TemporaryDirectory[str]] = []  # the folder of this process
+_HELD: list[FileLock] = []  # the lock of the GPU of this process
 
 
 def first() -> bool:
-    """Tell whether this is rank 0 of torchrun, or the only process."""
+    """Tell if this is rank 0 of torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def share_gpus(launcher: Any, device: str) -> None:
-    """Make the locks of the GPUs for joblib's processes.
-
-    The cores are shared by joblib, which gives each process its part of the threads.
+    """Make the locks of the GPUs for joblib's processes. Joblib itself shares the cores.
 
     Raises:
-        ConfigError: the launcher cannot share what is there.
+        ConfigError: the launcher does not work under torchrun, or has more jobs than GPUs.
     """
     os.environ.pop(GPUS, None)
     target = launcher["_target_"]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not target.endswith(".BasicLauncher"):
-        raise ConfigError("torchrun's processes do each job together: give hydra/launcher=basic")
+        raise ConfigError(
+            "under torchrun all processes run each job: expected hydra/launcher=basic"
+        )
     if "joblib" not in target or device not in ("auto", "cuda"):
         return
     import torch
@@ -44,8 +44,9 @@ def share_gpus(launcher: Any, device: str) -> None:
 
     if count := torch.cuda.device_count():
         if effective_n_jobs(launcher.n_jobs) > count:
-            jobs = f"hydra.launcher.n_jobs={launcher.n_jobs}"
-            raise ConfigError(f"{jobs}: expected at most {count}, one for each GPU")
+            raise ConfigError(
+                f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one per GPU"
+            )
         _MADE[:] = [tempfile.TemporaryDirectory(prefix="permllm-gpus-")]
         os.environ[GPUS] = _MADE[0].name
         every = ",".join(map(str, range(count)))
@@ -54,7 +55,7 @@ def share_gpus(launcher: Any, device: str) -> None:
 
 
 def take_gpu() -> None:
-    """Take the first GPU that no other process of the sweep has, for all jobs of this process."""
+    """Take a GPU that no other process of the sweep has, for all jobs of this process."""
     while GPUS in os.environ and not _HELD:
         for file in sorted(Path(os.environ[GPUS]).iterdir()):
             lock = FileLock(file)
@@ -63,4 +64,4 @@ def take_gpu() -> None:
                 _HELD.append(lock)
                 os.environ["CUDA_VISIBLE_DEVICES"] = file.name  # before CUDA is used first
                 return
-        time.sleep(1)  # for a process that joblib replaces and that is about to end
+        time.sleep(1)  # joblib may replace a process that has not ended yet

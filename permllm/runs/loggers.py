@@ -22,42 +22,47 @@ from permllm.runs.files import TENSORBOARD, WANDB_ID, write_text
 
 log = logging.getLogger(__name__)
 
-# Typed words that name the sweep, or say nothing about the result.
+# Overrides that name the sweep, or do not concern the result.
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
-_LONGEST_NAME, _LONGEST_TAG = 128, 64  # of W&B
-_NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # of MLflow
-# MLflow sends nothing about its use, and a server that is down costs seconds.
-_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true"}
-_MLFLOW |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # limits of W&B
+_NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # characters that MLflow refuses
+# Without these MLflow sends data about its use, and waits minutes for a server that is down.
+_MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 class RunLogger:
-    """Sink of the numbers of one run; this one drops them."""
+    """Logger of one run. This base class drops all numbers."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log one training step; steps count from 0 over all epochs and windows."""
+        """Log one training step. Steps count from 0 over all epochs and stages of layers."""
         self._send("lcp/", values, step)
 
     def log_epoch(self, values: Mapping[str, Any], number: int) -> None:
-        """Log one line of `history.jsonl`; lines count from 1. None was not measured."""
+        """Log one line of `history.jsonl`. Lines count from 1; None is a value without measure."""
         measured = {key: value for key, value in values.items() if value is not None}
         self._send("epoch/", measured, number)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Log the final numbers, whose names are joined by slashes."""
+        """Log the final numbers, with slashes in their names."""
         self._send("", values, None)
 
     def close(self, failed: bool) -> None:
-        """End the run in the logger."""
+        """End the run in the logger, as failed or finished."""
 
     def _send(self, kind: str, values: Mapping[str, Any], number: int | None) -> None:
-        pass
+        """Log values with a prefix for their names; `number` is the step or the line."""
 
 
 NO_LOGGER = RunLogger()
 
 
 class _WandB(RunLogger):
+    """Run of Weights & Biases."""
+
     def __init__(self, run: Any) -> None:
         self._run, self._step = run, -1
         for kind, axis in (("lcp", "lcp/step"), ("epoch", "lcp/epoch")):
@@ -72,8 +77,7 @@ class _WandB(RunLogger):
         if not kind:
             self._run.summary.update(dict(values))
             return
-        # A resumed run gives a step the row that it had before. W&B drops rows that it has already,
-        # with a warning each.
+        # A resumed run repeats steps. Their rows are known to W&B, which warns about each of them.
         self._step = number if kind == "lcp/" else self._step
         row = 2 * number if kind == "lcp/" else max(2 * self._step + 1, number)
         if row >= self._run.starting_step:
@@ -83,7 +87,7 @@ class _WandB(RunLogger):
 
 
 class _Tracked(RunLogger):
-    """A tracker of accelerate, which gets nothing more after its first failure."""
+    """Run of a tracker of accelerate. After the first failure it logs nothing."""
 
     def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
         self._tracker, self._end = tracker, end
@@ -101,15 +105,18 @@ class _Tracked(RunLogger):
             self._tracker.log(numbers, number)
         except Exception as error:  # of a database, a connection, a disk
             self._tracker = None
-            log.warning("the logger fails (%s) and gets nothing more", first_line(error))
+            log.warning("the logger fails (%s): nothing more is logged", first_line(error))
 
 
 @contextmanager
 def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
-    """Open the logger that the group `logger` selects, and close it, also when the run fails."""
-    openers = {"mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
-    open_it = openers.get(config.logger.name, _open_wandb)
-    logger = NO_LOGGER if config.logger.name == "none" else open_it(config, directory)
+    """Open the logger of the group `logger`, and close it at the end, also if the run fails."""
+    openers: dict[str, Callable[[RunConfig, Path], RunLogger]] = {
+        "none": lambda config, directory: NO_LOGGER,
+        "mlflow": _open_mlflow,
+        "tensorboard": _open_tensorboard,
+    }
+    logger = openers.get(config.logger.name, _open_wandb)(config, directory)
     failed = True
     try:
         yield logger
@@ -119,12 +126,12 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
 
 
 def described(config: RunConfig, directory: Path) -> dict[str, Any]:
-    """Return the name of a run in W&B and MLflow, its group, kind of job, tags and settings."""
+    """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     group = (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME]
-    methods = {"pruner": config.pruner, "permutation": config.permutation, "mask": config.mask}
-    if "epochs" not in config.mask:
-        del methods["mask"]
+    methods = {"pruner": config.pruner, "permutation": config.permutation}
+    if "epochs" in config.mask:
+        methods["mask"] = config.mask
     tags = {group: str(method.get("name")) for group, method in methods.items()}
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
     return {
@@ -138,32 +145,37 @@ def described(config: RunConfig, directory: Path) -> dict[str, Any]:
 
 
 def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
-    """Open a run of W&B as `WANDB_MODE` says, else online with a key.
+    """Open a run of W&B in the mode of `WANDB_MODE`, or else online.
 
-    Without a key it is offline, or none where `logger=auto`.
+    Without a key the run is offline. With `logger=auto` there is no run then.
     """
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else None)
-    except (wandb.errors.Error, OSError):  # the key cannot be verified
+    except (wandb.errors.Error, OSError):  # W&B cannot check the key
         mode = "offline"
     if config.logger.name == "auto" and mode in (None, "disabled"):
         return NO_LOGGER
-    # All jobs of a sweep write below one folder, so that one `wandb sync` finds them.
+    # All jobs of a sweep write to one folder, so that one `wandb sync` finds them.
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
-    # Offline, each attempt leaves a folder with the same id; `wandb sync` sends them as one run.
+    # Offline, each attempt leaves a folder with the same id. `wandb sync` sends them as one run.
     file = directory / WANDB_ID
     if not file.is_file():
         write_text(file, f"{config.hash}-{secrets.token_hex(4)}\n")
     told = described(config, directory)
-    run: dict[str, Any] = {key: told[key] for key in ("name", "group", "job_type")}
-    run |= {"id": file.read_text().strip(), "resume": "allow", "dir": str(home)}
-    run |= {"project": config.logger.project, "config": told["config"] | told["where"]}
-    run["tags"] = [tag[:_LONGEST_TAG] for tag in told["tags"].values()]
-    run["settings"] = wandb.Settings(silent=True, console="off")
+    run: dict[str, Any] = {
+        **{key: told[key] for key in ("name", "group", "job_type")},
+        "id": file.read_text().strip(),
+        "resume": "allow",
+        "dir": str(home),
+        "project": config.logger.project,
+        "config": told["config"] | told["where"],
+        "tags": [tag[:_LONGEST_TAG] for tag in told["tags"].values()],
+        "settings": wandb.Settings(silent=True, console="off"),
+    }
     try:
         return _WandB(wandb.init(mode=mode or "offline", **run))  # type: ignore[arg-type]
     except wandb.errors.Error as error:  # `wandb sync` can send the run later
@@ -172,7 +184,7 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
 
 
 def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
-    PartialState(cpu=True)  # which accelerate's trackers ask whether this is rank 0
+    PartialState(cpu=True)  # accelerate's trackers ask it if this is rank 0
     tracker = TensorBoardTracker(TENSORBOARD, logging_dir=directory)
     try:
         tracker.start()
@@ -183,29 +195,29 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
 
 
 def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
-    """Open a run of MLflow in the runs folder, or where `MLFLOW_TRACKING_URI` says."""
+    """Open a run of MLflow, in `runs_dir/mlflow.db` or at `MLFLOW_TRACKING_URI`."""
     os.environ.update(_MLFLOW | dict(os.environ))
     home, run = Path(config.runs_dir).resolve(), described(config, directory)
     home.mkdir(parents=True, exist_ok=True)
-    database = f"sqlite:///{home / 'mlflow.db'}"
     tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
-    for part in ("mlflow", "alembic"):  # the tables that they make are no news
+    for part in ("mlflow", "alembic"):  # they print a line for each table that they make
         logging.getLogger(part).setLevel(logging.WARNING)
     try:
         import mlflow
 
-        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or database)
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        mlflow.set_tracking_uri(place)
         PartialState(cpu=True)
-        # Nothing is kept in the folder, but without one MLflow makes it where the command runs.
+        # The folder stays empty. Without it MLflow makes one in the working directory.
         artifacts, name = (home / "mlartifacts").as_uri(), run["name"]
         tracker = MLflowTracker(config.logger.project, artifacts, tags=tags, run_name=name)
-        with FileLock(home / ".mlflow.db.lock"):  # two jobs that make the tables at once break them
+        with FileLock(home / ".mlflow.db.lock"):  # two jobs must not make the tables in parallel
             tracker.start()
         settings = flatten(run["config"]).items()
         tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in settings})
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
     except Exception as error:  # of a database, a connection, MLflow
-        log.warning("MLflow cannot be reached (%s) and gets nothing", first_line(error))
+        log.warning("MLflow cannot be reached (%s): nothing is logged", first_line(error))
         return NO_LOGGER
     return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))

@@ -1,4 +1,4 @@
-"""The measures of one run, from `metrics.json` and its evaluations, and how they are shown."""
+"""Measures of one run, from `metrics.json` and the evaluations, and their text in tables."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from typing import Any
 
 from permllm.config import flatten
 
-# A measure's name, and facts of how it was measured: the column's name has those in which measures
-# of one name differ.
+# Name of a measure, and facts about how it was measured. If measures with one name differ in facts,
+# these facts are part of the columns' names.
 Key = tuple[str, tuple[str, ...]]
-# Equal where two runs were asked the same windows of a text, or items of a task; and nats a token
-# of each, or their scores.
+# Identity of the windows of a text or the items of a task, which is equal if two runs were measured
+# on the same ones; and a number for each window (nats per token) or item (its score).
 Scores = tuple[tuple[Any, ...], list[float]]
 
-# Metrics with a value for each channel group, of which a logger has the mean.
+# Metrics with a value for each channel group. Loggers get their mean.
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
-# Metrics that a logger does not have; the settings say patterns in a word.
+# Metrics that loggers do not get, because the settings have them in a shorter form.
 _LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
-# The stages that make the pruned model; reconstruction is a part of pruning.
+# Stages that make the pruned model. Reconstruction is part of `prune`.
 PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
-# Ending of the names of measures with `evaluation.weights=fp8`.
+# Suffix of the names of measures with `evaluation.weights=fp8`.
 FP8 = " in fp8"
-# Groups of methods by their option that does nothing.
+# Groups of methods, with the option that does nothing.
 METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
 _FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of one run.
+    """Number of one run, with its kind and the scores behind it.
 
     Attributes:
         value: the number.
         kind: `perplexity`, `accuracy`, `share`, `error`, `seconds`, or `number` (another metric of
             lm-eval).
-        stderr: standard error of an accuracy.
-        limited: only a part of the windows or items was asked.
-        items: number of items that an accuracy is over.
-        scores: behind the number by text or task; empty where they were not kept.
-        tasks: tasks that an average is over.
-        asked_for: tables have the measure only where `--measures` names it.
+        stderr: standard error of an accuracy; None: not known.
+        limited: True: measured on only a part of the windows or items.
+        items: number of items of an accuracy.
+        scores: scores of windows or items, by text or task; empty: they were not kept.
+        tasks: tasks of an average.
+        asked_for: True: tables show the measure only if `--measures` names it.
     """
 
     value: float
@@ -67,22 +67,22 @@ def measured(
 ) -> dict[Key, Measure]:
     """Return the measures of a run's `dense` or `sparse` model.
 
-    Where two evaluations measure the same the first one counts. The model's name tells windows of
-    two tokenizers apart.
+    If two evaluations have the same measure, the first one counts. The name of the model is part of
+    the identity of windows, because models have different tokenizers.
     """
     found: dict[Key, Measure] = {}
     for evaluation in reversed(evaluations):
         found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        # Calibration may be what an earlier job left.
-        stages = [stage for stage in PRUNING_STAGES if stage != "calibrate"]
-        numbers = {
-            "saliency retained": (statistics.fmean(metrics["retained_saliency"].values()), "share"),
-            "output error": (statistics.fmean(metrics["output_error"].values()), "error"),
-            "zeros": (float(metrics["sparsity"]["of_model"]), "share"),
-            "seconds": (sum(metrics["seconds"].get(stage, 0.0) for stage in stages), "seconds"),
+        retained, errors = metrics["retained_saliency"], metrics["output_error"]
+        # Without calibration, whose result may come from the cache.
+        seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
+        found |= {
+            ("saliency retained", ()): Measure(statistics.fmean(retained.values()), "share"),
+            ("output error", ()): Measure(statistics.fmean(errors.values()), "error"),
+            ("zeros", ()): Measure(float(metrics["sparsity"]["of_model"]), "share"),
+            ("seconds", ()): Measure(seconds, "seconds"),
         }
-        found |= {(name, ()): Measure(*number) for name, number in numbers.items()}
     return found
 
 
@@ -120,9 +120,10 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             f"add_bos_token={asked.get('add_bos_token')}",
             f"file {str(asked.get('digest', ''))[:8]}",
         )
-        measured = {name: value for name, value in values["metrics"].items() if value is not None}
-        for metric, value in measured.items():
-            # A metric that is no share need not be a mean over the items.
+        for metric, value in values["metrics"].items():
+            if value is None:
+                continue
+            # Other metrics may not be means over the items, so that their scores are not used.
             kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
             each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
             measure = Measure(
@@ -139,34 +140,35 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
                 parts[task] = measure
     counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
-        of = [parts[task] for task in counted]
-        items = sum(one.items or 0 for one in of)
+        every = [parts[task] for task in counted]
+        items = sum(one.items or 0 for one in every)
         bos = next((task.get("add_bos_token") for task in how.values()), None)
         of_all = (
             f"of {plain(', '.join(sorted(counted)))}",
             f"{items} items",
             f"add_bos_token={bos}",
         )
-        every = {task: one.scores[task] for task, one in parts.items() if one.scores}
         found[f"average acc{rounding}", of_all] = Measure(
             mean,
             "accuracy",
             error,
-            any(one.limited for one in of),
+            any(one.limited for one in every),
             items,
-            {task: every[task] for task in counted} if every.keys() >= {*counted} else {},
+            {task: scores for one in every for task, scores in one.scores.items()}
+            if all(one.scores for one in every)
+            else {},
             tuple(sorted(counted)),
         )
     return found
 
 
 def _rounding(evaluation: Mapping[str, Any]) -> str:
-    """Return the ending of the names of an evaluation's measures."""
+    """Return the suffix of the names of an evaluation's measures."""
     return FP8 if evaluation.get("evaluation", {}).get("weights") == "fp8" else ""
 
 
 def column_names(keys: list[Key]) -> dict[Key, str]:
-    """Return each measure's column: its name, with facts in which measures of one name differ."""
+    """Return the column of each measure: its name, and facts that differ among equal names."""
     facts_of: dict[str, list[tuple[str, ...]]] = {}
     for name, facts in keys:
         facts_of.setdefault(name, []).append(facts)
@@ -178,19 +180,18 @@ def column_names(keys: list[Key]) -> dict[Key, str]:
 
 
 def _short(digest: str) -> str:
-    """Return some digits of a text's digest; of a file of the hub its name without the commit."""
+    """Return eight digits of a text's digest, or `repository/file` for a file of the hub."""
     repository, at, file = plain(digest).partition("@")
     return f"{repository}/{file.partition('/')[2]}" if at else repository[:8]
 
 
 def plain(text: str) -> str:
-    """Return a text of a record without what would break a line or steer a terminal."""
-    printable = (character if character.isprintable() else " " for character in text)
-    return " ".join("".join(printable).split())
+    """Return a text of a record in one line, without characters that would control a terminal."""
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
 
 
 def setting_text(value: Any) -> str:
-    """Return a setting's value as YAML has it, in one line."""
+    """Return the value of a setting as in YAML, in one line."""
     if isinstance(value, list):
         return ", ".join(map(setting_text, value))
     if value is None or isinstance(value, bool):
@@ -199,13 +200,13 @@ def setting_text(value: Any) -> str:
 
 
 def number(value: float, kind: str, error: float | None = None) -> str:
-    """Return a number of a kind of measure with its error, as it is shown."""
+    """Return the text of a number and its error for a kind of measure."""
     form = _FORMATS.get(kind, ".2f")
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """Return the names of a run's permutation, mask and reconstruction that do anything."""
+    """Return a run's permutation, and its mask and reconstruction unless they do nothing."""
     names = [str(config["permutation"]["name"])]
     for group in ("mask", "reconstruction"):
         name = str((config.get(group) or {}).get("name", METHODS[group]))
@@ -214,7 +215,7 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
-    """Return N:M of a run, with the number of linears of each other pattern."""
+    """Return N:M of a run, with the number of linears that have another pattern."""
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
     parts = [sparsity["pattern"]]
@@ -225,7 +226,7 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return each result of a run as it is shown: name, dense value, sparse value."""
+    """Return each result of a run as texts: name, dense value, sparse value."""
     dense, sparse = (
         _perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse")
     )
@@ -242,7 +243,7 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return a metric's name, with its filter if there are several: `gsm8k em strict (5 shots)`."""
+    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5 shots)`."""
     name, _, how = metric.partition(",")
     several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
     shots = values.get("num_fewshot")
@@ -253,10 +254,10 @@ def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
 def average_accuracy(
     tasks: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], float, float | None]:
-    """Return the tasks with items of their own and an accuracy, their mean and its standard error.
+    """Return the tasks that have items and an accuracy, their mean accuracy and its standard error.
 
-    The tasks are independent. The error is None where that of one is not known. The mean of no
-    task is not a number.
+    The error assumes independent tasks. It is None if the error of a task is not known. Without a
+    task the mean is NaN.
     """
     counted = [
         name for name, task in tasks.items() if task["n"] and task["metrics"].get(ACC) is not None
@@ -269,22 +270,17 @@ def average_accuracy(
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
-    """Return the minutes of making the pruned model; a cached calibration takes no time."""
+    """Return the minutes of the stages that make the pruned model. A cache hit takes none."""
     return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
 
 
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of a run as one level, keys joined by slashes.
+    """Return the numbers of a finished run as one level, with slashes in their names.
 
-    A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the
-    horizontal axis of a scatter plot. `nats_above_dense`, the sparse model's log-perplexity less
-    the dense one's, is the mean over the texts.
+    Metrics of channel groups are replaced by their mean. Two numbers are added: `minutes`
+    (`pruning_minutes`), and `nats_above_dense`, the mean of `ln sparse - ln dense` over the texts.
     """
-    means = {
-        key: {"mean": statistics.fmean(metrics[key].values())}
-        for key in _BY_GROUP
-        if key in metrics
-    }
+    means = {key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP}
     flat = {
         name: value
         for name, value in flatten(metrics | means, "/").items()

@@ -1,4 +1,4 @@
-"""Runs as one HTML page without network: quality over minutes, and the table."""
+"""HTML page of runs that needs no network: quality over minutes, and the table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; p
 <h2>Table</h2>{itables}{table}
 </body></html>
 """
-# "56.16% ± 2.00%" is sorted by its first number. A text without a number comes last.
+# Cells such as "56.16% ± 2.00%" are sorted by their first number. Cells without one come last.
 _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
 
@@ -46,13 +46,13 @@ def page(
     paper: Comparison | None = None,
     measure: str | None = None,
 ) -> str:
-    """Return the page as text; its policy forbids it to load anything.
+    """Return the HTML of the page. Its security policy forbids it to load anything.
 
     Args:
-        table: of the runs.
-        notes: lines for the reader, beside those of the table.
+        table: table of the runs.
+        notes: lines for the reader, in addition to those of the table.
         paper: as in `cells`.
-        measure: to draw over minutes; None: the main one.
+        measure: measure to draw over minutes; None: the main measure.
 
     Raises:
         ConfigError: no row has the measure.
@@ -71,15 +71,30 @@ def page(
 
 
 def _table(frame: pd.DataFrame, words: int) -> str:
-    render, targets = itables.JavascriptFunction(_BY_NUMBER), [*range(words, frame.shape[1])]
-    options: Any = {"connected": False, "table_id": "table", "paging": False, "showIndex": False}
-    options |= {"order": [], "maxBytes": 0, "layout": {"topEnd": "search"}}
-    options["columnDefs"] = [{"targets": targets, "render": render, "type": "num"}]
-    return str(itables.to_html_datatable(frame, **options))
+    """Return the HTML of a frame, whose first columns, `words` of them, are no numbers."""
+    numbers: Any = {
+        "targets": [*range(words, frame.shape[1])],
+        "render": itables.JavascriptFunction(_BY_NUMBER),
+        "type": "num",
+    }
+    return str(
+        itables.to_html_datatable(
+            frame,
+            connected=False,
+            table_id="table",
+            paging=False,
+            showIndex=False,
+            order=[],
+            maxBytes=0,
+            # With its default layout itables hides the search box of a table with ten rows or less.
+            layout={"topStart": "search", "topEnd": None, "bottomStart": None, "bottomEnd": None},
+            columnDefs=[numbers],
+        )
+    )
 
 
 def _quality(table: Table, measure: str) -> str:
-    """Return quality over minutes, a point a row, with the Pareto front; empty without a point."""
+    """Return the HTML of quality over minutes, with a point for each row; empty without points."""
     found = points(table, measure)
     if found.empty:
         return ""
@@ -89,17 +104,37 @@ def _quality(table: Table, measure: str) -> str:
         f"{one.memory / 1e9:.2f} GB at the peak"
         for row, one in zip(found.index, found.itertuples(index=False), strict=True)
     ]
-    columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method"}
-    columns |= {"hover_name": "text", "size": "memory"}
-    figure = px.scatter(found, **columns, log_x=True, height=520, template="plotly_white")
+    figure = px.scatter(
+        found,
+        x="minutes",
+        y="value",
+        error_y="error",
+        color="method",
+        hover_name="text",
+        size="memory",
+        log_x=True,
+        height=520,
+        template="plotly_white",
+    )
     figure.update_traces(hovertemplate="%{hovertext}<extra></extra>")
     front = found[found["front"]].sort_values("minutes")
-    look: Any = {"line": {"shape": "hv", "dash": "dot", "color": "grey"}, "hoverinfo": "skip"}
-    look |= {"mode": "lines", "name": "Pareto front"}
-    figure.add_scatter(x=front["minutes"], y=front["value"], **look)
+    figure.add_scatter(
+        x=front["minutes"],
+        y=front["value"],
+        mode="lines",
+        line={"shape": "hv", "dash": "dot", "color": "grey"},
+        name="Pareto front",
+        hoverinfo="skip",
+    )
     dense = f"; dense: {table.shown_dense(measure)}" if measure in table.dense else ""
     form = ".0%" if table.kinds[measure] in ("accuracy", "share") else ""
     figure.update_yaxes(title_text=escape(table.heading(measure) + dense), tickformat=form)
     figure.update_xaxes(title_text=MINUTES)
-    whole = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
-    return str(figure.to_html(**whole, div_id="quality"))
+    return str(
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            config={"displaylogo": False},
+            div_id="quality",
+        )
+    )

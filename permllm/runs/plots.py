@@ -1,4 +1,4 @@
-"""Pictures by matplotlib: quality over minutes, loss curves, and the masks of one linear."""
+"""Pictures with matplotlib: quality over minutes, loss curves, and the masks of one linear."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from permllm.runs.table import Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
 _CORNER = 64  # rows and channels of a mask that are drawn
-# Beside the axes a legend hides nothing.
-_LEGEND: Any = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
-_LEGEND |= {"borderaxespad": 0.0}
+# A legend beside the axes hides no point.
+_LEGEND: Any = {
+    "fontsize": "small",
+    "loc": "upper left",
+    "bbox_to_anchor": (1.01, 1.0),
+    "borderaxespad": 0.0,
+}
 
 
 @contextmanager
 def picture(file: Path) -> Iterator[Any]:
-    """Give matplotlib's pyplot without a screen, and write the figure that was drawn with it.
+    """Yield matplotlib's pyplot, and write the figure that the caller has drawn to a file.
 
     Raises:
-        ConfigError: matplotlib is missing, the file cannot be written, or its suffix is no format
-            of a picture.
+        ConfigError: matplotlib is not installed, the file cannot be written, or its suffix is no
+            format of a picture.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError(f"{file}: pictures need matplotlib: pip install -e '.[plot]'") from error
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a record's texts are no formulas
+    matplotlib.rcParams["text.parse_math"] = False  # texts of records may contain dollar signs
     from matplotlib import pyplot
 
     try:
         yield pyplot
         pyplot.gcf().set_layout_engine("constrained")
-        # A legend beside the axes is part of the picture.
-        pyplot.savefig(file, dpi=150, bbox_inches="tight")
+        pyplot.savefig(file, dpi=150, bbox_inches="tight")  # with the legend beside the axes
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
     finally:
@@ -51,9 +54,9 @@ def picture(file: Path) -> Iterator[Any]:
 
 
 def drawn_measure(table: Table, measure: str | None) -> str:
-    """Return the measure to draw over minutes: this one, or the main one.
+    """Return the measure to draw over minutes; None: the main measure.
 
-    Raises ConfigError where no row has it.
+    Raises ConfigError if no row has the measure.
     """
     valid = [
         name
@@ -62,19 +65,22 @@ def drawn_measure(table: Table, measure: str | None) -> str:
     ]
     name = measure or table.main()
     if name is None or name not in valid:
-        missing = name or "a perplexity or an accuracy"
-        raise ConfigError(f"no row has {missing}; valid are: {', '.join(valid)}")
+        raise ConfigError(
+            f"no row has {name or 'a perplexity or an accuracy'}; valid are: {', '.join(valid)}"
+        )
     return name
 
 
 def points(table: Table, measure: str) -> pd.DataFrame:
-    """Return the points of the picture of quality over minutes.
+    """Return the points of quality over minutes, by row.
+
+    Rows without the measure, and rows with `permutation=from_file`, have no point.
 
     Returns:
-        By row: `name`, `method`, `minutes` of the fastest run, because other jobs of a machine
-        only add to them, `value`, `error`, largest `memory` in bytes of the runs that compute in
-        its format, `front`: no other row is as good in as few minutes. Rows without the measure are
-        left out, and those of another run's permutation.
+        `name` and `method` of the row; `minutes` of its fastest run, because other jobs on the
+        machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
+        bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
+        is as good in as few minutes.
     """
     names, several = table.names(), table.labels["pruner"].nunique() > 1
     lines = {}
@@ -107,27 +113,34 @@ def points(table: Table, measure: str) -> pd.DataFrame:
 
 
 def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
-    """Write a picture of quality over minutes: a point a row, with peak memory as its area.
+    """Draw quality over minutes, with a point for each row whose area is the peak memory.
 
-    Raises ConfigError where no row has the measure, or the picture cannot be written.
+    Raises ConfigError if no row has the measure, or the picture cannot be written.
     """
     name = drawn_measure(table, measure)
     found = points(table, name)
     if found.empty:
-        raise ConfigError(f"{file}: no row has {name} and minutes of its own")
+        raise ConfigError(f"{file}: no row has both {name} and its own minutes")
     front = found[found["front"]].sort_values("minutes")
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
-        look: Any = {"where": "post", "linestyle": ":", "color": "grey", "label": "Pareto front"}
-        axis.step(front["minutes"], front["value"], **look)
+        axis.step(
+            front["minutes"],
+            front["value"],
+            where="post",
+            linestyle=":",
+            color="grey",
+            label="Pareto front",
+        )
         found["area"] = 30 + 150 * found["memory"] / max(1, found["memory"].max())
         methods = found.sort_values("minutes").groupby("method", sort=False)
         axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for method, some in methods:
             axis.scatter(some["minutes"], some["value"], some["area"], label=method, alpha=0.8)
         if name in table.dense and math.isfinite(table.dense[name][0]):
-            look = {"linestyle": "--", "color": "grey", "linewidth": 1, "label": "dense"}
-            axis.axhline(table.dense[name][0], **look)
+            axis.axhline(
+                table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense"
+            )
         axis.margins(x=0.15, y=0.1)
         for one in [axis.xaxis, *[axis.yaxis] * (table.kinds[name] == "perplexity")]:
             axis.set(**{f"{one.axis_name}scale": "log"})
@@ -145,36 +158,37 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
 
 
 def plot_curves(table: Table, file: Path) -> None:
-    """Write a picture of the loss curves of all rows that learned.
+    """Draw the loss curves of all rows with learning.
 
-    Raises ConfigError where no run has learned, or the picture cannot be written.
+    Raises ConfigError if no run has learned, or the picture cannot be written.
     """
-    rows = {row: table.first(row).history for row in table.labels.index}
-    learned = {row: history for row, history in rows.items() if history}
-    if not learned:
+    runs = [table.first(row) for row in table.labels.index]
+    if not any(run.history for run in runs):
         raise ConfigError(f"{file}: no run has a history of losses")
-    names = table.names()
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(7, 4))
-        for row, history in learned.items():
-            losses = [entry.get("loss", math.nan) for entry in history]
-            axis.plot(range(1, len(losses) + 1), losses, marker=".", label=names[row][:48])
+        for name, run in zip(table.names(), runs, strict=True):
+            if losses := [entry.get("loss", math.nan) for entry in run.history]:
+                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name[:48])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
         axis.legend(**_LEGEND)
 
 
 def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
-    """Write a picture of the corner of one linear's mask under every row (figure 3).
+    """Draw the corner of one linear's mask for each row, as in figure 3.
 
-    The linear is a module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the
-    middle layer.
+    Args:
+        table: table of the runs.
+        file: file of the picture.
+        linear: path of the linear, such as `model.layers.0.mlp.down_proj`; None: the first linear
+            of the middle layer.
 
     Raises:
-        ConfigError: no run has masks, there is no such linear, or the picture cannot be written.
+        ConfigError: no run has masks, the linear does not exist, or the picture cannot be written.
         DataError: masks cannot be read.
     """
-    from permllm.runs.tensors import load_masks  # torch takes longer to import than all else
+    from permllm.runs.tensors import load_masks  # imports torch, which takes seconds
 
     found, chosen = [], ""
     for row, title in enumerate(table.names()):
@@ -196,11 +210,13 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
             axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
             axis.set_title(title, fontsize="small")
         rows, channels = mask.shape
-        corner = f"rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept"
-        figure.suptitle(f"{chosen}, {corner}", fontsize="small")
+        figure.suptitle(
+            f"{chosen}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
+            fontsize="small",
+        )
 
 
 def _layer(name: str) -> int:
-    """Return the number of the decoder layer of a linear."""
+    """Return the index of the decoder layer of a linear; -1: the path has none."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else -1

@@ -1,4 +1,4 @@
-"""Finished runs below some folders and in files of kept records, which hold a run a line."""
+"""Reader of finished runs, in folders and in files of records, which have a run in each line."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from permllm.runtime.identity import identity_of
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
-# A typed word that names a folder of the machine. No result depends on it.
+# Beginning of an override that names a folder of the machine.
 _FOLDER = r"[\w.]*_?dir="
-# Errors of a record that lacks something, or has something else there.
+# Errors that a record with a missing or wrong value causes.
 LACKS = (AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass
 class Run:
-    """A finished run.
+    """Finished run.
 
     Attributes:
-        directory: of the run; of a kept record its name below the file.
+        directory: run directory; in a file of records the file and the name of the run.
         config: resolved settings.
-        metrics: of `metrics.json`.
-        evaluations: all of the run, the one of `metrics.json` first.
-        environment: of `environment.json`; empty where there is none.
-        history: an entry an epoch of learning.
-        identity: settings that make the pruned model, flat.
+        metrics: content of `metrics.json`.
+        evaluations: all evaluations of the run, that of `metrics.json` first.
+        environment: content of `environment.json`; empty: there is no such file.
+        history: one entry for each epoch of learning.
+        identity: settings that determine the pruned model, as one level.
         sparse: measures of the pruned model.
         dense: measures of the dense model.
     """
@@ -64,10 +64,10 @@ class Run:
     dense: dict[Key, Measure] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take the measures.
+        """Check the run and compute its identity and its measures.
 
-        Raises DataError where the run is not finished or of another version. A record that lacks
-        what tables need raises one of `LACKS`.
+        Raises DataError if the run is not finished or has another version, and one of `LACKS` if a
+        value is missing.
         """
         config, metrics = self.config, self.metrics
         if (version := metrics["schema_version"]) != SCHEMA_VERSION:
@@ -81,12 +81,12 @@ class Run:
         self.dense = measured(metrics, self.evaluations, model, "dense")
 
     def key(self, *spared: str) -> str:
-        """Return a text that runs share whose identity is equal but for some settings."""
+        """Return a text that is equal for runs with the same identity but for `spared` settings."""
         kept = {key: value for key, value in self.identity.items() if key not in spared}
         return json.dumps(kept, sort_keys=True, default=str)
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings that make a result but the seed, by the names that are typed."""
+        """Return the settings of the identity but the seed, by the names of the command line."""
         found = {}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))
@@ -99,11 +99,11 @@ class Run:
 
 @dataclass
 class Collection:
-    """Runs that were found.
+    """Runs that a reader has found.
 
     Attributes:
-        runs: finished, each identity once.
-        notes: a line for everything else that looked like a run.
+        runs: finished runs, one for each identity.
+        notes: a line for each run that is left out.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -111,7 +111,7 @@ class Collection:
     _keys: dict[str, Path] = field(default_factory=dict)
 
     def add(self, run: Run) -> None:
-        """Add a run, unless one of the same settings is there."""
+        """Add a run, unless there is one with the same settings."""
         there = self._keys.setdefault(run.key(), run.directory)
         if there is run.directory:
             self.runs.append(run)
@@ -122,24 +122,24 @@ class Collection:
 
 
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
-    """Return every finished run below folders and in files of kept records, ordered by path.
+    """Return every finished run in folders and in files of records, sorted by path.
 
-    Below the folder of a sweep those are the runs of its jobs. A file named `records.jsonl` is
-    found below a folder; a file of another name is read where it is given.
+    The folder of a sweep gives the runs of its jobs. In folders only files of records with the name
+    `records.jsonl` are read.
 
     Args:
         places: folders and files.
-        apart: return also runs whose identity another run has.
+        apart: True: also return runs with the identity of another run.
 
     Raises:
-        ConfigError: a place does not exist, or no place holds a finished run.
+        ConfigError: a place does not exist, or no place has a finished run.
     """
     from permllm.runs.sweep import kept  # imports Hydra
 
     places, found = list(places), Collection()
     for place in places:
         if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
-            raise ConfigError(f"{place} is not a directory, nor a file of records: {RECORDS}")
+            raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
     folders = [place for place in places if place.is_dir()]
     for job in [job for place in folders for job in kept(place)]:
         if job.directory and Path(job.directory).is_dir():
@@ -152,8 +152,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     if not files:
-        below = ", ".join(map(str, places))
-        raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}")
+        raise ConfigError(_nothing_below(places))
     for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
         if apart:
             found.runs.append(run)
@@ -164,8 +163,19 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     return found
 
 
+def _nothing_below(places: list[Path]) -> str:
+    """Return the message for places without a run, with the folders and files to name instead."""
+    sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
+    kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
+    below = ", ".join(map(str, places))
+    if sweeps | kept:
+        there = ", ".join(map(str, sorted(sweeps | kept)))
+        return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
+    return f"no runs below {below}: expected directories with a {METRICS}"
+
+
 def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
-    """Give the finished runs of a file; `notes` get a line for each other one."""
+    """Yield the finished runs of a file, and add a line to `notes` for each other run."""
     lines = file.read_bytes().splitlines() if file.name != METRICS else [b""]
     for number, line in enumerate(lines, 1):
         where = Path(f"{file}, line {number}") if line else file.parent
@@ -178,7 +188,7 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
 
 
 def lacking(error: Exception) -> str:
-    """Return what a record lacks, of an error of `LACKS`."""
+    """Return the message for an error of `LACKS`."""
     missing = " is missing" if isinstance(error, KeyError) else ""
     return f"not as a run leaves it: {first_line(error)}{missing}"
 
@@ -195,22 +205,28 @@ def _of_directory(directory: Path) -> Run:
 
 def _of_line(file: Path, text: bytes) -> Run:
     line = json.loads(text)
-    rest = (line.get("evaluations", []), line.get("environment", {}), line.get("history", []))
-    return Run(file / line["run"], line["config"], line["metrics"], *rest)
+    return Run(
+        file / line["run"],
+        line["config"],
+        line["metrics"],
+        line.get("evaluations", []),
+        line.get("environment", {}),
+        line.get("history", []),
+    )
 
 
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
-    """Write runs to a file, a line each, without paths of the machine; return their names.
+    """Write runs to a file of records, without paths of the machine, and return their names.
 
-    The file, which is replaced, has what tables and documents are made from, without weights,
-    permutations and masks.
+    A record has the values that tables need, without weights, permutations and masks. The file is
+    replaced.
 
     Raises:
-        ConfigError: the file has another suffix, a run cannot be kept, two have one name, or there
-            is none.
+        ConfigError: the file has another suffix, a run is not finished or not readable, two runs
+            have the same name, or there is no run.
     """
     found = collect(places, apart=True)
-    names = [run.directory.absolute().name for run in found.runs]  # "." has a name too
+    names = [run.directory.absolute().name for run in found.runs]  # Path(".").name is empty
     (name, count), *_ = Counter(names).most_common(1)
     wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
     wrong += found.notes
@@ -218,18 +234,24 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     if wrong:
         raise ConfigError(f"--jsonl {file}: {wrong[0]}")
     lines = dict(sorted(zip(names, map(_line, found.runs), strict=True)))
-    text = "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
-    write_text(file, text)
+    write_text(
+        file, "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
+    )
     return [*lines]
 
 
 def _line(run: Run) -> dict[str, Any]:
+    """Return the values of a record but its name."""
     of_machine = ("runs_dir", "run_dir", "paths")
     config = {key: value for key, value in run.config.items() if key not in of_machine}
     environment = dict(run.environment)
     if "command" in environment:
         words = environment["command"].split()
         environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
-    line = {"config": config, "metrics": run.metrics, "evaluations": run.evaluations}
     optional = {"environment": environment, "history": run.history}
-    return line | {key: value for key, value in optional.items() if value}
+    return {
+        "config": config,
+        "metrics": run.metrics,
+        "evaluations": run.evaluations,
+        **{key: value for key, value in optional.items() if value},
+    }

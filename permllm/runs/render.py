@@ -1,4 +1,4 @@
-"""Tables of runs, with changes from a baseline and the paper's numbers, as text and printed."""
+"""Tables of runs as text: with changes from a baseline and the paper's numbers, or printed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table as Printed
 
 from permllm.runs.compare import Comparison, paired, published
+from permllm.runs.files import EXPORT
 from permllm.runs.measures import number, patterns_text, result_rows
 from permllm.runs.read import Run
 from permllm.runs.table import Table
@@ -25,9 +26,9 @@ def as_text(frame: pd.DataFrame, format: str, words: int = 0) -> str:
     """Return a frame of texts as Markdown, CSV or LaTeX.
 
     Args:
-        frame: cells as they are shown.
+        frame: texts of the cells.
         format: one of `FORMATS`.
-        words: number of first columns that LaTeX aligns to the left.
+        words: number of columns, from the first on, that LaTeX aligns to the left.
     """
     if format == "csv":
         return str(frame.to_csv(index=False, lineterminator="\n"))
@@ -46,12 +47,12 @@ def render(table: Table, format: str, paper: Comparison | None = None) -> str:
 
 
 def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
-    """Return the cells of a table as they are shown, first the dense model if all rows share it.
+    """Return the texts of a table's cells. The first row is the dense model if all rows share it.
 
     Args:
-        table: of the runs; with a baseline the others' changes in the main measure and the average
-            accuracy are shown.
-        paper: puts the published numbers beside ours.
+        table: table of the runs. With a baseline there are columns for the changes in the main
+            measure and the average accuracy.
+        paper: finder of the paper's numbers, which get columns beside ours; None: no such columns.
     """
     found: dict[str, list[str]] = {name: ["", *table.labels[name]] for name in table.settings}
     if any(len(members) > 1 for members in table.rows):
@@ -91,32 +92,38 @@ def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[st
     """Return changes from the baseline in the main measure and the average accuracy, as shares.
 
     Returns:
-        By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the
-        two, where the paper's numbers are of another model, so that only changes can be compared.
-        None where there is none.
+        By measure, for each row: the change `ours` and its `interval`. If the paper's numbers
+        belong to another model, so that only changes can be compared, also the change `paper` and
+        the `difference` of the two. None: there is no such number.
     """
-    baseline, found = table.baseline, dict[str, list[dict[str, Any]]]()
-    if baseline is None:
-        return found
+    if table.baseline is None:
+        return {}
     paper = None if paper and paper.same_model else paper
-    for name in [name for name in table.measures if name in (table.main(), "average acc")]:
-        values, found[name] = _published(table, paper, name), []
-        for row, value in enumerate(values):
-            one = dict.fromkeys(("ours", "interval", "paper", "difference"))
-            if row != baseline and table.has(row, name) and table.has(baseline, name):
-                pair = paired(table, row, baseline, name)
-                one |= {"ours": pair["difference"], "interval": pair["interval"]}
-            start = values[baseline]
-            if one["ours"] is not None and value is not None and start is not None:
-                of_perplexity = table.kinds[name] == "perplexity"
-                one["paper"] = value / start - 1 if of_perplexity else value - start
-                one["difference"] = one["ours"] - one["paper"]
-            found[name].append(one)
+    names = [name for name in table.measures if name in (table.main(), "average acc")]
+    return {name: _changes(table, table.baseline, paper, name) for name in names}
+
+
+def _changes(
+    table: Table, baseline: int, paper: Comparison | None, name: str
+) -> list[dict[str, Any]]:
+    """Return the changes of one measure."""
+    values, found = _published(table, paper, name), []
+    for row, value in enumerate(values):
+        one: dict[str, Any] = dict.fromkeys(("ours", "interval", "paper", "difference"))
+        if row != baseline and table.has(row, name) and table.has(baseline, name):
+            pair = paired(table, row, baseline, name)
+            one |= {"ours": pair["difference"], "interval": pair["interval"]}
+        start = values[baseline]
+        if one["ours"] is not None and value is not None and start is not None:
+            of_perplexity = table.kinds[name] == "perplexity"
+            one["paper"] = value / start - 1 if of_perplexity else value - start
+            one["difference"] = one["ours"] - one["paper"]
+        found.append(one)
     return found
 
 
 def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any]]:
-    """Return the rows as plain values; `paper` as in `cells`."""
+    """Return the rows of a table as plain values; `paper` as in `cells`."""
     changes, found = changes_of(table, paper), []
     published = {name: _published(table, paper, name) for name in table.measures}
     dense = {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()}
@@ -134,37 +141,39 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
             "dense": dense,
         }
         if paper:
-            values = {name: published[name][row] for name in names}
-            there = {name: value for name, value in values.items() if value is not None}
-            record["paper"] = {"from": paper.heading} | there
+            record["paper"] = {"from": paper.heading} | {
+                name: value for name in names if (value := published[name][row]) is not None
+            }
         if table.baseline is not None:
-            own = [name for name in changes if name in names]
-            record["against_baseline"] = {name: changes[name][row] for name in own}
+            record["against_baseline"] = {
+                name: of_rows[row] for name, of_rows in changes.items() if name in names
+            }
         found.append(record | {"runs": [str(table.runs[run].directory) for run in members]})
     return found
 
 
 def beside(name: str | None, table: Table) -> Comparison | None:
-    """Return the paper's table of this name for some runs; None where no table is asked for."""
+    """Return the finder of the numbers of the paper's table `name` for a table of runs, or None."""
     models = sorted({run.config["model"]["name"] for run in table.runs})
     return Comparison(published(name), *models) if name else None
 
 
 def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
-    """Return `permllm.runs.compare.differences` of two rows of these names in one of `FORMATS`."""
+    """Return the result of `permllm.runs.compare.differences` for two rows in one of `FORMATS`."""
     header = ["measure", *names, "difference", "95 % interval", "over"]
     lines = []
     for line in found:
         between = " to ".join(f"{end * 100:+.1f}" for end in line["interval"] or ())
         between += _unit(line["kind"]) if between else ""
         difference = _change_text(line["difference"], None, line["kind"])
-        values = [line[key] for key in ("measure", "first", "second")]
-        lines.append([*values, difference, between, line["over"]])
+        lines.append(
+            [line["measure"], line["first"], line["second"], difference, between, line["over"]]
+        )
     return as_text(pd.DataFrame(lines, columns=header), format, 1)
 
 
 def machine(runs: Iterable[Run]) -> str:
-    """Return what runs were computed with, in a line."""
+    """Return processors, threads, versions, commits and days of runs, in one line."""
     machines, versions, commits, started = set(), set(), set(), set()
     names = {"python": "Python", "torch": "torch", "transformers": "transformers"}
     for run in runs:
@@ -183,13 +192,13 @@ def machine(runs: Iterable[Run]) -> str:
 
 
 def processor(run: Run) -> str:
-    """Return the GPU that a run was computed on, or else the processor."""
+    """Return the name of a run's GPU, or else of its processor."""
     hardware = run.environment["hardware"]
     return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
 
 
 def _published(table: Table, paper: Comparison | None, name: str) -> list[float | None]:
-    """Return the paper's number for each row, None where it has none."""
+    """Return the paper's number for each row; None: it has none."""
     if paper is None:
         return [None] * len(table.rows)
     firsts = [members[0] for members in table.rows]
@@ -208,12 +217,14 @@ def _unit(kind: str) -> str:
 
 
 def print_run(metrics: dict[str, Any], directory: Path) -> None:
-    """Print one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
+    """Print one finished run: its measures, sparsity, time, memory, files and export."""
     _print_table(metrics["name"], ["", "dense", "sparse"], result_rows(metrics), "right")
     sparsity, seconds = metrics["sparsity"], metrics["seconds"]
     retained = statistics.fmean(metrics["retained_saliency"].values())
-    counts = f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations"
-    shares = f"{counts}, {retained:.2%} of the saliency retained"
+    shares = (
+        f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
+        f"{retained:.2%} of the saliency retained"
+    )
     stages = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
     if "planned_memory_bytes" in metrics:
@@ -225,10 +236,16 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
     console.print(f"memory    {memory}")
     console.print(f"files     {directory}", soft_wrap=True)
+    if (export := metrics.get("export")) and (directory / EXPORT).is_dir():
+        console.print(
+            f"export    {directory / EXPORT}: {export['bytes'] / 1e6:.1f} MB, {export['form']}, "
+            f"{export['dtype']}",
+            soft_wrap=True,
+        )
 
 
 def print_comparison(table: Table) -> None:
-    """Print several finished runs: a column for each row of their table."""
+    """Print several finished runs, with a column for each row of their table."""
     frame = cells(table).drop(columns=table.settings)
     names = [*["dense"] * bool(table.dense), *table.names()]
     rows = ([name, *(value or "-" for value in values)] for name, values in frame.items())
@@ -244,7 +261,7 @@ def print_jobs(jobs: Sequence[tuple[str, str, str]]) -> None:
 
 
 def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:
-    """Print texts as a table, all but the first column on one side of their columns."""
+    """Print a table of texts; all columns but the first are aligned to one side."""
     printed = Printed(title=escape(title), title_justify="left")
     for place, name in enumerate(header):
         printed.add_column(escape(name), justify=side if place else "left", overflow="fold")

@@ -1,4 +1,4 @@
-"""Write what a reader sees of many runs: a page, a picture, or a table of the paper from W&B.
+"""Page or picture of many runs, or a table of the paper from the runs in W&B.
 
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
@@ -7,13 +7,13 @@ permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 
-The page holds quality over minutes and the table with sort and filter; it needs no network. The
-picture has a point a row and the Pareto front; its suffix, .png, .svg or .pdf, chooses the format.
-The option --curves draws the losses of what learned, --masks the mask of one linear under every
+The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
+network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
+sets the format. --curves draws losses of learning; --masks draws the mask of one linear for each
 row.
 
-The table from W&B has the paper's numbers beside. --publish makes a W&B report of it, with the
-log-perplexity above the dense model's over minutes; it needs `pip install -e '.[wandb-report]'`.
+The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
+plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
 """
 
 from __future__ import annotations
@@ -36,34 +36,38 @@ from permllm.runs.table import Table
 from permllm.runtime.identity import evaluation_of
 from permllm.runtime.terminal import Answer
 
-# W&B writes as words what JSON has not.
+# W&B writes numbers that JSON does not have as words.
 _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add, written = parser.add_argument, parser.add_mutually_exclusive_group()
-    group = "sweeps to take the runs from, with * for anything, several times; default: the table's"
     add("places", nargs="*", type=Path, metavar="DIR", help=PLACES)
     for option, what in {
-        "--to": "the page, FILE.html, or quality over minutes, FILE.png, .svg, .pdf",
-        "--curves": "draw the losses of what learned",
-        "--masks": "draw the mask of one linear under every row",
+        "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
+        "--curves": "draw the losses of learning",
+        "--masks": "draw the mask of one linear for each row",
     }.items():
         written.add_argument(option, type=Path, metavar="FILE", help=what)
-    add("--linear", metavar="PATH", help="whose mask; default: the first of the middle layer")
+    add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
-    add("--paper", metavar="TABLE", help=f"of the page: {PAPER}")
-    add("--measure", metavar="NAME", help="to draw over minutes, such as 'average acc'")
-    add("--wandb", metavar="PROJECT", help="take the runs from W&B")
-    add("--table", help="of the paper, for example table6, with --wandb")
-    add("--entity", help="user or team in W&B; yours without it")
-    add("--group", action="append", metavar="SWEEP", help=group)
-    add("--publish", action="store_true", help="make a W&B report of it")
+    add("--paper", metavar="TABLE", help=f"on the page: {PAPER}")
+    add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
+    add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
+    add("--table", help="table of the paper for --wandb, such as table6")
+    add("--entity", help="user or team in W&B; default: yours")
+    add(
+        "--group",
+        action="append",
+        metavar="SWEEP",
+        help="sweep of the runs in W&B, * fits anything; can be repeated; default: the table's",
+    )
+    add("--publish", action="store_true", help="make a W&B report of the table")
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """Return what was written, or the tables."""
+    """Write a file and return its path, or return a table from W&B."""
     file = options.to or options.curves or options.masks
     if options.wandb and options.table and not options.places and not file:
         return _of_wandb(options)
@@ -71,7 +75,7 @@ def work(options: argparse.Namespace) -> Answer:
         raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
     found = found_in(options.places)
     table = Table(found.runs, options.baseline)
-    # What draws takes longer to import than a table takes.
+    # The libraries for drawing take seconds to import.
     if file == options.to and file.suffix == ".html":
         from permllm.runs.page import page
 
@@ -94,9 +98,9 @@ def work(options: argparse.Namespace) -> Answer:
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
     """Return the table of a project's runs, and the address of its W&B report."""
-    published(options.table)  # refuses a table that the paper does not have
+    published(options.table)  # raises ConfigError before W&B is asked
     groups = options.group or [options.table, f"{options.table}-*"]
-    with _asking(f"the runs of {options.wandb} cannot be had from W&B"):
+    with _asking(f"W&B does not give the runs of {options.wandb}"):
         import wandb
 
         api = wandb.Api()
@@ -104,18 +108,19 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
         project = f"{entity}/{options.wandb}" if entity else options.wandb
         logged = list(api.runs(project, order="-created_at"))
     found = Collection()
-    # The newest first: a run that was done again with force=true counts once.
+    # The newest run comes first, and counts if the same run was done again with force=true.
     for one in logged:
         if any(fnmatchcase(one.group or "", pattern) for pattern in groups):
             try:
                 found.add(as_run(one))
-            except (DataError, *LACKS) as error:  # a run of others
+            except (DataError, *LACKS) as error:  # perhaps a run of another program
                 found.notes.append(f"skipped {one.name} ({one.id}): {error}")
     note(found.notes)
     if not found.runs:
         there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        wanted = " or ".join(groups)
-        raise ConfigError(f"--group {wanted}: no finished run; groups are {there}, or * for all")
+        raise ConfigError(
+            f"--group {' or '.join(groups)}: no finished run; groups are {there}, or * for all"
+        )
     table = Table(found.runs)
     paper = beside(options.table, table)
     text = render(table, "md", paper)
@@ -127,17 +132,17 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
 
 @contextmanager
 def _asking(failure: str) -> Iterator[None]:
-    """Turn an error of W&B into one line: some of its classes are not public."""
+    """Raise DataError for an error of W&B."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # some classes of W&B's errors are not public
         raise DataError(f"{failure}: {error}") from error
 
 
 def as_run(logged: Any) -> Run:
-    """Return a run of `wandb.Api` as tables take them.
+    """Convert a run of `wandb.Api`.
 
-    Raises DataError where it is not finished or not of this framework.
+    Raises DataError if it is not finished or not a run of this package.
     """
     if logged.state != "finished":
         raise DataError(f"not finished ({logged.state})")
@@ -148,7 +153,7 @@ def as_run(logged: Any) -> Run:
         for folder in folders:
             place = place.setdefault(folder, {})
         place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
-    missing = {"n": None, "num_fewshot": None, "split": None}  # what is None is not logged
+    missing = {"n": None, "num_fewshot": None, "split": None}  # W&B does not keep None
     for tasks in metrics.get("tasks", {}).values():
         for task, values in tasks.items():
             tasks[task] = {"metrics": {}, "stderr": {}} | missing | values
@@ -160,9 +165,9 @@ def as_run(logged: Any) -> Run:
 
 
 def _published(table: Table, text: str, options: argparse.Namespace, entity: str | None) -> str:
-    """Save a W&B report with the table and the gap over minutes, and return its address."""
+    """Save a W&B report with the table and a plot over minutes, and return its address."""
     if not entity:
-        raise ConfigError("--publish needs --entity: this key has no default one")
+        raise ConfigError("--publish needs --entity, because this W&B key has no default entity")
     try:
         wr = import_module("wandb_workspaces.reports.v2")
         expr = import_module("wandb_workspaces.expr")
@@ -171,7 +176,7 @@ def _published(table: Table, text: str, options: argparse.Namespace, entity: str
     project, title = {"entity": entity, "project": options.wandb}, f"PermLLM, {options.table}"
     ids = [run.environment["wandb_id"] for run in table.runs]
     runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
-    gap = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
-    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[gap])]
+    plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
+    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[plot])]
     with _asking("the report cannot be saved"):
         return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

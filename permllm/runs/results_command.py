@@ -1,10 +1,10 @@
-"""One table of runs: a column for what varies, mean and deviation over seeds.
+"""Table of runs, with a column for each setting that varies, and means over seeds.
 
 permllm results runs --baseline permutation=none
 permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
 
-The option --jsonl keeps the runs in one file instead, a line each, which is read like their
-folders.
+With --jsonl the runs are written to a file of records instead, one run in each line. Commands read
+such a file like the run directories.
 """
 
 from __future__ import annotations
@@ -19,29 +19,34 @@ from permllm.runs.render import FORMATS, beside, compared, records, render
 from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
-PLACES = "runs, folders that hold some, or kept records"
+PLACES = "run directories, folders with run directories, or files of records"
 BASELINE = "compare with the row that has these settings"
-PAPER = "put the paper's numbers beside, for example table6"
+PAPER = "show the paper's numbers beside ours, such as table6"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add, settings = parser.add_argument, "NAME=VALUE,..."
-    differences = "two rows alone: their differences, with intervals over what both were asked"
     add("places", nargs="+", type=Path, metavar="DIR", help=PLACES)
-    add("--format", choices=(*FORMATS, "json"), default="md", help="json: as --json")
+    add("--format", choices=(*FORMATS, "json"), default="md", help="json is the same as --json")
     add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
     add("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
     add("--baseline", metavar=settings, help=BASELINE)
     add("--paper", metavar="TABLE", help=PAPER)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--compare", nargs=2, metavar=settings, help=differences)
-    write = "write the runs there, and no table"
-    instead.add_argument("--jsonl", type=Path, metavar="FILE.jsonl", help=write)
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=settings,
+        help="show only the differences of two rows, with bootstrap intervals",
+    )
+    instead.add_argument(
+        "--jsonl", type=Path, metavar="FILE.jsonl", help="write the runs to this file; no table"
+    )
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """Return the table, the comparison of two rows, or the names of the runs that were kept."""
+    """Return the table or the comparison of two rows, or write a file of records."""
     if options.jsonl:
         names = keep_runs(options.places, options.jsonl)
         answer = {"file": str(options.jsonl), "runs": names}
@@ -55,13 +60,13 @@ def work(options: argparse.Namespace) -> Answer:
         found = differences(table, *[table.find(text, "--compare") for text in options.compare])
         text = "" if options.json else compared(found, options.compare, options.format)
         return Answer(found, lambda: print(text, end=""))
-    # Intervals take their time: only what is printed is made.
+    # Intervals take seconds, so that only one of the two forms is computed.
     lines = records(table, paper) if options.json else []
     return Answer(lines, lambda: print(render(table, options.format, paper), end=""))
 
 
 def found_in(places: list[Path]) -> Collection:
-    """Return the runs in some places; name what is no run on stderr. Errors as `collect`."""
+    """Return the runs in some places, and print notes on stderr. Errors as `collect`."""
     found = collect(places)
     note(found.notes)
     return found

@@ -21,10 +21,10 @@ from permllm.runs.files import read_json, write_json
 from permllm.runs.launched import first, share_gpus
 from permllm.runtime.identity import digest_of
 
-# The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds
-# hydra.sweep.dir with it.
+# Variable with the name of the sweep. The processes of launchers get it, and conf/config.yaml uses
+# it for hydra.sweep.dir.
 VARIABLE = "PERMLLM_SWEEP"
-# Words that make no other sweep.
+# Overrides that do not change the name of the sweep.
 _LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
 _ONE_PLACE = "are the same setting: give one of them"
 STARTED: list[Path] = []  # the folder of the sweep that this process started
@@ -34,19 +34,19 @@ STARTED: list[Path] = []  # the folder of the sweep that this process started
 class Outcome:
     """Outcome of one job, a JSON file in the sweep's folder."""
 
-    overrides: list[str]  # the words that were typed for it
-    outcome: str  # ran, skipped (it was finished already, or another process runs it) or failed
-    reason: str = ""  # why it failed, or is run elsewhere
-    directory: str | None = None  # of a finished run
+    overrides: list[str]  # of the command line, for this job
+    outcome: str  # ran, skipped (the run was finished, or another process runs it) or failed
+    reason: str = ""  # why the job was skipped or failed
+    directory: str | None = None  # run directory; None: the run is not finished
 
 
 class SweepFolder(Callback):  # type: ignore[misc]
-    """Hydra's callback that names and checks the sweep before its first job."""
+    """Hydra's callback that names and checks a sweep before its first job."""
 
     def on_multirun_start(
         self, config: DictConfig, config_name: str | None = None, **_: Any
     ) -> None:
-        """Set the variable that `hydra.sweep.dir` is built from, and check the sweep."""
+        """Set the variable with the sweep's name, and check the sweep."""
         os.environ[VARIABLE] = sweep_name(config.hydra)
         folder = folder_of(config.hydra)
         try:
@@ -54,14 +54,14 @@ class SweepFolder(Callback):  # type: ignore[misc]
                 raise ConfigError(f"runs_dir and hydra.sweep.dir {_ONE_PLACE}")
             _check_texts(config_name, _jobs(config.hydra))
             share_gpus(config.hydra.launcher, config.model.device)
-        except ConfigError as error:  # which Hydra would take for a warning
+        except ConfigError as error:  # Hydra turns other errors of a callback into warnings
             raise SystemExit(f"error: {error}" if first() else 1) from error
         STARTED[:] = [folder]
 
 
 def sweep_name(hydra: Any) -> str:
-    """Return the experiment, or `sweep`, and a digest of the typed words and what is swept."""
-    # A word may hold ${hydra:job.num}.
+    """Return the experiment, or `sweep`, and a digest of the overrides and the swept settings."""
+    # An override may have ${hydra:job.num}, which has no value yet.
     words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
     every = sorted([*words["task"], *words["hydra"]])
     typed = [word for word in every if not word.lstrip("+~").startswith(_LEFT_OUT)]
@@ -70,29 +70,29 @@ def sweep_name(hydra: Any) -> str:
 
 
 def folder_of(hydra: Any) -> Path:
-    """Return the folder of the sweep's outcomes, below a `hydra.sweep.dir` that was typed."""
+    """Return the folder of the outcomes: `hydra.sweep.dir`, or a subfolder if the user sets it."""
     folder, name = Path(hydra.sweep.dir), os.environ[VARIABLE]
     return folder if folder.name == name else folder / "sweeps" / name
 
 
 def labels(jobs: list[list[str]]) -> list[str]:
-    """Return the words of each job that not all jobs have."""
+    """Return for each job its overrides without those that all jobs share."""
     shared = set.intersection(*map(set, jobs))
     return [" ".join(word for word in job if word not in shared) for job in jobs]
 
 
 def sweeping() -> bool:
-    """Tell whether this is a job of a sweep."""
+    """Tell if this is a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def overrides() -> list[str]:
-    """Return the words that were typed for this job; none outside of Hydra."""
+    """Return the overrides of this job; none outside Hydra."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def place(composed: DictConfig) -> DictConfig:
-    """Return a job's settings with the directory that Hydra's `run.dir` or `sweep.dir` names."""
+    """Return a job's settings with the directories of `hydra.run.dir` or `hydra.sweep.dir`."""
     if not HydraConfig.initialized():
         return composed
     hydra, given = HydraConfig.get(), {}
@@ -115,14 +115,17 @@ def outcome_file() -> Path:
 
 
 def keep(job: Outcome) -> None:
-    """Write this job's outcome; relative paths let the sweep and its runs be moved together."""
+    """Write the outcome of this job.
+
+    The path of the run is relative, so that the sweep and its runs can be moved together.
+    """
     file = outcome_file()
     directory = None if job.directory is None else os.path.relpath(job.directory, file.parents[1])
     write_json(file, asdict(job) | {"directory": directory})
 
 
 def kept(folder: Path) -> list[Outcome]:
-    """Read the outcomes in a sweep's folder by number of the job, without unreadable files."""
+    """Read the outcomes in a sweep's folder, sorted by job, without damaged files."""
     found = []
     for file in sorted(folder.glob("jobs/*.json")):
         with suppress(DataError, TypeError):
@@ -133,27 +136,29 @@ def kept(folder: Path) -> list[Outcome]:
 
 
 def _jobs(hydra: Any) -> list[list[str]]:
-    """Return the words of each job; none for a sweeper that draws them later."""
+    """Return the overrides of each job; none for a sweeper that chooses them later."""
     if not hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return []
     typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     words = [*(f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()), *typed]
-    loader = GlobalHydra.instance().config_loader()  # a glob asks for the options
+    loader = GlobalHydra.instance().config_loader()  # for globs of options
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 
 def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
-    """Raise ConfigError where the models of a sweep have different texts: they do not compare."""
+    """Raise ConfigError if the models of a sweep have different texts and so cannot be compared."""
     of_model = {word: job for job in jobs for word in job if word.startswith("model=")}
     texts, loader = {}, GlobalHydra.instance().config_loader()
     for model, job in of_model.items() if len(of_model) > 1 else ():
         config = loader.load_configuration(config_name, job, run_mode=RunMode.RUN)
-        parts = (config.calibration, config.evaluation.perplexity)
-        texts[model] = " and ".join(str(part.data_files or part.dataset) for part in parts)
+        texts[model] = " and ".join(
+            str(part.data_files or part.dataset)
+            for part in (config.calibration, config.evaluation.perplexity)
+        )
     if len(set(texts.values())) > 1:
         said = "; ".join(f"{model} {text}" for model, text in texts.items())
         raise ConfigError(
-            "the models of this sweep have texts of their own, to calibrate and to evaluate on: "
-            f"{said}: give protocol=offline or protocol=paper, or calibration= and evaluation="
+            f"the models of this sweep have different texts ({said}): "
+            "give protocol=offline or protocol=paper, or calibration= and evaluation="
         )

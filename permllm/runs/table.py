@@ -1,4 +1,4 @@
-"""One table of many runs: a row for runs of equal settings, a column for what varies."""
+"""Table of many runs: a row for runs with equal settings, a column for each varying setting."""
 
 from __future__ import annotations
 
@@ -27,32 +27,27 @@ GAP = "gap closed"
 _ZEROS = "zeros"
 _PERPLEXITY = " perplexity ("
 _STATISTICS = "calibration.statistics"
-# Settings that come with a method. The row from which a gap is measured may have others.
+# Settings that belong to a method. The row from which a gap is measured may have other values.
 _OF_METHODS = {*METHODS, "temperature", "block_size", _STATISTICS, "inputs.permutation.path"}
-# Settings that others say already: sizes of a model beside its name, paths beside the digests of
-# their files.
+# Parts of the names of redundant settings, such as sizes of a model beside its name, and paths
+# beside the digests of their files.
 _SPARE = {
-    "inputs",
-    "path",
-    "data_files",
-    "architecture",
-    "device",
-    "hub_name",
-    "source",
-    "revision",
+    *("inputs", "path", "data_files", "architecture", "device", "hub_name", "source", "revision"),
+    "_target_",
 }
-_SPARE |= {"_target_"}
-# Settings that tell two models apart.
+# Settings that distinguish two models.
 _OF_MODEL = re.compile(r"model\.(name|hub_name|revision|architecture)|inputs\.model\.path")
-# A table always tells which linears have another pattern.
+# Settings with the patterns of single linears. A table always shows them if they vary.
 _PATTERNS = ("keep_dense", "sparsity_of")
-# Columns that stand first.
-_FIRST = ["model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask"]
-_FIRST += ["reconstruction", "temperature", "block_size"]
+# Order of the first columns.
+_FIRST = [
+    *("model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask"),
+    *("reconstruction", "temperature", "block_size"),
+]
 
 
 def measures_of(runs: list[Run]) -> list[dict[str, Measure]]:
-    """Return each run's measures by column, those of the dense model after `dense: `."""
+    """Return each run's measures by column; those of the dense model begin with `dense: `."""
     named = column_names([key for run in runs for key in (*run.sparse, *run.dense)])
     return [
         {named[key]: measure for key, measure in run.sparse.items()}
@@ -62,7 +57,7 @@ def measures_of(runs: list[Run]) -> list[dict[str, Measure]]:
 
 
 def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFrame:
-    """Return settings, `seed`, `method`, measures, `minutes` and `directory` of each run."""
+    """Return a row for each run: settings, seed, method, measures, minutes and directory."""
     return pd.DataFrame(
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
         | {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
@@ -73,27 +68,28 @@ def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFram
 
 
 class Table:
-    """Runs beside each other.
+    """Table of runs, with means over seeds, gaps and the baseline.
 
     Attributes:
         runs: the runs.
         values: measures of each run, by column.
-        frame: a row a run (`frame_of`), with the gaps that it closes, and the number of its `row`.
-        rows: for each row the numbers of its runs, which differ only in their seed.
-        labels: settings of each row as they are typed; empty where a row has no such setting.
-        baseline: row that others are compared with; None: no one.
+        frame: one row for each run (`frame_of`), with its gaps closed and the index of its `row`.
+        rows: for each row the indices of its runs, which differ only in their seed.
+        labels: texts of each row's settings; empty: the row has no such setting.
+        baseline: row with which others are compared; None: there is none.
         settings: columns of settings that are shown.
         measures: columns of measures that are shown.
         kinds: kind of each measure.
-        gaps: perplexities that each measure of a gap is the mean over.
-        means, deviations: over the seeds, rows by measures; not a number where a run lacks one.
+        gaps: for each measure of a gap the perplexities over which it is the mean.
+        means: means over the seeds, rows by measures; NaN: a run of the row lacks the measure.
+        deviations: standard deviations over the seeds, as `means`.
         dense: value and standard error of the measures of the dense model that all runs share.
-        starts: for each row that has a gap the row from which it is measured.
+        starts: for each row with a gap the row from which the gap is measured.
         notes: lines for the reader.
     """
 
     def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
-        """Take runs; `baseline` names the row from which all gaps of its model are measured."""
+        """Make the table. Gaps of the baseline's model are measured from the baseline."""
         self.runs, self.values = runs, measures_of(runs)
         self.frame = frame_of(runs, self.values)
         every = [item for run in self.values for item in run.items()]
@@ -128,7 +124,7 @@ class Table:
         self.notes = self._missing() + of_gaps
 
     def _varying(self) -> list[str]:
-        """Return settings that vary, and others where these do not tell two rows apart."""
+        """Return the settings that vary, and redundant ones if two rows would look the same."""
         texts = self.labels.drop(columns="method")
         usual = [name for name in texts if not _is_spare(name)]
         said = {
@@ -143,7 +139,7 @@ class Table:
         return _ranked(varying) or ["pruner", "permutation"]
 
     def _take_method(self) -> None:
-        """Show the column `method` for the settings of methods, where it tells the rows apart."""
+        """Show the column `method` instead of the settings of methods, if the rows then differ."""
         groups = {"pruner", "temperature", "block_size", *METHODS}
         rest = ["method", *(name for name in self.settings if name.split(".")[0] not in groups)]
         typed = self.frame.groupby("row")["method"].agg(set)
@@ -152,7 +148,7 @@ class Table:
             self.settings = rest
 
     def _starts(self) -> dict[int, int]:
-        """Return the row from which each row's gap is measured, if possible of its statistics."""
+        """Return the unpermuted row for each row's gap, if possible with the same statistics."""
         firsts = {row: self.first(row) for row in self.labels.index}
         if self.baseline is not None:
             model = _model(firsts[self.baseline])
@@ -172,7 +168,7 @@ class Table:
         return found
 
     def _close_gaps(self) -> list[str]:
-        """Add the measures `gap closed`: the mean over texts, and one of each. Return notes."""
+        """Add the measures `gap closed`, the mean over texts and one for each; return notes."""
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         closed = pd.DataFrame(math.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
@@ -187,13 +183,13 @@ class Table:
         self.gaps = {}
         for ending in ("", FP8):
             names = [name for name in common if name.endswith(FP8) == bool(ending)]
-            # A text that was measured in two ways counts once.
+            # A text with two window lengths counts once.
             shared = [*{name.partition(_PERPLEXITY)[0]: name for name in names}.values()]
             self.gaps |= {GAP + ending: shared} if shared else {}
         notes = []
         if len(closed.columns) > 1:
             notes = [f"{gap}: the mean over {', '.join(of)}" for gap, of in self.gaps.items()]
-            notes = notes or [f"{GAP}: no text is in all rows, so that each stands alone"]
+            notes = notes or [f"{GAP}: no text is in all rows, so that there is no mean over texts"]
             self.gaps |= {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
@@ -206,13 +202,13 @@ class Table:
         found = {}
         for name in self.kinds:
             values, first = self.frame.get(f"{DENSE}{name}"), self.values[0].get(f"{DENSE}{name}")
-            # Machines sum up in other orders.
+            # Machines differ in the order of sums.
             if first and np.isclose(values, first.value, rtol=1e-4, atol=0).all():
                 found[name] = (first.value, first.stderr)
         return found
 
     def _missing(self) -> list[str]:
-        """Return a note on perplexities, and on what only some seeds of a row have."""
+        """Return a note on perplexities that rows lack and on measures that seeds of a row lack."""
         own = [name for name in self.measures if name not in self.gaps]
         there = self.frame[[*own, "row"]].groupby("row").agg(lambda seeds: seeds.notna().mean())
         some = ((there > 0) & (there < 1)).any()
@@ -224,8 +220,8 @@ class Table:
         return [f"some rows, or seeds of a row, lack {', '.join(lacking)}"] if lacking else []
 
     def find(self, text: str, option: str) -> int:
-        """Return the only row with settings that an option gives as `name=value,name=value`."""
-        # A value may be a list: a comma parts settings where a name follows.
+        """Return the only row with the settings `name=value,name=value` of an option."""
+        # A value may be a list, so that only a comma before a name separates settings.
         wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
         rows = [*self.labels.index]
         for name, value in wanted.items():
@@ -242,7 +238,7 @@ class Table:
         return rows[0]
 
     def label(self, row: int, name: str) -> str:
-        """Return the value of a setting of a row; empty where it has no such setting."""
+        """Return the text of a row's setting; empty: the row has no such setting."""
         return str(self.labels.at[row, name]) if name in self.labels else ""
 
     def first(self, row: int) -> Run:
@@ -250,45 +246,51 @@ class Table:
         return self.runs[self.rows[row][0]]
 
     def seeds(self, row: int, names: list[str]) -> pd.DataFrame:
-        """Return measures of each run of a row by its seed; not a number where a run lacks one."""
+        """Return measures of a row's runs by seed; NaN: the run lacks the measure."""
         found = self.frame.reindex(columns=["seed", *names]).loc[self.rows[row]]
         return found.set_index("seed").astype(float)
 
     def has(self, row: int, name: str) -> bool:
-        """Tell whether all runs of a row have a measure."""
+        """Tell if all runs of a row have a measure."""
         return not math.isnan(self.means.at[row, name])
 
     def error(self, row: int, name: str) -> float | None:
-        """Return the deviation over the seeds of a row, of one run its standard error, if known."""
+        """Return the deviation over a row's seeds, or the standard error of a single run."""
         if len(self.rows[row]) > 1:
             return float(self.deviations.at[row, name])
         return value.stderr if (value := self.values[self.rows[row][0]].get(name)) else None
 
     def shown(self, row: int, name: str) -> str:
-        """Return the mean of a measure with its error; empty where the row lacks it."""
+        """Return the text of a measure's mean and error; empty: the row lacks the measure."""
         if not self.has(row, name):
             return ""
         return number(self.means.at[row, name], self.kinds[name], self.error(row, name))
 
     def shown_dense(self, name: str) -> str:
-        """Return the value of the dense model that all rows share; empty for none."""
-        mean, error = self.dense.get(name, (None, None))
-        return "" if mean is None else number(mean, self.kinds[name], error)
+        """Return the text of the value of the dense model; empty: the rows do not share one."""
+        if name not in self.dense:
+            return ""
+        mean, error = self.dense[name]
+        return number(mean, self.kinds[name], error)
 
     def limited(self, name: str) -> bool:
-        """Tell whether some value of an accuracy is of a part of the items."""
+        """Tell if an accuracy was measured on only a part of the items in some run."""
         found = [run[name].limited for run in self.values if name in run]
         return self.kinds[name] in ("accuracy", "number") and any(found)
 
     def heading(self, name: str) -> str:
-        """Return a measure's name, with a word where it is of a part of the items."""
+        """Return the heading of a measure's column, with `(limited)` if it is limited."""
         return f"{name} (limited)" if self.limited(name) else name
 
     def show(self, columns: str | None, measures: str | None) -> None:
-        """Show some settings, with commas, and measures, with ", ", alone; None: the usual ones.
+        """Choose the columns to show; None: the usual columns.
 
-        A measure is named, or a part of the names of several. Raises ConfigError where there is
-        no such setting or measure.
+        Args:
+            columns: settings, separated by commas.
+            measures: measures, or parts of the names of several, separated by ", ".
+
+        Raises:
+            ConfigError: no setting or no measure fits.
         """
         if columns:
             self.settings = _ranked(name for name in self.labels if name in columns.split(","))
@@ -308,10 +310,10 @@ class Table:
             self.measures = [name for name in every if name in chosen]
 
     def main(self) -> str | None:
-        """Return the measure that rows are compared by, one that all rows have if there is any.
+        """Return the measure by which rows are compared; None: there is none.
 
-        The order is: mean gap of several perplexities, if all gaps have one start; perplexity;
-        average accuracy; other accuracy.
+        The first of these that all rows have: mean gap over several texts, if all gaps have one
+        start; perplexity; average accuracy; other accuracy.
         """
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         accuracies = [name for name in self.measures if self.kinds[name] == "accuracy"]
@@ -323,7 +325,7 @@ class Table:
         return next((name for name in every if name in shared), every[0] if every else None)
 
     def one_start(self) -> bool:
-        """Tell whether the gaps of all rows of a model and a pattern are measured from one row."""
+        """Tell if the gaps of all rows with one model and one pattern are measured from one row."""
         starts = {
             (_model(self.first(row)), self.label(row, "sparsity"), start)
             for row, start in self.starts.items()
@@ -331,7 +333,7 @@ class Table:
         return not self.gaps or len(starts) == len({start[:2] for start in starts})
 
     def names(self) -> list[str]:
-        """Return a short name for each row: its methods, and other settings that are shown."""
+        """Return a short name for each row, with its methods and the other settings shown."""
         names = []
         for row in self.labels.index:
             parts = []
@@ -346,12 +348,16 @@ class Table:
 
 
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of the log-perplexity above the dense model's that each run closes.
+    """Return the gap closed of each run: `(ln start - ln here) / (ln start - ln end)`.
 
-    All are by seed and text. The mean over seeds is `(ln start - ln here) / (ln start - ln end)` of
-    the means of the logarithms, where `start` is the unpermuted model and `end` the dense one. A
-    run is measured from the unpermuted model of its seed, if there is one of each seed. The share
-    is not a number where a perplexity is not finite or the unpermuted model as good as the dense.
+    The denominator is the mean over the seeds. A run is measured from the unpermuted model with its
+    seed, if every seed has one, or else from their mean. The gap is NaN if a perplexity is not
+    finite, or if the unpermuted model is as good as the dense one.
+
+    Args:
+        here: perplexities of the runs, seeds by texts.
+        start: perplexities of the unpermuted model, seeds by texts.
+        end: perplexities of the dense model, seeds by texts.
     """
     here, start, end = np.log(here), np.log(start), np.log(end)
     whole = start.mean(skipna=False) - end.mean(skipna=False)
@@ -371,12 +377,12 @@ def _ranked(names: Iterable[str]) -> list[str]:
 
 
 def _is_spare(name: str) -> bool:
-    """Tell whether a setting says nothing that others do not say."""
+    """Tell if a setting is redundant."""
     return not _SPARE.isdisjoint(name.split("."))
 
 
 def _sort_key(text: str) -> tuple[int, float, str]:
-    """Return the key by which settings are sorted: `none` first, then numbers, then words."""
+    """Return the sort key of a setting's text: `none` first, then numbers, then words."""
     try:
         return (0, float(text), "")
     except ValueError:

@@ -25,12 +25,12 @@ from permllm.runs.directory import check_sha256
 from permllm.runs.files import MASKS, PERMUTATIONS, WEIGHTS, replaced
 
 _SHAPES = "shapes"
-# Numbers of a layer by channel group, and the key of its file's metadata that holds them.
+# Numbers of a layer by channel group, and their key in the metadata of its file.
 _NUMBERS, _FIGURES = ("retained", "moved", "output_error"), "figures"
 
 
 def is_permutation(order: Tensor) -> bool:
-    """Return whether a tensor `(C_in,)` of whole numbers holds each number from 0 on once."""
+    """Tell if a tensor `(C_in,)` of whole numbers has each of 0 to `C_in - 1` once."""
     if order.dim() != 1 or order.is_floating_point():
         return False
     identity = torch.arange(len(order), dtype=order.dtype, device=order.device)
@@ -38,13 +38,16 @@ def is_permutation(order: Tensor) -> bool:
 
 
 def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
-    """Return the number of groups of M that hold more than N nonzeros in permuted order.
+    """Return the number of groups of M weights that have more than N nonzeros.
 
-    The weight is `(C_out, C_in)` in original channel order. perm: int64 `(C_in,)`, or None.
+    Args:
+        weight: `(C_out, C_in)`, in the original channel order.
+        perm: permutation in which the weight should be N:M, int64 `(C_in,)`; None: the original.
+        pattern: N:M.
     """
     kept = weight != 0
     groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
-    # As a sum it would take 8 bytes each.
+    # `groups.sum(-1)` would need int64, four times the memory.
     counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
     for entries in groups.unbind(-1):
         counts += entries
@@ -52,27 +55,24 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
 
 
 def packed_mask(mask: Tensor) -> Tensor:
-    """Return a CPU mask as uint8 `(bytes,)`, row by row, the first entry in the highest bit."""
+    """Pack a CPU mask as uint8 `(bytes,)`, row by row, with the first entry in the highest bit."""
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
 def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Return a mask that `packed_mask` has packed, bool.
-
-    Without a shape its entries are in one row, to the end of the last byte.
-    """
+    """Unpack a mask of `packed_mask` as bool; shape None: all bits in one row."""
     count = None if shape is None else math.prod(shape)
     mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
     return mask if shape is None else mask.view(*shape)
 
 
 class PackedMasks(UserDict[str, Tensor]):
-    """CPU masks by name that take one bit an entry, or none where they lie in a file.
+    """CPU masks by name with one bit for each entry, in memory or in a file.
 
-    A mask is unpacked when it is asked for, so it is a copy: set it again to change it.
+    `masks[name]` is a copy. A changed mask must be set again.
     """
 
-    data: dict[str, Any]  # bits, or a function that reads them, and shape
+    data: dict[str, Any]  # by name: the bits or a function that reads them, and the shape
 
     def __getitem__(self, name: str) -> Tensor:
         return unpacked_mask(*self.packed(name))
@@ -81,15 +81,16 @@ class PackedMasks(UserDict[str, Tensor]):
         self.set_packed(name, packed_mask(mask), mask.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"data": {name: self.packed(name) for name in self}}  # no files of another process
+        # The process that gets the masks may not have the files.
+        return {"data": {name: self.packed(name) for name in self}}
 
     def packed(self, name: str) -> tuple[Tensor, torch.Size]:
-        """Return a mask as `packed_mask` gives it, and its shape."""
+        """Return the bits of a mask, as `packed_mask` packs them, and its shape."""
         bits, shape = self.data[name]
         return bits if isinstance(bits, Tensor) else bits(), shape
 
     def shape(self, name: str) -> torch.Size:
-        """Return the shape of a mask, `(C_out, C_in)` for a linear."""
+        """Return the shape of a mask, `(C_out, C_in)`."""
         return torch.Size(self.data[name][1])
 
     def take(self, other: PackedMasks) -> None:
@@ -99,14 +100,14 @@ class PackedMasks(UserDict[str, Tensor]):
     def set_packed(
         self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]
     ) -> None:
-        """Set a mask of this shape: bits of `packed_mask`, or a function that reads them."""
+        """Set a mask by its bits, or by a function that reads them, and its shape."""
         self.data[name] = bits, torch.Size(shape)
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, on any device, as a safetensors file with some metadata."""
+    """Write tensors on any device as a safetensors file, with at most one entry of metadata."""
     held, storages = {}, set()
     for name, tensor in tensors.items():
         held[name] = tensor.detach().cpu().contiguous()
@@ -115,8 +116,8 @@ def save_tensors(
             held[name] = held[name].clone()  # safetensors refuses tensors that share memory
         storages.add(storage.data_ptr())
     with replaced(path) as scratch:
-        # One text alone: safetensors writes several in any order, and the same run must give the
-        # same bits.
+        # safetensors writes several entries of metadata in random order. With one entry the same
+        # run always gives the same bytes.
         save_file(held, scratch, dict(metadata or {"format": "pt"}))
 
 
@@ -124,7 +125,7 @@ def save_tensors(
 def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     """Open a safetensors file.
 
-    Raises DataError, which names the file, where it, or something in it, cannot be read.
+    Raises DataError, which names the file, if the file or a tensor in it cannot be read.
     """
     try:
         with safe_open(path, framework=framework) as file:
@@ -141,35 +142,33 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_tensor(path: Path, name: str) -> Tensor:
     """Read one tensor of a safetensors file, on the CPU; errors as `opened`."""
-    # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
+    # The file is closed again, because an open file keeps all tensors in memory that were read.
     with opened(path) as file:
         return file.get_tensor(name)
 
 
 def tensor_formats(path: Path) -> dict[str, str]:
     """Return the format of each tensor of a safetensors file, such as `F32`; errors as `opened`."""
-    with opened(path, "numpy") as file:  # which reserves no memory for the whole file
+    with opened(path, "numpy") as file:  # "pt" would reserve memory for the whole file
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def load_orders(path: Path) -> dict[str, Tensor]:
-    """Read permutations, int64 `(C_in,)` by channel group; errors as `opened` and `check_order`."""
+    """Read permutations by channel group, int64 `(C_in,)`.
+
+    Raises DataError if the file cannot be read or has something else.
+    """
     orders = load_tensors(path)
     for name, order in orders.items():
-        check_order(f"{path}: {name}", order)
+        if order.dtype not in (torch.int64, torch.int32) or not is_permutation(order):
+            raise DataError(f"{path}: {name} is no permutation of its channels")
     return {name: order.long() for name, order in orders.items()}
 
 
-def check_order(where: str, order: Tensor) -> None:
-    """Raise DataError, which begins with `where`, unless int64 or int32 holds a permutation."""
-    if order.dtype not in (torch.int64, torch.int32) or not is_permutation(order):
-        raise DataError(f"{where} is no permutation of its channels")
-
-
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks by linear as `packed_mask` gives them, with their shapes in the metadata.
+    """Write packed masks by linear, with their shapes in the metadata.
 
-    A mask is bool `(C_out, C_in)` in original channel order, True = kept.
+    A mask is bool `(C_out, C_in)`, in the original channel order; True: the weight is kept.
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
     shapes = json.dumps({name: list(packed.shape(name)) for name in packed})
@@ -177,7 +176,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
 
 
 def load_masks(path: Path) -> PackedMasks:
-    """Return the masks of `save_masks`; each is read from the file when it is asked for."""
+    """Return the masks of `save_masks`. Each access to a mask reads it from the file."""
     with opened(path) as file:
         shapes = json.loads(file.metadata()[_SHAPES])
     masks = PackedMasks()
@@ -193,20 +192,19 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a training state: tensors and plain values alone, so that no code of a stranger runs.
+    """Read a training state of tensors and plain values, without running code from the file.
 
-    Raises DataError, which names the file, where it is damaged or something else.
+    Raises DataError, which names the file, if it is damaged or has something else.
     """
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch does not compare the checksums of its archive
+        # torch does not compare the checksums of its archive.
+        with zipfile.ZipFile(path) as archive:
             if changed := archive.testzip():
                 raise DataError(f"{changed} was changed")
         return torch.load(path, map_location=device, weights_only=True)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # each library has its own for a file that is something else
+    except Exception as error:  # zipfile, pickle and torch raise many classes
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -215,13 +213,12 @@ class PrunedLayer:
     """Result of pruning a decoder layer.
 
     Attributes:
-        orders: int64 `(C_in,)` by group.
-        masks: bool `(C_out, C_in)` by linear, original channel order.
-        weights: `(C_out, C_in)` by linear, if they differ from the dense ones under the masks; else
-            empty.
-        retained: share of the saliency retained, by group.
-        moved: share of the channels that moved, by group.
-        output_error: by group.
+        orders: permutations by channel group, int64 `(C_in,)`.
+        masks: masks by linear, bool `(C_out, C_in)`, in the original channel order.
+        weights: changed weights by linear, `(C_out, C_in)`; empty: the kept weights are dense ones.
+        retained: share of the saliency retained, by channel group.
+        moved: share of the channels that moved, by channel group.
+        output_error: output error, by channel group.
     """
 
     orders: dict[str, Tensor] = field(default_factory=dict)
@@ -243,7 +240,7 @@ def weight_name(path: str) -> str:
 
 
 def save_layer(path: Path, layer: PrunedLayer) -> None:
-    """Write a layer, so that a run that was stopped continues after it."""
+    """Write a layer, so that a run can resume after it."""
     tensors = {f"order of {name}": order for name, order in layer.orders.items()}
     tensors |= {mask_name(name): layer.masks.packed(name)[0] for name in layer.masks}
     tensors |= {weight_name(name): weight for name, weight in layer.weights.items()}
@@ -253,7 +250,7 @@ def save_layer(path: Path, layer: PrunedLayer) -> None:
 
 
 def load_layer(path: Path) -> PrunedLayer:
-    """Read a layer. Raises DataError, which names the file, where it cannot be read."""
+    """Read a layer. Raises DataError, which names the file, if it cannot be read."""
     with opened(path) as file:
         figures = json.loads(file.metadata()[_FIGURES])
     tensors, layer = load_tensors(path), PrunedLayer(**{key: figures[key] for key in _NUMBERS})
@@ -266,15 +263,15 @@ def load_layer(path: Path) -> PrunedLayer:
 
 
 class Pruned:
-    """Pruned model of a run directory, one weight at a time.
+    """Pruned model of a run directory. Weights are read one by one.
 
     Attributes:
-        orders: int64 `(C_in,)` by channel group.
-        weights_changed: the kept weights differ from those of the dense model.
+        orders: permutations by channel group, int64 `(C_in,)`.
+        weights_changed: True: the kept weights differ from those of the dense model.
         weight_files: file of each changed weight, by linear.
 
     Raises:
-        DataError: a file is missing, or is not what the run wrote.
+        DataError: a file is missing or has changed.
     """
 
     def __init__(self, directory: Path, metrics: Mapping[str, Any]) -> None:
@@ -293,14 +290,16 @@ class Pruned:
     def mask(self, path: str) -> Tensor:
         """Return the mask of a linear, bool `(C_out, C_in)` in original channel order."""
         if path not in self._masks:
-            raise DataError(f"{self._file} lacks {path}: it is of another model")
+            raise DataError(f"{self._file} has no mask of {path}: expected a run of this model")
         return self._masks[path]
 
     def weight(self, path: str, dense: Tensor) -> Tensor:
         """Return the pruned weight of a linear, original channel order, on `dense`'s device."""
         mask = self.mask(path).to(dense.device)
         if mask.shape != dense.shape:
-            shapes = f"the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
-            raise DataError(f"{self._file}: {shapes}")
+            raise DataError(
+                f"{self._file}: the mask of {path} is {tuple(mask.shape)}, expected the shape of "
+                f"the linear, {tuple(dense.shape)}"
+            )
         new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
         return torch.where(mask, new.to(dense), 0.0)

@@ -1,1 +1,1 @@
-"""Basics of a process: devices, memory, precision, ranks of torchrun, signals, values, timing."""
+"""Helpers of a process: devices, memory, precision, ranks of torchrun, signals, values, timing."""

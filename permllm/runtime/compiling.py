@@ -1,4 +1,4 @@
-"""Code that is compiled for the machine at hand, which may have no compiler or no driver."""
+"""Compiled functions with a fallback, because a machine may have no compiler or no driver."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ T = TypeVar("T")
 
 
 def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]:
-    """Return a function that calls `fast`, or gives None once a call has failed, with one warning.
+    """Return a function that calls `fast`, and after a failure always returns None.
 
     Args:
-        fast: compiles at its first call, and may raise anything then. Its result is not None.
-        otherwise: consequence of a failure, with which the warning begins.
+        fast: function that compiles at its first call and may then raise any error. Its result is
+            not None.
+        otherwise: consequence of a failure, the beginning of the only warning.
     """
     failed = False
 
     def attempt(*arguments: Any) -> T | None:
+        """Return the result of `fast`, or None."""
         nonlocal failed
         if failed:
             return None
@@ -34,7 +36,7 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
             return fast(*arguments)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler, its cache or a driver may raise
+        except Exception as error:  # of a compiler, its cache or a driver
             failed = True
             log.warning("%s: %s", otherwise, first_line(error)[:200])
             return None
@@ -43,23 +45,26 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
 
 
 def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
-    """Return `function`, compiled for tensors of any size, or as it is where that fails."""
+    """Return `function`, compiled for tensors of any size, or unchanged if that fails."""
 
     @cache
-    def made() -> Callable[..., T]:
-        # Without duck shapes: equal sizes in the first call need not be equal in the next one,
-        # which would compile once more.
+    def compiled_once() -> Callable[..., T]:
+        """Return the compiled function."""
+        # With duck shapes, sizes that are equal by chance in the first call cost a second
+        # compilation.
         settings: Any = torch.fx.experimental._config  # type: ignore[attr-defined]
         options = settings.patch(use_duck_shape=False)
         found: Callable[..., T] = options(torch.compile(function, dynamic=True))
         return found
 
     def fast(*arguments: Any) -> T:
-        return made()(*arguments)
+        """Return the result of the compiled function."""
+        return compiled_once()(*arguments)
 
     attempt = attempted(fast, otherwise)
 
     def run(*arguments: Any) -> T:
+        """Return the result of the compiled function, or else of `function`."""
         found = attempt(*arguments)
         return function(*arguments) if found is None else found
 

@@ -12,20 +12,20 @@ from permllm.errors import ConfigError
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device of a name.
+    """Return the device of `model.device`.
 
     Args:
-        device: `auto` is CUDA where a GPU is, else the CPU; `cuda` is the process's own GPU.
+        device: `auto` is a GPU if there is one, or else the CPU; `cuda` is the GPU of this process.
 
     Raises:
-        ConfigError: the device is not there, or several processes would share it.
+        ConfigError: there is no such device, or several processes would share it.
     """
     own, processes = int(os.environ.get("LOCAL_RANK", "0")), processes_here()
     if device in ("auto", "cuda") and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if own >= count:
             raise ConfigError(
-                f"{processes} processes need as many GPUs, and this machine has {count}"
+                f"{processes} processes need {processes} GPUs, and this machine has {count}"
             )
         return torch.device("cuda", own)
     if device == "auto":
@@ -35,7 +35,7 @@ def resolve_device(device: str) -> torch.device:
             f"model.device={device} is one GPU for {processes} processes; "
             "model.device=cuda gives each its own"
         )
-    # Other kinds lack values, or float64, which statistics are summed in.
+    # Other devices have no float64, in which statistics are summed.
     if device.partition(":")[0] in ("cpu", "cuda"):
         try:
             return torch.ones(1, device=device).device
@@ -47,7 +47,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def processes_here() -> int:
-    """Return the number of torchrun's processes on this machine."""
+    """Return the number of processes of torchrun on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -60,14 +60,14 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed Python's, numpy's and torch's global generators.
 
     Args:
-        seed: of all of them.
-        deterministic: choose kernels of a GPU that give the same bits each time; otherwise
-            attention's backward adds in any order.
+        seed: seed of all generators.
+        deterministic: True: use GPU kernels that give the same bits each time. False: the backward
+            of attention adds in any order.
     """
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
-        # Nothing reads uninitialized memory.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it
+        # Filling takes time, and no code reads uninitialized memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     random.seed(seed)
     np.random.seed(seed)

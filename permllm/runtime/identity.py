@@ -1,4 +1,4 @@
-"""Identity of a run and of its evaluation: settings, and digests of the files that they name."""
+"""Identity of a run and of its evaluation: settings, and digests of the files in settings."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 
 import yaml
 
-# Keys of a task's definition that name files.
+# Keys of a task's definition whose values are files.
 _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
-# Settings that do not change a pruned model.
+# Settings that do not change the pruned model.
 _NOT_PART_OF_A_RUN = (
     *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
     *("protocol", "budget", "method", "deterministic"),
 )
-# Settings of the model beside its digest: where it is from, where its weights wait.
+# Settings of the model that do not change the pruned model.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
-# Settings at the top that only a permutation reads, which has a copy of them.
+# Settings of the top level that only permutations read. A permutation has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
 
 
 def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of resolved settings that makes a pruned model.
+    """Return the resolved settings that determine the pruned model.
 
-    Names of this package's classes are no part of it, because classes may move. `block_size` and
-    `temperature` are those that the permutation has; a permutation without them does not read them.
+    Class names of this package are left out, because classes may move. `block_size` and
+    `temperature` come from the permutation; a permutation without them does not use them.
     """
     identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
     if "inputs" in identity:
@@ -39,8 +39,10 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(identity.get("model"), Mapping):
         identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
-        if str(identity["model"].get("device")).startswith("cuda:"):  # any GPU gives the same
+        if str(identity["model"].get("device")).startswith("cuda:"):  # the GPU does not matter
             identity["model"]["device"] = "cuda"
+    if "keep_dense" in identity:  # the order of the names does not matter
+        identity["keep_dense"] = sorted(identity["keep_dense"])
     permutation = dict(identity.get("permutation") or {})
     identity |= {key: permutation.pop(key) for key in _OF_A_PERMUTATION if key in permutation}
     identity["permutation"] = permutation
@@ -52,9 +54,9 @@ def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]
 
 
 def _without_classes(value: Any) -> Any:
-    """Remove `_target_` where it names a class of this package.
+    """Remove each `_target_` with a class of this package.
 
-    Another package's class stays: nothing else names it.
+    A class of another package stays, because no other setting identifies it.
     """
     if not isinstance(value, Mapping):
         return value
@@ -64,9 +66,9 @@ def _without_classes(value: Any) -> Any:
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a model is evaluated: `perplexity` and `tasks`, as far as they are asked for.
+    """Return the settings of the evaluation: `perplexity`, `tasks` and `weights`, if given.
 
-    Sizes of batches are left out. The name and digest of a file stand for its path.
+    Sizes of batches are left out. A path is replaced by the name and the digest of its file.
     """
     settings, inputs = resolved.get("evaluation") or {}, resolved.get("inputs") or {}
     text, shared = dict(settings.get("perplexity") or {}), settings.get("lm_eval") or {}
@@ -75,11 +77,10 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if file:
         digest = inputs.get("evaluation.perplexity.data_files")
         text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
-    found = {}
+    found: dict[str, Any] = {}
     if file or text.get("dataset") is not None:
-        found["perplexity"] = text | (
-            {"bos": True} if (resolved.get("model") or {}).get("bos") else {}
-        )
+        bos = {"bos": True} if (resolved.get("model") or {}).get("bos") else {}
+        found["perplexity"] = text | bos
     tasks = {}
     for name, task in (settings.get("tasks") or {}).items():
         limit = shared.get("limit") if task["limit"] is None else task["limit"]
@@ -91,9 +92,11 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
             **({"source": source} if source == "wheel" else {}),
             **({"digest": inputs[key]} if key in inputs else {}),
         }
-    found |= {"tasks": tasks} if tasks else {}
-    rounded = {"weights": settings["weights"]} if found and settings.get("weights") else {}
-    return found | rounded
+    if tasks:
+        found["tasks"] = tasks
+    if found and settings.get("weights"):
+        found["weights"] = settings["weights"]
+    return found
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
@@ -102,7 +105,7 @@ def digest_of(settings: Mapping[str, Any]) -> str:
 
 
 class TaskDefinition(yaml.SafeLoader):
-    """Reader of a task's YAML; `!function module.name` becomes the file of the module."""
+    """Loader of a task's YAML that replaces `!function module.name` by the file of the module."""
 
 
 def _module(loader: yaml.Loader, node: yaml.Node) -> dict[str, str]:
@@ -114,29 +117,34 @@ TaskDefinition.add_constructor("!function", _module)
 
 
 def is_task_file(name: str) -> bool:
-    """Tell whether a task is given as the path of a YAML file, and not by its name in lm-eval."""
+    """Tell if a task is the path of a YAML file, and not a name of lm-eval."""
     return name.endswith((".yaml", ".yml"))
 
 
 def input_digest(path: Path) -> str | None:
-    """Return the sha256 of a file, a run's permutations, or the names, sizes, times of a folder."""
+    """Return the sha256 of an input; None: it does not exist.
+
+    Args:
+        path: a file, a run directory, whose permutations count, or another folder, whose names,
+            sizes and times count.
+    """
     if (path / "permutations.safetensors").is_file():
         path = path / "permutations.safetensors"
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if not path.is_dir():
         return None
-    listing = []
-    for file in sorted(path.iterdir()):
-        listing.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    listing = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())
+    ]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def task_digest(definition: Path) -> str | None:
-    """Return the sha256 of a task's YAML file and of all files that it names.
+    """Return the sha256 of a task's YAML file and all files in it; None: there is no such file.
 
-    It may name definitions that it includes, modules of its functions, and data: files, patterns
-    and folders, beside the definition or in the working directory. None: there is no such file.
+    These are included definitions, modules of functions, and data files, patterns and folders.
+    Their paths are relative to the definition or to the working directory.
     """
     files: dict[Path, None] = {}
     _add_files(definition, files)
@@ -147,16 +155,17 @@ def task_digest(definition: Path) -> str | None:
 
 
 def _add_files(definition: Path, files: dict[Path, None]) -> None:
+    """Add a definition and all files in it to `files`."""
     if definition in files or not definition.is_file():
         return
     files[definition] = None
     try:
         found = yaml.load(definition.read_text(encoding="utf-8"), Loader=TaskDefinition)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return  # lm-eval says so when the task is read
+        return  # lm-eval raises the error later
     for name in _named(found):
         for place in (definition.parent / name, Path(name)):
-            with suppress(OSError, ValueError):  # a text that is no path
+            with suppress(OSError, ValueError):  # the text is not a path
                 if is_task_file(name):
                     _add_files(place, files)
                     continue
@@ -167,7 +176,7 @@ def _add_files(definition: Path, files: dict[Path, None]) -> None:
 
 
 def _named(value: Any, naming: bool = False) -> Iterator[str]:
-    """Yield the paths that a part of a definition may name, existing or not."""
+    """Yield the texts in a part of a definition that may be paths."""
     if isinstance(value, str) and naming:
         yield value
     elif isinstance(value, dict):

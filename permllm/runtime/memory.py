@@ -1,4 +1,4 @@
-"""Memory of host and device: free bytes, peaks, copies between the two."""
+"""Memory of the host and the device: free bytes, peaks, copies between the two."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import psutil
 import torch
 from torch import Tensor
 
-# Settings of mallopt(3): the size from which on memory is mapped, and free memory above the heap
-# that is not returned.
+# Settings of mallopt(3): free bytes on top of the heap that are not returned to the system, and the
+# size from which memory is mapped.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Bytes of a tensor whose memory is kept: tensors of many sizes leave gaps behind that no other one
-# fits in.
+# Bytes of the largest tensor whose memory is kept. Kept memory has gaps, into which tensors of
+# other sizes do not fit.
 USUAL, SPARING = 32 << 20, 1 << 20
-# The folder where a control group says what a container may take, and has taken.
+# Folder with the limit and the use of memory of a container's control group.
 _GROUP = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory(largest: int = USUAL) -> None:
     """Let the GNU C library keep freed memory for the next tensor.
 
-    Otherwise each temporary tensor is mapped and filled with zeros anew, a quarter of a step's time
-    on a CPU. Nothing happens where the environment has settings of its own (`MALLOC_...`).
+    Without it the system maps and clears memory for each temporary tensor, which takes a quarter of
+    a step's time on a CPU. Variables `MALLOC_...` of the environment have priority.
 
     Args:
-        largest: bytes of a tensor whose memory is kept: `USUAL`, or `SPARING` where little memory
-            is to be taken.
+        largest: bytes of the largest tensor whose memory is kept: `USUAL`, or `SPARING` to use
+            little memory.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         _gnu("mallopt", _M_MMAP_THRESHOLD, largest)
@@ -40,27 +40,27 @@ def keep_freed_memory(largest: int = USUAL) -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system: tensors of another kind may find no place in it."""
+    """Return freed memory to the system, because other tensors may not fit into it."""
     _gnu("malloc_trim", 0)
 
 
 def _gnu(function: str, *arguments: int) -> None:
-    """Call a function of the GNU C library; nothing happens with another library."""
+    """Call a function of the GNU C library, or do nothing with another library."""
     with contextlib.suppress(OSError, AttributeError):
         getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget earlier peaks: each job of a sweep in one process reports its own (on Linux alone)."""
+    """Forget earlier peaks, so that each job of a process reports its own (host: only on Linux)."""
     if device.type == "cuda":
-        torch.cuda.init()  # before it the allocator knows no device
+        torch.cuda.init()  # the allocator needs it
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def host_memory() -> int:
-    """Return the resident size of this process now, bytes."""
+    """Return the present resident size of this process, bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -79,32 +79,32 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that new tensors can take on a CUDA device now."""
+    """Return the bytes that are free for new tensors on a CUDA device."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def available_host_memory() -> int:
-    """Return the bytes that the system, and the control group of a container, leave a process."""
+    """Return the bytes that are free in the system and in the control group of a container."""
     available = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # without a group, or a limit
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
         most = int((_GROUP / "memory.max").read_text())
         taken = int((_GROUP / "memory.current").read_text())
-        # Pages of files that were read count as taken, and make room for whatever is asked for.
+        # The system drops cached pages of files, which count as taken, when it needs memory.
         pages = re.findall(r"active_file (\d+)\n", (_GROUP / "memory.stat").read_text())
         available = min(available, most - taken + sum(map(int, pages)))
     return max(0, available)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device; a GPU reads pinned memory while the host goes on."""
+    """Copy a host tensor to a device; to a GPU without waiting, through pinned memory."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the host, through pinned memory from a GPU; wait until it is there."""
+    """Copy a tensor to the host and wait for it; from a GPU through pinned memory."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,7 +1,7 @@
-"""Several processes under torchrun: every rank runs the same job, rank 0 alone writes and prints.
+"""Processes of torchrun. Every rank runs the same job; only rank 0 writes and prints.
 
-The value that rank 0 has found holds in all ranks (`share`, `on_main`). An error that all ranks
-meet fails the job. A rank that fails alone ends (`in_step`), and torchrun then ends the others.
+All ranks use the values of rank 0 (`share`, `on_main`). An error in all ranks fails the job. A rank
+that fails alone ends (`in_step`), and torchrun then ends the others.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from permllm.runtime.terminal import CONTINUES
 
 Value = TypeVar("Value")
 
-# Seconds that ranks wait while rank 0 waits for another run or writes an export, and within which
-# all meet the same error.
+# Seconds that ranks wait while rank 0 waits for another run or writes an export, and seconds that a
+# rank waits for the others to have the same error.
 _PATIENCE, _SAME_ERROR = 86400.0, 30.0
-# Number of the exchanges so far, equal in all ranks that are in step.
+# Counter of exchanges, which is equal in all ranks that are in step.
 _EXCHANGES = count()
 
 
 def start() -> None:
-    """Join the process group of torchrun; nothing happens in a single process."""
+    """Join the process group of torchrun, or do nothing in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=_PATIENCE))
 
 
 def stop() -> None:
-    """Leave the process group, when all work is done."""
+    """Leave the process group."""
     if dist.is_initialized():
-        # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7
-        # holds while it waits for that thread to end: so the thread gets the time before.
+        # A thread of gloo needs the interpreter's lock to free the last tensors. torch 2.7 holds
+        # the lock while it waits for the thread, so that the thread must end before.
         time.sleep(0.5)
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Return the number of this process."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -59,15 +59,15 @@ def world_size() -> int:
 
 
 def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, int]]:
-    """Return this rank's portions of a batch, as many as in each other rank, none of them empty.
+    """Return the portions of a batch for this rank. All ranks have equally many, and none is empty.
 
     Args:
-        samples: indices int64 `(samples,)`, at least one.
-        at_once: samples of a portion at most; None puts all of a rank into one.
+        samples: indices of the batch's windows, int64 `(windows,)`, at least one.
+        at_once: largest number of windows in a portion; None: all windows of a rank.
 
     Returns:
-        Each portion and how many of its samples count: all, or none where the batch has no more for
-        this rank.
+        Each portion with the number of its windows that count: all, or 0 if the batch has no more
+        windows for this rank.
     """
     largest = math.ceil(len(samples) / world_size())
     at_once = at_once or largest
@@ -77,24 +77,24 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks, the same bits in all of them."""
+    """Replace each tensor by its sum over the ranks, with the same bits in all ranks."""
     for tensor in tensors if world_size() > 1 else ():
         next(_EXCHANGES)
         dist.all_reduce(tensor)
 
 
 def reduce(tensor: Tensor, to: int) -> None:
-    """Replace a tensor by its sum over the ranks in one rank; the others must not read it then."""
+    """Replace a tensor in rank `to` by its sum over the ranks; the others must not read it."""
     next(_EXCHANGES)
     dist.reduce(tensor, to)
 
 
 def share(value: Value) -> Value:
-    """Return rank 0's value in all ranks.
+    """Return the value of rank 0 in all ranks.
 
     Args:
-        value: a tensor, of the same shape in all ranks, which stays on its device; or what can be
-            pickled.
+        value: a tensor, with the same shape in all ranks and on any device, or an object that can
+            be pickled.
     """
     if world_size() == 1:
         return value
@@ -109,7 +109,7 @@ def share(value: Value) -> Value:
 
 
 def on_main(compute: Callable[[], Value]) -> Value:
-    """Compute on rank 0 alone, and return the value or raise the error in all ranks."""
+    """Compute only on rank 0, and return the value or raise the error in all ranks."""
     found: Any = None
     failure: Exception | None = None
     if rank() == 0:
@@ -125,11 +125,11 @@ def on_main(compute: Callable[[], Value]) -> Value:
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Raise an error that all ranks meet inside; end this process where it has failed alone.
+    """Raise an error inside if all ranks have it, or else end this process.
 
     Raises:
-        SystemExit: the other ranks do not meet the error within `_SAME_ERROR` seconds. They may
-            wait for this rank for ever, but torchrun ends them when it has ended.
+        SystemExit: other ranks do not have the error within `_SAME_ERROR` seconds. They may wait
+            for this rank, and torchrun ends them when this process has ended.
     """
     try:
         yield
@@ -143,8 +143,8 @@ def in_step() -> Iterator[None]:
 
 
 def _all_meet(error: Exception) -> bool:
-    """Tell whether all ranks meet an error of this kind after as many exchanges."""
-    # Not by an exchange of tensors: the others may wait for one of the job.
+    """Tell if all ranks have an error of this class after the same number of exchanges."""
+    # The store is used, because the other ranks may wait in an exchange of tensors.
     store = dist.distributed_c10d._get_default_store()
     key = f"{type(error).__name__} {next(_EXCHANGES)}"
     met, until = store.add(key, 1), time.monotonic() + _SAME_ERROR

@@ -1,8 +1,8 @@
-"""Format of matrix products up to the evaluation: mixed precision by `torch.autocast`.
+"""Dtype of matrix products before the evaluation: mixed precision with `torch.autocast`.
 
-Weights, logits, optimizer, norms, softmax and loss keep their own format; only products of matrices
-are rounded. On a CPU that multiplies bfloat16 natively these take a quarter of the time of float32.
-On any other CPU, products of a half-precision model go through float32 (`half_products`).
+Only matrix products are rounded. Weights, logits, optimizer, norms, softmax and loss keep their
+dtype. On a CPU with bfloat16 instructions products take a quarter of the time of float32. On other
+CPUs the products of a half-precision model use float32 (`half_products`).
 """
 
 from __future__ import annotations
@@ -21,36 +21,35 @@ Result = TypeVar("Result")
 
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the format of products.
+    """Return the dtype of products.
 
     Args:
-        setting: `auto` rounds float32 to bfloat16 where the device multiplies it natively,
-            `bfloat16` does so anywhere, `float32` nowhere.
-        weights: dtype of the model. Weights in another format than float32 are multiplied as they
-            are.
-        device: where the model is.
+        setting: `auto` rounds float32 to bfloat16 on a device with bfloat16 instructions,
+            `bfloat16` on any device, `float32` never.
+        weights: dtype of the model. Only float32 is rounded.
+        device: device of the model.
     """
     rounds = setting == "bfloat16" or (setting == "auto" and multiplies_bfloat16(device))
     return torch.bfloat16 if rounds and weights == torch.float32 else weights
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device has instructions for products of bfloat16 matrices."""
-    if device.type == "cuda":  # a GPU that `plan_on` names is not here, and has them
+    """Tell if the device has instructions for products of bfloat16 matrices."""
+    if device.type == "cuda":  # the cards of `plan_on`, which may not be here, have them
         return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Make linears of half precision multiply in float32 where a CPU has no instructions for less.
+    """Return a context with faster half-precision linears on CPUs without instructions for them.
 
-    The result is that of products of half-precision numbers that are summed in float32 and rounded
-    once. It comes several times sooner than torch's own.
+    They multiply in float32 and round the result once, several times faster than torch's own
+    half-precision linears.
 
     Args:
-        dtype: of the model's weights.
-        device: of the model.
+        dtype: dtype of the model's weights.
+        device: device of the model.
     """
     needed = device.type == "cpu" and (
         dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16(device))
@@ -59,12 +58,9 @@ def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
 
 
 class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """Mode in which half-precision `linear` and `product` multiply float32 copies, and round.
+    """Mode that computes half-precision `linear` and `product`, and their gradients, in float32."""
 
-    Their gradients do so too.
-    """
-
-    entered = 0  # a mode does not reach into backward
+    entered = 0  # number of active modes, because backward does not see a mode
 
     def __enter__(self) -> Self:
         ThroughFloat32.entered += 1
@@ -88,46 +84,46 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
 
 
 def recomputed(function: Callable[..., Result], *args: Any) -> Result:
-    """Call a function; backward computes anew what it needs, by products as they are made here."""
-    found: Result = checkpoint(function, *args, use_reentrant=False, context_fn=_as_here)
+    """Call a function, and call it again in backward instead of keeping its activations."""
+    found: Result = checkpoint(function, *args, use_reentrant=False, context_fn=_modes)
     return found
 
 
-def _as_here() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """Return the contexts of the first call, and of the call in backward, which has no mode."""
+def _modes() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """Return the contexts of the first call, and of the call in backward, which sees no mode."""
     return nullcontext(), ThroughFloat32() if ThroughFloat32.entered else nullcontext()
 
 
 _HALF = (torch.bfloat16, torch.float16)
-# Numbers of a weight whose float32 copy exists at a time.
+# Numbers in the part of a weight that has a float32 copy at a time.
 _PIECE = 1 << 24
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right` of two matrices, as `ThroughFloat32` has it, without gradients."""
+    """Return `left @ right` of two matrices, without gradients, in float32 under the mode."""
     if ThroughFloat32.entered and _both_half(left, right):
         return _through_float32(left, right.t(), None)
     return left @ right
 
 
 def _both_half(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors have the same half-precision format."""
+    """Tell if two tensors have the same half-precision dtype."""
     return left.dtype == right.dtype and left.dtype in _HALF
 
 
 def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `linear` with float32 copies of pieces of the weight."""
+    """Compute `linear` with float32 copies of parts of the weight."""
     wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
     with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
-            found = nn.functional.linear(wide, weight[rows].float(), of_rows)
-            output[..., rows] = found.to(states.dtype)
+            # The assignment rounds to the dtype of the output.
+            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows)
     return output
 
 
 class _LinearThroughFloat32(torch.autograd.Function):
-    """Function of autograd that keeps half-precision tensors for backward."""
+    """Autograd function of `_through_float32` that keeps half-precision tensors for backward."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -151,26 +147,26 @@ class _LinearThroughFloat32(torch.autograd.Function):
 
 
 def products_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make products inside in the format of their factors, where autocast would round them."""
+    """Return a context that computes products in the dtype of their factors."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:
-    """Return the rows of a weight in pieces, which, and whose outputs, have `_PIECE` numbers."""
+    """Split the rows of a weight so that a part and its outputs have at most `_PIECE` numbers."""
     count = max(1, _PIECE // max(weight.shape[1], tokens))
     return [slice(first, first + count) for first in range(0, len(weight), count)]
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Make matrix products inside in `dtype` where it is narrower than float32."""
+    """Return a context that computes matrix products in `dtype`, if it is a half-precision one."""
     if dtype not in _HALF:
         return torch.autocast(device.type, enabled=False)
-    # The cache would keep the rounded copy of a weight that an optimizer has changed since.
+    # A cache would keep the rounded copy of a weight after the optimizer has changed the weight.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the format of a product with a tensor: that of `products_in`, or the tensor's own."""
+    """Return the dtype of products with a tensor: that of `products_in`, or the tensor's own."""
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype

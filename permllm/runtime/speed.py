@@ -1,4 +1,4 @@
-"""Seconds of a call, and speed of a device: nominal for a named card, else measured."""
+"""Seconds of a call, and speed of a device: nominal for the name of a card, or else measured."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from permllm.runtime.precision import half_products
 
-# In less time the clock, the first launch and the last wait are a part of the measurement.
+# Shorter measurements would be distorted by the clock, the first launch and the last wait.
 _LEAST_SECONDS = 0.02
-# Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory.
+# For each card: nominal TFLOP/s of dense products in bfloat16 and float32, GB/s and GB of memory.
 CARDS = {
     "l4": (121, 30, 300, 24),
     "l40s": (362, 92, 864, 48),
@@ -25,19 +25,19 @@ CARDS = {
     "h200": (989, 67, 4800, 141),
     "b200": (2250, 75, 8000, 180),
 }
-# Share of the nominal speed that is reached.
+# Share of the nominal speed that we expect.
 _SHARE = 0.6
 
 
 class Speed(NamedTuple):
-    """Operations a second of products by their dtype, and bytes that move a second."""
+    """Speed of a device: operations per second by dtype, and bytes that are moved per second."""
 
     rates: dict[torch.dtype, float]
     moved: float
 
 
 def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dtype]) -> Speed:
-    """Return the speed of a card for products in each dtype; None measures the device."""
+    """Return the expected speed of a card for products in each dtype; None: measure the device."""
     if card:
         half, single, moved, _ = CARDS[card]
         nominal = {dtype: half if dtype.itemsize == 2 else single for dtype in dtypes}
@@ -55,7 +55,7 @@ def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dt
 
 
 def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """Return the mean seconds of so many calls in a row, from an idle GPU to an idle GPU."""
+    """Return the mean seconds of a call over `calls` calls, from an idle to an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -69,10 +69,10 @@ def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> floa
 def interleaved(
     works: dict[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of a call of each work, in turns, each measured over enough calls.
+    """Measure works in turns, and return the seconds of a call for each work and turn.
 
-    Two turns do not count: the first compiles and allocates, the second says how many calls are
-    enough, at most a thousand.
+    A measurement takes as many calls, at most 1000, as need `_LEAST_SECONDS`. Two turns before do
+    not count: the first compiles and allocates, the second finds the number of calls.
     """
     for work in works.values():
         work()

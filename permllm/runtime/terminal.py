@@ -1,4 +1,4 @@
-"""Output of a command, one line for its error, and the signals that end it as Ctrl-C does."""
+"""Answer of a command, the line of its error, and the signals that end it like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Answer:
     """Result of a command.
 
     Attributes:
-        value: plain values, for `--json`.
-        show: prints the same for a person.
-        code: exit code: 0, or 1 where the answer is no.
+        value: plain values for `--json`.
+        show: function that prints the answer as text.
+        code: exit code: 0, or 1 if the answer is no.
     """
 
     value: Any
@@ -37,11 +37,11 @@ class Answer:
 
 
 def run_tool(work: Callable[[], int], failed: int = 1) -> int:
-    """Return the exit code of a command.
+    """Run a command and return its exit code.
 
     Args:
-        work: prints the result and returns the exit code.
-        failed: exit code after the line of an error.
+        work: function that prints the result and returns the exit code.
+        failed: exit code after an error that the user can fix.
     """
     try:
         code = work()
@@ -52,7 +52,7 @@ def run_tool(work: Callable[[], int], failed: int = 1) -> int:
         return exit_code(error)
     except BrokenPipeError:
         silence()
-        return 141  # the exit code that a shell has for SIGPIPE
+        return 141  # a shell's exit code for SIGPIPE
     except (PermLLMError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         silence()
@@ -60,22 +60,25 @@ def run_tool(work: Callable[[], int], failed: int = 1) -> int:
 
 
 def silence() -> None:
-    """Discard further output: the interpreter would fail again to write its buffer at its end."""
-    with contextlib.suppress(io.UnsupportedOperation):  # not a file of the system: it cannot fail
+    """Discard further output, because the interpreter would fail again when it ends."""
+    with contextlib.suppress(io.UnsupportedOperation):  # stdout is an object in memory
         output = sys.stdout.fileno()
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), output)
 
 
 def terminal() -> Console:
-    """Return a console for tables: as wide as the terminal, or wide enough for any table in a file.
+    """Return a console for tables, as wide as the terminal, or 200 columns for a file.
 
-    A job goes on when the reader of its output has left, as `head` does.
+    A job goes on if the reader of its output, such as `head`, has ended.
     """
-    from rich.console import Console  # not for --help
+    from rich.console import Console  # --help does not need it
 
     class Terminal(Console):
+        """Console that discards output after its reader has ended."""
+
         def on_broken_pipe(self) -> None:
+            """Discard further output."""
             silence()
 
     console = Terminal()
@@ -83,16 +86,16 @@ def terminal() -> Console:
 
 
 class Terminated(KeyboardInterrupt):
-    """Interruption by a signal other than Ctrl-C. The argument is its number."""
+    """Interruption by another signal than that of Ctrl-C. The argument is its number."""
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """Return a shell's exit code of the signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """Return a shell's exit code for a signal: Ctrl-C 130, SIGTERM 143, SIGHUP 129."""
     return 128 + (error.args[0] if isinstance(error, Terminated) else signal.SIGINT)
 
 
 def what_happened(error: KeyboardInterrupt) -> str:
-    """Return a word for a person."""
+    """Return the message for an interruption."""
     if isinstance(error, Terminated):
         return f"terminated by {signal.Signals(error.args[0]).name}"
     return "interrupted"
@@ -102,12 +105,15 @@ def what_happened(error: KeyboardInterrupt) -> str:
 def scheduler_signals() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP, unless a launcher handles or nohup ignores them."""
     mine = []
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        both = (signal.SIGTERM, signal.SIGHUP)
-        mine = [number for number in both if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is threading.main_thread():  # only it may set handlers
+        mine = [
+            number
+            for number in (signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) == signal.SIG_DFL
+        ]
 
     def end(number: int, _: Any) -> None:
-        for other in mine:  # schedulers repeat signals, and the record must be written undisturbed
+        for other in mine:  # schedulers repeat signals, which must not stop the last writes
             signal.signal(other, signal.SIG_IGN)
         raise Terminated(number)
 

@@ -1,4 +1,4 @@
-"""Types of the values of settings, and the line that names a value which is not valid."""
+"""Types of the values of settings, and the error for a value that is not valid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from permllm.errors import ConfigError
 
-# Of every class of settings.
+# Configuration of every class of settings.
 SETTINGS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -23,17 +23,17 @@ def _texts(given: Any) -> Any:
     if given is None or isinstance(given, str):
         return given
     if isinstance(given, list) and given and all(isinstance(name, str) for name in given):
-        return given[0] if len(given) == 1 else given  # which is the same evaluation
+        return given[0] if len(given) == 1 else given  # a list of one is the same evaluation
     raise ValueError("expected the name of a text, a list of names, or null")
 
 
 def _names(given: Any) -> list[str]:
-    """Return indices of layers and names of modules as sorted strings."""
+    """Return indices of layers and names of modules as strings, each once, in the given order."""
     names = [] if given is None else given if isinstance(given, list) else [given]
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise ValueError(f"{name!r} is neither the index of a layer nor the name of a module")
-    return sorted({str(name) for name in names})
+    return list(dict.fromkeys(map(str, names)))
 
 
 def _patterns(given: Any) -> dict[str, Any]:
@@ -43,23 +43,23 @@ def _patterns(given: Any) -> dict[str, Any]:
     return {str(name): given[name] for name in sorted(given or {}, key=str)}
 
 
-# Arguments of something else; null is none.
+# Arguments of another library; null: none.
 Arguments = Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})]
-# Name of a text, or names of several; None for none.
+# Name of a text, or names of several; None: no text.
 Texts = Annotated[Any, BeforeValidator(_texts)]
-# Indices of layers and names of modules, sorted.
+# Indices of layers and names of modules.
 Names = Annotated[list[str], BeforeValidator(_names)]
-# Values by index of a layer or name of a module, in the order of the names.
+# Values by index of a layer or name of a module, sorted by name.
 ByName = Annotated[dict[str, Any], BeforeValidator(_patterns)]
 
 
 def refused(error: ValidationError, given: Mapping[str, Any], prefix: str = "") -> ConfigError:
-    """Return the first setting that pydantic refuses as `key=value: reason`.
+    """Return the error `key=value: reason` for the first setting that pydantic refuses.
 
     Args:
-        error: what pydantic says.
-        given: settings that were given.
-        prefix: key that these settings stand under.
+        error: error of pydantic.
+        given: settings that pydantic got.
+        prefix: key of the group of these settings; empty: the top level.
     """
     found = [(_place(given, one["loc"]), one) for one in error.errors(include_url=False)]
     place, first = found[0]
@@ -76,7 +76,7 @@ def refused(error: ValidationError, given: Mapping[str, Any], prefix: str = "") 
 
 
 def _place(given: Any, loc: Iterable[int | str]) -> list[str]:
-    """Return the keys of a setting, without the members of a union that pydantic adds."""
+    """Return the keys of a setting, without the parts of a union that pydantic adds."""
     place: list[str] = []
     for part in loc:
         if not isinstance(given, Mapping):

@@ -1,3 +1,3 @@
-"""The version of this project."""
+"""Version of this package."""
 
 __version__ = "1.1.0"

@@ -171,7 +171,7 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, directory = run(tmp_path)
-    monkeypatch.setattr(job, "_prune", None)
+    monkeypatch.setattr(job, "prune_model", None)
     second, there = run(tmp_path, *OTHER)
     assert there == directory
     assert second["evaluation"]["perplexity"] == {"dataset": "builtin", "seqlen": 32, "limit": 3}

@@ -103,6 +103,8 @@ def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
         "evaluation": {"perplexity": {"seqlen": 64}},
         "sha256": {"x": "y"},
         "retained_saliency": {"a": 0.5, "b": 0.7},
+        "output_error": {"a": 0.25},
+        "moved_channels": {"a": 0.5},
         "seconds": {"permute": 90.0, "load": 5.0},
         "sparsity": {"pattern": "2:4", "patterns": {"a.b": "4:8"}},
     }
@@ -112,6 +114,8 @@ def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
         "tasks/sparse/rte/metrics/acc,none": 0.5,
         "tasks/sparse/rte/n": 8,
         "retained_saliency/mean": pytest.approx(0.6),
+        "output_error/mean": 0.25,
+        "moved_channels/mean": 0.5,
         "seconds/permute": 90.0,
         "seconds/load": 5.0,
         "sparsity/pattern": "2:4",
@@ -270,7 +274,7 @@ def test_a_finished_run_is_not_logged_again(
 ) -> None:
     caplog.set_level("INFO", "permllm")
     assert run_with("tensorboard", finished[1].parent) == finished
-    assert "force=true runs and logs it again" in caplog.text
+    assert "and nothing is logged to tensorboard; force=true runs and logs it again" in caplog.text
     assert not (finished[1] / "tensorboard").exists()
 
 

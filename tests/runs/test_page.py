@@ -152,8 +152,8 @@ def column(page: Any, name: str) -> list[str]:
 
 
 def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> None:
-    values = (102.0, 42.0, 104.0, 48.0, 72.0, 74.0, 78.0, 44.0, 108.0, float("inf"))
-    for size, value in enumerate(values, 10):  # with fewer rows there is no search
+    values = (102.0, 42.0, 104.0, 48.0, float("inf"))
+    for size, value in enumerate(values, 10):
         make_run(tmp_path / "runs" / str(size), value, block_size=size)
     with opened(browser, tmp_path / "runs") as page:
         header = page.locator("#table thead th").filter(has_text=PERPLEXITY).get_by_role("button")

@@ -237,6 +237,6 @@ def test_a_search_minimises_the_perplexity_or_the_error() -> None:
 def test_a_sweep_over_models_on_different_texts_is_refused(tmp_path: Path) -> None:
     words = ("-m", "model=tiny,smollm2-135m", "permutation=none", "logger=none", "plan=true")
     (error,) = run_command(*words, cwd=tmp_path).stderr.splitlines()
-    assert error.startswith("error: the models of this sweep have texts of their own")
+    assert error.startswith("error: the models of this sweep have different texts")
     assert "model=tiny builtin and builtin; model=smollm2-135m boolq-passages" in error
     assert not (tmp_path / "runs").exists()

@@ -28,7 +28,7 @@ def test_tables_of_documents_are_those_of_the_records(capsys: pytest.CaptureFixt
     [
         ("tabel", "view tabel: 'tabel'; views are table, paper, "),
         ("table colums=x", "got an unexpected keyword argument 'colums'"),
-        ("table records=none.jsonl", "none.jsonl is not a directory, nor a file of records"),
+        ("table records=none.jsonl", "none.jsonl: expected a directory, or a file of records"),
         (f"table records={TABLE_6} baseline=block_size=7", "no row has block_size=7"),
     ],
 )
