@@ -236,4 +236,5 @@ def _steps_of(job: Job, group: str) -> int:
     if not isinstance(method, LearningSettings):
         return 0
     count = method.samples or job.config.calibration.samples
-    return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
+    stages = len(method.spans(len(decoder_layers(job.loaded.model))))
+    return stages * method.steps_for(count)

@@ -129,7 +129,7 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     monkeypatch.setattr(training, "_EVERY", math.inf)
     monkeypatch.setattr(training, "save_state", lambda *_: None)
     assert same(whole, distilled(tmp_path))
-    assert "learning begins anew" in caplog.text
+    assert "learning starts over" in caplog.text
 
 
 @pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
