@@ -158,8 +158,8 @@ def test_an_order_that_is_no_permutation_is_refused(
 @pytest.mark.parametrize(
     ("returned", "error", "reason"),
     [
-        ("(1, statistics[Largest].value)", ConfigError, r"they are column \(32,\)"),
-        (".of_each_weight(weight - 9, 1)", ConfigError, "must not be negative"),
+        ("(1, statistics[Largest].value)", ConfigError, r"are column \(32,\)"),
+        (".of_each_weight(weight - 9, 1)", ConfigError, "are negative"),
         (".of_each_weight(weight * float('nan'), 1)", TrainingError, "q_proj is not finite"),
     ],
 )
