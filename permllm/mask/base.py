@@ -52,12 +52,12 @@ class MaskPlan:
     """Plan of a learned mask, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer, and the layer after the last, of each stage.
+        spans: decoder layers of each stage.
         parameters: number of parameters that learn, by decoder layer.
         keeps_masked: masked weights stay in memory until backward.
     """
 
-    windows: list[tuple[int, int]]
+    spans: list[range]
     parameters: dict[int, int]
     keeps_masked: bool = False
 

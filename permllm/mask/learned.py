@@ -84,15 +84,18 @@ class ScoreMask(LearningSettings, LearnedMask):
             order = orders[group.name].to(problem.device)
             return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
-        pruned = {group.layer for group in problem.groups}
-        for window in course.windows(lambda *layers: bool(pruned & {*range(*layers)}), mask_of):
-            groups = [group for group in problem.groups if group.layer in window]
+        def learns(layers: range) -> bool:
+            """Tell whether a group in some layers is pruned."""
+            return any(group.layer in layers for group in problem.groups)
+
+        for stage in course.stages(learns, mask_of):
+            groups = [group for group in problem.groups if group.layer in stage.layers]
             kernels = kernels_for(self, problem, groups)
-            generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
+            generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
             scores_of = partial(self.scores, generator=generator)
             with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
                 learner = MaskLearner(problem, groups, linears, self.learning_rate, found)
-                course.train(window, learner)
+                course.train(stage, learner)
                 found |= learner.best
                 del linears, learner  # frees their memory before the next stage
         return PackedMasks(

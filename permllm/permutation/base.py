@@ -84,13 +84,13 @@ class LearningPlan:
     """Plan of a learned permutation, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer, and the layer after the last, of each stage.
+        spans: decoder layers of each stage.
         columns: blocks and number of parameters of each channel group, as text.
         logits: number of parameters that learn.
         stays: names of the shared permutations that do not learn.
     """
 
-    windows: list[tuple[int, int]]
+    spans: list[range]
     columns: dict[str, tuple[str, str]]
     logits: int
     stays: list[str]

@@ -137,9 +137,9 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
     return found
 
 
-def orders_within(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
-    """Return the permutations whose groups all lie in layers `first` to before `stop`."""
-    return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
+def orders_within(shared: list[SharedOrder], layers: range) -> list[SharedOrder]:
+    """Return the permutations whose groups all lie in some layers."""
+    return [order for order in shared if order.layers[0] in layers and order.layers[-1] in layers]
 
 
 def local_order(group: ChannelGroup) -> SharedOrder:

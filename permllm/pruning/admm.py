@@ -38,7 +38,6 @@ class ADMM(Reconstruction):
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the new weight. Raise TrainingError if the inputs are not finite."""
-        assert pruned.statistics is not None
         factors = partial(self._factors, pruned.statistics)
         root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
         dense, start = pruned.dense.float() * root, pruned.weight.float() * root

@@ -24,7 +24,7 @@ from permllm.pruning.sparsegpt import OBS
 from permllm.runs.files import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
-from permllm.training.learner import Learner, Moment, Window
+from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 from permllm.training.stages import Course
 
@@ -60,10 +60,10 @@ class Distill(DescentSettings, Reconstruction):
         problem = pruned.problem
         settings = LearningSettings.of(self, loss=self.loss, select_from=0)
         weights = KeptWeights(pruned.linears, pruned.masks, self.learning_rate)
-        window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
+        stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
             course = Course(settings, problem, "distill", DISTILL_CHECKPOINT)
-            course.train(window, weights)
+            course.train(stage, weights)
 
 
 class KeptWeights(Learner):

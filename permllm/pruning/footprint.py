@@ -159,20 +159,20 @@ class Footprint:
         if getattr(mask, "statistics", ()):
             memory, gram = self._statistics(mask)
             found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, 4 * gram)
-        if self.orders and self.orders.windows:
+        if self.orders and self.orders.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            logits, windows = self.orders.logits, self.orders.windows
-            found["learn"] = self._learns(permutation, logits, windows, 4, streams)
-        if self.masks and self.masks.windows:
-            windows, waiting = self.masks.windows, self.masks.keeps_masked * self.products.itemsize
-            scores = max(self.masks.parameters.values()) * sum(map(_size, windows))
-            found["learn masks"] = self._learns(mask, scores, windows, waiting, streams)
+            logits, spans = self.orders.logits, self.orders.spans
+            found["learn"] = self._learns(permutation, logits, spans, 4, streams)
+        if self.masks and self.masks.spans:
+            spans, waiting = self.masks.spans, self.masks.keeps_masked * self.products.itemsize
+            scores = max(self.masks.parameters.values()) * sum(map(len, spans))
+            found["learn masks"] = self._learns(mask, scores, spans, waiting, streams)
         if reconstruction.learned:
             # Positions of kept weights, and rounded copies of float32 weights.
             kept = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
             waiting = 4 + (2 * self.pruned // kept if self.item == 4 else 0)
-            windows = [(0, self.layers)]
-            found["learn weights"] = self._learns(reconstruction, kept, windows, waiting, streams)
+            spans = [range(self.layers)]
+            found["learn weights"] = self._learns(reconstruction, kept, spans, waiting, streams)
         found["prune"] = self._prune(forward * (2 if dense and not methods.change_weights else 4))
         return found | self._evaluations()
 
@@ -215,18 +215,18 @@ class Footprint:
         return Stage(4 * self.largest, seconds=seconds / places)
 
     def _learns(
-        self, method: Any, every: int, windows: list[tuple[int, int]], waiting: int, streams: bool
+        self, method: Any, every: int, spans: list[range], waiting: int, streams: bool
     ) -> Stage:
         """Return a stage that learns, with backward recomputing large activations.
 
         Args:
             method: method that learns.
-            every: number of parameters that learn, in all `windows`.
-            windows: decoder layers that learn together, one after the other.
-            waiting: bytes that stay in memory until backward, for each parameter in a window.
+            every: number of parameters that learn, in all `spans`.
+            spans: decoder layers that learn together, one span after the other.
+            waiting: bytes that stay in memory until backward, for each parameter in a span.
             streams: layers are copied to the device one at a time.
         """
-        learning, depth = sum(map(_size, windows)), max(map(_size, windows))
+        learning, depth = sum(map(len, spans)), max(map(len, spans))
         parameters, share = every * depth // learning, learning / self.layers
         orders, seqlen = method is self.methods.permutation, self.config.calibration.seqlen
         mine = ceil(method.batch_size / self.ranks)
@@ -256,7 +256,7 @@ class Footprint:
         products += tokens * words * 8 * self.hidden
         of_weight = _ORDERED + _EXCHANGED / self.ranks if orders else _MASKED
         of_parameter = _LOGIT if orders else _PARAMETER
-        of_step = self.pruned * share * of_weight + parameters * len(windows) * of_parameter
+        of_step = self.pruned * share * of_weight + parameters * len(spans) * of_parameter
         moved = tokens * (a_token * self.layers * share * _KEPT + words * _WORD) + steps * of_step
         return Stage(memory, products, 0, moved, _START, (1 + 2 * steps) * share)
 
@@ -308,8 +308,3 @@ class Footprint:
                 for value in layer.parameters():
                     beside += 1 << (value.numel() * self.item - 1).bit_length()
         return beside
-
-
-def _size(window: tuple[int, int]) -> int:
-    """Return the number of layers of a window."""
-    return window[1] - window[0]

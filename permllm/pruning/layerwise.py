@@ -178,23 +178,19 @@ class _Layers:
 
     def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
         """Prune a layer; its output errors are measured later."""
-        layer, statistics = PrunedLayer(), dict[str, InputStatistics]()
-        if self.pruned is not None:
-            with collecting(self.model, groups, self.asked) as statistics:
-                for _ in self.pruned.forward(index):
-                    pass
+        layer = PrunedLayer()
+        with collecting(self.model, groups, self.asked) as statistics:
+            for _ in self.pruned.forward(index) if self.pruned is not None else ():
+                pass
         for group in groups:
-            self._add(group, statistics.get(group.name), layer)
+            self._add(group, statistics[group.name], layer)
         return layer
 
-    def _add(
-        self, group: ChannelGroup, statistics: InputStatistics | None, layer: PrunedLayer
-    ) -> None:
+    def _add(self, group: ChannelGroup, statistics: InputStatistics, layer: PrunedLayer) -> None:
         """Prune a group, and add its permutation, masks, weights and measures to the layer."""
         pruner, reconstruction = self.job.methods.pruner, self.job.methods.reconstruction
         pattern, factors = group.pattern or self.job.config.pattern, self.found.factors
         if factors is None:
-            assert statistics is not None
             factors = member_factors(self.model, group, pruner, statistics)
         order = self._order(group, factors)
         layer.orders[group.name] = order
@@ -206,7 +202,6 @@ class _Layers:
             if self.found.masks is not None:
                 mask = self.found.masks[path].to(dense.device)
             if pruner.updates_weights:
-                assert statistics is not None
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
             elif mask is None:
                 mask = permuted_nm_mask(scores, perm, pattern)

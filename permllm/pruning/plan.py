@@ -37,7 +37,7 @@ def print_plan(of: Footprint) -> None:
     for name in plan.stays if plan else []:
         console.print(f"{name} stays at its start: {learns}")
     for what, learn in {"permutations": plan, "masks": of.masks}.items():
-        sizes = [stop - first for first, stop in learn.windows] if learn else []
+        sizes = [len(span) for span in learn.spans] if learn else []
         if sizes:
             console.print(f"{what} learn {max(sizes)} layers at a time, {sum(sizes)} in all")
     console.print(_needs(of))

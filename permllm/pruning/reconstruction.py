@@ -24,8 +24,7 @@ class PrunedLinear:
         mask: bool, same shape, in original channel order.
         perm: permutation of the channels, int64 `(C_in,)`.
         pattern: N:M of the permuted mask.
-        statistics: statistics of the inputs after the earlier layers are pruned; None: no weight
-            changes.
+        statistics: statistics of the inputs after the earlier layers are pruned.
     """
 
     dense: Tensor
@@ -33,7 +32,7 @@ class PrunedLinear:
     mask: Tensor
     perm: Tensor
     pattern: NMPattern
-    statistics: InputStatistics | None
+    statistics: InputStatistics
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,6 @@ class OBS(Reconstruction):
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the dense weight after the update."""
-        assert pruned.statistics is not None
         update = SparseGPT(self.damping).update
         dense, statistics = pruned.dense, pruned.statistics
         return update(dense, statistics, pruned.perm, pruned.pattern, pruned.mask)[0]

@@ -14,26 +14,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Window:
+class Stage:
     """Stage: consecutive decoder layers that learn together, with their inputs and targets.
 
     Attributes:
         number: number of the stage, from 0.
-        first: index of the first decoder layer.
-        stop: index after the last decoder layer.
+        layers: indices of the decoder layers.
         inputs: inputs of the first layer, from the pruned layers before it, `(windows, tokens,
             hidden)` on the host; None: the embeddings of the tokens.
         target: dense output of the last layer, shaped and placed like `inputs`.
     """
 
     number: int
-    first: int
-    stop: int
+    layers: range
     inputs: Tensor | None
     target: Tensor
-
-    def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, int) and self.first <= layer < self.stop
 
 
 class Moment(NamedTuple):

@@ -16,7 +16,7 @@ from permllm.errors import DataError, TrainingError
 from permllm.runs.tensors import load_state, save_state
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_memory
-from permllm.training.learner import Learner, Moment, Window
+from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
@@ -34,7 +34,7 @@ class Training(Objective):
     """Gradient descent on the loss of a stage.
 
     Args:
-        settings, problem, window, learner: as in `Objective`.
+        settings, problem, stage, learner: as in `Objective`.
         name: name of the method, for messages.
         file: name of the checkpoint in the problem's directory.
         history: entries of all past epochs, of earlier stages too; each new epoch is appended.
@@ -44,13 +44,13 @@ class Training(Objective):
         self,
         settings: LearningSettings,
         problem: LearningProblem,
-        window: Window,
+        stage: Stage,
         learner: Learner,
         name: str,
         file: str,
         history: list[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(settings, problem, window, learner)
+        super().__init__(settings, problem, stage, learner)
         self.name = name
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
         self.epochs = math.ceil(self.steps / self.steps_an_epoch)
@@ -64,7 +64,7 @@ class Training(Objective):
 
     def run(self) -> None:
         """Train all epochs that are left; the learner has kept the best result."""
-        label = f"{self.name}, layers {self.window.first} to {self.window.stop - 1}"
+        label = f"{self.name}, layers {self.stage.layers[0]} to {self.stage.layers[-1]}"
         done, total = self._work(self.done), self._work(self.steps)
         with tqdm(desc=label, initial=done, total=total, bar_format=_BAR) as progress:
             while self.done < self.steps:
@@ -91,7 +91,7 @@ class Training(Objective):
             self._losses.append(loss)
             self.done += 1
             measures = {"loss": loss} | values
-            number = self.window.number * self.steps + moment.step
+            number = self.stage.number * self.steps + moment.step
             self.problem.on_step(number, measures | {"seconds": seconds[-1]})
             shown = {key: f"{value:.4f}" for key, value in measures.items()}
             progress.set_postfix({"step": f"{self.done}/{self.steps}"} | shown, refresh=False)
@@ -171,8 +171,8 @@ class Training(Objective):
         weighted = (loss * size for loss, size in zip(self._losses, sizes, strict=True))
         values: dict[str, Any] = {
             "epoch": moment.epoch + 1,
-            "first_layer": self.window.first,
-            "last_layer": self.window.stop - 1,
+            "first_layer": self.stage.layers[0],
+            "last_layer": self.stage.layers[-1],
             "loss": math.fsum(weighted) / sum(sizes),
             "measured_loss": measured,
         }
@@ -195,7 +195,7 @@ class Training(Objective):
             return
         started = time.perf_counter()
         state = {
-            "window": self.window.number,
+            "window": self.stage.number,
             "step": self.done,
             "losses": self._losses,
             "history": self.history,
@@ -214,8 +214,7 @@ class Training(Objective):
         self.learner.restore(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
         self.done, self.best_loss = state["step"], state["best_loss"]
         self._losses = list(state["losses"])
         log.info("continuing after step %d of %d", self.done, self.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, to_device
 from permllm.runtime.precision import product_dtype, recomputed
-from permllm.training.learner import Learner, Window
+from permllm.training.learner import Learner, Stage
 from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
@@ -89,7 +89,7 @@ class Objective:
     Args:
         settings: settings of the gradient descent.
         problem: the text, and the model with the stage's masked linears or trained weights.
-        window: the stage.
+        stage: the stage.
         learner: the stage's learner.
     """
 
@@ -97,12 +97,12 @@ class Objective:
         self,
         settings: LearningSettings,
         problem: LearningProblem,
-        window: Window,
+        stage: Stage,
         learner: Learner,
     ) -> None:
         self.settings = settings
         self.problem = problem
-        self.window = window
+        self.stage = stage
         self.learner = learner
         self.device = problem.device
         self.count = settings.samples_of(len(problem.tokens))
@@ -117,10 +117,9 @@ class Objective:
             self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16
         )
         self._placement = placement_of(problem.model)
-        self._layers = range(window.first, window.stop)
         tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
         self._distance = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
-        self._samples = Batches(problem.tokens, window.target, window.inputs, self.device)
+        self._samples = Batches(problem.tokens, stage.target, stage.inputs, self.device)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by the number of windows
         self._recomputes: bool | None = None
 
@@ -160,7 +159,7 @@ class Objective:
         for batch in indices.split(self.problem.calibration_batch_size):
             hidden, kwargs = self._inputs(self._samples.take(batch))
             found = None
-            for index in self._layers:  # all layers, because all ranks enter each
+            for index in self.stage.layers:  # all layers, because all ranks enter each
                 hidden = self._layer(index, hidden, kwargs[index])
                 if found is None and not bool(hidden.isfinite().all()):
                     found = index
@@ -173,7 +172,7 @@ class Objective:
         batch = self._samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
-        for index in self._layers:
+        for index in self.stage.layers:
             if recompute:
                 hidden = recomputed(self._layer, index, hidden, kwargs[index])
             else:
@@ -204,7 +203,7 @@ class Objective:
         if self._recomputes is None:
             width, item = hidden.shape[-1], hidden.element_size()
             a_token = kept_a_token(self.problem.groups, width, item, self.learner.gathers)
-            kept = hidden.numel() // width * a_token * item * len(self._layers)
+            kept = hidden.numel() // width * a_token * item * len(self.stage.layers)
             allowed = KEPT_ON_A_HOST
             if self.device.type == "cuda":
                 free = free_memory(self.device) - self._not_yet_taken(hidden)
@@ -228,7 +227,7 @@ class Objective:
 
 
 def kept_a_token(
-    groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False
+    groups: Sequence[ChannelGroup], hidden: int, item: int, gathers: bool = False
 ) -> int:
     """Return the number of values that a decoder layer keeps for backward, for each token.
 
@@ -242,7 +241,6 @@ def kept_a_token(
             float32 the 15 vectors include these copies. In half precision they do not, because the
             norms compute in float32.
     """
-    groups = list(groups)
     inner = max(
         (group.channels for group in groups if group.table.producers and not group.table.by_head),
         default=hidden,

@@ -71,15 +71,14 @@ class LearningSettings(DescentSettings):
 
     def check_last_layers(self, group: str, groups: list[Any], layers: int) -> None:
         """Raise ConfigError if the layers that learn have no pruned channel group."""
-        spans = self.spans(layers)
-        if not any(first <= one.layer < stop for one in groups for first, stop in spans):
+        if not any(one.layer in span for one in groups for span in self.spans(layers)):
             raise ConfigError(
                 f"{group}.last_layers={self.last_layers}: keep_dense keeps these layers dense; "
                 "expected a layer that is pruned"
             )
 
-    def spans(self, layers: int) -> list[tuple[int, int]]:
-        """Return the first layer and the layer after the last of each stage of a model."""
+    def spans(self, layers: int) -> list[range]:
+        """Return the decoder layers of each stage of a model."""
         first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
         size = self.layers_per_stage if isinstance(self.layers_per_stage, int) else layers
-        return [(start, min(start + size, layers)) for start in range(first, layers, size)]
+        return [range(start, min(start + size, layers)) for start in range(first, layers, size)]

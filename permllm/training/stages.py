@@ -11,7 +11,7 @@ from torch import Tensor
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.offload import placement_of
-from permllm.training.learner import Learner, Window
+from permllm.training.learner import Learner, Stage
 from permllm.training.loop import Training, read_checkpoint
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
@@ -45,21 +45,21 @@ class Course:
             self._begin, self._history = self.state["window"], list(self.state["history"])
         problem.on_resume(list(self._history))
 
-    def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
+    def stages(self, learns: Callable[[range], bool], mask_of: MaskOf) -> Iterator[Stage]:
         """Yield the stages that are not trained yet.
 
         Args:
-            learns: tells whether layers `first` to before `stop` have parameters that learn.
+            learns: tells whether decoder layers have parameters that learn.
             mask_of: returns the mask of each linear before the stage, at the time of the stage.
         """
-        stream = WindowStream(self.problem)
+        stream = StageStream(self.problem)
         layers = len(decoder_layers(self.problem.model))
-        for number, (first, stop) in enumerate(self.settings.spans(layers)):
-            if number >= self._begin and learns(first, stop):
-                inputs, target = stream.inputs(first, mask_of), stream.target(stop)
-                yield Window(number, first, stop, inputs, target)
+        for number, span in enumerate(self.settings.spans(layers)):
+            if number >= self._begin and learns(span):
+                inputs, target = stream.inputs(span.start, mask_of), stream.target(span.stop)
+                yield Stage(number, span, inputs, target)
 
-    def train(self, window: Window, learner: Learner) -> None:
+    def train(self, stage: Stage, learner: Learner) -> None:
         """Train the learner of a stage.
 
         Raises:
@@ -67,7 +67,7 @@ class Course:
                 not finite.
         """
         training = Training(
-            self.settings, self.problem, window, learner, self.name, self.file, self._history
+            self.settings, self.problem, stage, learner, self.name, self.file, self._history
         )
         if self.state is not None:
             training.restore(self.state)
@@ -75,7 +75,7 @@ class Course:
         training.run()
 
 
-class WindowStream:
+class StageStream:
     """Inputs and targets of the stages: hidden states of the pruned and of the dense layers.
 
     If all layers learn together, no layer runs here, because the inputs are the embeddings and the

@@ -102,10 +102,9 @@ def learning_scores(
 
 
 def kernels_for(
-    settings: LearningSettings, problem: LearningProblem, groups: Iterable[ChannelGroup]
+    settings: LearningSettings, problem: LearningProblem, groups: list[ChannelGroup]
 ) -> Kernels:
     """Return the kernels for the linears of groups that learn together."""
-    groups = list(groups)
     weights = sum(group.channels * sum(group.rows) for group in groups)
     work = weights * settings.steps_for(settings.samples_of(len(problem.tokens)))
     return chosen_kernels(problem.device, settings.compile, work, map(problem.pattern_of, groups))

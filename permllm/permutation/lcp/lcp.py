@@ -34,7 +34,7 @@ from permllm.runs.files import CHECKPOINT
 from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.kernels import Kernels
-from permllm.training.learner import Moment, Window
+from permllm.training.learner import Moment, Stage
 from permllm.training.masked_linear import BlockStack, MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
@@ -86,7 +86,7 @@ class LCP(LearningSettings, LearnedPermutation):
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""
         shared, spans = shared_orders(groups, self.constraint), self.spans(layers)
-        learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
+        learning = [order for span in spans for order in orders_within(shared, span)]
         columns: dict[str, tuple[str, str]] = {}
         for order in shared:
             stacks = order.stacks(self.block_size)
@@ -111,8 +111,8 @@ class LCP(LearningSettings, LearnedPermutation):
         if course.state is not None:
             orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
         else:
-            first, _ = self.spans(len(decoder_layers(problem.model)))[0]
-            orders = self.start_orders(problem, shared, first)
+            spans = self.spans(len(decoder_layers(problem.model)))
+            orders = self.start_orders(problem, shared, spans[0].start)
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -121,20 +121,20 @@ class LCP(LearningSettings, LearnedPermutation):
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
-        for window in course.windows(lambda *layers: bool(orders_within(shared, *layers)), mask_of):
-            learning = orders_within(shared, window.first, window.stop)
+        for stage in course.stages(lambda layers: bool(orders_within(shared, layers)), mask_of):
+            learning = orders_within(shared, stage.layers)
             logits = self.start_logits(problem, learning, orders)
             groups = [group for order in learning for group in order.groups]
             kernels = kernels_for(self, problem, groups)
-            with self.masked(problem, shared, window, kernels) as linears:
+            with self.masked(problem, shared, stage, kernels) as linears:
                 learner = self.learner(shared, orders, logits, linears)
-                course.train(window, learner)
+                course.train(stage, learner)
                 orders = learner.best
                 del logits, learner  # frees their memory before the next stage
         return expanded(shared, orders)
 
     def masked(
-        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels
+        self, problem: LearningProblem, shared: list[SharedOrder], stage: Stage, kernels: Kernels
     ) -> StandIns:
         """Replace the linears of a stage by masked linears, which use the pruner's saliency."""
 
@@ -148,7 +148,7 @@ class LCP(LearningSettings, LearnedPermutation):
 
         stacks = {
             group: order.stacks(self.block_size, order.repeats)
-            for order, group in members(shared, window)
+            for order, group in members(shared, stage.layers)
         }
         return learning_orders(problem, stacks, scores_of, self.straight_through, kernels)
 
