@@ -84,11 +84,8 @@ class ScoreMask(LearningSettings, LearnedMask):
             order = orders[group.name].to(problem.device)
             return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
-        def learns(layers: range) -> bool:
-            """Tell whether a group in some layers is pruned."""
-            return any(group.layer in layers for group in problem.groups)
-
-        for stage in course.stages(learns, mask_of):
+        pruned = {group.layer for group in problem.groups}
+        for stage in course.stages(lambda layers: not pruned.isdisjoint(layers), mask_of):
             groups = [group for group in problem.groups if group.layer in stage.layers]
             kernels = kernels_for(self, problem, groups)
             generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
@@ -172,7 +169,6 @@ class MaskLearner(Learner):
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
-        """Return the parameters of all scores as one group."""
         return [{"params": list(self.scores.parameters()), "lr": self.learning_rate}]
 
     @torch.no_grad()
@@ -187,7 +183,6 @@ class MaskLearner(Learner):
 
     @override
     def begin_epoch(self) -> None:
-        """Remember the masks."""
         self._at_epoch = self.present()
 
     @override
@@ -201,18 +196,15 @@ class MaskLearner(Learner):
 
     @override
     def keep(self) -> None:
-        """Keep the present masks as the best ones."""
         self.best = self.present()
 
     @override
     def state(self) -> dict[str, Any]:
-        """Return the scores and the masks for a checkpoint."""
         masks = {"best": self.best, "at_epoch": self._at_epoch, "earlier": self.earlier}
         return {"scores": self.scores.state_dict()} | masks
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        """Load the scores and the masks of a checkpoint."""
         self.scores.load_state_dict(state["scores"])
         self.best, self._at_epoch = _on_cpu(state["best"]), _on_cpu(state["at_epoch"])
 

@@ -114,7 +114,6 @@ class KeptWeights(Learner):
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
-        """Return the values as one group."""
         return [{"params": self.values, "lr": self._learning_rate}]
 
     @override
@@ -135,12 +134,10 @@ class KeptWeights(Learner):
 
     @override
     def state(self) -> dict[str, Any]:
-        """Return the values for a checkpoint."""
         return {"values": self.values}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        """Load the values of a checkpoint."""
         for value, found in zip(self.values, state["values"], strict=True):
             value.copy_(found)
         self.begin(None)

@@ -211,7 +211,6 @@ def learning_problem(
             logger.log_epoch(values, number)
 
     def on_epoch(values: dict[str, Any]) -> None:
-        """Write and log an epoch."""
         record.write_history([*record.history, values])
         logger.log_epoch(values, len(record.history))
 

@@ -164,7 +164,6 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
     """Return `(X^T X / tokens + lambda I)^-1`, computed once for all members of a group."""
 
     def compute() -> Tensor:
-        """Invert the Hessian."""
         hessian = statistics[Gram].value / max(statistics.tokens, 1)
         mean = hessian.diagonal().mean()
         hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)

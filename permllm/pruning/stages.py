@@ -99,7 +99,6 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
     key = job.permutation_key
 
     def compute() -> dict[str, Tensor]:
-        """Find the permutations, and check them."""
         problem = _of_the_dense(job, "permutation", drawn, dense)
         with products_in(job.products, job.device):
             found = job.methods.permutation.orders(problem)
@@ -123,7 +122,6 @@ def found_masks(
         return None
 
     def compute() -> Mapping[str, Tensor]:
-        """Find the masks."""
         problem = _of_the_dense(job, "mask", drawn, dense)
         with products_in(job.products, job.device):
             masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, orders)

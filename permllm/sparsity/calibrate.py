@@ -116,7 +116,6 @@ def shared_calibration(
 
     @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:
-        """Calibrate."""
         groups, how = channel_groups(loaded.model), (batch_size, compute_dtype, norm_tokens)
         return calibrate_dense(loaded.model, groups, tokens, pruner, *how)
 

@@ -42,7 +42,6 @@ def learning_orders(
     """
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
-        """Return the masked linear of a linear."""
         pattern = problem.pattern_of(group)
         return MaskedLinear(
             linear, scores_of(path), pattern, stacks[group], straight_through, kernels=kernels
@@ -83,7 +82,6 @@ def learning_scores(
         return orders[name].to(device)
 
     def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
-        """Return the permuted weight."""
         return weight.t()[on(weight.device, group.name)].t()
 
     def back(group: ChannelGroup, weight: Tensor) -> Tensor:
@@ -91,7 +89,6 @@ def learning_scores(
         return weight.t()[on(weight.device, group.name).argsort()].t().contiguous()
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
-        """Return the masked linear of a linear."""
         weight, order = linear.weight.data, on(linear.weight.device, group.name)
         scores = scores_of(permuted(group, weight), problem.factors_of(path).permuted(order))
         identity = torch.equal(order, torch.arange(len(order), device=order.device))

@@ -76,7 +76,6 @@ class OrderLearner(Learner):
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
-        """Return the logits, and their scales, as one group."""
         return [{"params": list(self.logits.parameters()), "lr": self.learning_rate}]
 
     @override
@@ -132,7 +131,6 @@ class OrderLearner(Learner):
 
     @override
     def begin_epoch(self) -> None:
-        """Remember the permutations."""
         self._at_epoch = self.present
 
     @override
@@ -147,7 +145,6 @@ class OrderLearner(Learner):
 
     @override
     def keep(self) -> None:
-        """Keep the present permutations as the best ones."""
         self.best = {name: order.cpu() for name, order in self.present.items()}
 
     @override
@@ -161,13 +158,11 @@ class OrderLearner(Learner):
 
     @override
     def state(self) -> dict[str, Any]:
-        """Return the logits and the permutations for a checkpoint."""
         orders = {"best": self.best, "present": self.present, "at_epoch": self._at_epoch}
         return {"logits": self.logits.state_dict()} | orders
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        """Load the logits and the permutations of a checkpoint."""
         self.best = {name: order.cpu() for name, order in state["best"].items()}
         self.logits.load_state_dict(state["logits"])
         self.present = {name: order.to(self.device) for name, order in state["present"].items()}
