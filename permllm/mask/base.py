@@ -1,7 +1,5 @@
 """Base classes of the mask methods, and the method that leaves masks to the pruner."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

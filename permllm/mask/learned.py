@@ -1,7 +1,5 @@
 """Masks that learn by scores, stage by stage, under given permutations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar

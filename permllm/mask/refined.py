@@ -8,8 +8,6 @@ their masks. The search ends if no exchange within a group lowers the error. Spa
 2512.10922) uses the same error, and exchanges one pair in a row at a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

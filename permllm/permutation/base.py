@@ -1,7 +1,5 @@
 """Base classes of the permutation methods, and the method that permutes nothing."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal

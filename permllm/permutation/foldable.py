@@ -11,8 +11,6 @@ no channel leaves. One or several channel groups take their permutations from it
 - The residual stream: all groups in all layers that read it have the same permutation.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Permutations that another run found or learned; any pruner can use them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass

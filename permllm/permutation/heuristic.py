@@ -10,8 +10,6 @@ saliency `S (rows, C_in)`, the score of channel a in group b is, up to a constan
 Here `t[r, b]` is the N-th largest of the group's other M - 1 entries in row r.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce

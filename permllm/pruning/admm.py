@@ -1,7 +1,5 @@
 """Least squares for kept weights by ADMM and conjugate gradients, as ALPS (arXiv 2406.07831)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """Composition of the settings in `conf/` by Hydra."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path

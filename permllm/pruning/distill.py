@@ -1,9 +1,8 @@
 """Distillation of the dense model into the kept weights of the pruned model, end to end."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -58,7 +57,8 @@ class Distill(DescentSettings, Reconstruction):
     def network(self, pruned: PrunedNetwork) -> None:
         """Train the weights in place, from the last checkpoint on."""
         problem = pruned.problem
-        settings = LearningSettings.of(self, loss=self.loss, select_from=0)
+        mine = {field.name: getattr(self, field.name) for field in fields(DescentSettings)}
+        settings = LearningSettings(**mine, loss=self.loss, select_from=0)
         weights = KeptWeights(pruned.linears, pruned.masks, self.learning_rate)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():

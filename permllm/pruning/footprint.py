@@ -4,8 +4,6 @@ The memory is the sum of the tensors that exist together, to within 15 %. The mi
 and bytes divided by a share of the device's speed, to within a factor of two.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from math import ceil
 from typing import Any, NamedTuple

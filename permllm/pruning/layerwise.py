@@ -1,7 +1,5 @@
 """Pruning of one decoder layer after the other, with the states of one layer in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Methods of a job, checked before the job computes, and the problems that they learn from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Placement of a job's weights by the settings or the memory, and settings that need less."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Output of `plan=true`: channel groups, stages, memory and minutes, without loading weights."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import torch

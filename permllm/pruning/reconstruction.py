@@ -1,7 +1,5 @@
 """Base of the reconstructions, which change the kept weights under given masks."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

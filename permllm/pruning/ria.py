@@ -1,7 +1,5 @@
 """RIA, relative importance and activations (Zhang et al. 2024, "Plug-and-Play", equations 3, 4)."""
 
-from __future__ import annotations
-
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor

@@ -1,7 +1,5 @@
 """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774), and its update for given masks, OBS."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

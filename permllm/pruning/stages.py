@@ -4,8 +4,6 @@ The stages share arguments: `drawn` are the windows of the text, int64 `(windows
 calibration windows first. `dense` is the result of `calibrate`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Wanda (Sun et al. 2024, arXiv 2306.11695, equation 1), and magnitude pruning."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from typing_extensions import override
 

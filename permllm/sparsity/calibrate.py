@@ -1,7 +1,5 @@
 """Calibration of the dense model; all jobs with the same model, text and pruner share it."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Base of all methods, and a function that makes a method from its settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any

@@ -5,8 +5,6 @@ largest entries. The lowest index wins a tie, so that a mask depends on the sali
 common in 4-bit weights: in 15 % of the groups of four, the second and third magnitudes are equal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

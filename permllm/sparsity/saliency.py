@@ -12,9 +12,8 @@ float32:
     S[i, j] = |W[i, j]|^power * score[i, j]
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class SaliencyFactors:
     row: Tensor | None = None
 
     @classmethod
-    def of_each_weight(cls, score: Tensor, power: int = 1) -> SaliencyFactors:
+    def of_each_weight(cls, score: Tensor, power: int = 1) -> Self:
         """Return the factors of `|W|^power * score`, with a nonnegative score `(C_out, C_in)`."""
         return cls(power, score)
 
@@ -45,18 +44,18 @@ class SaliencyFactors:
         """Tell whether `column` has a factor for each weight (a dense score)."""
         return self.row is None and len(self.column) > 1
 
-    def permuted(self, perm: Tensor) -> SaliencyFactors:
+    def permuted(self, perm: Tensor) -> Self:
         """Return the factors of `W[:, perm]`; int64 `perm` may select any channels."""
-        return SaliencyFactors(self.power, self.column[:, perm], self.row)
+        return replace(self, column=self.column[:, perm])
 
-    def scaled(self, factor: float | Tensor) -> SaliencyFactors:
+    def scaled(self, factor: float | Tensor) -> Self:
         """Return the factors of the saliency times a positive scalar."""
-        return SaliencyFactors(self.power, self.column * factor, self.row)
+        return replace(self, column=self.column * factor)
 
-    def to(self, device: torch.device | str) -> SaliencyFactors:
+    def to(self, device: torch.device | str) -> Self:
         """Return the same factors on `device`."""
         row = None if self.row is None else self.row.to(device)
-        return SaliencyFactors(self.power, self.column.to(device), row)
+        return replace(self, column=self.column.to(device), row=row)
 
 
 def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:

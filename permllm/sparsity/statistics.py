@@ -1,7 +1,5 @@
 """Sums over the inputs of linears: the norm of each channel, and the Gram matrix."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar

@@ -1,7 +1,5 @@
 """Split of an (M-2):M weight into overlapping 2:4 windows, for sparse tensor cores."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

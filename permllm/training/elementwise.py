@@ -5,8 +5,6 @@ hold the M places of all groups as M tensors and join these at the end, so that 
 pass over memory.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

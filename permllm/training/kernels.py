@@ -1,7 +1,5 @@
 """Kernels of a masked linear: eager, compiled by Inductor on a CPU, or in Triton on a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

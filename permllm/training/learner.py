@@ -3,8 +3,6 @@
 A stage is a number of consecutive decoder layers that learn together.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training loop of one stage, for any learner, with its checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -76,7 +74,7 @@ class Training(Objective):
         measured = max(0, epochs - max(0, self.epochs - self.settings.select_from))
         return _STEP * steps + measured * self.steps_an_epoch
 
-    def _epoch(self, epoch: int, progress: tqdm[Any]) -> None:
+    def _epoch(self, epoch: int, progress: "tqdm[Any]") -> None:
         """Train the steps of an epoch that are left, and finish the epoch."""
         batches = self._batches(epoch)
         if not self._losses:

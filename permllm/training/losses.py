@@ -1,7 +1,5 @@
 """Losses: distances between the sparse and the dense output of a decoder layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

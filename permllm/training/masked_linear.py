@@ -35,8 +35,6 @@ All products have one dtype: that of the weights, or autocast's inside of
 `permllm.runtime.precision.products_in`. Saliencies and masks use the weights in their own dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

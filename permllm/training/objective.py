@@ -1,7 +1,5 @@
 """Loss of a stage: forward and backward through its layers, and the memory that they need."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Model, text and targets of learning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,8 +10,6 @@ the group is subtracted:
 All tensors are transposed, `(C_in, C_out)`: a row is a channel.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

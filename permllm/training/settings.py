@@ -1,9 +1,6 @@
 """Settings of gradient descent."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -54,14 +51,6 @@ class LearningSettings(DescentSettings):
             raise ValueError(
                 "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
             )
-
-    @classmethod
-    def of(cls, descent: DescentSettings, **more: Any) -> LearningSettings:
-        """Return descent settings with the other settings added."""
-        return cls(
-            **{field.name: getattr(descent, field.name) for field in fields(DescentSettings)},
-            **more,
-        )
 
     def needs_device(self) -> str | None:
         """Return the reason why all layers must be on the device at once; None: no reason."""

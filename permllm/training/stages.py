@@ -1,7 +1,5 @@
 """Stages of a model that learn one after the other, from the checkpoint on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """Masked linears that replace a model's linears while permutations or scores learn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """Hard permutations from soft permutations, block by block, by linear sum assignments."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

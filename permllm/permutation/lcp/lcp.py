@@ -5,8 +5,6 @@ layer. The weights do not change. Forward uses hard permutations and hard masks;
 through the soft permutations.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal

@@ -1,7 +1,5 @@
 """Learner of a stage's permutations, soft and hard, which it sets in the masked linears."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Logits of a permutation in blocks, and the soft permutations that they give."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Sinkhorn normalisation in the log domain, and its gradient from the potentials alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 A call returns the temperature at `progress`, from 0 (the first step) to 1 (the last step).
 """
 
-from __future__ import annotations
-
 import math
 
 from pydantic.dataclasses import dataclass
