@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,6 +24,7 @@ from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, L
 from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
+from permllm.training import loop
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
@@ -119,6 +122,21 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
     large, small = steps[1:]  # of five samples and of one
     assert epochs[1] == pytest.approx((5 * large + small) / 6, rel=1e-12)
     assert epochs[1] != pytest.approx((large + small) / 2, rel=1e-6)
+
+
+def test_the_progress_bar_says_how_long_steps_and_measurements_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, mininterval=0))
+    lcp(init="random", epochs=2, batch_size=3, select_from=1).orders(problem())
+    pattern = r"(\d+)%[^\r]* (\S+) left, \S+ gone(?:, step=(\d/\d))?"
+    bar = re.findall(pattern, capsys.readouterr().err)
+    # A step has the work of three forwards, the measurement of the last epoch that of two steps.
+    shares = [round(100 * done / 14) for done in (3, 6, 9, 12)]
+    steps = [(str(share), f"{step}/4") for step, share in enumerate(shares, 1)]
+    seen = dict.fromkeys((share, step) for share, _, step in bar)
+    assert list(seen) == [("0", ""), *steps, ("100", "4/4")]
+    assert all(re.fullmatch(r"\d\d:\d\d", left) for share, left, _ in bar if share != "0")
 
 
 def test_seeds_give_equal_results_however_layers_are_recomputed_and_other_seeds_others() -> None:
