@@ -75,9 +75,9 @@ class LCP(LearningSettings, LearnedPermutation):
         self.check_last_layers("permutation", groups, layers)
         if not self.plan(groups, layers).logits:
             raise ConfigError(
-                f"permutation.layers_per_stage={self.layers_per_stage}: no stage holds all layers "
-                "that share a permutation, so none would learn; expected all, without "
-                "permutation.last_layers"
+                f"permutation.layers_per_stage={self.layers_per_stage}, permutation.last_layers="
+                f"{self.last_layers}: no stage holds all layers that share a permutation, so none "
+                "would learn; expected layers_per_stage=all and last_layers=null"
             )
 
     @override
