@@ -127,7 +127,7 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
 def test_the_progress_bar_says_how_long_steps_and_measurements_take(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, mininterval=0))
+    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, mininterval=0, disable=False))
     lcp(init="random", epochs=2, batch_size=3, select_from=1).orders(problem())
     pattern = r"(\d+)%[^\r]* (\S+) left, \S+ gone(?:, step=(\d/\d))?"
     bar = re.findall(pattern, capsys.readouterr().err)
