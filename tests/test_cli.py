@@ -246,7 +246,7 @@ evaluation.tasks=[marsqa] -> lm-eval does not know marsqa
 evaluation.tasks={gsm8k:{limit:0}} -> evaluation.tasks.gsm8k.limit=0: must be at least 1
 evaluation.tasks={gsm8k:{shots:1}} -> evaluation.tasks.gsm8k.shots is no setting
 permutation=heuristic export=folded -> set permutation.constraint=foldable
-permutation.constraint=foldable keep_dense=[o_proj,down_proj] permutation.last_layers=1 -> no order
+permutation.constraint=foldable keep_dense=[o_proj,down_proj] permutation.last_layers=1 -> no stage
 export.shard_gb=1 -> export.shard_gb=1.0 needs export=folded, gathered or simulate
 +permutation.nonsense=1 -> nonsense
 permutation.init=zeros -> permutation.init='zeros': must be 'heuristic' or 'random'

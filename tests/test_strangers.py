@@ -145,21 +145,21 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
 
 @pytest.mark.parametrize(
     ("returned", "reason"),
-    [("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"), ("None", "it is NoneType")],
+    [("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"), ("None", "is NoneType")],
 )
 def test_an_order_that_is_no_permutation_is_refused(
     returned: str, reason: str, package: Path
 ) -> None:
     changed(package, "permuting.py", returned)
-    with pytest.raises(ConfigError, match=rf"^permutation=by_total: the order of .*{reason}"):
+    with pytest.raises(ConfigError, match=rf"^permutation=by_total: the permutation of .*{reason}"):
         run("permutation=by_total", f"run_dir={package}/run")
 
 
 @pytest.mark.parametrize(
     ("returned", "error", "reason"),
     [
-        ("(1, statistics[Largest].value)", ConfigError, r"they are column \(32,\)"),
-        (".of_each_weight(weight - 9, 1)", ConfigError, "must not be negative"),
+        ("(1, statistics[Largest].value)", ConfigError, r"are column \(32,\)"),
+        (".of_each_weight(weight - 9, 1)", ConfigError, "are negative"),
         (".of_each_weight(weight * float('nan'), 1)", TrainingError, "q_proj is not finite"),
     ],
 )

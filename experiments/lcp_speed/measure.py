@@ -39,7 +39,7 @@ from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.speed import clock
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.kernels import chosen_kernels
-from permllm.training.learner import Moment, Window
+from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
 from permllm.training.problem import LearningProblem
@@ -323,7 +323,7 @@ def _row(
     kernels = chosen_kernels(device, True, 0, [_PATTERN])
     shared = shared_orders(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
-    window = Window(0, 0, 1, None, problem.target)
+    stage = Stage(0, range(1), None, problem.target)
     moment = Moment(1, 2, 0, 1)
     # Both learn on from step to step, as a run does: an order that never changes would be assigned
     # sooner.
@@ -337,9 +337,9 @@ def _row(
             found = {"plain": clock(plain, device)}
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
-                with lcp.masked(problem, shared, window, kernels) as linears:
+                with lcp.masked(problem, shared, stage, kernels) as linears:
                     learner = lcp.learner(shared, orders, logits[name], linears)
-                    training = Training(lcp, problem, window, learner, "lcp", CHECKPOINT)
+                    training = Training(lcp, problem, stage, learner, "lcp", CHECKPOINT)
                     training.step(
                         everything, moment
                     )  # the first step of an optimizer allocates its moments

@@ -1,6 +1,4 @@
-"""Contracts of the mask methods, and the one that leaves masks to the pruner."""
-
-from __future__ import annotations
+"""Base classes of the mask methods, and the method that leaves masks to the pruner."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,11 +13,11 @@ from permllm.training.problem import LearningProblem
 
 
 class Mask(Method):
-    """Base of all methods; itself `mask=pruner`, which finds nothing.
+    """Base of all methods, and the method `mask=pruner`, which finds no masks.
 
     Attributes:
-        local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all
-            found before (`FoundMask`).
+        local: True: the pruner chooses the mask of each linear while it prunes. False: a
+            `FoundMask` finds all masks before.
     """
 
     local: bool = True
@@ -29,8 +27,8 @@ class FoundMask(Mask, ABC):
     """Base of the methods that find the masks of all linears together, in all ranks.
 
     Attributes:
-        statistics: of the linears' inputs, which the method sums over the calibration text
-            (`permllm.sparsity`).
+        statistics: statistics of the linears' inputs that the method sums over the calibration
+            text (`permllm.sparsity`).
     """
 
     local = False
@@ -42,8 +40,8 @@ class FoundMask(Mask, ABC):
         """Return the masks by linear, bool `(C_out, C_in)` on the CPU, in original channel order.
 
         Args:
-            problem: model, samples and targets.
-            orders: int64 `(C_in,)` on the CPU by channel group.
+            problem: model, text and targets.
+            orders: permutations, int64 `(C_in,)` on the CPU by channel group.
         """
 
 
@@ -52,12 +50,12 @@ class MaskPlan:
     """Plan of a learned mask, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer and the one after the last of each window.
+        spans: decoder layers of each stage.
         parameters: number of parameters that learn, by decoder layer.
-        keeps_masked: masked weights wait for backward.
+        keeps_masked: masked weights stay in memory until backward.
     """
 
-    windows: list[tuple[int, int]]
+    spans: list[range]
     parameters: dict[int, int]
     keeps_masked: bool = False
 
@@ -66,7 +64,7 @@ class LearnedMask(FoundMask):
     """Base of the methods that train, in all ranks together.
 
     Attributes:
-        batch_size: samples a step.
+        batch_size: windows in a step.
     """
 
     learned = True
@@ -74,4 +72,4 @@ class LearnedMask(FoundMask):
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """Return the plan for a model of these groups and so many decoder layers."""
+        """Return the plan for a model with these pruned groups and this number of layers."""

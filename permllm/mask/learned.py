@@ -1,6 +1,4 @@
-"""Masks that are learned by scores: windows of layers in turn, in given permutations."""
-
-from __future__ import annotations
+"""Masks that learn by scores, stage by stage, under given permutations."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,7 +29,7 @@ from permllm.training.stand_ins import kernels_for, learning_scores
 
 @dataclass(kw_only=True, config=SETTINGS)
 class ScoreMask(LearningSettings, LearnedMask):
-    """Masks by a score for each weight, which needs 16 bytes a weight of a window.
+    """Masks by a score for each weight, which takes 16 bytes for each weight in a stage.
 
     The scores start at the logarithm of the pruner's saliency.
     """
@@ -42,6 +40,7 @@ class ScoreMask(LearningSettings, LearnedMask):
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        """Raise ConfigError if no group is pruned in the layers that learn."""
         self.check_last_layers("mask", groups, layers)
 
     def scores(
@@ -50,9 +49,9 @@ class ScoreMask(LearningSettings, LearnedMask):
         """Return the scores of a linear at the start, which choose the pruner's mask.
 
         Args:
-            weight: `(C_out, C_in)`, of the linear.
-            factors: of the pruner's saliency.
-            generator: of what is random.
+            weight: weight of the linear, `(C_out, C_in)`.
+            factors: factors of the pruner's saliency.
+            generator: generator of random starts.
         """
         return FreeScores(weight, factors)
 
@@ -62,6 +61,7 @@ class ScoreMask(LearningSettings, LearnedMask):
 
     @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
+        """Return the plan for a model with these pruned groups and this number of layers."""
         parameters = dict.fromkeys((group.layer for group in groups), 0)
         for group in groups:
             parameters[group.layer] += self.count(group)
@@ -69,30 +69,30 @@ class ScoreMask(LearningSettings, LearnedMask):
 
     @override
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
+        """Learn the masks of all linears, stage by stage."""
         course = Course(self, problem, "mask", MASK_CHECKPOINT)
         found: dict[str, Tensor] = {}
         if course.state is not None:
             found = _on_cpu(course.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
+            """Return the learned mask of a linear, or the pruner's mask before it learns."""
             if path in found:
                 return unpacked_mask(found[path], linear_at(problem.model, path).weight.shape)
             order = orders[group.name].to(problem.device)
             return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
-        def learns(first: int, stop: int) -> bool:
-            return any(first <= group.layer < stop for group in problem.groups)
-
-        for window in course.windows(learns, mask_of):
-            groups = [group for group in problem.groups if group.layer in window]
+        pruned = {group.layer for group in problem.groups}
+        for stage in course.stages(lambda layers: not pruned.isdisjoint(layers), mask_of):
+            groups = [group for group in problem.groups if group.layer in stage.layers]
             kernels = kernels_for(self, problem, groups)
-            generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
+            generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
             scores_of = partial(self.scores, generator=generator)
             with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
                 learner = MaskLearner(problem, groups, linears, self.learning_rate, found)
-                course.train(window, learner)
+                course.train(stage, learner)
                 found |= learner.best
-                del linears, learner  # before those of the next window, which are as large
+                del linears, learner  # frees their memory before the next stage
         return PackedMasks(
             (path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members
         )
@@ -100,7 +100,7 @@ class ScoreMask(LearningSettings, LearnedMask):
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LowRankMask(ScoreMask):
-    """Masks by the pruner's saliency, a factor a channel and a term of low rank: little memory."""
+    """Masks by the log saliency, a term for each channel and a product of low rank."""
 
     rank: Whole = 8
     kind = LowRankScores
@@ -109,22 +109,24 @@ class LowRankMask(ScoreMask):
     def scores(
         self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
     ) -> Scores:
+        """Return the scores of a linear at the start."""
         return LowRankScores(weight, factors, self.rank, generator)
 
     @override
     def count(self, group: ChannelGroup) -> int:
+        """Return the number of parameters of a group's linears."""
         return sum(group.channels + self.rank * (group.channels + rows) for rows in group.rows)
 
 
 class MaskLearner(Learner):
-    """Learner of the masks of a window.
+    """Learner of the masks in a stage.
 
     Args:
-        problem: its model has the masked linears.
-        groups: of the window.
+        problem: problem with the model.
+        groups: pruned channel groups of the stage.
         linears: masked linears by group, whose scores learn.
-        learning_rate: of the scores.
-        earlier: masks of the windows before, like `best`.
+        learning_rate: learning rate at the first step.
+        earlier: masks of the earlier stages, like `best`.
 
     Attributes:
         best: masks by linear, packed by `packed_mask`, in original channel order, on the CPU.
@@ -156,6 +158,7 @@ class MaskLearner(Learner):
 
     @override
     def masked_weights(self) -> int:
+        """Return the number of masked weights that stay in memory until backward."""
         return sum(
             linear.linear.weight.numel()
             for linear in self.linears.values()
@@ -168,7 +171,7 @@ class MaskLearner(Learner):
 
     @torch.no_grad()
     def present(self) -> dict[str, Tensor]:
-        """Return the present masks, like `best`."""
+        """Return the masks of the present scores, like `best`."""
         found: dict[str, Tensor] = {}
         for group in self.groups:
             with self._placement.layer(group.layer):
@@ -182,6 +185,7 @@ class MaskLearner(Learner):
 
     @override
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        """Return the share of mask entries that changed in the epoch."""
         now = self.present()
         changed = sum(
             int(unpacked_mask(now[path] ^ before).sum()) for path, before in self._at_epoch.items()

@@ -1,14 +1,12 @@
-"""Masks of a lower output error, by exchanges within the groups of the pruner's masks.
+"""Masks with a lower output error, by exchanges within the groups of the pruner's masks.
 
 Let `W (C_out, C_in)` be a weight, `X (tokens, C_in)` its inputs and `H = X^T X`. If a mask removes
-`e` of a row of W, it adds `e H e^T` to the squared error of the output. Wanda's saliency ranks by
-the diagonal of H alone. Here a kept and a pruned weight of a group change places where the whole
-error falls, group after group, given the masks of all others: coordinate descent, which ends where
-no exchange within a group gains anything. SparseSwaps (arXiv 2512.10922) exchanges by the same
-error, one pair of a row a step.
+`e` from a row of W, the squared error of the output grows by `e H e^T`. Wanda's saliency uses only
+the diagonal of H. The search here is coordinate descent on the whole error. In one group after the
+other, a kept and a pruned weight change places if the error falls, while all other groups keep
+their masks. The search ends if no exchange within a group lowers the error. SparseSwaps (arXiv
+2512.10922) uses the same error, and exchanges one pair in a row at a step.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 
@@ -27,16 +25,17 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram
 from permllm.training.problem import LearningProblem
 
-# Channels whose products with H follow each exchange; those of all others follow once for so many.
+# Channels in a block. An exchange updates the products with H in its own block at once; the other
+# products are updated after the block.
 _BLOCK = 64
-# Sweeps over the groups of a linear: the first ones bring most of the gain.
+# Largest number of sweeps over the groups of a linear. The first sweeps gain most.
 _SWEEPS = 3
 
 
 class RefinedMask(FoundMask):
-    """The pruner's masks, refined on the inputs of the linears in the dense model.
+    """Refinement of the pruner's masks by the inputs of the linears in the dense model.
 
-    Nothing learns, no weight changes.
+    Nothing is trained, and no weight changes.
     """
 
     statistics = (Gram,)
@@ -44,6 +43,7 @@ class RefinedMask(FoundMask):
     @override
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
+        """Refine the masks of all linears, layer by layer."""
         tokens = problem.tokens if problem.calibration is None else problem.calibration
         stream = LayerStream(problem.model, tokens, problem.calibration_batch_size)
         masks = PackedMasks()
@@ -56,8 +56,8 @@ class RefinedMask(FoundMask):
                 weights = [linear_at(problem.model, path).weight for path in group.members]
                 saliencies = (problem.saliency_of(path) for path in group.members)
                 start = [permuted_nm_mask(score, order, pattern) for score in saliencies]
-                # Linears that read the same channels are refined together: the more rows, the
-                # fewer passes. Products in a narrower format would decide wrongly.
+                # Linears that read the same channels are refined together, which takes fewer
+                # operations. Products in half precision would give wrong exchanges.
                 with products_in(gram.dtype, problem.device):
                     mask = refined_mask(
                         torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern
@@ -71,24 +71,24 @@ class RefinedMask(FoundMask):
 def refined_mask(
     weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS
 ) -> Tensor:
-    """Return a mask for which `e H e^T` of no row is larger, up to rounding.
+    """Return a mask that lowers `e H e^T` of each row, or keeps it.
 
-    If a kept weight w_i goes and a pruned one w_j comes, the error of a row changes by
+    If a kept weight w_i is pruned and a pruned weight w_j is kept, the error of a row changes by
 
         w_i^2 H_ii + 2 w_i (H e)_i + w_j^2 H_jj - 2 w_j (H e)_j - 2 w_i w_j H_ij
 
     Args:
         weight: `(C_out, C_in)`; groups are M consecutive columns.
         mask: bool, same shape, N:M.
-        gram: float `(C_in, C_in)`, symmetric: H.
+        gram: H, float `(C_in, C_in)`, symmetric.
         pattern: N:M.
-        sweeps: over all groups, at most; the search ends where a sweep changes nothing.
+        sweeps: largest number of sweeps over all groups; a sweep without a change ends the search.
 
     Returns:
         bool `(C_out, C_in)`.
     """
     m = pattern.m
-    # Transposed: groups are M consecutive rows, and passes are vectorised along the others.
+    # Transposed, so that operations on a group are vectorised over the output rows.
     weight_t = weight.t().to(gram.dtype).contiguous()
     keep = mask.t().clone(memory_format=torch.contiguous_format)
     away = torch.where(keep, 0.0, weight_t)
@@ -109,7 +109,7 @@ def refined_mask(
                 comes = torch.where(kept, torch.inf, squares[group] - linear)
                 both = (2 * gram[group, group]).unsqueeze(2) * w.unsqueeze(0) * w.unsqueeze(1)
                 gain, pair = (leaves.unsqueeze(1) + comes.unsqueeze(0) - both).flatten(0, 1).min(0)
-                pair = pair.where(gain < 0, -m - 1)  # at no place
+                pair = pair.where(gain < 0, -m - 1)  # matches no place
                 kept ^= (places == pair // m) | (places == pair % m).logical_and_(gain < 0)
                 now = torch.where(kept, 0.0, w)
                 of_block.addmm_(gram[block, group], now - away[group])

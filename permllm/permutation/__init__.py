@@ -1,1 +1,1 @@
-"""Methods that order input channels."""
+"""Methods that find a permutation of the input channels."""

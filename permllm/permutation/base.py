@@ -1,6 +1,4 @@
-"""Contracts of the permutation methods, and the one that leaves the channels where they are."""
-
-from __future__ import annotations
+"""Base classes of the permutation methods, and the method that permutes nothing."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,12 +19,13 @@ Constraint = Literal["free", "foldable"]
 
 
 class Permutation(Method, ABC):
-    """Base of all methods, which order the channel groups of the whole dense model.
+    """Base of all methods, which permute the channel groups of the whole dense model.
 
     Attributes:
-        local: `order` gives the permutation of one channel group from its saliency alone, also
-            where that is not the dense model's.
-        constraint: of its permutations (see `permllm.permutation.foldable`); None: unknown before.
+        local: the method has `order`, which finds the permutation of one channel group from its
+            saliency alone, also if this saliency is not the dense model's.
+        constraint: constraint of the permutations (see `permllm.permutation.foldable`); None:
+            unknown until they are found.
     """
 
     local: bool = False
@@ -38,7 +37,7 @@ class Permutation(Method, ABC):
 
 
 class LocalPermutation(Permutation):
-    """Base of the methods that can order one channel group at a time."""
+    """Base of the methods that can permute one channel group at a time."""
 
     local = True
 
@@ -47,13 +46,14 @@ class LocalPermutation(Permutation):
         """Return the permutation of a group, int64 `(C_in,)`.
 
         Args:
-            group: its name.
+            group: name of the group.
             saliency: `(rows of all members, C_in)`.
             pattern: N:M of the group.
         """
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Return the permutation of each group by its saliency in the dense model."""
         found = {}
         for group in problem.groups:
             scores = torch.cat([problem.saliency_of(path) for path in group.members])
@@ -62,16 +62,18 @@ class LocalPermutation(Permutation):
 
 
 class Identity(LocalPermutation):
-    """The identity for every channel group."""
+    """Identity permutation for every channel group."""
 
-    constraint = "foldable"  # it folds into anything
+    constraint = "foldable"  # the identity always folds
 
     @override
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """Return the identity."""
         return torch.arange(saliency.shape[1])
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Return identities, without computing a saliency."""
         return {group.name: torch.arange(group.channels) for group in problem.groups}
 
 
@@ -80,13 +82,13 @@ class LearningPlan:
     """Plan of a learned permutation, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer and the one after the last of each window.
-        columns: by channel group, its blocks and its number of parameters, as text.
-        logits: parameters that learn.
+        spans: decoder layers of each stage.
+        columns: blocks and number of parameters of each channel group, as text.
+        logits: number of parameters that learn.
         stays: names of the shared permutations that do not learn.
     """
 
-    windows: list[tuple[int, int]]
+    spans: list[range]
     columns: dict[str, tuple[str, str]]
     logits: int
     stays: list[str]
@@ -96,7 +98,7 @@ class LearnedPermutation(Permutation):
     """Base of the methods that train, in all ranks together.
 
     Attributes:
-        batch_size: samples a step.
+        batch_size: windows in a step.
     """
 
     learned = True
@@ -105,25 +107,20 @@ class LearnedPermutation(Permutation):
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """Return the plan for a model.
-
-        Args:
-            groups: channel groups that are pruned.
-            layers: number of decoder layers.
-        """
+        """Return the plan for a model with these pruned groups and this number of layers."""
 
 
 def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
-    """Return the permutation of a channel group that a method has given, on the CPU.
+    """Return a permutation that a method has found, on the CPU.
 
     Args:
-        key: the setting that named the method.
-        group: name of the group.
-        channels: of it.
-        order: the method's result.
+        key: setting that names the method.
+        group: name of the channel group.
+        channels: number of channels in the group.
+        order: result of the method.
 
     Raises:
-        ConfigError: it is no int64 permutation of the channels: a model in it would not be N:M.
+        ConfigError: the result is no int64 permutation of the channels.
     """
     if not isinstance(order, Tensor):
         given = type(order).__name__
@@ -132,6 +129,6 @@ def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
     else:
         given = f"{order.dtype} {tuple(order.shape)}"
     raise ConfigError(
-        f"{key}: the order of {group} must be a permutation, int64 ({channels},) with each channel "
-        f"once, and it is {given}"
+        f"{key}: the permutation of {group} is {given}; expected int64 ({channels},) with each "
+        "channel once"
     )

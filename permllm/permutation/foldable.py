@@ -1,17 +1,15 @@
 """Permutations that channel groups share, and permutations that fold into a model's weights.
 
-Learning and searching work on *shared orders*: a vector of positions, cut into segments that no
-channel leaves. One or several channel groups take their permutations from it. With
-`constraint=free` each group has an order of its own, of one segment. With `constraint=foldable` the
-orders are those that the neighbouring weights absorb:
+Learning and searching work on *shared permutations*. A shared permutation is cut into segments that
+no channel leaves. One or several channel groups take their permutations from it. With
+`constraint=free` each group has a permutation of its own, with one segment. With
+`constraint=foldable` the neighbouring weights can absorb the permutations:
 
-- where linears produce the channels one by one (an MLP's inner width): any order;
-- where attention stands between: an order inside each head, the same for all query heads of one
-  key-value head;
-- the residual stream: one order for all groups of all layers that read it.
+- Linears produce the channels one by one (the inner width of an MLP): any permutation folds.
+- Attention produces the channels: they are permuted inside each head, alike for all query heads of
+  one key-value head.
+- The residual stream: all groups in all layers that read it have the same permutation.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -29,18 +27,18 @@ RESIDUAL = "residual_stream"
 
 @dataclass(frozen=True)
 class SharedOrder:
-    """One order and the channel groups that use it.
+    """Shared permutation and the channel groups that use it.
 
-    A group's channels are the segments of the order, each `repeats` times in a row: the segments a
-    and b with 2 repeats are a a b b. Its permutation does in every copy of a segment what the
-    shared order does in the segment.
+    The channels of a group are the segments of the shared permutation, each `repeats` times in a
+    row: the segments a and b with 2 repeats are a a b b. Every copy of a segment is permuted like
+    the segment.
 
     Attributes:
-        name: of the group, or `residual_stream`.
-        channels: positions of the order.
-        segment: positions of a segment; no block and no channel crosses a multiple of it.
-        repeats: copies of each segment in a group.
-        groups: its users, in the order in which the model runs them.
+        name: name of the group, or `residual_stream`.
+        channels: length of the permutation.
+        segment: length of a segment; no block and no channel crosses a multiple of it.
+        repeats: number of copies of each segment in a group.
+        groups: groups that use the permutation, as the model runs them.
     """
 
     name: str
@@ -51,18 +49,18 @@ class SharedOrder:
 
     @property
     def layers(self) -> range:
-        """Return the decoder layers from its first user to its last."""
+        """Return the decoder layers from the first group to the last."""
         return range(self.groups[0].layer, self.groups[-1].layer + 1)
 
     def stacks(self, block_size: int, repeats: int = 1) -> list[BlockStack]:
-        """Return the blocks of the shared order; with its `repeats` those of a group."""
+        """Return the blocks of the shared permutation; with `repeats`, the blocks of a group."""
         return split_blocks(self.channels * repeats, block_size, self.segment)
 
     def expand(self, order: Tensor) -> Tensor:
         """Return the permutation of a group, int64 `(channels * repeats,)`.
 
         Args:
-            order: the shared one, int64 `(channels,)`.
+            order: the shared permutation, int64 `(channels,)`.
         """
         if self.repeats == 1:
             return order
@@ -71,11 +69,11 @@ class SharedOrder:
         return local + copies.repeat_interleave(self.segment)
 
     def expand_rows(self, values: Tensor) -> Tensor:
-        """Repeat values at the shared positions, `(channels,)`, to `(channels * repeats,)`."""
+        """Repeat values `(channels,)` of the segments to `(channels * repeats,)`."""
         return values.view(-1, 1, self.segment).expand(-1, self.repeats, -1).reshape(-1)
 
     def expand_blocks(self, stacks: list[Tensor]) -> list[Tensor]:
-        """Repeat block matrices, a stack for each of `stacks`, to those of a group."""
+        """Repeat stacks of block matrices to the stacks of a group."""
         segments = self.channels // self.segment
         if len(stacks) == 1:
             blocks = stacks[0].unflatten(0, (segments, 1, -1))
@@ -88,7 +86,7 @@ class SharedOrder:
         ]
 
     def collect(self, saliency: Tensor) -> Tensor:
-        """Gather a group's saliency on the shared positions, its copies as further rows.
+        """Gather a group's saliency on the shared positions, with the copies as additional rows.
 
         Args:
             saliency: `(rows, channels * repeats)`.
@@ -100,7 +98,7 @@ class SharedOrder:
         return copies.reshape(-1, self.channels)
 
     def shared(self, order: Tensor) -> Tensor | None:
-        """Return the shared order, int64 `(channels,)`, that expands to this one, or None."""
+        """Return the shared permutation, int64 `(channels,)`, that expands to `order`, or None."""
         starts = torch.arange(0, len(order), self.segment).repeat_interleave(self.segment)
         local = (order.cpu() - starts).view(-1, self.repeats, self.segment)
         inside = (local >= 0) & (local < self.segment)
@@ -114,10 +112,10 @@ class SharedOrder:
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
-    """Return the shared orders that a method chooses, in the order in which their first groups run.
+    """Return the shared permutations of a model, sorted as their first groups run.
 
     Raises:
-        ConfigError: they must fold, and nothing absorbs an order of a group; the message names it.
+        ConfigError: `constraint` is `foldable`, and nothing absorbs the permutation of a group.
     """
     stream = tuple(group for group in groups if not group.table.producers)
     found = []
@@ -126,9 +124,9 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
             found.append(SharedOrder(group.name, group.channels, group.channels, 1, (group,)))
         elif not group.table.folds:
             raise ConfigError(
-                "permutation.constraint=foldable: no table of a family says what absorbs the order "
-                f"of {group.name}; permutation.constraint=free asks none to, and export=gathered "
-                "keeps any order"
+                "permutation.constraint=foldable: no family table names weights that absorb the "
+                f"permutation of {group.name}; expected permutation.constraint=free, with "
+                "export=gathered"
             )
         elif group.table.producers:
             found.append(local_order(group))
@@ -137,13 +135,13 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
     return found
 
 
-def orders_within(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
-    """Return the orders whose groups all lie in the layers from `first` to before `stop`."""
-    return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
+def orders_within(shared: list[SharedOrder], layers: range) -> list[SharedOrder]:
+    """Return the permutations whose groups all lie in some layers."""
+    return [order for order in shared if order.layers[0] in layers and order.layers[-1] in layers]
 
 
 def local_order(group: ChannelGroup) -> SharedOrder:
-    """Return the order that the producers of a group absorb."""
+    """Return the shared permutation that the producers of a group absorb."""
     heads, repeats = group.heads
     channels = group.channels // repeats
     segment = channels // heads if group.table.by_head else channels
@@ -151,35 +149,35 @@ def local_order(group: ChannelGroup) -> SharedOrder:
 
 
 def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
-    """Raise ConfigError when a group of M would cross a segment, or a group of a larger M.
+    """Raise ConfigError if a group of M crosses a segment, or a group of a larger M.
 
     Args:
-        shared: the orders.
-        pattern: N:M of the groups that have none of their own.
+        shared: the shared permutations.
+        pattern: N:M of the groups that have no pattern of their own.
     """
     for order in shared:
         m = max((group.pattern or pattern).m for group in order.groups)
         if order.segment % m:
             raise ConfigError(
                 f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} "
-                f"channels, which M = {m} does not divide; constraint=free has no heads to respect"
+                f"channels; expected a multiple of M = {m}, or permutation.constraint=free"
             )
         for group in order.groups:
             its = group.pattern or pattern
             if m % its.m:
                 raise ConfigError(
                     f"sparsity_of: {group.name} is {its}, and others that share its permutation "
-                    f"have groups of {m}: one M must divide the other; with constraint=free they "
-                    "share none"
+                    f"have M = {m}; expected that one M divides the other, or "
+                    "permutation.constraint=free"
                 )
 
 
 def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the permutations of all groups by name, each a tensor of its own.
+    """Return the permutations of all groups by name; no two share memory.
 
     Args:
-        shared: the orders.
-        orders: int64 `(channels,)` of each, by its name.
+        shared: the shared permutations.
+        orders: their values, int64 `(channels,)`, by their names.
     """
     return {
         group.name: order.expand(orders[order.name]).clone()
@@ -189,10 +187,10 @@ def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, 
 
 
 def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the shared orders, by their name, that expand to the permutations of all groups.
+    """Return the shared permutations, by name, that expand to the permutations of all groups.
 
     Raises:
-        ConfigError: a permutation does not fold; the message names it.
+        ConfigError: a permutation does not fold; the message names its group.
     """
     found: dict[str, Tensor] = {}
     for group in groups:
@@ -210,5 +208,5 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
 
 
 def _refusal(group: ChannelGroup, reason: str) -> ConfigError:
-    hint = "permutation.constraint=foldable finds orders that fold; export=gathered keeps any"
+    hint = "expected permutation.constraint=foldable, or export=gathered for any permutation"
     return ConfigError(f"the permutation of {group.name} does not fold: {reason}; {hint}")

@@ -1,6 +1,4 @@
-"""Permutations that another run found or learned, under any pruner."""
-
-from __future__ import annotations
+"""Permutations that another run found or learned; any pruner can use them."""
 
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from permllm.training.problem import LearningProblem
 
 @dataclass(config=SETTINGS)
 class FromFile(LocalPermutation):
-    """Permutations out of a `permutations.safetensors`, or of the run directory that has one."""
+    """Permutations out of a `permutations.safetensors`, or out of a run directory."""
 
     path: str
     constraint = None
@@ -31,12 +29,14 @@ class FromFile(LocalPermutation):
         file = path / PERMUTATIONS if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(
-                f"permutation.path={self.path}: no such file, or a run without permutations"
+                f"permutation.path={self.path}: no such file; expected a run directory with "
+                f"{PERMUTATIONS}, or such a file"
             )
         self._orders = load_orders(file)
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        """Raise ConfigError if a group has no permutation in the file, or one that cannot fold."""
         for group in groups:
             order = self._orders.get(group.name)
             if order is None or len(order) != group.channels:
@@ -44,16 +44,18 @@ class FromFile(LocalPermutation):
                 if order is not None:
                     found = f"a permutation of {len(order)} channels, not {group.channels},"
                 raise ConfigError(
-                    f"permutation.path={self.path}: {found} for {group.name}; "
-                    "is it from another model, or from a run that kept it dense?"
+                    f"permutation.path={self.path}: {found} for {group.name}; expected a run with "
+                    "this model that pruned this group"
                 )
         if config.export.form == "folded":
             foldable(groups, self._orders)
 
     @override
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """Return the permutation of a group out of the file."""
         return self._orders[group]
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Return the permutations of the pruned groups, without computing a saliency."""
         return {group.name: self._orders[group.name] for group in problem.groups}

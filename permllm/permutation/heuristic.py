@@ -1,16 +1,14 @@
 """RIA's heuristic channel permutation (Zhang et al. 2024, "Plug-and-Play", section 4.2).
 
-Allocation: channels are sorted by their total saliency and dealt in a snake over the M positions of
-the groups. Assignment: one position after the other, the channels at that position are exchanged
-among the groups by a linear sum assignment that maximises the retained saliency. With saliency
-`S (rows, C_in)`, the score of putting channel a into group b is, but for a constant of the group,
+Allocation: channels are sorted by their total saliency, and a snake distributes them over the M
+positions of the groups. Assignment: for one position after the other, a linear sum assignment
+exchanges the channels at this position among the groups, so that most saliency is retained. With
+saliency `S (rows, C_in)`, the score of channel a in group b is, up to a constant of the group,
 
     score[a, b] = sum_r max(t[r, b], S[r, a])
 
-where `t[r, b]` is the N-th largest of the group's other M - 1 entries in row r.
+Here `t[r, b]` is the N-th largest of the group's other M - 1 entries in row r.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,39 +34,42 @@ from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import nm_mask, saliency_sum
 from permllm.training.problem import LearningProblem
 
-# Rows whose scores are summed at a time, to bound the float32 copies of a large group.
+# Rows whose scores are summed at a time, which limits the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
-# Share of a GPU's free memory for the saliencies of searches that go on together.
+# Share of a GPU's free memory for the saliencies of searches that run together.
 _SHARE_OF_FREE = 0.5
-# Rows, and pairs of a row and a group, that stay in the cache of a CPU.
+# Rows, and pairs of a row and a group, that fit into the cache of a CPU.
 _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
-# Function that yields a saliency `(rows, C)` of some rows at a time with their N:M, because all
-# rows of a shared order may not fit into memory. Of different M one divides the other: the groups
-# of the smaller lie inside those of the larger.
+# Function that yields the saliency `(rows, C)` of some rows at a time with their N:M, because all
+# rows of a shared permutation may not fit into memory. If M differs, the groups of the smaller M
+# lie inside those of the larger M.
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
 
 
 @dataclass(frozen=True, config=SETTINGS)
 class Heuristic(LocalPermutation):
-    """Permutation of each channel group by RIA's channel reallocation."""
+    """RIA's channel reallocation, for each shared permutation of the constraint."""
 
     constraint: Constraint = "free"
 
     @property
     def local(self) -> bool:  # type: ignore[override]
-        """Tell whether each group's permutation follows from its own saliency."""
+        """Tell whether the permutation of a group depends on its own saliency alone."""
         return self.constraint == "free"
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        """Raise ConfigError if a permutation cannot fold, or M does not divide its segments."""
         check_segments(shared_orders(groups, self.constraint), config.pattern)
 
     @override
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """Search for the permutation of a group."""
         return heuristic_order(lambda: [(saliency, pattern)])
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Search for all shared permutations, in all ranks together."""
         shared = shared_orders(problem.groups, self.constraint)
         return expanded(shared, heuristic_orders(shared, problem, "heuristic permutation"))
 
@@ -76,20 +77,20 @@ class Heuristic(LocalPermutation):
 def heuristic_orders(
     shared: list[SharedOrder], problem: LearningProblem, label: str
 ) -> dict[str, Tensor]:
-    """Search each segment of shared orders.
+    """Search for shared permutations, segment by segment.
 
-    On a GPU several searches of about equal width go on together, and the cores of the host solve
-    their assignments. On a CPU one search comes after the other, since its scores take all threads.
-    Each rank searches every n-th order, but all of them where layers are sharded, because all ranks
-    enter a layer at the same point.
+    On a GPU several searches of about equal width run together, and the cores of the host solve
+    their assignments. On a CPU one search follows the other, because its scores take all threads.
+    With n ranks, each searches for every n-th permutation. Sharded layers are the exception: all
+    ranks enter a layer together, so each rank searches for all permutations.
 
     Args:
-        shared: the orders; the rows of all their groups count.
-        problem: the dense model and its saliency.
-        label: of the progress bar.
+        shared: the shared permutations.
+        problem: problem with the dense model and its saliency.
+        label: label of the progress bar.
 
     Returns:
-        int64 `(channels,)` on the CPU, by name of the order.
+        Their values, int64 `(channels,)` on the CPU, by name.
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
     searched = shared if placement_of(problem.model).sharded else mine
@@ -104,7 +105,7 @@ def heuristic_orders(
             for order in orders:
                 parts += segments_of(order, problem.saliency_of, problem.pattern)
             perms = iter(_searched(parts, pool.map))
-            del parts  # before the saliency of the next ones
+            del parts  # frees the saliency before the next one is made
             for order in orders:
                 starts = range(0, order.channels, order.segment)
                 perm = torch.cat([start + next(perms) for start in starts])
@@ -126,23 +127,25 @@ def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
 def segments_of(
     shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern
 ) -> list[Parts]:
-    """Return the saliency of each segment of a shared order.
+    """Return the saliency of each segment of a shared permutation.
 
     Args:
-        shared: the order.
-        saliency_of: returns `(C_out, C_in)` of the linear at a module path. It is called several
-            times for each linear where several groups share the order.
-        pattern: N:M of the groups that have none of their own.
+        shared: the shared permutation.
+        saliency_of: returns the saliency `(C_out, C_in)` of the linear at a module path. It is
+            called several times for each linear if several groups share the permutation.
+        pattern: N:M of the groups that have no pattern of their own.
     """
 
     def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
+        """Return the saliency of a group on the shared positions, and its N:M."""
         scores = torch.cat([saliency_of(path) for path in group.members])
         return shared.collect(scores), group.pattern or pattern
 
-    # The saliency of one group fits into memory, and its segments share it.
+    # The saliency of one group fits into memory, so that its segments can share it.
     held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
 
     def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
+        """Yield the saliency of a segment in each group."""
         for scores, its in held or map(whole, shared.groups):
             yield scores[:, start : start + shared.segment], its
 
@@ -150,11 +153,11 @@ def segments_of(
 
 
 def heuristic_order(saliency: Parts) -> Tensor:
-    """Search for a permutation that retains more saliency than the identity, or return that.
+    """Return a permutation that retains more saliency than the identity, or the identity.
 
     Args:
-        saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the
-            permutation; M divides C_in.
+        saliency: parts `(rows, C_in)`, floating, nonnegative, with the rows of all layers that
+            share the permutation; M divides C_in.
 
     Returns:
         int64 `(C_in,)` on the CPU.
@@ -163,7 +166,7 @@ def heuristic_order(saliency: Parts) -> Tensor:
 
 
 def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -> list[Tensor]:
-    """Search for each saliency; `solve` maps scores to assignments, as `map` does."""
+    """Search by each saliency; `solve(function, items)` does as `map`, perhaps in threads."""
     searches = [Search(saliency) for saliency in saliencies]
     for position in range(max(search.m for search in searches)):
         here = [search for search in searches if position < search.m]
@@ -174,14 +177,14 @@ def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -
 
 
 class Search:
-    """Search for a permutation.
+    """Search for one permutation.
 
     Args:
-        saliency: as of `heuristic_order`.
+        saliency: as in `heuristic_order`.
 
     Attributes:
         m: the largest M.
-        perm: int64 `(C_in,)` on the CPU, the permutation so far.
+        perm: int64 `(C_in,)` on the CPU, the present permutation.
     """
 
     def __init__(self, saliency: Parts) -> None:
@@ -192,11 +195,11 @@ class Search:
         self.perm = allocate(reduce(Tensor.add, sums), min(sizes))
 
     def scores(self, position: int) -> Tensor:
-        """Return `assignment_scores` of one of the `m` positions, `(groups, groups)` on the CPU."""
+        """Return `assignment_scores` for one of the `m` positions, on the CPU."""
         places = self.perm.view(-1, self.m)
         total: Tensor | None = None
         for part, pattern in self._saliency():
-            place = position % pattern.m  # in its group of a smaller M
+            place = position % pattern.m  # position in the group of a smaller M
             inside = places[:, position - place : position - place + pattern.m].flatten()
             scores = assignment_scores(part, inside, place, pattern)
             total = scores if total is None else total + scores
@@ -204,12 +207,12 @@ class Search:
         return total.cpu()
 
     def exchange(self, position: int, sources: Tensor) -> None:
-        """Give each group of m the channel at a position of its source, int64 `(groups,)`."""
+        """Give each group the channel at `position` of its source group, int64 `(groups,)`."""
         places = self.perm.view(-1, self.m)
         places[:, position] = places[sources, position]
 
     def order(self) -> Tensor:
-        """Return the permutation that was found, or the identity where that retains as much."""
+        """Return the present permutation, or the identity if it retains as much saliency."""
         identity = torch.arange(len(self.perm))
         retained = [0.0, 0.0]
         for part, pattern in self._saliency():
@@ -221,13 +224,14 @@ class Search:
 
 
 def allocate(total: Tensor, m: int) -> Tensor:
-    """Deal the channels, sorted by total saliency, in a snake.
+    """Distribute the channels, sorted by total saliency, in a snake.
 
-    They fill the first place of every group, then the second place backwards, and so on.
+    They fill the first place of every group, then the second place in backward direction, and so
+    on.
 
     Args:
-        total: `(C_in,)`, the saliency of each channel over all rows.
-        m: channels of a group.
+        total: `(C_in,)`, the saliency of each channel, summed over all rows.
+        m: M, the number of channels in a group.
 
     Returns:
         int64 `(C_in,)` on the CPU.
@@ -242,14 +246,13 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
 
     Args:
         saliency: `(rows, C_in)`.
-        perm: int64, the present permutation of groups of M channels, all of them or some.
-        position: the place of the M that is exchanged in every group.
+        perm: int64, the channels of all groups or of some groups, M for each.
+        position: position in each group whose channels are exchanged, from 0 to M - 1.
         pattern: N:M.
 
     Returns:
-        `(groups, groups)`, entry (a, b): retained saliency of group b when its channel at
-        `position` is replaced by that of group a, less a constant of b (the N - 1 largest of the
-        other entries).
+        `(groups, groups)`. Entry (a, b) is the retained saliency of group b if the channel of group
+        a takes `position` in it, minus a constant of b (the sum of its N - 1 largest others).
     """
     places = perm.to(saliency.device).view(-1, pattern.m)
     moving = places[:, position]
@@ -258,7 +261,7 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
     for part in saliency.split(_ROWS_AT_A_TIME):
         part_t = part.t()
         candidates = part_t[moving]
-        # N-th largest of M - 1 per row; the smallest when N = M - 1, so N - 1 others always stay.
+        # The N-th largest of the M - 1 other entries in each row.
         threshold = part_t[others].topk(pattern.n, dim=1).values[:, -1]
         scores += sums_of_larger(candidates, threshold)
     return scores
@@ -267,7 +270,7 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
 def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
     """Return `sum_r max(left[a, r], right[b, r])`: `(A, B)` of `(A, rows)` and `(B, rows)`."""
     if left.device.type != "cpu":
-        # max(u, v) = (u + v + |u - v|) / 2: two sums and a matrix of L1 distances.
+        # max(u, v) = (u + v + |u - v|) / 2 takes two sums and a matrix of L1 distances.
         return (left.sum(1)[:, None] + right.sum(1)[None, :] + torch.cdist(left, right, p=1.0)) / 2
     found = torch.zeros(len(left), len(right), dtype=left.dtype)
     for first in range(0, left.shape[1], _ROWS_IN_CACHE):
@@ -280,18 +283,18 @@ def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
 
 
 def assigned(scores: Tensor) -> Tensor:
-    """Return the assignment of the largest score.
+    """Return the assignment with the largest total score.
 
     Args:
-        scores: `(groups, groups)` on the CPU, entry (a, b) that of the channel of group a in group
-            b.
+        scores: `(groups, groups)` on the CPU; entry (a, b) belongs to the channel of group a in
+            group b.
 
     Returns:
-        int64 `(groups,)`: the group whose channel each gets.
+        int64 `(groups,)`, the source group of each group's new channel.
     """
     costs = scores.max().item() - scores.double().numpy()
-    # With groups as rows, less the least of each group and then of each channel, the solver takes a
-    # third to a fifth of the time: 21 seconds instead of 101 for the four positions of 11,008
+    # The minima of groups and channels are subtracted, and groups are rows, because the solver then
+    # takes a third to a fifth of the time: 21 s instead of 101 s for the four positions of 11,008
     # channels.
     costs -= costs.min(0)
     costs -= costs.min(1, keepdims=True)

@@ -1,1 +1,1 @@
-"""Base pruners."""
+"""Pruners, reconstructions, and the stages of a job that prunes."""

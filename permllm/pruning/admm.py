@@ -1,6 +1,4 @@
-"""Least squares of kept weights: ADMM, then conjugate gradients, as ALPS (arXiv 2406.07831)."""
-
-from __future__ import annotations
+"""Least squares for kept weights by ADMM and conjugate gradients, as ALPS (arXiv 2406.07831)."""
 
 from functools import partial
 
@@ -13,23 +11,23 @@ from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
 from permllm.runtime.values import SETTINGS, Count, Positive
 from permllm.sparsity.statistics import Gram, InputStatistics
 
-# Penalty of ADMM for a Hessian whose diagonal is 1, best for a few iterations with conjugate
-# gradients after them.
+# Penalty of ADMM for a Hessian with diagonal 1; the best for a few iterations before conjugate
+# gradients.
 _PENALTY = 0.3
-# ADMM takes one product an iteration and falls fast at first; conjugate gradients take two and
-# reach the end.
+# An iteration of ADMM takes one matrix product and lowers the error fast at first. One of conjugate
+# gradients takes two products and converges.
 _ADMM_ITERATIONS = 4
-# Share of the error: conjugate gradients that gain less in an iteration stop.
+# Conjugate gradients stop if an iteration lowers the error by less than this share.
 _LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True, config=SETTINGS)
 class ADMM(Reconstruction):
-    """`min ||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`, all rows together.
+    """Minimum of `||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`.
 
-    Channels are scaled so that the diagonal of `H = X^T X` is 1, and `(H + penalty I)^-1` serves
-    ADMM and preconditions the conjugate gradients. The error never ends above that of the pruned
-    weights it begins with.
+    Channels are scaled so that the diagonal of `H = X^T X` is 1. Both ADMM and the preconditioner
+    of the conjugate gradients use `(H + penalty I)^-1`. No row ends with a larger error than the
+    pruned weights have at the start.
     """
 
     iterations: Count = 12
@@ -37,8 +35,7 @@ class ADMM(Reconstruction):
     statistics = (Gram,)
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
-        """Return the new weight. Raises TrainingError where inputs are not finite."""
-        assert pruned.statistics is not None
+        """Return the new weight. Raise TrainingError if the inputs are not finite."""
         factors = partial(self._factors, pruned.statistics)
         root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
         dense, start = pruned.dense.float() * root, pruned.weight.float() * root
@@ -47,7 +44,7 @@ class ADMM(Reconstruction):
         return torch.where(mask, found, 0.0).to(pruned.weight.dtype)
 
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the root of the damped diagonal, the Hessian scaled by it, and ADMM's inverse."""
+        """Return the root of the damped diagonal, the scaled Hessian, and ADMM's inverse."""
         hessian = statistics[Gram].value / max(statistics.tokens, 1)
         diagonal = hessian.diagonal().clone()
         mean = diagonal.mean()
@@ -62,15 +59,15 @@ class ADMM(Reconstruction):
 def masked_least_squares(
     dense: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, inverse: Tensor, iterations: int
 ) -> Tensor:
-    """Return the `w` under the mask whose rows of `(w - dense) hessian (w - dense)^T` are small.
+    """Return a `w` under the mask with a small error `(w - dense) hessian (w - dense)^T` a row.
 
     Args:
         dense: float `(C_out, C_in)`.
-        start: same shape, zero outside of the mask; no row ends with a larger error.
+        start: same shape, zero outside of the mask; no row ends with a larger error than it has.
         mask: bool, same shape.
-        hessian: `(C_in, C_in)`, positive definite, its diagonal 1.
-        inverse: of the Hessian plus ADMM's penalty on the diagonal.
-        iterations: of the conjugate gradients, at most.
+        hessian: `(C_in, C_in)`, positive definite, with diagonal 1.
+        inverse: inverse of the Hessian plus ADMM's penalty on the diagonal.
+        iterations: largest number of conjugate gradient iterations.
     """
     mask = mask.to(dense.dtype)
     target, before = dense @ hessian, start @ hessian
@@ -79,8 +76,8 @@ def masked_least_squares(
     worse = _error(start - dense, before - target) <= _error(found - dense, after - target)
     found, product = torch.where(worse, start, found), torch.where(worse, before, after)
     error = _error(found - dense, product - target).sum()
-    # Preconditioned conjugate gradients, each row with step lengths of its own; none of them makes
-    # its error larger.
+    # Preconditioned conjugate gradients. Each row has its own step lengths, so that no step raises
+    # the error of a row.
     residual = (target - product) * mask
     conditioned = (residual @ inverse) * mask
     direction, slope = conditioned, (residual * conditioned).sum(1, keepdim=True)
@@ -110,10 +107,10 @@ def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tenso
 
 
 def _error(difference: Tensor, product: Tensor) -> Tensor:
-    """Return the error of each row from its difference and the Hessian's product with that."""
+    """Return the error of each row; `product` is `difference` times the Hessian."""
     return (difference * product).sum(1, keepdim=True)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return the ratio, zero where a row is at its end."""
+    """Return the ratio, or zero for a row that has converged."""
     return torch.where(below > 0, above / below, 0.0)

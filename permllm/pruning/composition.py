@@ -1,6 +1,4 @@
-"""Composition of settings out of `conf/`, by Hydra."""
-
-from __future__ import annotations
+"""Composition of the settings in `conf/` by Hydra."""
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -16,28 +14,28 @@ from omegaconf.errors import OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
 
-# Hydra 1.4 has one set of defaults alone, and asks which classes settings may name: any, because
-# the person who starts the job has typed or written them.
+# Hydra 1.4 has only one version base, and asks which classes settings may name. They may name any
+# class, because the user who starts the job writes the settings.
 _ANY_CLASS: Any = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
 HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})
 
 
 def conf_directory() -> Path:
-    """Return the folder of the YAML files: in an installed package, or beside it in a checkout."""
+    """Return the folder of the YAML files, in an installed package or beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def register_resolvers() -> None:
-    """Make the resolvers that `conf/` uses known to OmegaConf.
+    """Register the resolvers of `conf/` with OmegaConf.
 
-    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `last`: what follows the last slash.
-    `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them where CASE is a list, else B.
-    `times:COUNT,FACTOR`: the product as a whole number; null for null.
+    `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the part after the last slash.
+    `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
+    `times:COUNT,FACTOR`: the rounded product; null if COUNT is null.
     """
-    # Version 2.4 calls this as 2.3 calls what it had before, which could not replace one.
+    # The function that can replace a resolver has another name since version 2.4.
     new = "replace" in signature(OmegaConf.register_resolver).parameters
     register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     register("either", _either, replace=True)
@@ -55,7 +53,7 @@ def _times(count: float | None, factor: float) -> int | None:
 
 
 def options_of() -> dict[str, tuple[str | None, list[str]]]:
-    """Return the groups as they are composed, each with its default option and all options."""
+    """Return the groups of settings, each with its default option and all options."""
     conf = conf_directory()
     found = {}
     for entry in yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))["defaults"]:
@@ -91,10 +89,10 @@ def _options_of_method(method: str) -> dict[str, str]:
 
 
 def composed(words: Sequence[str]) -> DictConfig:
-    """Compose settings without starting a job. Raises ConfigError where Hydra refuses a word.
+    """Compose settings without starting a job. Raise ConfigError if Hydra refuses an override.
 
     Args:
-        words: overrides, as they are typed after `run.py`.
+        words: overrides, as on the command line of `run.py`.
     """
     register_resolvers()
     try:
@@ -105,7 +103,7 @@ def composed(words: Sequence[str]) -> DictConfig:
 
 
 def refusal(error: Exception) -> str:
-    """Return an error of Hydra or OmegaConf in one line, without the search path."""
+    """Return the message of an error of Hydra or OmegaConf, in one line."""
     said = [str(error).partition("Config search path:")[0].strip()]
     if (override := getattr(error, "override", None)) and override not in said[0]:
         said.insert(0, override)

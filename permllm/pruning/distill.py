@@ -1,9 +1,8 @@
-"""Distillation of the dense model into the kept weights of the pruned one, end to end."""
-
-from __future__ import annotations
+"""Distillation of the dense model into the kept weights of the pruned model, end to end."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -24,14 +23,14 @@ from permllm.pruning.sparsegpt import OBS
 from permllm.runs.files import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
-from permllm.training.learner import Learner, Moment, Window
+from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 from permllm.training.stages import Course
 
 
 @dataclass(kw_only=True, config=SETTINGS)
 class Distill(DescentSettings, Reconstruction):
-    """Adam on all kept weights towards the dense model's next-token distributions."""
+    """Gradient descent of all kept weights to the dense model's next-token distributions."""
 
     learned = True
     learning_rate: Positive = 1e-4
@@ -42,7 +41,7 @@ class Distill(DescentSettings, Reconstruction):
 
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]
-        """Return the statistics of the reconstruction that the weights start from."""
+        """Return the statistics that the reconstruction at the start needs."""
         return self._before.statistics
 
     @property
@@ -51,35 +50,36 @@ class Distill(DescentSettings, Reconstruction):
 
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
-        """Return the weight that learning starts from."""
+        """Return the weight at the start of learning."""
         return self._before.linear(pruned)
 
     @override
     def network(self, pruned: PrunedNetwork) -> None:
-        """Train the linears in place, from the latest checkpoint."""
+        """Train the weights in place, from the last checkpoint on."""
         problem = pruned.problem
-        settings = LearningSettings.of(self, loss=self.loss, select_from=0)
+        mine = {field.name: getattr(self, field.name) for field in fields(DescentSettings)}
+        settings = LearningSettings(**mine, loss=self.loss, select_from=0)
         weights = KeptWeights(pruned.linears, pruned.masks, self.learning_rate)
-        window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
+        stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
             course = Course(settings, problem, "distill", DISTILL_CHECKPOINT)
-            course.train(window, weights)
+            course.train(stage, weights)
 
 
 class KeptWeights(Learner):
-    """Learner of the values under masks, `(kept,)` for each linear.
+    """Learner of the kept weights, as a vector `(kept,)` for each linear.
 
-    Of float32 weights, half of them kept, these and Adam's two moments are 10 bytes a weight, with
-    their places. Gradients arrive in backward, where that of one linear at a time is whole.
+    The vectors, Adam's two moments and the positions of the kept weights take 10 bytes for each
+    weight of a float32 model at 2:4. Backward holds the gradient of one whole weight at a time.
 
     Args:
-        linears: whose weights are trained. Half-precision weights are trained as float32 copies, or
-            small steps would be rounded away.
-        masks: bool `(C_out, C_in)` for each of them.
-        learning_rate: at the start.
+        linears: linears whose weights are trained. Half-precision weights are trained as float32
+            copies, because half precision would round small steps to zero.
+        masks: bool `(C_out, C_in)` for each linear.
+        learning_rate: learning rate at the first step.
 
     Attributes:
-        values: to be optimized; `begin` writes them into the weights.
+        values: the vectors; `begin` writes them into the weights.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class KeptWeights(Learner):
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Give the values the gradients of the weights, which have none of their own."""
+        """Move the gradients of the weights to the values, while the context is open."""
         with ExitStack() as hooks:
             for number, weight in enumerate(self._weights):
                 weight.requires_grad_(True)
@@ -119,16 +119,18 @@ class KeptWeights(Learner):
     @override
     @torch.no_grad()
     def begin(self, moment: Moment | None) -> None:
+        """Write the values into the weights."""
         for weight, places, value in zip(self._weights, self._places, self.values, strict=True):
             weight.put_(places.long(), value.to(weight.dtype))
 
     @override
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        """Return the number of kept weights."""
         return {"weights_learned": sum(value.numel() for value in self.values)}
 
     @override
     def keep(self) -> None:
-        """Keep nothing: the last weights are the result."""
+        """Keep nothing, because the last weights are the result."""
 
     @override
     def state(self) -> dict[str, Any]:

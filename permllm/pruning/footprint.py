@@ -1,10 +1,8 @@
 """Estimates of a job's memory and minutes by stage and placement, from settings and shapes.
 
-Memory sums the tensors that exist together, to within 15 %. Minutes are operations and bytes over a
-share of a device's speed, to within a factor of two.
+The memory is the sum of the tensors that exist together, to within 15 %. The minutes are operations
+and bytes divided by a share of the device's speed, to within a factor of two.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from math import ceil
@@ -29,21 +27,21 @@ from permllm.sparsity.statistics import Gram
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 
-# Bytes a second: layers that come to the device, a checkpoint that is loaded, results that the host
-# packs and writes.
+# Bytes a second at which layers are copied to the device, a checkpoint is loaded, and the host
+# packs and writes results.
 _COMES, _LOADED, _WRITTEN = {"host": 2e10, "sharded": 2e10, "disk": 2e9}, 5e8, 1e9
-# Seconds: a start or compiling, a batch of tasks beside its products, an assignment of 4,736 groups
-# on one core.
+# Seconds of a start or of compiling, of a batch of tasks without its products, and of an assignment
+# of 4,736 groups on one core.
 _START, _BATCH, _ASSIGNMENT = 20.0, 0.01, 16.0
-# Bytes that move in a search, for a pair of a row and a group.
+# Bytes that a search reads and writes for a pair of a row and a group.
 _PAIR = 12
-# Bytes that move in a step: for a number kept for backward, a logit over the vocabulary, a weight
-# whose mask follows an order, its exchange gradients, a weight whose mask learns.
+# Bytes that a step reads and writes for a value kept for backward, a logit of the vocabulary, a
+# weight under a permutation that learns, its exchange gradients, and a weight whose mask learns.
 _KEPT, _WORD, _ORDERED, _EXCHANGED, _MASKED = 4, 128, 15, 30, 20
-# The same for a parameter of an order, and for any other parameter.
+# The same for a parameter of a permutation, and for any other parameter.
 _LOGIT, _PARAMETER = 1000, 28
-# Items of a task of lm-eval, sequences of an item, their mean and largest length in tokens; a guess
-# for any other task.
+# Items of a task of lm-eval, sequences of an item, and their mean and largest length in tokens.
+# Other tasks get a guess.
 _TASKS = {
     "hellaswag": (10042, 4, 80, 155),
     "arc_easy": (2376, 4, 33, 110),
@@ -59,21 +57,21 @@ _ANY_TASK = (2000, 3, 150, 1024)
 class Stage(NamedTuple):
     """Estimate of a stage of a job."""
 
-    memory: int  # bytes beside the weights
-    products: float = 0  # operations in the format of products
+    memory: int  # bytes, without the weights
+    products: float = 0  # operations in the dtype of products
     single: float = 0  # operations in float32
-    moved: float = 0  # bytes that move on the device
-    seconds: float = 0  # of the host
-    passes: float = 1  # how often all layers come to the device, where they come one at a time
+    moved: float = 0  # bytes that the device reads and writes
+    seconds: float = 0  # of work on the host
+    passes: float = 1  # number of times that offloaded layers are copied to the device
 
 
 class Needs(NamedTuple):
     """Bytes that a placement needs."""
 
     stages: dict[str, int]  # on the device, by stage
-    device: int  # in the largest stage
-    host: int  # beside them, on the host
-    peak: int  # expected `peak_memory_bytes`: of a GPU; of a host all, with Python's own of now
+    device: int  # on the device, in the largest stage
+    host: int  # on the host, in addition
+    peak: int  # expected `peak_memory_bytes`; on a CPU with the present memory of the process
 
 
 class Footprint:
@@ -81,9 +79,9 @@ class Footprint:
 
     Args:
         config: settings of the job.
-        model: on the meta device.
-        methods: of the settings.
-        device: where the job computes.
+        model: model on the meta device.
+        methods: methods of the settings.
+        device: device of the job.
     """
 
     def __init__(
@@ -111,17 +109,17 @@ class Footprint:
         self.masks = mask.plan(self.groups, self.layers) if mask.learned else None
         self.text = config.calibration.samples * config.calibration.seqlen
         texts = config.evaluation.perplexity
-        # Tokens; WikiText-2's test has as many.
+        # In tokens; WikiText-2's test text has about 300,000.
         self.measured = texts.limit * texts.seqlen if texts.limit else 300_000
 
     def streams(self, placement: str) -> bool:
-        """Tell whether layers come to the device one at a time."""
+        """Tell whether layers are copied to the device one at a time."""
         return placement in ("disk", "sharded") or (placement == "host" and not self.on_a_host)
 
     def needs(self, placement: str) -> Needs:
-        """Return the memory with the weights in a placement."""
+        """Return the memory that a placement needs."""
         weights, streams = self.parameters * self.item, self.streams(placement)
-        # The present layer and the next; a GPU may still compute with one that the host has left.
+        # The present layer and the next; a GPU may still compute with the layer before.
         if streams:
             at_once = 2 if self.on_a_host or placement == "sharded" else 3
             weights += (min(self.layers, at_once) * self.a_layer - self.all_layers) * self.item
@@ -133,7 +131,7 @@ class Footprint:
         return Needs(stages, device, host, peak)
 
     def minutes(self, placement: str, speed: Speed) -> dict[str, float]:
-        """Return the minutes of each stage with the weights in a placement."""
+        """Return the minutes of each stage in a placement."""
         streams, found = self.streams(placement), {}
         for name, stage in self._stages(streams).items():
             seconds = stage.seconds + stage.moved / speed.moved
@@ -146,7 +144,7 @@ class Footprint:
         return found
 
     def _stages(self, streams: bool) -> dict[str, Stage]:
-        """Return the stages of the job, in their order."""
+        """Return the stages of the job, from the first to the last."""
         methods, dense = self.methods, self.config.calibration.statistics == "dense"
         permutation, mask = methods.permutation, methods.mask
         reconstruction, forward = methods.reconstruction, 2 * self.all_layers * self.text
@@ -159,28 +157,27 @@ class Footprint:
         if getattr(mask, "statistics", ()):
             memory, gram = self._statistics(mask)
             found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, 4 * gram)
-        if self.orders and self.orders.windows:
-            # The gradients of soft permutations wait for backward.
-            logits, windows = self.orders.logits, self.orders.windows
-            found["learn"] = self._learns(permutation, logits, windows, 4, streams)
-        if self.masks and self.masks.windows:
-            windows, waiting = self.masks.windows, self.masks.keeps_masked * self.products.itemsize
-            scores = max(self.masks.parameters.values()) * sum(map(_size, windows))
-            found["learn masks"] = self._learns(mask, scores, windows, waiting, streams)
+        if self.orders and self.orders.spans:
+            # The gradients of soft permutations stay in memory until the end of backward.
+            logits, spans = self.orders.logits, self.orders.spans
+            found["learn"] = self._learns(permutation, logits, spans, 4, streams)
+        if self.masks and self.masks.spans:
+            spans, waiting = self.masks.spans, self.masks.keeps_masked * self.products.itemsize
+            scores = max(self.masks.parameters.values()) * sum(map(len, spans))
+            found["learn masks"] = self._learns(mask, scores, spans, waiting, streams)
         if reconstruction.learned:
-            # Places, and float32 weights rounded for products.
+            # Positions of kept weights, and rounded copies of float32 weights.
             kept = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
             waiting = 4 + (2 * self.pruned // kept if self.item == 4 else 0)
-            windows = [(0, self.layers)]
-            found["learn weights"] = self._learns(reconstruction, kept, windows, waiting, streams)
+            spans = [range(self.layers)]
+            found["learn weights"] = self._learns(reconstruction, kept, spans, waiting, streams)
         found["prune"] = self._prune(forward * (2 if dense and not methods.change_weights else 4))
         return found | self._evaluations()
 
     def _prune(self, forward: float) -> Stage:
-        """Return the stage that prunes, whose forwards take so many operations."""
+        """Return the stage that prunes; its forwards take `forward` operations."""
         pruner, reconstruction = self.methods.pruner, self.methods.reconstruction
-        # The new weights of a layer beside the old ones, and their saliency, while outputs are
-        # compared.
+        # New weights of a layer, in addition to its old weights, and their saliency.
         memory, gram = self._statistics(pruner, reconstruction)
         memory += self.a_layer * self.item + 8 * self.largest
         products, changes = 2 + 4 * getattr(reconstruction, "iterations", 0), 0.0
@@ -193,7 +190,7 @@ class Footprint:
         return Stage(memory, forward, changes, 100 * self.pruned, written, 2)
 
     def _statistics(self, *methods: Any) -> tuple[int, float]:
-        """Return bytes of a layer's forward with statistics, and operations of all Grams."""
+        """Return the bytes of a layer's forward with statistics, and operations of all Grams."""
         config, channels = self.config.calibration, [group.channels for group in self.every]
         kinds = {kind for method in methods for kind in method.statistics}
         states = 6 * self.hidden + 2 * self.widest
@@ -202,7 +199,7 @@ class Footprint:
         return memory + sum(kind.memory(max(channels)) for kind in kinds), gram
 
     def _search(self, permutation: Any) -> Stage:
-        """Return the search for orders; scores on a GPU hide behind assignments on the cores."""
+        """Return the search for permutations; a GPU makes scores while the cores solve others."""
         m, seconds, moved = self.config.pattern.m, 0.0, 0.0
         searched = shared_orders(self.groups, permutation.constraint)
         for order in searched:
@@ -216,18 +213,18 @@ class Footprint:
         return Stage(4 * self.largest, seconds=seconds / places)
 
     def _learns(
-        self, method: Any, every: int, windows: list[tuple[int, int]], waiting: int, streams: bool
+        self, method: Any, every: int, spans: list[range], waiting: int, streams: bool
     ) -> Stage:
-        """Return a stage that learns, with the least memory: backward recomputes what takes much.
+        """Return a stage that learns, with backward recomputing large activations.
 
         Args:
-            method: that learns.
-            every: number of parameters that learn, in all windows.
-            windows: of decoder layers, one after the other.
-            waiting: bytes that wait for backward, for each parameter that learns at the same time.
-            streams: layers come one at a time.
+            method: method that learns.
+            every: number of parameters that learn, in all `spans`.
+            spans: decoder layers that learn together, one span after the other.
+            waiting: bytes that stay in memory until backward, for each parameter in a span.
+            streams: layers are copied to the device one at a time.
         """
-        learning, depth = sum(map(_size, windows)), max(map(_size, windows))
+        learning, depth = sum(map(len, spans)), max(map(len, spans))
         parameters, share = every * depth // learning, learning / self.layers
         orders, seqlen = method is self.methods.permutation, self.config.calibration.seqlen
         mine = ceil(method.batch_size / self.ranks)
@@ -241,9 +238,9 @@ class Footprint:
         if streams or recomputes:
             recomputes, states = True, self.hidden * (depth + 8) + 4 * self.widest
             activations = together * states * self.item
-        # With gradients and two moments; a layer's masked weight and the gradient of it.
+        # Parameters, gradients and two moments; a layer's masked weight and its gradient.
         memory = (16 + waiting) * parameters + activations + 3 * self.largest * self.item
-        # The head in the format of products, unless it is; four numbers a token and a word.
+        # A copy of the head in the dtype of products; four values for each logit of a chunk.
         words = self.vocabulary if getattr(method, "loss", None) == "kl" else 0
         head = 2 * self.hidden if self.item > 2 else 0
         memory += words * (head + 16 * chunk_of(self.device, self.vocabulary))
@@ -257,19 +254,19 @@ class Footprint:
         products += tokens * words * 8 * self.hidden
         of_weight = _ORDERED + _EXCHANGED / self.ranks if orders else _MASKED
         of_parameter = _LOGIT if orders else _PARAMETER
-        of_step = self.pruned * share * of_weight + parameters * len(windows) * of_parameter
+        of_step = self.pruned * share * of_weight + parameters * len(spans) * of_parameter
         moved = tokens * (a_token * self.layers * share * _KEPT + words * _WORD) + steps * of_step
         return Stage(memory, products, 0, moved, _START, (1 + 2 * steps) * share)
 
     def _evaluations(self) -> dict[str, Stage]:
-        """Return perplexity and tasks, each of the dense and of the pruned model."""
+        """Return the stages of perplexity and tasks, for the dense and the pruned model."""
         config = self.config.evaluation
         texts, batch = config.perplexity, config.lm_eval.batch_size
         a_token = 4.0 * (self.all_layers + self.hidden * self.vocabulary)
         # Products of float32 models are not rounded.
         half, single = (a_token, 0.0) if self.item == 2 else (0.0, a_token)
-        # Logits of a batch, and those of a window in float32: as logarithms, and before it where
-        # that is another format.
+        # Logits of a batch; float32 logarithms of the logits of a window, and float32 logits if the
+        # model has another dtype.
         longest = max(texts.batch_tokens, texts.seqlen)
         memory = tokens_at_a_time(self.vocabulary, longest) * self.item
         memory += tokens_at_a_time(self.vocabulary, texts.seqlen) * (4 if self.item == 4 else 8)
@@ -284,33 +281,28 @@ class Footprint:
             count = min(items, task.limit or config.lm_eval.limit or items) * of_item
             sequences, tokens = sequences + count, tokens + count * mean * shots
             longest = max(longest, most * shots)
-        # Logits of a batch, and their logarithms.
+        # Logits of a batch and their logarithms.
         memory, batches = batch * longest * self.vocabulary * 2 * self.item, 2 * sequences / batch
         of_tasks = Stage(memory, tokens * half, tokens * single, 0, _BATCH * batches, batches)
         return {"perplexity": measured, "tasks": of_tasks}
 
     def _beside(self, placement: str, streams: bool) -> int:
-        """Return the bytes on the host."""
+        """Return the bytes on the host, in addition to the device's."""
         config, of_layers = self.config, self.all_layers * self.item
-        # The target of all windows, and two streams of states.
+        # Targets of all windows, and two streams of states.
         windows = config.calibration.samples + config.further
         beside = 3 * windows * config.calibration.seqlen * self.hidden * self.item
-        if placement != "device" and config.evaluation.perplexity.names:  # the states of a text
+        if placement != "device" and config.evaluation.perplexity.names:  # states of a text
             beside = max(beside, self.measured * self.hidden * self.item)
         learns = self.orders or self.masks
         if self.on_a_host and not streams and learns and config.model.source != "random":
-            # Pages of mapped files, beside weights that learning stores otherwise.
+            # Pages of mapped files, in addition to the weights in the layout for learning.
             beside += of_layers
         if placement != "disk" or not self.methods.mask.local:
-            beside += self.pruned // 8  # masks, a bit a weight
+            beside += self.pruned // 8  # masks, a bit for each weight
         if placement == "host" and streams:
-            # Pinned memory, of which torch gives each tensor a power of two.
+            # Pinned memory, of which torch allocates a power of two for each tensor.
             for layer in decoder_layers(self.model):
                 for value in layer.parameters():
                     beside += 1 << (value.numel() * self.item - 1).bit_length()
         return beside
-
-
-def _size(window: tuple[int, int]) -> int:
-    """Return the number of layers of a window."""
-    return window[1] - window[0]

@@ -1,6 +1,4 @@
-"""Pruning of one decoder layer after the other; the states between two layers exist at a time."""
-
-from __future__ import annotations
+"""Pruning of one decoder layer after the other, with the states of one layer in memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -38,19 +36,19 @@ from permllm.sparsity.statistics import InputStatistics
 
 @dataclass
 class PrunedModel(PrunedLayer):
-    """Result of pruning all layers in place, so that `weights` stays empty.
+    """Result of pruning all layers in place; `weights` stays empty.
 
-    The error of a group is `||X (W - W')^T||^2 / ||X W^T||^2`, X the inputs in the dense model, W'
-    before the whole network is reconstructed.
+    The output error of a group is `||X (W - W')^T||^2 / ||X W^T||^2`, with X its inputs in the
+    dense model and W' its pruned weights before `Reconstruction.network`.
 
     Attributes:
-        violations: groups of M in permuted order with more than N nonzeros, over all layers.
+        violations: number of permuted groups of M with more than N nonzeros, in all layers.
     """
 
     violations: int = 0
 
     def add(self, layer: PrunedLayer) -> None:
-        """Take over the result of a layer."""
+        """Add the result of a layer."""
         self.masks.take(layer.masks)
         for name in ("orders", "retained", "moved", "output_error"):
             getattr(self, name).update(getattr(layer, name))
@@ -61,11 +59,11 @@ class Found:
     """Results of the stages before pruning.
 
     Attributes:
-        factors: saliency factors of every linear, from the dense model; None takes them from the
-            inputs that the pruned layers before give.
-        orders: int64 `(C_in,)` by group; None asks the permutation for that of a group when it is
-            pruned.
-        masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose
+        factors: saliency factors of every linear in the dense model; None: they are computed from
+            the inputs after the earlier layers are pruned.
+        orders: permutations, int64 `(C_in,)` by group; None: the permutation method finds each
+            while its group is pruned.
+        masks: permuted N:M masks of every linear, bool `(C_out, C_in)`; None: the pruner chooses
             them.
     """
 
@@ -77,13 +75,14 @@ class Found:
 def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     """Prune the decoder layers of a job's dense model in place, one after the other.
 
+    Afterwards the pruned linears hold `weight * mask`, or the updated weight, with zeros as +0.0.
+
     Args:
-        job: its linears hold `weight * mask` afterwards, or the updated weight, zeros as +0.0; the
-            rest stays dense. Its record keeps each layer that is pruned, so that a run that was
-            stopped continues after it.
-        windows: int64 `(samples, length)`, those of the calibration first, then those that the
-            reconstruction asks for.
-        found: by the stages before.
+        job: job with the model. Its record keeps each pruned layer, so that a stopped run continues
+            after the last one.
+        windows: int64 `(windows, tokens)`, first the windows of the calibration, then those of the
+            reconstruction.
+        found: results of the earlier stages.
     """
     model, config, reconstruction = job.loaded.model, job.config, job.methods.reconstruction
     samples = config.calibration.samples
@@ -97,7 +96,7 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     if reconstruction.learned:
         if target is None:
             chosen, target = slice(0, samples), layers.dense.states()
-        del layers  # with states of all samples, which are not needed any more
+        del layers  # frees the states of all windows
         problem = learning_problem(
             job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target
         )
@@ -114,17 +113,17 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
 
 
 class _Layers:
-    """The decoder layers of a job while they are pruned.
+    """Loop over the decoder layers of a job.
 
     Args:
-        job: of a dense model.
-        tokens: int64 `(samples, length)`, of the calibration.
-        found: by the stages before.
+        job: job with the dense model.
+        tokens: windows of the calibration, int64 `(windows, tokens)`.
+        found: results of the earlier stages.
 
     Attributes:
-        result: of the layers so far.
-        dense: states of the dense model after them.
-        pruned: states of the pruned model; None where nothing depends on them.
+        result: result of the layers so far.
+        dense: states of the dense model after these layers.
+        pruned: states of the pruned model after them; None: nothing depends on them.
     """
 
     def __init__(self, job: Job, tokens: Tensor, found: Found) -> None:
@@ -139,7 +138,7 @@ class _Layers:
         self.pruned = LayerStream(*of_stream) if depends else None
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:
-        """Prune a layer that is on the device, or read an earlier attempt's, and advance states."""
+        """Prune a layer that is on the device, or read its kept result; advance the states."""
         record, name = self.job.record, layer_file(PRUNED_LAYERS, index)
         kept = record.loaded(name, load_layer) if groups else PrunedLayer()
         layer = self._new(index, groups) if kept is None else kept
@@ -166,7 +165,7 @@ class _Layers:
 
     def _read_from_file(self, file: Path, layer: PrunedLayer) -> None:
         """Leave the masks and changed weights of a layer in its file until they are needed."""
-        if not file.is_file():  # rank 0 has written it on another machine
+        if not file.is_file():  # rank 0 wrote it on another machine
             return
         if layer.weights:
             names = {linear_at(self.model, path): weight_name(path) for path in layer.weights}
@@ -176,24 +175,20 @@ class _Layers:
             self.result.masks.set_packed(path, read, layer.masks.shape(path))
 
     def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
-        """Prune a layer, but for its output errors."""
-        layer, statistics = PrunedLayer(), dict[str, InputStatistics]()
-        if self.pruned is not None:
-            with collecting(self.model, groups, self.asked) as statistics:
-                for _ in self.pruned.forward(index):
-                    pass
+        """Prune a layer; its output errors are measured later."""
+        layer = PrunedLayer()
+        with collecting(self.model, groups, self.asked) as statistics:
+            for _ in self.pruned.forward(index) if self.pruned is not None else ():
+                pass
         for group in groups:
-            self._add(group, statistics.get(group.name), layer)
+            self._add(group, statistics[group.name], layer)
         return layer
 
-    def _add(
-        self, group: ChannelGroup, statistics: InputStatistics | None, layer: PrunedLayer
-    ) -> None:
-        """Prune a group. Its order, masks, changed weights and figures go into the layer."""
+    def _add(self, group: ChannelGroup, statistics: InputStatistics, layer: PrunedLayer) -> None:
+        """Prune a group, and add its permutation, masks, weights and measures to the layer."""
         pruner, reconstruction = self.job.methods.pruner, self.job.methods.reconstruction
         pattern, factors = group.pattern or self.job.config.pattern, self.found.factors
         if factors is None:
-            assert statistics is not None
             factors = member_factors(self.model, group, pruner, statistics)
         order = self._order(group, factors)
         layer.orders[group.name] = order
@@ -205,7 +200,6 @@ class _Layers:
             if self.found.masks is not None:
                 mask = self.found.masks[path].to(dense.device)
             if pruner.updates_weights:
-                assert statistics is not None
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
             elif mask is None:
                 mask = permuted_nm_mask(scores, perm, pattern)
@@ -219,6 +213,7 @@ class _Layers:
         layer.retained[group.name] = kept / max(total, 1e-300)
 
     def _order(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
+        """Return the permutation of a group."""
         if self.found.orders is not None:
             return self.found.orders[group.name]
         job, scores = self.job, []
@@ -238,11 +233,12 @@ def _comparing(
     weights: dict[str, Tensor],
     errors: dict[str, float],
 ) -> Iterator[None]:
-    """Measure the output error of each group under the new weights while the dense layer runs."""
+    """Measure the output error of each group with the new weights while the dense layer runs."""
     device = next(model.parameters()).device
     sums = {group.name: torch.zeros(2, dtype=torch.float64, device=device) for group in groups}
 
     def compare(name: str, path: str, linear: Any, args: tuple[Tensor], output: Tensor) -> None:
+        """Add the squares of the difference and of the dense output."""
         difference = nn.functional.linear(args[0], linear.weight - weights[path])
         reference = output if linear.bias is None else output - linear.bias
         parts = [part.float().square().sum().double() for part in (difference, reference)]

@@ -1,6 +1,4 @@
-"""Methods that the settings of a job name, checked before it computes, and what they learn from."""
-
-from __future__ import annotations
+"""Methods of a job, checked before the job computes, and the problems that they learn from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +28,8 @@ from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
-# Groups in the order in which their methods learn, each with a key of the lines of the history that
-# are no earlier group's.
+# Groups, in the order in which their methods learn. Each has a key that its entries of the history
+# have, and entries of earlier groups do not.
 _LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": "weights_learned"}
 # Base class of the methods of each group.
 METHODS = {
@@ -48,9 +46,9 @@ class Methods:
 
     Attributes:
         pruner: the base pruner.
-        permutation: finds the order of each channel group.
-        mask: finds the masks, unless it leaves them to the pruner.
-        reconstruction: changes the kept weights.
+        permutation: method that finds the permutation of each channel group.
+        mask: method that finds the masks, or leaves them to the pruner.
+        reconstruction: method that changes the kept weights.
     """
 
     pruner: Pruner
@@ -60,23 +58,23 @@ class Methods:
 
     @property
     def all(self) -> tuple[Method, ...]:
-        """All of them, in the order of the attributes."""
+        """All four methods, in the order of the attributes."""
         return self.pruner, self.permutation, self.mask, self.reconstruction
 
     @property
     def change_weights(self) -> bool:
-        """Tell whether the kept weights become others than the dense model's."""
+        """Tell whether the kept weights differ from the dense model's."""
         return self.pruner.updates_weights or self.reconstruction.changes_weights
 
     @property
     def learned(self) -> dict[str, Any]:
-        """Return the permutation and the mask that train, by group, in their order."""
+        """Return the methods among permutation and mask that train, by group."""
         both = {"permutation": self.permutation, "mask": self.mask}
         return {group: method for group, method in both.items() if method.learned}
 
     @property
     def needs_device(self) -> str | None:
-        """Return why all weights must be on the device at once; None if layers may come singly."""
+        """Return the reason why all weights must be on the device at once; None: no reason."""
         return next((reason for method in self.all if (reason := method.needs_device())), None)
 
 
@@ -85,12 +83,12 @@ class Job:
     """Parts of a job that its stages work on.
 
     Attributes:
-        config: its settings.
-        methods: of the settings.
-        record: its results, in a run directory or in memory.
-        logger: where its numbers stream to.
+        config: settings of the job.
+        methods: methods of the settings.
+        record: results of the job, in a run directory or in memory.
+        logger: logger of the job's measures.
         loaded: the model, dense until it is pruned.
-        groups: channel groups of the model that are pruned, all layers.
+        groups: pruned channel groups of all layers.
         products: dtype of matrix products before the evaluation.
     """
 
@@ -109,16 +107,16 @@ class Job:
 
     @property
     def permutation_key(self) -> str:
-        """Return the setting that named the permutation."""
+        """Return the setting that names the permutation, for messages."""
         return f"permutation={self.config.permutation.get('name')}"
 
 
 def methods_of(config: RunConfig) -> Methods:
-    """Make the methods that the settings name.
+    """Return the methods that the settings name.
 
     Raises:
-        ConfigError: one cannot be made, or a rule between its settings and those of the run is
-            broken.
+        ConfigError: a method cannot be made, or its settings and those of the run contradict each
+            other.
     """
     made = {}
     for group, base in METHODS.items():
@@ -140,8 +138,8 @@ def methods_of(config: RunConfig) -> Methods:
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise ConfigError where a method's `name`, which names its runs, is another option's."""
-    if not HydraConfig.initialized():  # nothing was chosen by its file's name
+    """Raise ConfigError if a method's `name`, which names its runs, is another option."""
+    if not HydraConfig.initialized():  # no option was chosen on a command line
         return
     chosen, options = HydraConfig.get().runtime.choices, options_of()
     for group in METHODS:
@@ -153,10 +151,10 @@ def check_names(config: RunConfig) -> None:
 def checked_groups(
     config: RunConfig, methods: Methods, model: PreTrainedModel
 ) -> list[ChannelGroup]:
-    """Return the channel groups of a model that are pruned, all layers.
+    """Return the pruned channel groups of a model.
 
     Raises:
-        ConfigError: the model is pruned already, M does not divide a group's channels, or a method
+        ConfigError: the model is already pruned, M does not divide a group's channels, or a method
             cannot work on the model.
     """
     check_dense(config.model.path or config.model.name, model.config)
@@ -172,8 +170,8 @@ def windows_for(method: object, calibration: int) -> slice:
     """Return the windows of the text that a method learns from.
 
     Args:
-        method: may have `samples` and `skip`.
-        calibration: number of windows of the calibration, which are the first ones.
+        method: a method that may have `samples` and `skip`.
+        calibration: number of calibration windows, the first ones of the text.
     """
     samples, skip = getattr(method, "samples", None), getattr(method, "skip", None)
     return windows_learned_from(samples, skip, calibration)
@@ -187,15 +185,15 @@ def learning_problem(
     factors: Mapping[str, SaliencyFactors],
     target: Tensor,
 ) -> LearningProblem:
-    """Return the problem of a method, whose steps and epochs go to the record and the logger.
+    """Return the problem of a method, which writes steps and epochs to the record and the logger.
 
     Args:
-        job: of the method.
-        group: of the method: `permutation`, `mask` or `reconstruction`.
-        tokens: int64 `(samples, length)`, to learn from.
-        calibration: int64 `(samples, length)`, those that the factors are of.
+        job: job of the method.
+        group: group of the method: `permutation`, `mask` or `reconstruction`.
+        tokens: windows to learn from, int64 `(windows, tokens)`.
+        calibration: windows of the factors, int64 `(windows, tokens)`.
         factors: saliency factors of the linears.
-        target: dense output of the last layer for the tokens, `(samples, length, hidden)`.
+        target: dense output of the last layer for `tokens`, `(windows, tokens, hidden)`.
     """
     config, record, logger = job.config, job.record, job.logger
     groups = list(_LINES)
@@ -203,9 +201,10 @@ def learning_problem(
     earlier = [line for line in record.history if _LINES[group] not in line]
 
     def on_resume(epochs: list[dict[str, Any]]) -> None:
+        """Write the finished epochs to the record, and log those that were not logged."""
         logged = len(record.history)
         record.write_history([*earlier, *epochs])
-        # The process before may have ended between checkpoint and history.
+        # The earlier process may have ended after the checkpoint and before the history.
         for number, values in enumerate(record.history[logged:], logged + 1):
             logger.log_epoch(values, number)
 
@@ -231,9 +230,10 @@ def learning_problem(
 
 
 def _steps_of(job: Job, group: str) -> int:
-    """Return the number of steps in which the method of a group learns."""
+    """Return the number of steps of the method of a group."""
     method = getattr(job.methods, group)
     if not isinstance(method, LearningSettings):
         return 0
     count = method.samples or job.config.calibration.samples
-    return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
+    stages = len(method.spans(len(decoder_layers(job.loaded.model))))
+    return stages * method.steps_for(count)

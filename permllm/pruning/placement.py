@@ -1,6 +1,4 @@
-"""The place of a job's weights, by the settings or the first that fits; settings that would fit."""
-
-from __future__ import annotations
+"""Placement of a job's weights by the settings or the memory, and settings that need less."""
 
 import logging
 import math
@@ -19,30 +17,30 @@ from permllm.runtime.speed import CARDS
 
 log = logging.getLogger(__name__)
 
-# The share of the memory that a job may be estimated to take; estimates are right to within 15 %.
+# Largest estimate as a share of the memory, because estimates are right to within 15 %.
 FITS = 0.85
 
 
 def placements(footprint: Footprint) -> list[Placement]:
-    """Return the placements that a job can have, the fastest first."""
+    """Return the placements that a job can have, from the fastest to the slowest."""
     if footprint.methods.needs_device:
         return ["device"]
-    # One process has nobody to share with, a random model no files.
+    # One process has no other process to share layers with, and a random model has no files.
     without = {"sharded"} if parallel.world_size() == 1 else set()
     without |= {"disk"} if footprint.config.model.source == "random" else set()
     return [name for name in PLACEMENTS if name not in without]
 
 
 def placement_for(footprint: Footprint) -> Placement:
-    """Return the placement of a job's weights: that of the settings, or the first that fits here.
+    """Return the placement of a job's weights by the settings, or the first that fits.
 
-    Where none fits, the one that needs least is tried, because needs are estimates. A warning names
-    settings that would fit.
+    If no placement fits, the job tries the one that needs least memory, because needs are
+    estimates. A warning then names settings that would fit.
     """
     name, reasons = _first_that_fits(footprint)
     if name:
         if reasons:
-            log.info("model.placement=%s, as %s", name, "; ".join(reasons))
+            log.info("model.placement=%s, because %s", name, "; ".join(reasons))
         return name
     last = _allowed(footprint)[-1]
     would = "; ".join(would_fit(footprint)) or "no other setting is known to fit"
@@ -51,24 +49,24 @@ def placement_for(footprint: Footprint) -> Placement:
 
 
 def would_fit(footprint: Footprint) -> list[str]:
-    """Return settings under which a job would fit that does not, each with what it needs."""
+    """Return settings with which the job would fit, each with the memory that it needs."""
     found = []
     for word, changed in _changes(footprint.config, footprint.methods):
         try:
             methods = methods_of(changed)
             checked_groups(changed, methods, footprint.model)
-        except ConfigError:  # a rule of this job forbids it
+        except ConfigError:  # another setting of this job contradicts it
             continue
         other = Footprint(changed, footprint.model, methods, footprint.device)
         if name := _first_that_fits(other)[0]:
             needs = other.needs(name)
-            sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB of the host"
+            sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB on the host"
             found.append(f"{word} would fit: {sizes}, with model.placement={name}")
     return found
 
 
 def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConfig]]:
-    """Yield settings that need less, and the config with each; those of the same result first."""
+    """Yield settings that need less memory, and the config with each."""
     if config.model.placement != "auto":
         yield "model.placement=auto", replace(config, model=replace(config.model, placement="auto"))
     for group, method in methods.learned.items():
@@ -96,10 +94,10 @@ def _allowed(footprint: Footprint) -> list[Placement]:
 
 
 def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
-    """Return the first placement that fits, None for none, and why those before it do not."""
+    """Return the first placement that fits, or None, and why earlier ones do not fit."""
     device, card = footprint.device, footprint.config.plan_on
     host: float = available_host_memory() // processes_here()
-    if card:  # nothing is known of its host
+    if card:  # its host is unknown
         free, host = CARDS[card][-1] * 1e9, math.inf
     else:
         free = host if device.type == "cpu" else free_memory(device)

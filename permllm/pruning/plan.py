@@ -1,6 +1,4 @@
-"""`plan=true`: channel groups, layers that learn together, memory and minutes, without weights."""
-
-from __future__ import annotations
+"""Output of `plan=true`: channel groups, stages, memory and minutes, without loading weights."""
 
 from collections import Counter
 
@@ -14,7 +12,7 @@ from permllm.runtime.speed import speed_of
 from permllm.runtime.terminal import terminal
 
 _HEADINGS = ("group", "members", "N:M", "channels", "rows", "blocks", "logits", "layers")
-# Sizes of accelerators' memory, GB.
+# Memory sizes of accelerators in GB.
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 
 
@@ -29,19 +27,23 @@ def print_plan(of: Footprint) -> None:
     zeros = sum(count * (nm.m - nm.n) / nm.m for nm, count in of.weights.items())
     share = zeros / sum(group.channels * sum(group.rows) for group in of.every)
     pruned = ", ".join(f"{count} to {pattern}" for pattern, count in of.weights.items())
-    linears = f"{share:.2%} of the layers' linears become zeros"
-    console.print(f"{of.parameters} parameters; pruned are {pruned}: {linears}")
+    console.print(
+        f"The model has {of.parameters} parameters. Pruned weights: {pruned}. "
+        f"{share:.2%} of the linears' weights in the decoder layers become zeros."
+    )
     learns = "it learns only with permutation.layers_per_stage=all and all layers"
     for name in plan.stays if plan else []:
-        console.print(f"{name} stays where it starts: {learns}")
-    for what, learn in {"orders": plan, "masks": of.masks}.items():
-        sizes = [stop - first for first, stop in learn.windows] if learn else []
+        console.print(f"{name} stays at its start: {learns}")
+    for what, learn in {"permutations": plan, "masks": of.masks}.items():
+        sizes = [len(span) for span in learn.spans] if learn else []
         if sizes:
-            console.print(f"{what} learn {max(sizes)} layers at a time, of {sum(sizes)}")
+            console.print(f"{what} learn {max(sizes)} layers at a time, {sum(sizes)} in all")
     console.print(_needs(of))
     where = f"{config.plan_on} with 16 cores" if config.plan_on else f"{of.device}, as measured now"
-    estimates = "estimates, memory within 15 %, minutes within a factor of two"
-    console.print(f"{estimates}: {where}; model and texts are there already")
+    console.print(
+        f"Estimates for {where}: memory within 15 %, minutes within a factor of two, without "
+        "downloads."
+    )
 
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
@@ -62,7 +64,7 @@ def _needs(of: Footprint) -> Table:
     title = "GB by stage and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
     for name in (*names, f"minutes, {chosen}"):
-        table.add_column(f"{name}, taken here" if name == chosen else name, justify="right")
+        table.add_column(f"{name} (chosen)" if name == chosen else name, justify="right")
     for stage in needs[chosen].stages:
         sizes = (f"{needs[name].stages[stage] / 1e9:.2f}" for name in names)
         table.add_row(stage, *sizes, f"{minutes[chosen][stage]:.1f}")
@@ -74,6 +76,6 @@ def _needs(of: Footprint) -> Table:
 
 
 def _card(size: int) -> str:
-    """Return the smallest card that such a job fits."""
+    """Return the smallest card on which a job of `size` bytes fits."""
     fits = (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS)
     return next(fits, f"more than {_CARDS[-1]} GB")

@@ -1,6 +1,4 @@
-"""Base of reconstructions, which change the kept weights once the masks are known."""
-
-from __future__ import annotations
+"""Base of the reconstructions, which change the kept weights under given masks."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,16 +14,15 @@ from permllm.training.problem import LearningProblem
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A linear whose mask was chosen.
+    """Linear after its mask was chosen.
 
     Attributes:
         dense: the dense weight, `(C_out, C_in)`.
-        weight: the pruned weight as the pruner left it, same shape, +0.0 outside of the mask.
-        mask: bool, same shape, original channel order.
-        perm: int64 `(C_in,)`.
-        pattern: N:M, which the mask obeys in permuted order.
-        statistics: those that the reconstruction names, of the inputs that the pruned layers before
-            give; None where no weight changes.
+        weight: the weight that the pruner returned, same shape, +0.0 outside of the mask.
+        mask: bool, same shape, in original channel order.
+        perm: permutation of the channels, int64 `(C_in,)`.
+        pattern: N:M of the permuted mask.
+        statistics: statistics of the inputs after the earlier layers are pruned.
     """
 
     dense: Tensor
@@ -33,19 +30,18 @@ class PrunedLinear:
     mask: Tensor
     perm: Tensor
     pattern: NMPattern
-    statistics: InputStatistics | None
+    statistics: InputStatistics
 
 
 @dataclass(frozen=True)
 class PrunedNetwork:
-    """The model when all of its layers are pruned.
+    """Model after all of its layers are pruned.
 
     Attributes:
-        problem: the model with its pruned weights, and windows with the dense model's output: those
-            that `samples` and `skip` of the reconstruction ask for, or all of the calibration where
-            they are its first ones.
-        linears: its pruned linears.
-        masks: bool `(C_out, C_in)` for each of them, on the host, made when it is asked for.
+        problem: the pruned model, and windows of text with the dense model's output. `samples` and
+            `skip` of the reconstruction choose the windows.
+        linears: the pruned linears.
+        masks: bool `(C_out, C_in)` for each linear, on the host; an iteration makes one at a time.
     """
 
     problem: LearningProblem
@@ -54,14 +50,14 @@ class PrunedNetwork:
 
 
 class Reconstruction(Method):
-    """Base of the reconstructions: of one linear after the other, then of the whole model.
+    """Base of the reconstructions, of one linear after the other and then of the whole model.
 
     Attributes:
-        learned: it has `network`, which trains the kept weights of all layers together, in all
-            ranks together. It has `batch_size`, samples a step, and may have `loss`, as
-            `permllm.training.losses` names them.
-        changes_weights: false only where it does nothing.
-        statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
+        learned: True: `network` trains the kept weights of all layers together, in all ranks. The
+            class then has `batch_size`, the windows in a step, and may have `loss`, a name in
+            `permllm.training.losses`.
+        changes_weights: False: the reconstruction changes nothing.
+        statistics: classes of the statistics that `linear` needs (`permllm.sparsity`).
     """
 
     changes_weights: bool = True
@@ -76,12 +72,13 @@ class Reconstruction(Method):
 
     @override
     def needs_device(self) -> str | None:
+        """Return the reason why all weights must be on the device at once; None: no reason."""
         if not self.learned:
             return None
         return f"reconstruction: {type(self).__name__} trains all kept weights together"
 
 
 class NoReconstruction(Reconstruction):
-    """The kept weights stay as the pruner left them."""
+    """Reconstruction that keeps the weights of the pruner."""
 
     changes_weights = False

@@ -1,7 +1,5 @@
 """RIA, relative importance and activations (Zhang et al. 2024, "Plug-and-Play", equations 3, 4)."""
 
-from __future__ import annotations
-
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -15,17 +13,20 @@ from permllm.sparsity.statistics import InputStatistics, Norm
 
 @dataclass(frozen=True, config=SETTINGS)
 class RIA(Pruner):
-    """`S[i, j] = (|W[i, j]| / column sum j + |W[i, j]| / row sum i) * norm(x_j)^exponent`."""
+    """Pruner by `S[i, j] = (|W[i, j]| / sum of column j + |W[i, j]| / sum of row i) * a_j`.
+
+    Here `a_j = norm(x_j)^exponent`, and the sums are of magnitudes.
+    """
 
     exponent: Amount = 0.5
     statistics = (Norm,)
 
     @override
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Return a term for the column sums and one for the row sums."""
+        """Return two terms, one with the column sums and one with the row sums."""
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         activation = statistics[Norm].value.pow(self.exponent)
-        # A sum of zero belongs to weights that are all zero.
+        # If a sum is zero, all its weights are zero.
         sums = magnitude.sum(0), magnitude.sum(1)
         of_column, of_row = (torch.where(total > 0, 1.0 / total, 0.0) for total in sums)
         return SaliencyFactors(

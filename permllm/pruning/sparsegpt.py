@@ -1,6 +1,4 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774), and OBS, its update for given masks."""
-
-from __future__ import annotations
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774), and its update for given masks, OBS."""
 
 from collections.abc import Callable
 
@@ -23,14 +21,14 @@ _COLUMNS_AT_A_TIME = 128
 
 @dataclass(frozen=True, config=SETTINGS)
 class SparseGPT(Pruner):
-    """`S[i, j] = W[i, j]^2 / [H^-1]_jj` with `H = X X^T + lambda I`, and updated weights."""
+    """Pruner by `S[i, j] = W[i, j]^2 / [H^-1]_jj`, `H = X X^T + lambda I`, that updates weights."""
 
     damping: Positive = 0.01
     statistics = (Gram,)
     updates_weights = True
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Return factors of the order-free saliency `W^2 / [H^-1]_jj` of `weight (C_out, C_in)`."""
+        """Return one term; this saliency does not depend on a permutation."""
         inverse = _inverse_hessian(statistics, self.damping)
         return SaliencyFactors(power=2, column=(1.0 / inverse.diagonal()).unsqueeze(0))
 
@@ -43,16 +41,16 @@ class SparseGPT(Pruner):
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Prune a linear in permuted column order; the columns that follow take up the errors.
+        """Prune a linear, one permuted column after the other; later columns correct the errors.
 
         Args:
-            weight: `(C_out, C_in)`, original channel order.
-            statistics: of the linear's inputs, with the Gram matrix.
-            perm: int64 `(C_in,)`; columns are visited in this order and N:M holds in it.
-            pattern: N:M.
-            mask: bool `(C_out, C_in)`, original order, to keep these weights; None chooses the mask
-                group by group from the weights as corrected so far, by `w^2 / U_jj^2` with U the
-                upper Cholesky factor of `H^-1`.
+            weight: `(C_out, C_in)`, in original channel order.
+            statistics: statistics of the linear's inputs, with the Gram matrix.
+            perm: permutation of the columns, int64 `(C_in,)`.
+            pattern: N:M of the permuted mask.
+            mask: weights to keep, bool `(C_out, C_in)`, in original order. None: choose the mask
+                group by group from the weights corrected so far, by `w^2 / U_jj^2` with U the upper
+                Cholesky factor of `H^-1`.
 
         Returns:
             The updated weight (dtype of `weight`, zeros are +0.0) and its mask, both in original
@@ -70,15 +68,14 @@ class SparseGPT(Pruner):
 
 @dataclass(frozen=True, config=SETTINGS)
 class OBS(Reconstruction):
-    """Optimal brain surgeon: SparseGPT's update of the kept weights, under masks that are given."""
+    """Optimal brain surgeon, SparseGPT's update of the kept weights under given masks."""
 
     damping: Positive = 0.01
     statistics = SparseGPT.statistics
 
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
-        """Return the updated weight, from the dense one."""
-        assert pruned.statistics is not None
+        """Return the dense weight after the update."""
         update = SparseGPT(self.damping).update
         dense, statistics = pruned.dense, pruned.statistics
         return update(dense, statistics, pruned.perm, pruned.pattern, pruned.mask)[0]
@@ -90,13 +87,13 @@ Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tenso
 def prune_columns(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None, prune: Prune
 ) -> Tensor:
-    """Prune columns in their order, and return the mask, bool `(C_out, C_in)`.
+    """Prune columns from the first to the last, and return the mask, bool `(C_out, C_in)`.
 
     Args:
-        w: `(C_out, C_in)`, updated in place: kept weights are right afterwards, others about zero.
+        w: `(C_out, C_in)`, updated in place. Pruned weights end about zero, not at zero.
         upper: `(C_in, C_in)`, the upper Cholesky factor of the inverse Hessian.
         pattern: N:M.
-        keep: the mask; None chooses it.
+        keep: the mask; None: choose it.
         prune: `by_columns` or `by_groups`.
     """
     step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
@@ -114,7 +111,7 @@ def prune_columns(
 def by_columns(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Prune a block of columns one after the other; return their errors and the mask."""
+    """Prune the columns of a block one after the other; return their errors and the mask."""
     errors, kept = torch.empty_like(w), keep
     if kept is None:
         kept = torch.empty_like(w, dtype=torch.bool)
@@ -132,11 +129,11 @@ def by_columns(
 def by_groups(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Prune a block as `by_columns` up to rounding, in a third of a GPU's launches.
+    """Prune a block as `by_columns` does, up to rounding, in a third of a GPU's launches.
 
-    Weights are divided by their entries of the diagonal. Then the errors `e` of a row in a group
-    solve `e_j + sum_{i < j} e_i upper_ij = w_j` where j is pruned, and `e_j = 0` where it is kept:
-    a triangular system for each row.
+    Weights are divided by the diagonal of `upper`. Then the errors `e` of a row in a group solve a
+    triangular system: `e_j + sum_{i < j} e_i upper_ij = w_j` if j is pruned, and `e_j = 0` if j is
+    kept.
     """
     scale = upper.diagonal()
     upper, scaled = upper / scale, w / scale
@@ -171,8 +168,8 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(hessian)
         if info.any():
             raise TrainingError(
-                "the Hessian of a linear's inputs is not positive definite: "
-                "use a larger damping or more text"
+                "the Hessian of a linear's inputs is not positive definite; expected a larger "
+                "damping or more text"
             )
         return torch.cholesky_inverse(factor)
 

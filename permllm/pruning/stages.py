@@ -1,10 +1,8 @@
-"""Stages that make a pruned model out of a dense one: calibrate, permute, learn masks, prune.
+"""Stages that make a pruned model out of a dense model: calibrate, permute, mask, prune.
 
-The stages share arguments: `drawn` are the windows of the text, int64 `(samples, length)`, those of
-the calibration first, and `dense` is the result of `calibrate`.
+The stages share arguments: `drawn` are the windows of the text, int64 `(windows, tokens)`, the
+calibration windows first. `dense` is the result of `calibrate`.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
@@ -28,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
-    """Prune the job's model in place; its record keeps seconds, figures and files.
+    """Prune the job's model in place; the record keeps seconds, measures and files.
 
     Args:
-        job: model and methods.
-        read_tokens: gives the calibration windows and `config.further` ones after them, int64
-            `(samples, seqlen)`; its time counts as calibration.
+        job: job with model and methods.
+        read_tokens: returns the calibration windows and `config.further` windows after them, int64
+            `(windows, tokens)`; its time counts as calibration.
     """
     record, found = job.record, Found()
     statistics_are_dense = job.config.calibration.statistics == "dense"
@@ -45,12 +43,12 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
         orders = found_orders(job, drawn, dense)
         factors = dense.factors if statistics_are_dense else None
         found = Found(factors, orders, found_masks(job, drawn, dense, orders))
-    del dense  # the states that were learned from: pruning needs none of them
+    del dense  # frees the targets of learning
     with record.stage("prune", job.device):
         pruned = prune(job, drawn, found)
         if pruned.violations:
             log.warning(
-                "the pruned model is not N:M: %d groups of M hold more than N nonzeros",
+                "the pruned model is not N:M: %d groups of M have more than N nonzeros",
                 pruned.violations,
             )
         record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
@@ -63,10 +61,10 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
 
 
 def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
-    """Calibrate all linears of the dense model: jobs that keep some of them dense share the result.
+    """Calibrate all linears of the dense model, so that jobs with other `keep_dense` can reuse it.
 
-    The targets are those of the calibration samples, and of the further samples that orders and
-    masks learn from.
+    The result has targets for the calibration windows, and for the windows after them from which
+    permutations and masks learn.
     """
     config, samples = job.config, job.config.calibration.samples
     how = config.calibration.batch_size, job.products
@@ -78,7 +76,7 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
     further = slice(samples, max(stops, default=0))
     if further.stop > samples:
         calibrated = dense.target
-        # Samples that nothing asks for stay empty.
+        # Targets of windows that only the reconstruction reads stay uninitialised.
         dense.target = calibrated.new_empty(len(drawn), *calibrated.shape[1:])
         dense.target[:samples] = calibrated
         dense.target[further] = shared_target(job.loaded, drawn[further], *how)
@@ -95,7 +93,7 @@ def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) 
 
 
 def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
-    """Return the orders of the channel groups, int64 `(C_in,)` by their names."""
+    """Return the permutations of the channel groups, int64 `(C_in,)` by their names."""
     key = job.permutation_key
 
     def compute() -> dict[str, Tensor]:
@@ -104,7 +102,7 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
             found = job.methods.permutation.orders(problem)
         if not isinstance(found, Mapping):
             kind = type(found).__name__
-            raise ConfigError(f"{key}: `orders` must give a dict by channel group, not a {kind}")
+            raise ConfigError(f"{key}: `orders` returns a {kind}; expected a dict by channel group")
         return {
             group.name: checked_order(key, group.name, group.channels, found.get(group.name))
             for group in job.groups
@@ -117,7 +115,7 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
 def found_masks(
     job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor] | None:
-    """Return the masks of all linears under orders by channel group; None leaves the choice."""
+    """Return the masks of all linears under the permutations; None: the pruner chooses them."""
     if job.methods.mask.local:
         return None
 
@@ -141,7 +139,7 @@ def _keep_weights(job: Job) -> None:
 
 
 def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
-    """Return the figures of a pruned model in `metrics.json`, before it is evaluated."""
+    """Return the measures of a pruned model for `metrics.json`, before its evaluation."""
     groups = channel_groups(job.loaded.model)
     patterns = differing_patterns(groups, job.groups)
     of_model = sum(group.channels * sum(group.rows) for group in groups)

@@ -1,6 +1,4 @@
-"""Wanda (Sun et al. 2024, arXiv 2306.11695, equation 1), and magnitude pruning beside it."""
-
-from __future__ import annotations
+"""Wanda (Sun et al. 2024, arXiv 2306.11695, equation 1), and magnitude pruning."""
 
 from torch import Tensor
 from typing_extensions import override
@@ -11,18 +9,20 @@ from permllm.sparsity.statistics import InputStatistics, Norm
 
 
 class Wanda(Pruner):
-    """`S[i, j] = |W[i, j]| * norm(x_j)`, the norm as a root mean square over tokens."""
+    """Pruner by `S[i, j] = |W[i, j]| * norm(x_j)`; the norm is a root mean square over tokens."""
 
     statistics = (Norm,)
 
     @override
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        """Return one term, the norms."""
         return SaliencyFactors(power=1, column=statistics[Norm].value.unsqueeze(0))
 
 
 class Magnitude(Pruner):
-    """`S = |W|`."""
+    """Pruner by the magnitude, `S = |W|`."""
 
     @override
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        """Return one term, ones."""
         return SaliencyFactors(power=1, column=weight.new_ones(1, weight.shape[1]).float())

@@ -1,6 +1,4 @@
-"""Calibration of the dense model by a text, once for all jobs with this model, text and pruner."""
-
-from __future__ import annotations
+"""Calibration of the dense model; all jobs with the same model, text and pruner share it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,9 +28,9 @@ class Pruner(Method, ABC):
     """Base of the pruners.
 
     Attributes:
-        statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
-        updates_weights: `update` chooses the mask and corrects the kept weights; otherwise masks
-            are the N:M mask of the saliency.
+        statistics: classes of the statistics that `factors` and `update` need.
+        updates_weights: True: `update` chooses the mask and corrects the kept weights. False: the
+            mask keeps the N most salient weights of every M.
     """
 
     statistics: Statistics = ()
@@ -40,7 +38,7 @@ class Pruner(Method, ABC):
 
     @abstractmethod
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Return saliency factors of `weight (C_out, C_in)` from the statistics that are named."""
+        """Return the saliency factors of `weight (C_out, C_in)`."""
 
     def update(
         self,
@@ -50,7 +48,7 @@ class Pruner(Method, ABC):
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the updated weight and its mask, as `SparseGPT.update`, if weights are updated."""
+        """Return the updated weight and its mask; `SparseGPT.update` has the arguments."""
         raise NotImplementedError
 
 
@@ -60,8 +58,8 @@ class DenseCalibration:
 
     Attributes:
         factors: saliency factors of every linear, by module path, on the CPU.
-        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host, which
-            learning matches.
+        target: target of learning, the output of the last decoder layer, `(windows, tokens,
+            hidden)` on the host.
     """
 
     factors: dict[str, SaliencyFactors]
@@ -80,12 +78,12 @@ def calibrate_dense(
     """Return the saliency factors of all linears of the dense model, and the target of learning.
 
     Args:
-        model: dense, of a known family.
-        groups: of the model, all layers.
-        tokens: int64 `(samples, length)`.
-        pruner: its statistics are summed, for one layer at a time.
-        batch_size: samples a forward.
-        compute_dtype: of the model's matrix products; None is that of its weights.
+        model: dense model of a known family.
+        groups: all its channel groups.
+        tokens: int64 `(windows, tokens)`.
+        pruner: pruner that makes the factors; only one layer's statistics are in memory.
+        batch_size: windows in a forward.
+        compute_dtype: dtype of the model's matrix products; None: dtype of its weights.
         norm_tokens: as in `InputStatistics`.
     """
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
@@ -108,19 +106,19 @@ def shared_calibration(
     compute_dtype: torch.dtype,
     norm_tokens: int = 1,
 ) -> DenseCalibration:
-    """Return the result of `calibrate_dense` for all linears, or what an earlier job kept of it.
+    """Return the result of `calibrate_dense` for all linears, from the cache if it has the result.
 
-    The target follows from model and text alone, so that jobs with another pruner do not keep it a
-    second time. `pruner_settings` are the plain values that the pruner was made from.
+    The target depends only on model and text, so jobs with another pruner find it in the cache.
+    `pruner_settings` are the settings of the pruner.
     """
 
-    @cache  # one pass gives both
+    @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:
         groups, how = channel_groups(loaded.model), (batch_size, compute_dtype, norm_tokens)
         return calibrate_dense(loaded.model, groups, tokens, pruner, *how)
 
     kept = partial(_kept, loaded, tokens, batch_size, compute_dtype)
-    # The version of this package is part of the key; that of someone's own pruner is not known.
+    # A third-party pruner is not cached, because the key has only the version of this package.
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
         packed = kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
@@ -134,13 +132,17 @@ def shared_calibration(
 def shared_target(
     loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
-    """Return the target of learning for further tokens, or what an earlier job kept of it."""
+    """Return the target of learning for more tokens, from the cache if it has the target."""
     how = batch_size, compute_dtype
 
-    def compute() -> dict[str, Tensor]:
-        return {"target": last_states(loaded.model, tokens, *how)}
-
-    return _kept(loaded, tokens, *how, "target", {}, compute)["target"]
+    return _kept(
+        loaded,
+        tokens,
+        *how,
+        "target",
+        {},
+        lambda: {"target": last_states(loaded.model, tokens, *how)},
+    )["target"]
 
 
 def _kept(
@@ -152,9 +154,9 @@ def _kept(
     more: Mapping[str, Any],
     compute: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Return tensors by name that follow from model, text and `more`, or what a job kept of them.
+    """Return tensors by name that depend on model, text and `more`, from the cache if possible.
 
-    Nothing is kept of a model without an identity.
+    Results of a model without an identity are not cached.
     """
     if not loaded.identity:
         return compute()
@@ -169,7 +171,7 @@ def _kept(
 
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
-    """Return factors by module path as tensors by name, exactly."""
+    """Return factors by module path as tensors by name, without loss."""
     packed = {}
     for path, values in factors.items():
         packed[f"{path}/power"] = torch.tensor(values.power)
@@ -180,7 +182,7 @@ def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
 
 
 def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
-    """Return the factors that `packed_factors` has packed."""
+    """Return the factors out of the result of `packed_factors`."""
     factors = {}
     for name, power in tensors.items():
         path, _, part = name.rpartition("/")
@@ -193,11 +195,11 @@ def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors
 def member_factors(
     model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
 ) -> dict[str, SaliencyFactors]:
-    """Return the saliency factors of the linears of a group, by path, from what they read.
+    """Return the saliency factors of the linears of a group, by path.
 
     Raises:
-        ConfigError: the pruner gives something else than factors of a linear.
-        TrainingError: they are not finite, as where the states of a float16 model overflow.
+        ConfigError: the pruner does not return valid factors.
+        TrainingError: the factors are not finite, perhaps because a float16 model overflows.
     """
     found = {}
     for path in group.members:
@@ -207,18 +209,18 @@ def member_factors(
 
 
 def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
-    """Return the factors that a pruner has given for a linear; raise as `member_factors`."""
+    """Return the factors of a linear after a check; raise as `member_factors`."""
     given = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
     if not isinstance(factors, SaliencyFactors):
-        raise ConfigError(f"{given} must be SaliencyFactors, not a {type(factors).__name__}")
+        raise ConfigError(f"{given} are a {type(factors).__name__}; expected SaliencyFactors")
     (rows, channels), column, row = weight.shape, factors.column, factors.row
     terms = 1 if row is None else len(column)
     fits = column.shape in ((terms, channels), (rows, channels))
     if not fits or (row is not None and row.shape != (terms, rows)):
         shapes = f"column {tuple(column.shape)}, row {row if row is None else tuple(row.shape)}"
         raise ConfigError(
-            f"{given} must be (K, {channels}) and (K, {rows}), or a score ({rows}, {channels}) "
-            f"and None; they are {shapes}"
+            f"{given} are {shapes}; expected column (K, {channels}) and row (K, {rows}), or a "
+            f"score ({rows}, {channels}) and None"
         )
     for part in (column,) if row is None else (column, row):
         if not all_finite(part):
@@ -227,14 +229,14 @@ def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> Sali
                 f"{weight.dtype}, or its weights broken?"
             )
         if bool(part.amin() < 0):
-            raise ConfigError(f"{given} must not be negative")
+            raise ConfigError(f"{given} are negative; expected 0 or more")
     return factors
 
 
 def by_layer(
     model: nn.Module, groups: list[ChannelGroup], label: str
 ) -> Iterator[tuple[int, list[ChannelGroup]]]:
-    """Enter each decoder layer, with a bar of progress, and give its index and its groups."""
+    """Enter each decoder layer, with a progress bar; yield its index and its groups."""
     placement = placement_of(model)
     for index in tqdm(range(len(decoder_layers(model))), desc=label, unit="layer"):
         with placement.layer(index):
@@ -248,12 +250,12 @@ def collecting(
     kinds: Iterable[type[InputStatistic]],
     norm_tokens: int = 1,
 ) -> Iterator[dict[str, InputStatistics]]:
-    """Sum statistics of the inputs of each group, by its name, while layers run inside."""
+    """Sum statistics of the inputs of each group, by its name, while layers run."""
     device, found = next(model.parameters()).device, {}
     with ExitStack() as hooks:
         for group in groups:
             sums = InputStatistics(group.channels, device, kinds, norm_tokens)
-            # All members of a group read the same.
+            # All members of a group have the same inputs.
             linear, found[group.name] = linear_at(model, group.members[0]), sums
             hook = linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
             hooks.enter_context(hook)

@@ -1,6 +1,4 @@
-"""Base of all methods, and the making of one from the settings that name it."""
-
-from __future__ import annotations
+"""Base of all methods, and a function that makes a method from its settings."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -16,50 +14,50 @@ from permllm.runtime.values import refused
 class Method:
     """Base of pruners, permutations, masks and reconstructions.
 
-    Its settings are the typed arguments of its class.
+    The settings of a method are the typed arguments of its class.
 
     Attributes:
-        learned: it trains.
-        found_dense: group of a method that finds its result with the dense model's statistics and
-            keeps them; None for others.
+        learned: the method trains.
+        found_dense: group of a method that needs the statistics of the dense model; None: any
+            statistics will do.
     """
 
     learned: bool = False
     found_dense: str | None = None
 
     def validate(self, config: RunConfig) -> None:
-        """Raise ConfigError where settings of the run and of this method contradict each other."""
+        """Raise ConfigError if settings of the run and of this method contradict each other."""
         if self.found_dense and config.calibration.statistics != "dense":
             name = getattr(config, self.found_dense).get("name")
             raise ConfigError(
                 f"calibration.statistics={config.calibration.statistics} is not valid with "
-                f"{self.found_dense}={name}, which is found with dense statistics and keeps them"
+                f"{self.found_dense}={name}; expected dense"
             )
 
     def check_groups(self, config: RunConfig, groups: list[Any], layers: int) -> None:
-        """Raise ConfigError where the method cannot work on a model.
+        """Raise ConfigError if the method cannot work on a model.
 
         Args:
             config: settings of the run.
-            groups: channel groups that are pruned.
+            groups: pruned channel groups.
             layers: number of decoder layers.
         """
 
     def needs_device(self) -> str | None:
-        """Return why all weights must be on the device at once; None if they need not."""
+        """Return the reason why all weights must be on the device at once; None: no reason."""
         return None
 
 
 def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
-    """Return the object that a group names.
+    """Return the object that the settings of a group name.
 
     Args:
-        key: the group, which begins the name of a setting in messages.
-        settings: `_target_` and the arguments, which may name objects in turn; `name` labels the
-            option and is no argument.
+        key: name of the group, for messages.
+        settings: `_target_`, the class, and its arguments, which may be such settings themselves;
+            `name` is the name of the option and no argument.
 
     Raises:
-        ConfigError: the class is not found, an argument is unknown, or a value is not valid.
+        ConfigError: the class is not found, an argument is unknown, or a value is invalid.
     """
     arguments = {}
     for name, value in settings.items():
@@ -71,7 +69,7 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
     module, _, name = target.rpartition(".")
     try:
         kind = getattr(import_module(module), name)
-    except Exception as error:  # a module of someone else's may raise anything
+    except Exception as error:  # a third-party module may raise anything
         raise ConfigError(f"{key}: {target} cannot be imported: {first_line(error)}") from error
     try:
         return kind(**arguments)

@@ -1,19 +1,19 @@
-"""Saliency in factored form, which can be recomputed from the weight and a few vectors.
+"""Saliency in factored form, which is computed from the weight and a few vectors when needed.
 
-The saliency of a weight is `|w|^power` times a small sum of (column vector x row vector):
+The saliency of a weight is `|w|^power` times a small sum of (row vector x column vector):
 
     S[i, j] = |W[i, j]|^power * sum_k row[k, i] * column[k, j]
 
-Magnitude, Wanda and SparseGPT need one term with row = 1, RIA needs two. LCP never stores a
-saliency: it permutes the column vectors with the channels and recomputes. A saliency that is no
-such sum is a dense score, which has a factor for each weight and as many bytes as float32 weights:
+Magnitude, Wanda and SparseGPT need one term with row = 1; RIA needs two terms. LCP stores no
+saliency, because it can permute the column vectors and compute the saliency again. Any other
+saliency needs a dense score, a factor for each weight, which takes as much memory as the weights in
+float32:
 
     S[i, j] = |W[i, j]|^power * score[i, j]
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SaliencyFactors:
-    """Factors of one linear layer's saliency.
+    """Factors of the saliency of one linear.
 
     Attributes:
-        power: exponent of `|W|`: 1, 2, or 0 where a dense score is the saliency itself.
+        power: exponent of `|W|`: 1, 2, or 0 if a dense score is the saliency.
         column: `(K, C_in)`, float32 or float64, nonnegative; a dense score is `(C_out, C_in)`.
-        row: `(K, C_out)`, like `column`; None stands for ones (and K = 1), or belongs to a dense
+        row: `(K, C_out)`, same dtype, nonnegative; None: ones with K = 1, or `column` is a dense
             score.
     """
 
@@ -35,38 +35,39 @@ class SaliencyFactors:
     row: Tensor | None = None
 
     @classmethod
-    def of_each_weight(cls, score: Tensor, power: int = 1) -> SaliencyFactors:
-        """Make the factors of `|W|^power * score`, the score `(C_out, C_in)` and nonnegative."""
+    def of_each_weight(cls, score: Tensor, power: int = 1) -> Self:
+        """Return the factors of `|W|^power * score`, with a nonnegative score `(C_out, C_in)`."""
         return cls(power, score)
 
     @property
     def dense(self) -> bool:
-        """Tell whether there is a factor for each weight instead of vectors."""
+        """Tell whether `column` has a factor for each weight (a dense score)."""
         return self.row is None and len(self.column) > 1
 
-    def permuted(self, perm: Tensor) -> SaliencyFactors:
-        """Return the factors of `W[:, perm]`, for any selection of channels, int64 `(C,)`."""
-        return SaliencyFactors(self.power, self.column[:, perm], self.row)
+    def permuted(self, perm: Tensor) -> Self:
+        """Return the factors of `W[:, perm]`; int64 `perm` may select any channels."""
+        return replace(self, column=self.column[:, perm])
 
-    def scaled(self, factor: float | Tensor) -> SaliencyFactors:
+    def scaled(self, factor: float | Tensor) -> Self:
         """Return the factors of the saliency times a positive scalar."""
-        return SaliencyFactors(self.power, self.column * factor, self.row)
+        return replace(self, column=self.column * factor)
 
-    def to(self, device: torch.device | str) -> SaliencyFactors:
+    def to(self, device: torch.device | str) -> Self:
         """Return the same factors on `device`."""
         row = None if self.row is None else self.row.to(device)
-        return SaliencyFactors(self.power, self.column.to(device), row)
+        return replace(self, column=self.column.to(device), row=row)
 
 
 def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Return the saliency of `weight` `(C_out, C_in)`, in the dtype of the factors, same shape."""
+    """Return the saliency of a weight `(C_out, C_in)`, same shape, in the dtype of the factors."""
     return saliency_t(weight.t(), factors).t()
 
 
 def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Return the saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors.
+    """Return the saliency of a transposed weight `(C_in, C_out)`, same shape.
 
-    Learning uses the transposed layout: a channel is a row there, so a permutation gathers rows.
+    Learning uses the transposed layout, because a row is a channel there and a permutation gathers
+    rows.
     """
     if factors.power == 0:
         return factors.column.t()
@@ -75,8 +76,7 @@ def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
         magnitude = magnitude.square_()
     if factors.row is None:
         return magnitude.mul_(factors.column.t())
-    # No product of matrices: inside of `products_in` that would be rounded, and the mask another
-    # than the pruner's.
+    # Not by a matrix product, because `products_in` would round it and so change the mask.
     score = factors.column[0].unsqueeze(1) * factors.row[0]
     for column, row in zip(factors.column[1:], factors.row[1:], strict=True):
         score.addcmul_(column.unsqueeze(1), row)

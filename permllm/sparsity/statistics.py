@@ -1,6 +1,4 @@
-"""Sums over the inputs of linears: the norm of each channel, the Gram matrix."""
-
-from __future__ import annotations
+"""Sums over the inputs of linears: the norm of each channel, and the Gram matrix."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -12,12 +10,12 @@ from typing_extensions import override
 
 
 class InputStatistic(ABC):
-    """Sums over what a channel group reads, which all of its members share.
+    """Base of the statistics: sums over the inputs of a channel group.
 
     Args:
         channels: C_in.
-        device: where the sums live.
-        norm_tokens: tokens that count as one in a norm, see `InputStatistics`.
+        device: device of the sums.
+        norm_tokens: number of tokens that count as one in a norm, see `InputStatistics`.
     """
 
     @abstractmethod
@@ -29,12 +27,12 @@ class InputStatistic(ABC):
 
     @staticmethod
     def memory(channels: int) -> int:
-        """Return the bytes for a group of so many channels, with what methods derive from it."""
+        """Return the bytes for a group of `channels`, with tensors that methods derive from it."""
         return 8 * channels
 
 
 class Norm(InputStatistic):
-    """Sums of squares of each channel over tokens, float64, for Wanda and RIA."""
+    """Sum of squares of each channel over tokens, float64, for Wanda and RIA."""
 
     def __init__(self, channels: int, device: torch.device | str, norm_tokens: int) -> None:
         self._norm_tokens = norm_tokens
@@ -44,21 +42,22 @@ class Norm(InputStatistic):
 
     @override
     def update(self, rows: Tensor) -> None:
+        """Add the squares of activations, `(tokens, C_in)`."""
         self._tokens += rows.shape[0]
         self._dtype = rows.dtype
         self._square_sum += rows.square().sum(0).double()
 
     @property
     def value(self) -> Tensor:
-        """Root mean square of each channel over tokens, times `sqrt(norm_tokens)`.
+        """Root mean square of each channel over tokens, times `sqrt(norm_tokens)`, `(C_in,)`.
 
-        `(C_in,)`, float32 or the wider dtype of the activations.
+        Its dtype is float32, or the wider dtype of the activations.
         """
         return (self._square_sum / max(self._tokens / self._norm_tokens, 1)).sqrt().to(self._dtype)
 
 
 class Gram(InputStatistic):
-    """Gram matrix `X^T X`: the Hessian of a linear's squared output error (SparseGPT).
+    """Gram matrix `X^T X`, the Hessian of a linear's squared output error (SparseGPT).
 
     Attributes:
         value: float32 `(C_in, C_in)`.
@@ -69,12 +68,14 @@ class Gram(InputStatistic):
 
     @override
     def update(self, rows: Tensor) -> None:
+        """Add the products of activations, `(tokens, C_in)`."""
         self.value.addmm_(rows.t().float(), rows.float())
 
     @staticmethod
     @override
     def memory(channels: int) -> int:
-        return 5 * 4 * channels**2  # with the copies that inverting it needs
+        """Return the bytes of the matrix and of four copies, which inverting it takes."""
+        return 5 * 4 * channels**2
 
 
 Statistics: TypeAlias = tuple[type[InputStatistic], ...]
@@ -87,14 +88,14 @@ class InputStatistics:
 
     Args:
         channels: C_in.
-        device: where the sums live.
-        kinds: the classes.
-        norm_tokens: tokens that count as one in a norm: 1, or the length of a sample for the scale
-            of the released code of Wanda, RIA and PermLLM, `sqrt(sum of squares over all tokens /
-            number of samples)`.
+        device: device of the sums.
+        kinds: classes of the statistics.
+        norm_tokens: number of tokens that count as one in a norm. It is 1, or the length of a
+            window for the norm in the released code of Wanda, RIA and PermLLM, `sqrt(sum of squares
+            over all tokens / number of windows)`.
 
     Attributes:
-        tokens: that were added.
+        tokens: number of tokens that were added.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class InputStatistics:
         self._derived: dict[str, Any] = {}
 
     def update(self, x: Tensor) -> None:
-        """Add the activations `x (..., C_in)`, any floating dtype."""
+        """Add activations `x (..., C_in)` of any floating dtype."""
         rows = x.detach().flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self._derived.clear()
@@ -118,11 +119,11 @@ class InputStatistics:
             statistic.update(rows)
 
     def derived(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that follows from the inputs, computed once for the whole group."""
+        """Return a value that depends on the inputs; it is computed once for the whole group."""
         if name not in self._derived:
             self._derived[name] = compute()
         return self._derived[name]
 
     def __getitem__(self, kind: type[_Kind]) -> _Kind:
-        """Return the statistic of a class that was asked for."""
+        """Return the statistic of a class in `kinds`."""
         return self._held[kind]  # type: ignore[return-value]

@@ -1,6 +1,4 @@
-"""(M-2):M as overlapping 2:4 windows, which sparse tensor cores multiply."""
-
-from __future__ import annotations
+"""Split of an (M-2):M weight into overlapping 2:4 windows, for sparse tensor cores."""
 
 import torch
 from torch import Tensor
@@ -9,10 +7,10 @@ from permllm.config import NMPattern
 
 
 def window_count(pattern: NMPattern) -> int | None:
-    """Return how many 2:4 windows make up M channels, two channels apart; None: none do.
+    """Return the number of 2:4 windows in M channels, two channels apart; None: no split exists.
 
-    2:4 is one window, 6:8 are three. The product has four channels a window, of which 2:4 kernels
-    multiply half: it takes at least (M - 2) / M of the dense time.
+    2:4 is one window, 6:8 are three. Each window has four channels, and 2:4 kernels multiply half
+    of them. So the product takes at least (M - 2) / M of the dense time.
     """
     return pattern.n // 2 if pattern.m % 2 == 0 and pattern.n == pattern.m - 2 else None
 
@@ -20,15 +18,15 @@ def window_count(pattern: NMPattern) -> int | None:
 def as_two_of_four(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
     """Split a weight into 2:4 windows, without rounding and with each value in one window.
 
-    A window takes the first two values that earlier windows have left.
+    A window takes the first two values that no earlier window has taken.
 
     Args:
-        weight: `(C_out, C_in)`, N:M of a pattern that has windows.
-        pattern: N:M.
+        weight: `(C_out, C_in)`, N:M.
+        pattern: N:M, for which `window_count` is not None.
 
     Returns:
-        The weight `(C_out, 2 N C_in / M)`, which is 2:4, and the channel that each of its columns
-        multiplies, int64.
+        The 2:4 weight `(C_out, 2 N C_in / M)`, and int64 `(2 N C_in / M,)`, the input channel of
+        each column.
     """
     blocks = weight.unflatten(1, (-1, pattern.m))
     left, windows = blocks != 0, []

@@ -1,1 +1,1 @@
-"""Gradient training of orders, masks and weights through masked linears."""
+"""Gradient training of permutations, masks and weights through masked linears."""

@@ -1,11 +1,9 @@
 """Elementwise work of a masked linear on a piece of its channels.
 
-These functions make the saliency, the N:M mask, and the parts of the gradients of a permutation.
-They hold the M places of all groups as M tensors and join them at the end, so that a compiler makes
-one pass over memory.
+The functions here make the saliency, the N:M mask, and the parts of a permutation's gradient. They
+hold the M places of all groups as M tensors and join these at the end, so that a compiler makes one
+pass over memory.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -17,15 +15,15 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency_t
 
 
 class Piece(NamedTuple):
-    """Channels of a linear, whole groups of M in permuted order, with their saliency factors.
+    """Channels of a linear with their saliency factors: whole groups of M, permuted.
 
     Attributes:
         weight_t: `(C_in, C_out)`, a channel in a row.
-        channels: int64 `(k,)`, the channels of the piece; None: all of `weight_t`.
-        power: of `|W|` in the saliency: 1, 2, or 0 where a dense score is the saliency itself.
+        channels: int64 `(k,)`, the channels of the piece; None: all channels of `weight_t`.
+        power: exponent of `|W|` in the saliency: 1, 2, or 0 if a dense score is the saliency.
         column: `(K, k)`, saliency factors of the channels; a dense score is `(C_out, k)`.
-        row: `(K, C_out)`; None stands for ones, or belongs to a dense score.
-        n, m: the pattern.
+        row: `(K, C_out)`; None: ones, or `column` is a dense score.
+        n, m: the pattern N:M.
     """
 
     weight_t: Tensor
@@ -38,26 +36,24 @@ class Piece(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Tell whether there is a factor for each weight instead of vectors."""
+        """Tell whether `column` has a factor for each weight (a dense score)."""
         return self.row is None and len(self.column) > 1
 
     def of(self, values: Tensor) -> Tensor:
-        """Return the piece's rows `(k, C_out)` of a tensor like `weight_t`."""
+        """Return the rows of the piece, `(k, C_out)`, in a tensor shaped like `weight_t`."""
         return values if self.channels is None else values.index_select(0, self.channels)
 
 
 class Thresholds(NamedTuple):
-    """Entries of each group that decide the gradient of `swap`: k channels in g = k / M groups.
+    """Entries of each group that decide the gradient of `swap`, for k channels in g = k / M groups.
 
     Attributes:
         masked: the piece times its mask, `(k, C_out)`.
         saliency: `(k, C_out)`.
-        gradient: of the mask entries, kept or not, `(k, C_out)`.
-        last, next: saliency of the smallest kept entry, and of the largest that is not kept,
-            `(g, C_out)`.
-        last_gradient, next_gradient: gradients of the mask at these entries, `(g, C_out)`.
-        stay: change of the loss if a channel stays in its group instead of being taken away,
-            `(k,)`.
+        gradient: gradient of all mask entries, kept and pruned, `(k, C_out)`.
+        last, next: saliency of the smallest kept and of the largest pruned entry, `(g, C_out)`.
+        last_gradient, next_gradient: gradients of these two mask entries, `(g, C_out)`.
+        stay: change of the loss if a channel stays in its group, relative to its removal, `(k,)`.
     """
 
     masked: Tensor
@@ -82,14 +78,14 @@ def softmax_gradients(
     """Return the parts of the gradient of `hard` or `soft` (see `permllm.training.masked_linear`).
 
     Args:
-        piece: of the weight.
-        grad: of the masked weight_t, `(C_in, C_out)`.
-        dtype: of the results.
-        hard: return the hard mask, otherwise the softmax of each group.
+        piece: piece of the weight.
+        grad: gradient of the masked `weight_t`, `(C_in, C_out)`.
+        dtype: dtype of the results.
+        hard: True returns the hard mask; False returns the softmax of each group.
 
     Returns:
-        Each `(k, C_out)`: the piece times its mask; its saliency; the gradient of the saliency; the
-        gradient of the mask; the mask, hard or soft.
+        Five tensors `(k, C_out)`: the piece times its mask, its saliency, the gradient of the
+        saliency, the gradient of the mask, and the mask (hard or soft).
     """
     w = _places(piece.of(piece.weight_t), piece.m)
     s = _saliencies(w, piece)
@@ -114,13 +110,14 @@ def softmax_gradients(
 
 
 def thresholds(piece: Piece, grad: Tensor, dtype: torch.dtype) -> Thresholds:
-    """Return the thresholds of a piece, only `masked` in `dtype`; `grad` as above."""
+    """Return the thresholds of a piece; `masked` has the `dtype`, `grad` is as above."""
     n, w = piece.n, _places(piece.of(piece.weight_t), piece.m)
     s = _saliencies(w, piece)
     ranks = ranks_of(s)
     d = _mask_gradients(w, s, piece, grad)
 
     def at(rank: int, places: list[Tensor]) -> Tensor:
+        """Return the entry of a rank in each group."""
         picked = [
             torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)
         ]
@@ -146,13 +143,13 @@ def thresholds(piece: Piece, grad: Tensor, dtype: torch.dtype) -> Thresholds:
 def joining(
     s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], kept: float
 ) -> Tensor:
-    """Return the change of the loss if a channel takes the place of a random member of a group.
+    """Return the change of the loss if a channel replaces a random member of a group.
 
     Args:
-        s, d: saliency and gradient of the mask of each channel, `(blocks, B, C_out)`.
-        groups: last, next, last_gradient and next_gradient of G groups of the same block, each
-            `(blocks, G, C_out)`.
-        kept: N / M, the probability that the place was that of a kept entry.
+        s, d: saliency of each channel, and gradient of its mask, `(blocks, B, C_out)`.
+        groups: `last`, `next`, `last_gradient` and `next_gradient` of G groups of the same block,
+            each `(blocks, G, C_out)`.
+        kept: N / M, the probability that the replaced entry was kept.
 
     Returns:
         `(blocks, B, G)`.
@@ -164,7 +161,7 @@ def joining(
 
 
 def with_own(changes: Tensor, stay: Tensor, m: int) -> Tensor:
-    """Put the changes in the own group, `stay (k,)`, into `changes (blocks, B, B / M)`."""
+    """Write `stay (k,)` into `changes (blocks, B, B / M)`, at the own group of each channel."""
     blocks, _, groups = changes.shape
     own = changes.view(blocks, groups, m, groups).diagonal(dim1=1, dim2=3)  # (blocks, M, groups)
     own.copy_(stay.view(blocks, groups, m).mT)

@@ -1,7 +1,5 @@
 """Kernels of a masked linear: eager, compiled by Inductor on a CPU, or in Triton on a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,10 +19,10 @@ from permllm.training.elementwise import (
     with_own,
 )
 
-# Weights times steps from which compiling pays on a CPU: it takes 10 to 20 s and saves some 100 ns
-# a weight and step.
+# Weights times steps from which compiling saves time on a CPU: it takes 10 to 20 s, and saves about
+# 100 ns for each weight in each step.
 _COMPILE_FROM = 4e8
-# Largest M that is compiled: beyond it a CPU runs out of registers, and eager code is faster.
+# Largest M to compile for: with a larger M a CPU runs out of registers, and eager code is faster.
 _COMPILE_UP_TO = 8
 
 
@@ -32,11 +30,10 @@ class Kernels:
     """Functions of `permllm.training.elementwise` as a masked linear calls them.
 
     Args:
-        compile_: compile them for a CPU, at their first call.
+        compile_: compile the functions for a CPU, at their first call.
 
     Attributes:
-        piece: number of weights at a time: the temporaries of a dozen passes should stay in a
-            core's cache.
+        piece: number of weights in a piece, so small that its temporaries stay in a core's cache.
     """
 
     def __init__(self, compile_: bool = False) -> None:
@@ -46,7 +43,7 @@ class Kernels:
             functions = [compiled(function, failure) for function in functions]
         self._masked, self._softmax_gradients, self._thresholds, self._joining = functions
         self.piece = 1 << 20 if compile_ else 1 << 17
-        # Compiled code never makes the tensor that compares channels with all groups.
+        # Eager code would allocate a tensor that compares the channels with all groups.
         self._all_groups_at_once = compile_
 
     def mask(self, out: Tensor, piece: Piece) -> None:
@@ -54,17 +51,19 @@ class Kernels:
         _write(out, piece, self._masked(piece, out.dtype))
 
     def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
-        """Do as `mask`, and return the changes of the loss when channels change groups.
+        """Do as `mask`, and return how the loss changes when channels change groups.
+
+        The changes are of first order: the loss counts as linear in the mask.
 
         Args:
             out, piece: as in `mask`.
-            grad: of the masked weight_t, `(C_in, C_out)`; the loss is taken as linear in the mask.
-            size: B, channels of a block.
+            grad: gradient of the masked `weight_t`, `(C_in, C_out)`.
+            size: B, the number of channels in a block.
 
         Returns:
             `(k / B, B, B / M)`, for each channel of a block and each group of the block: the change
-            if the channel took the place of a random member; for its own group, the change if it
-            stayed instead of being taken away.
+            if the channel replaces a random member. For its own group it is the change if the
+            channel stays, relative to its removal.
         """
         found: Thresholds = self._thresholds(piece, grad, out.dtype)
         _write(out, piece, found.masked)
@@ -80,30 +79,32 @@ class Kernels:
     def softmax_gradients(
         self, out: Tensor, piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
     ) -> list[Tensor]:
-        """Do as `mask`, and return the other results of `softmax_gradients` in `dtype`."""
+        """Do as `mask`, and return the other four results of `softmax_gradients`."""
         masked, *others = self._softmax_gradients(piece, grad, dtype, hard)
         _write(out, piece, masked)
         return others
 
 
 class GPUKernels(Kernels):
-    """Triton kernels for masks and exchanges; eager functions without Triton or a driver."""
+    """Triton kernels for masks and exchanges; without Triton or a driver, the eager functions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.piece = 1 << 25  # a GPU needs enough to hide its launches
+        self.piece = 1 << 25  # so large that the work hides the launches
         self._fast_mask = attempted(_triton_mask, "masks are made without a Triton kernel")
         self._fast_exchanges = attempted(
-            _triton_exchanges, "exchanges are valued without a Triton kernel"
+            _triton_exchanges, "exchanges are computed without a Triton kernel"
         )
 
     @override
     def mask(self, out: Tensor, piece: Piece) -> None:
+        """Do as the base, in one launch for float32 factors."""
         if piece.column.dtype != torch.float32 or self._fast_mask(out, piece) is None:
             super().mask(out, piece)
 
     @override
     def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
+        """Do as the base, in two launches for float32 factors."""
         fast = None
         if piece.column.dtype == torch.float32:
             fast = self._fast_exchanges(out, piece, grad, size)
@@ -111,7 +112,7 @@ class GPUKernels(Kernels):
 
 
 def _write(out: Tensor, piece: Piece, masked: Tensor) -> None:
-    """Write a masked piece into its rows of `out`, whose dtype may be another."""
+    """Write a masked piece into its rows of `out`, in the dtype of `out`."""
     if piece.channels is None:
         out.copy_(masked)
     else:
@@ -119,7 +120,7 @@ def _write(out: Tensor, piece: Piece, masked: Tensor) -> None:
 
 
 def _triton_mask(out: Tensor, piece: Piece) -> Tensor:
-    from permllm.training.triton_kernels import mask  # there may be no Triton
+    from permllm.training.triton_kernels import mask  # Triton may be missing
 
     return mask(out, piece)
 
@@ -141,14 +142,13 @@ def chosen_kernels(
     """Return the kernels for a device.
 
     Args:
-        device: of the weights; only a CPU's kernels are compiled here.
-        compile_: True and False decide; None compiles where the work pays for it.
-        work: weights times steps.
+        device: device of the weights; only kernels for a CPU are compiled.
+        compile_: True compiles, False does not; None: compile if `work` is large enough.
+        work: number of weights times number of steps.
         patterns: N:M of the masks.
     """
     if device.type != "cpu":
         return ON_GPU
     wanted = work > _COMPILE_FROM if compile_ is None else compile_
-    return (
-        COMPILED if wanted and all(pattern.m <= _COMPILE_UP_TO for pattern in patterns) else EAGER
-    )
+    fits = all(pattern.m <= _COMPILE_UP_TO for pattern in patterns)
+    return COMPILED if wanted and fits else EAGER

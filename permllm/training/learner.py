@@ -1,6 +1,7 @@
-"""Interface between the training loop and the parameters that learn in a window of layers."""
+"""Interface between the training loop and the parameters that learn in a stage.
 
-from __future__ import annotations
+A stage is a number of consecutive decoder layers that learn together.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,34 +12,29 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Window:
-    """Consecutive decoder layers that learn together.
+class Stage:
+    """Stage: consecutive decoder layers that learn together, with their inputs and targets.
 
     Attributes:
-        number: from 0, over all windows.
-        first: index of its first decoder layer.
-        stop: index after its last.
-        inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on
-            the host; None: the embeddings of the tokens.
-        target: dense output of the last layer, like `inputs`.
+        number: number of the stage, from 0.
+        layers: indices of the decoder layers.
+        inputs: inputs of the first layer, from the pruned layers before it, `(windows, tokens,
+            hidden)` on the host; None: the embeddings of the tokens.
+        target: dense output of the last layer, shaped and placed like `inputs`.
     """
 
     number: int
-    first: int
-    stop: int
+    layers: range
     inputs: Tensor | None
     target: Tensor
 
-    def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, int) and self.first <= layer < self.stop
-
 
 class Moment(NamedTuple):
-    """Progress of a training.
+    """Progress of the training of a stage.
 
     Attributes:
-        step, epoch: from 0.
-        steps, epochs: in all.
+        step, epoch: the present step and epoch, from 0.
+        steps, epochs: their number in the stage.
     """
 
     step: int
@@ -48,62 +44,62 @@ class Moment(NamedTuple):
 
 
 class Learner(ABC):
-    """Base of the parameters that learn in a window, which set the masked linears of each step.
+    """Base of the learners: parameters of a stage, which set the masked linears in each step.
 
     Attributes:
-        gathers: its masked linears keep inputs in an order of their own for backward.
+        gathers: each masked linear keeps a permuted copy of its inputs for backward.
     """
 
     gathers: bool = False
 
     def masked_weights(self) -> int:
-        """Return how many numbers of masked weights wait for backward."""
+        """Return the number of masked weights that stay in memory until backward."""
         return 0
 
     @abstractmethod
     def parameters(self) -> list[dict[str, Any]]:
-        """Return its groups of parameters, for the optimizer."""
+        """Return the parameter groups for the optimizer."""
 
     @abstractmethod
     def keep(self) -> None:
-        """Keep the present result as the best."""
+        """Keep the present result as the best one."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return its state for a checkpoint."""
+        """Return the state for a checkpoint."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Load the state of a checkpoint."""
 
-    def begin(self, moment: Moment) -> None:  # noqa: B027 - there may be nothing to do
+    def begin(self, moment: Moment) -> None:  # noqa: B027 - may do nothing
         """Prepare a step, or a measurement of the present result.
 
         Raises:
-            ValueError: a value that was learned is not finite; the message names it.
+            ValueError: a learned value is not finite; the message names it.
         """
 
     def set_layer(self, index: int) -> None:  # noqa: B027
-        """Prepare a decoder layer before it runs, with gradients where torch has them enabled."""
+        """Prepare a decoder layer before it runs; for gradients if torch has them enabled."""
 
     def collect(self) -> None:  # noqa: B027
-        """Put the gradients at the `parameters`, after backward."""
+        """Write the gradients of the `parameters`, after backward."""
 
     def flips(self) -> Tensor | None:
-        """Return how many decisions the last `begin` changed, on the device; None: not counted."""
+        """Return the number of decisions that `begin` changed, on the device; None: uncounted."""
         return None
 
     def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:
-        """Return the figures of a step, with the number of its `flips`."""
+        """Return the measures of a step; `flips` is the number of changed decisions."""
         return {}
 
     def begin_epoch(self) -> None:  # noqa: B027
         """Prepare an epoch."""
 
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
-        """Return the figures of an epoch, at its end."""
+        """Return the measures of an epoch, at its end."""
         return {}
 
     def write_best(self, directory: Path) -> str:
-        """Write the best result after a failure; return how to use the file, or nothing."""
+        """Write the best result after a failure; return a hint how to use the file, or ""."""
         return ""

@@ -1,6 +1,4 @@
-"""Training loop over one window of decoder layers, for any learner, with its checkpoint."""
-
-from __future__ import annotations
+"""Training loop of one stage, for any learner, with its checkpoint."""
 
 import logging
 import math
@@ -16,58 +14,68 @@ from permllm.errors import DataError, TrainingError
 from permllm.runs.tensors import load_state, save_state
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_memory
-from permllm.training.learner import Learner, Moment, Window
+from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
 log = logging.getLogger(__name__)
 
-# Seconds between checkpoints within an epoch, and the least multiple of the time of writing one.
+# Least seconds between checkpoints within an epoch; the same as a multiple of the time of writing.
 _EVERY, _TIMES_WRITING = 120.0, 50.0
+# Work of a step in forwards of its windows: a forward, and a backward that takes twice as long.
+_STEP = 3
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left, {elapsed} gone{postfix}"
 
 
 class Training(Objective):
-    """Descent on the loss of a window.
+    """Gradient descent on the loss of a stage.
 
     Args:
-        settings, problem, window, learner: as in `Objective`.
-        name: of the method, for messages.
-        file: of the checkpoint in the problem's directory.
-        history: entries of the epochs before, of all windows; those of this window are appended.
+        settings, problem, stage, learner: as in `Objective`.
+        name: name of the method, for messages.
+        file: name of the checkpoint in the problem's directory.
+        history: entries of all past epochs, of earlier stages too; each new epoch is appended.
     """
 
     def __init__(
         self,
         settings: LearningSettings,
         problem: LearningProblem,
-        window: Window,
+        stage: Stage,
         learner: Learner,
         name: str,
         file: str,
         history: list[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(settings, problem, window, learner)
+        super().__init__(settings, problem, stage, learner)
         self.name = name
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
         self.epochs = math.ceil(self.steps / self.steps_an_epoch)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
-        self.done = 0  # steps
+        self.done = 0  # number of steps
         self.best_loss = math.inf
         self.history = [] if history is None else history
-        self._losses: list[float] = []  # of the steps of the present epoch
+        self._losses: list[float] = []  # of the steps in the present epoch
         self._file = file
         self._next_checkpoint = time.perf_counter() + _EVERY
 
     def run(self) -> None:
-        """Train all epochs that are left; the learner has kept the best."""
-        label = f"{self.name}, layers {self.window.first} to {self.window.stop - 1}"
-        with tqdm(total=self.steps, initial=self.done, desc=label, unit="step") as progress:
+        """Train all epochs that are left; the learner has kept the best result."""
+        label = f"{self.name}, layers {self.stage.layers[0]} to {self.stage.layers[-1]}"
+        done, total = self._work(self.done), self._work(self.steps)
+        with tqdm(desc=label, initial=done, total=total, bar_format=_BAR) as progress:
             while self.done < self.steps:
                 self._epoch(self.done // self.steps_an_epoch, progress)
 
-    def _epoch(self, epoch: int, progress: tqdm[Any]) -> None:
-        """Train the steps of an epoch that are left."""
+    def _work(self, steps: int) -> int:
+        """Return the work of the first steps, with the measurements after their epochs."""
+        epochs = self.epochs if steps == self.steps else steps // self.steps_an_epoch
+        measured = max(0, epochs - max(0, self.epochs - self.settings.select_from))
+        return _STEP * steps + measured * self.steps_an_epoch
+
+    def _epoch(self, epoch: int, progress: "tqdm[Any]") -> None:
+        """Train the steps of an epoch that are left, and finish the epoch."""
         batches = self._batches(epoch)
         if not self._losses:
             self.learner.begin_epoch()
@@ -80,40 +88,43 @@ class Training(Objective):
             seconds.append(time.perf_counter() - started)
             self._losses.append(loss)
             self.done += 1
-            told = {"loss": loss} | values
-            number = self.window.number * self.steps + moment.step
-            self.problem.on_step(number, told | {"seconds": seconds[-1]})
-            progress.update()
-            progress.set_postfix({key: f"{value:.4f}" for key, value in told.items()})
+            measures = {"loss": loss} | values
+            number = self.stage.number * self.steps + moment.step
+            self.problem.on_step(number, measures | {"seconds": seconds[-1]})
+            shown = {key: f"{value:.4f}" for key, value in measures.items()}
+            progress.set_postfix({"step": f"{self.done}/{self.steps}"} | shown, refresh=False)
+            progress.update(_STEP)
             if after is not None and time.perf_counter() > self._next_checkpoint:
                 self._save()
         self._end_of_epoch(moment, batches, math.fsum(seconds) / len(seconds))
+        progress.update(self._work(self.done) - progress.n)
 
     def _batches(self, epoch: int) -> Sequence[Tensor]:
-        """Return the samples of each step of an epoch.
+        """Return the indices of the windows in each step of an epoch.
 
-        Epoch e takes the (e+1)-th permutation of one generator.
+        Epoch e takes the (e+1)-th permutation that one generator draws.
         """
         generator = torch.Generator().manual_seed(self.problem.seed + 1)
         for _ in range(epoch + 1):
-            samples = torch.randperm(self.count, generator=generator)
-        return samples.split(self.settings.batch_size)[: self.steps - epoch * self.steps_an_epoch]
+            windows = torch.randperm(self.count, generator=generator)
+        return windows.split(self.settings.batch_size)[: self.steps - epoch * self.steps_an_epoch]
 
     def step(
         self, batch: Tensor, moment: Moment, after: Tensor | None = None
     ) -> tuple[float, dict[str, float]]:
         """Make one update.
 
-        The host waits for the device when the learner begins, and for the loss when backward has
-        been launched. Each rank computes its portions of the batch; all make the same update.
+        The host waits for the device twice: when the learner begins, and for the loss after
+        backward is launched. Each rank computes its portions of the batch; all ranks make the same
+        update.
 
         Args:
-            batch: int64 `(samples,)`.
-            moment: of the step.
-            after: the next batch, which is fetched while the device computes; None: the last one.
+            batch: int64 `(windows,)`, indices of the windows.
+            moment: progress of the training.
+            after: the next batch, which is fetched while the device computes; None: no next batch.
 
         Returns:
-            The loss before the update, and the learner's figures of the step.
+            The loss before the update, and the learner's measures of the step.
 
         Raises:
             TrainingError: the loss is not finite; nothing is updated.
@@ -123,7 +134,7 @@ class Training(Objective):
         total = self.backward(batch, after)
         parallel.all_reduce([total])
         flips = self.learner.flips()
-        # One transfer for both.
+        # One transfer from the device for both.
         figures = [total] if flips is None else [total, flips]
         loss, *moved = torch.stack([figure.double() for figure in figures]).tolist()
         if not math.isfinite(loss):
@@ -152,14 +163,14 @@ class Training(Objective):
             if measured < self.best_loss:
                 self.best_loss = measured
                 self.learner.keep()
-        elif math.isinf(self.best_loss):  # better than nothing, but not than what was measured
+        elif math.isinf(self.best_loss):  # no epoch was measured yet
             self.learner.keep()
-        sizes = [len(batch) for batch in batches]  # the last step may have fewer samples
+        sizes = [len(batch) for batch in batches]  # the last step may have fewer windows
         weighted = (loss * size for loss, size in zip(self._losses, sizes, strict=True))
         values: dict[str, Any] = {
             "epoch": moment.epoch + 1,
-            "first_layer": self.window.first,
-            "last_layer": self.window.stop - 1,
+            "first_layer": self.stage.layers[0],
+            "last_layer": self.stage.layers[-1],
             "loss": math.fsum(weighted) / sum(sizes),
             "measured_loss": measured,
         }
@@ -177,12 +188,12 @@ class Training(Objective):
         return TrainingError(text)
 
     def _save(self) -> None:
-        """Write the checkpoint, on rank 0, in the place of the one before."""
+        """Replace the checkpoint, on rank 0."""
         if self.problem.directory is None or parallel.rank():
             return
         started = time.perf_counter()
         state = {
-            "window": self.window.number,
+            "window": self.stage.number,
             "step": self.done,
             "losses": self._losses,
             "history": self.history,
@@ -197,32 +208,32 @@ class Training(Objective):
         self._next_checkpoint = now + max(_EVERY, _TIMES_WRITING * (now - started))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same window (see `read_checkpoint`)."""
+        """Continue from a checkpoint of the same stage (see `read_checkpoint`)."""
         self.learner.restore(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
         self.done, self.best_loss = state["step"], state["best_loss"]
         self._losses = list(state["losses"])
         log.info("continuing after step %d of %d", self.done, self.steps)
 
 
 def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | None:
-    """Read the checkpoint that an interrupted run left.
+    """Read the checkpoint that an interrupted run has left.
 
     Returns:
-        The state; None: there is no checkpoint, or it cannot be read, so that learning begins anew.
+        The state; None: there is no checkpoint, or it cannot be read, so that learning starts over.
     """
 
     def read() -> dict[str, Any] | None:
+        """Read the checkpoint; delete it if it cannot be read."""
         path = problem.directory / file if problem.directory else None
         if path is None or not path.is_file():
             return None
         try:
             return load_state(path, problem.device)
         except DataError as error:
-            log.warning("%s: learning begins anew", error)
+            log.warning("%s: learning starts over", error)
             path.unlink()
             return None
 

@@ -1,8 +1,7 @@
 """Losses: distances between the sparse and the dense output of a decoder layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,22 +11,23 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import compiled
 from permllm.runtime.precision import product, product_dtype
 
-# Logits of all steps from which compiling pays: it takes some 10 s and saves 12 ns each on a core.
+# Logits of all steps from which compiling saves time: it takes 10 s, and saves 12 ns a logit on one
+# core.
 _COMPILE_FROM = 1e9
-# Logits that exist at a time on a GPU, for 128 to 1024 tokens.
+# Logits in memory at a time on a GPU, for 128 to 1024 tokens.
 _LOGITS = 1 << 25
 
-# Function of `sparse` and `dense`, both logits `(tokens, vocabulary)` or both inputs of the head
-# `(tokens, hidden)`, and of whether the gradient is wanted. It returns their divergence and the
-# gradient of `sparse`. Both are sums over tokens: the gradient of a mean would vanish in float16.
+# Function `(sparse, dense, with_gradient)`: returns the divergence and the gradient of `sparse`.
+# Both inputs are logits `(tokens, vocabulary)` or inputs of the head `(tokens, hidden)`. Both
+# results are sums over tokens, because the gradient of a mean would vanish in float16.
 _Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def chunk_of(device: torch.device, vocabulary: int) -> int:
-    """Return the largest number of tokens whose logits exist at a time.
+    """Return the largest number of tokens whose logits are in memory at a time (a chunk).
 
-    A GPU reads the whole head for each chunk, so that it should be large. It holds four numbers a
-    logit.
+    A GPU reads the whole head for each chunk, so chunks should be large. A chunk takes four numbers
+    for each logit.
     """
     on_gpu = max(128, min(1024, _LOGITS // vocabulary))
     return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else on_gpu)
@@ -36,13 +36,13 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
 def loss_named(
     name: str, model: nn.Module, tokens: int, compile_: bool | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a loss, mean over tokens, of two outputs of a decoder layer `(batch, tokens, hidden)`.
+    """Return a loss of two outputs of a decoder layer `(batch, tokens, hidden)`, mean over tokens.
 
     Args:
         name: `cosine`, or `kl`, which needs the outputs of the last layer.
-        model: its final norm and head serve `kl`.
-        tokens: number of tokens of all steps.
-        compile_: compile the elementwise work of `kl`; None: where that pays.
+        model: model with the final norm and the head, for `kl`.
+        tokens: number of tokens in all steps.
+        compile_: compile the elementwise work of `kl`; None: compile if there are enough tokens.
     """
     if name == "cosine":
         return cosine_loss
@@ -59,10 +59,11 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return `sum p (log p - log q)` and `q - p`; p is of the dense, q of the sparse logits."""
+    """Return `sum p (log p - log q)` and `q - p`; p is the dense, q the sparse distribution."""
     log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
     p = log_p.exp()
-    # Over the vocabulary first: of one sum over both Inductor makes a loop that divides, on a GPU.
+    # The first sum is over the vocabulary: for one sum over both dimensions, Inductor makes a loop
+    # with divisions on a GPU.
     total = ((log_p - log_q) * p).sum(-1).sum()
     return total, (log_q.exp() - p).to(sparse.dtype) if with_gradient else None
 
@@ -76,28 +77,32 @@ def head_divergence(
     """Return `KL(dense || sparse)` of the next-token distributions, mean over tokens.
 
     Args:
-        head: of the model; applied to both.
-        output, target: of the last decoder layer, `(batch, tokens, hidden)`.
-        divergence: of logits, where the head is plain.
+        head: final norm and head of the model.
+        output, target: sparse and dense output of the last decoder layer, `(batch, tokens,
+            hidden)`.
+        divergence: function of logits, for a plain head.
     """
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
     if head.plain:
-        chunk = _plain_chunk(head.weight_in(product_dtype(sparse)), divergence)
+        weight = head.weight_in(product_dtype(sparse))
+        chunk: _Divergence = partial(_plain_divergence, weight, divergence)
     else:
-        chunk = _own_chunk(head)
+        chunk = partial(_own_divergence, head)
     return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
 class _HeadDivergence(torch.autograd.Function):
-    """Function that makes the gradient in forward, chunk by chunk, so that no logits are kept.
+    """Mean of the chunks' divergences, whose gradient is made in forward.
 
-    This is possible because the head is frozen and the loss is a mean.
+    No logits stay in memory until backward. This works because the head is frozen and the loss is a
+    mean.
     """
 
     @staticmethod
     def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Divergence, tokens: int) -> Tensor:
+        """Return the mean divergence; `chunk` takes so many `tokens` at a time."""
         total = _wide(sparse.new_zeros(()))
         grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
         for first in range(0, len(sparse), tokens):
@@ -112,38 +117,34 @@ class _HeadDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Scale the gradient that forward has made."""
         (grad,) = ctx.saved_tensors
         return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None
 
 
-def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Divergence:
-    """Return the function for a head that is a product with its weight `(vocabulary, hidden)`."""
-    dtype = weight.dtype
-
-    def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        logits = product(sparse.to(dtype), weight.t())
-        of_dense = product(dense.to(dtype), weight.t())
-        total, gradient = divergence(logits, of_dense, with_gradient)
-        return total, None if gradient is None else product(gradient, weight)
-
-    return chunk
+def _plain_divergence(
+    weight: Tensor, divergence: _Divergence, sparse: Tensor, dense: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the divergence for a head that only multiplies by `weight (vocabulary, hidden)`."""
+    logits = product(sparse.to(weight.dtype), weight.t())
+    of_dense = product(dense.to(weight.dtype), weight.t())
+    total, gradient = divergence(logits, of_dense, with_gradient)
+    return total, None if gradient is None else product(gradient, weight)
 
 
-def _own_chunk(head: Head) -> _Divergence:
-    """Return the function for any other head, through the model's own forward and backward."""
-
-    def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        log_p = _wide(head.logits(dense)).log_softmax(-1)
-        states = sparse.detach().requires_grad_()
-        with torch.set_grad_enabled(with_gradient):
-            log_q = _wide(head.logits(states)).log_softmax(-1)
-            divergence = (log_p.exp() * (log_p - log_q)).sum()
-        if not with_gradient:
-            return divergence, None
-        (grad,) = torch.autograd.grad(divergence, states)
-        return divergence.detach(), grad
-
-    return chunk
+def _own_divergence(
+    head: Head, sparse: Tensor, dense: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the divergence for any other head, by the model's own forward and backward."""
+    log_p = _wide(head.logits(dense)).log_softmax(-1)
+    states = sparse.detach().requires_grad_()
+    with torch.set_grad_enabled(with_gradient):
+        log_q = _wide(head.logits(states)).log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum()
+    if not with_gradient:
+        return divergence, None
+    (grad,) = torch.autograd.grad(divergence, states)
+    return divergence.detach(), grad
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Linear layer with an N:M mask whose permutation or whose scores learn.
 
 Masks are made in the transposed layout `(C_in, C_out)`: a channel is a contiguous row, a
-permutation is a gather of rows, a group of M is M consecutive rows. Neither saliency nor mask is
-kept for backward. Both are recomputed, a piece at a time.
+permutation gathers rows, and a group of M is M consecutive rows. Forward keeps neither saliency nor
+mask for backward, which recomputes both, a piece at a time.
 
-**The permutation learns** (PermLLM, section 4). With `W (C_out, C_in)` the weight, `S` its saliency
-of the same shape, `P (C_in, C_in)` the permutation and `S' = S P`, the layer computes
+**The permutation learns** (PermLLM, section 4). Let `W (C_out, C_in)` be the weight, `S` its
+saliency of the same shape, `P (C_in, C_in)` the permutation and `S' = S P`. The layer computes
 
     y = x (W * M)^T + b        M = M' P^T        M' = N largest of each group of M columns of S'
 
@@ -14,28 +14,26 @@ The masked weight is in the original channel order, so activations are never per
 
     dP = S^T dS' + dM^T M'        dS' = backward of the softmax of each group of S', from dM P
 
-`straight_through` says what `M'` is in the second term. It is the hard mask where the
-straight-through step stands before `P^T` (`hard`), and the softmax of each group where the step
-stands after it (`soft`, the paper's released code).
+`straight_through` decides what `M'` is in the second term. With `hard`, the straight-through step
+stands before `P^T`, and `M'` is the hard mask. With `soft` (the paper's released code), the step
+stands after `P^T`, and `M'` is the softmax of each group.
 
-Both linearise the choice of the mask. `straight_through=swap` makes the choice instead: the
+Both linearise the choice of the mask. `straight_through=swap` makes the choice instead. Its
 gradient at (channel c, any position of group b) is the change of the loss, linear in the mask, if c
-took the place of a random member p of b. In the rows r where c is among the N largest of b then,
-its own mask entry comes in and that of the displaced entry goes out:
+replaces a random member p of b. In the rows r where c would be among the N largest of b, the mask
+entry of c is added and the displaced entry is removed:
 
     dP[c, b] = E_p sum_r [S[r, c] > t[r, b - p]] (dM[r, c] - dM[r, at t])
 
-with `t[r, b - p]` the N-th largest of b without p. For the own group of c, c itself is p. There is
-no softmax. The comparisons are C_out C_in B / M.
+Here `t[r, b - p]` is the N-th largest entry of b without p. For the own group of c, p is c. There
+is no softmax. The sum takes C_out C_in B / M comparisons.
 
-**The scores learn** in a fixed permutation. The weight and its scores are stored permuted, and the
-inputs are permuted instead, because they are small.
+**The scores learn** under a fixed permutation. The weight and its scores are stored permuted, and
+the inputs are permuted instead, because they are small.
 
-All products have one format: that of the weights, or autocast's inside of
-`permllm.runtime.precision.products_in`. Saliencies and masks come from the weights as they are.
+All products have one dtype: that of the weights, or autocast's inside of
+`permllm.runtime.precision.products_in`. Saliencies and masks use the weights in their own dtype.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ from permllm.training.settings import StraightThrough
 
 @dataclass(frozen=True)
 class BlockStack:
-    """Stack of `count` blocks of `size` consecutive positions that begins at position `start`."""
+    """Stack of `count` blocks of `size` consecutive positions, from position `start` on."""
 
     start: int
     count: int
@@ -70,9 +68,9 @@ def split_blocks(channels: int, block_size: int, segment: int | None = None) -> 
     a block.
 
     Args:
-        channels: C.
+        channels: C, the number of positions.
         block_size: B.
-        segment: blocks begin anew at its multiples; it divides C. None: C.
+        segment: no block crosses a multiple of this number, which divides C; None: C.
     """
     segment = segment or channels
     block_size = min(block_size, segment)
@@ -90,16 +88,16 @@ class MaskedLinear(nn.Module):
     """Stand-in for a frozen `nn.Linear` while the permutation or the scores of its mask learn.
 
     Args:
-        linear: the layer; its weight `(C_out, C_in)` gets no gradient. Channels are gathered, so it
-            is fastest when `weight.t()` is contiguous.
-        scores: choose the mask; their parameters learn.
+        linear: the layer; its weight `(C_out, C_in)` gets no gradient. A contiguous `weight.t()` is
+            fastest, because channels are gathered.
+        scores: scores that choose the mask; their parameters learn.
         pattern: N:M.
-        stacks: blocks of a permutation that learns, which `set_order` sets before each forward;
-            None: no permutation learns.
+        stacks: blocks of the permutation that learns; `set_order` sets the permutation before each
+            forward. None: the scores learn.
         straight_through: gradient of the permutation, see above.
         order: int64 `(C_in,)`, the fixed permutation of the stored weight and scores
-            (`weight[:, order]` of the dense model); None: the dense model's order.
-        kernels: of the elementwise work.
+            (`weight[:, order]` of the dense model); None: the identity.
+        kernels: kernels of the elementwise work.
     """
 
     def __init__(
@@ -127,35 +125,35 @@ class MaskedLinear(nn.Module):
     def set_order(
         self, perm: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()
     ) -> None:
-        """Set the permutation of the next forward, which forgets it.
+        """Set the permutation for the next forward alone.
 
         Args:
             perm: int64 `(C_in,)`, the channel at each permuted position.
-            hard: int64 `(C_in,)`, the same relative to its block: the row of the block's soft
-                matrix at each position; None: `soft` is empty.
-            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft
-                permutations. Only their way back to the logits is used. Empty: no gradient.
+            hard: int64 `(C_in,)`, the same channels as rows of their blocks' soft matrices; None:
+                no gradient.
+            soft: the differentiable soft permutations, `(blocks, B, B)` for each stack of blocks.
+                They receive gradients, and their values are not used. Empty: no gradient.
         """
         self._set = (perm, hard, list(soft))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x (..., C_in)`, in the dense model's order, to `(..., C_out)`."""
+        """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
         if not self._learns_order:
             return _MaskedProduct.apply(x, self, None, None, *self.scores.parameters())
         assert self._set is not None
         perm, hard, soft = self._set
-        self._set = None  # or the soft permutations and their graph would live until the next step
+        self._set = None  # or the soft permutations would stay in memory until the next step
         return _MaskedProduct.apply(x, self, perm, hard, *soft)
 
     @torch.no_grad()
     def mask(self) -> Tensor:
-        """Return the mask of a fixed order, bool `(C_out, C_in)`, in the dense model's order."""
+        """Return the mask that the scores choose, bool `(C_out, C_in)`, in original order."""
         found = nm_mask(self.scores.values_t(self.linear.weight.t()).t(), self.pattern)
         return found if self.inverse is None else found[:, self.inverse]
 
     @torch.no_grad()
     def masked_weight_t(self, weight: Tensor, perm: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return `(W * M)^T (C_in, C_out)`, in the order of the stored `weight (C_out, C_in)`."""
+        """Return `(W * M)^T (C_in, C_out)`; its channels are in the order of `weight`."""
         masked_t = torch.empty(weight.t().shape, dtype=dtype, device=weight.device)
         for _, _, positions in self._pieces(weight):
             self._kernels.mask(*self._piece(masked_t, weight, perm, positions))
@@ -166,11 +164,11 @@ class MaskedLinear(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return `(W * M)^T`, and the gradients of the soft permutations.
 
-        Several processes each make the gradients of some blocks, from the sum of `grad_masked_t`
-        over all processes, and zeros for the others. The sum over the processes is the gradient.
+        Each rank makes the gradients of some blocks, from the sum of `grad_masked_t` over all
+        ranks, and zeros for the other blocks. The sum over the ranks is the gradient.
 
         Returns:
-            `(C_in, C_out)`; `(blocks, B, B)` for each stack.
+            `(C_in, C_out)`, and `(blocks, B, B)` for each stack.
         """
         masked_t = torch.empty(weight.t().shape, dtype=grad_masked_t.dtype, device=weight.device)
         grad_soft = [
@@ -184,13 +182,13 @@ class MaskedLinear(nn.Module):
                 continue
             size = self._stacks[index].size
             grad = self._block_gradients(out, piece, grad_masked_t, size)
-            # The rows are in permuted order: send each back to its source channel.
+            # The rows are permuted: each goes back to its source channel.
             source = hard[positions].view(-1, size, 1).expand_as(grad)
             grad_soft[index][blocks].scatter_(1, source, grad.to(dtype))
         return masked_t, grad_soft
 
     def _summed(self, piece: Piece, grad_masked_t: Tensor, rank: int) -> bool:
-        """Sum the gradient of a piece over the processes in `rank`; tell whether it is this one."""
+        """Sum the gradient of a piece over all ranks, in `rank`; tell whether this is `rank`."""
         if parallel.world_size() == 1:
             return True
         assert piece.channels is not None
@@ -207,12 +205,12 @@ class MaskedLinear(nn.Module):
         """Mask whole blocks of channels, and return the gradient of their permutation.
 
         Returns:
-            `(blocks, B, B)`, rows in permuted order.
+            `(blocks, B, B)`, with permuted rows.
         """
         if self._straight_through == "swap":
             changes = self._kernels.exchanges(out, piece, grad_masked_t, size)
             return changes.repeat_interleave(piece.m, 2)
-        # The sums of half-precision products over all rows would overflow or vanish in float16.
+        # Sums over all rows would overflow or vanish in float16.
         dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
         hard = self._straight_through == "hard"
         parts = self._kernels.softmax_gradients(out, piece, grad_masked_t, dtype, hard)
@@ -238,7 +236,7 @@ class MaskedLinear(nn.Module):
         """Split the positions into pieces of whole blocks.
 
         Yields:
-            The index of the stack, its blocks, and the positions that they cover.
+            The index of the stack, the blocks in it, and their positions.
         """
         for index, stack in enumerate(self._stacks):
             at_once = self._kernels.piece // (stack.size * len(weight))
@@ -250,7 +248,7 @@ class MaskedLinear(nn.Module):
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """Function `y = x (W * M)^T + b`, differentiable in x and in soft permutations or scores."""
+    """Product `y = x (W * M)^T + b`, differentiable in x and in soft permutations or scores."""
 
     @staticmethod
     def forward(
@@ -261,9 +259,10 @@ class _MaskedProduct(torch.autograd.Function):
         hard: Tensor | None,
         *learning: Tensor,
     ) -> Tensor:
+        """Multiply; `learning` are the soft permutations or the parameters of the scores."""
         dtype = product_dtype(x)
         flat = _columns_at(x.flatten(0, -2), module.order, dtype)
-        weight = module.linear.weight  # the module's own may have left the device before backward
+        weight = module.linear.weight  # kept, as the layer may leave the device before backward
         masked_t = module.masked_weight_t(weight, perm, dtype)
         y = product(flat, masked_t)
         if module.linear.bias is not None:
@@ -276,6 +275,7 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, and of the soft permutations or of the scores' parameters."""
         x, masked_t, weight, perm, hard = ctx.saved_tensors
         module: MaskedLinear = ctx.module
         grad_y = grads[0].flatten(0, -2)
@@ -298,7 +298,7 @@ class _MaskedProduct(torch.autograd.Function):
 
 
 def _columns_at(states: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return states `(tokens, C)` with the columns in an order int64 `(C,)`, in a format."""
+    """Return `states[:, order]` in a dtype, for states `(tokens, C)`; None: all columns."""
     if order is not None:
         # torch gathers columns in half precision five times slower than in float32 on a CPU.
         if states.device.type == "cpu" and states.dtype.itemsize < 4:

@@ -1,8 +1,6 @@
-"""Loss of a window of decoder layers: forward, backward, and the memory that they need."""
+"""Loss of a stage: forward and backward through its layers, and the memory that they need."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -15,23 +13,24 @@ from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, to_device
 from permllm.runtime.precision import product_dtype, recomputed
-from permllm.training.learner import Learner, Window
+from permllm.training.learner import Learner, Stage
 from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
-# Limit of the activations that layers keep for backward: a share of a GPU's free memory; bytes on
-# a CPU, whose memory other programs use too.
+# Limit of the activations that layers keep for backward: a share of a GPU's free memory, or bytes
+# on a CPU, where other programs need memory too.
 _SHARE_OF_FREE, KEPT_ON_A_HOST = 0.8, 4e9
 
 
 class Batch(NamedTuple):
-    """Samples on the device.
+    """Windows of text on the device.
 
     Attributes:
-        tokens: int64 `(samples, length)`.
-        target: dense output of the window's last layer, `(samples, length, hidden)`.
-        inputs: of the window's first layer, like `target`; None: the embeddings of the tokens.
+        tokens: int64 `(windows, tokens)`.
+        target: dense output of the stage's last layer, `(windows, tokens, hidden)`.
+        inputs: inputs of the stage's first layer, shaped like `target`; None: the embeddings of the
+            tokens.
     """
 
     tokens: Tensor
@@ -40,11 +39,11 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Batches of samples that wait on the host.
+    """Batches out of windows that are on the host.
 
     Args:
-        tokens, target, inputs: of all samples, as in `Batch`.
-        device: of the batches.
+        tokens, target, inputs: as in `Batch`, for all windows.
+        device: device of the batches.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class Batches:
         self._ahead: tuple[Tensor, Batch] | None = None
 
     def fetch(self, indices: Tensor) -> None:
-        """Begin to copy the samples at `indices` int64 `(samples,)` while a GPU computes."""
+        """Start to copy the windows at `indices`, int64 `(windows,)`, while a GPU computes."""
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
                 self._ahead = indices, self._copied(indices)
 
     def take(self, indices: Tensor) -> Batch:
-        """Return the samples at `indices`; `fetch` may have begun to copy them."""
+        """Return the windows at `indices`; `fetch` may have started to copy them."""
         ahead, self._ahead = self._ahead, None
         if self._stream is None or ahead is None or not torch.equal(ahead[0], indices):
             return self._copied(indices)
@@ -70,7 +69,7 @@ class Batches:
         now.wait_stream(self._stream)
         for tensor in ahead[1]:
             if tensor is not None:
-                tensor.record_stream(now)  # else its memory could be reused during the step
+                tensor.record_stream(now)  # or torch could reuse its memory during the step
         return ahead[1]
 
     def _copied(self, indices: Tensor) -> Batch:
@@ -83,52 +82,51 @@ class Batches:
 
 
 class Objective:
-    """Loss of a window, and the parameters that lower it.
+    """Loss of a stage, and the optimizer of the parameters that lower it.
 
     Args:
-        settings: of the descent.
-        problem: the samples, and the model with the window's masked linears or learned weights.
-        window: the layers.
-        learner: of the window.
+        settings: settings of the gradient descent.
+        problem: the text, and the model with the stage's masked linears or trained weights.
+        stage: the stage.
+        learner: the stage's learner.
     """
 
     def __init__(
         self,
         settings: LearningSettings,
         problem: LearningProblem,
-        window: Window,
+        stage: Stage,
         learner: Learner,
     ) -> None:
         self.settings = settings
         self.problem = problem
-        self.window = window
+        self.stage = stage
         self.learner = learner
         self.device = problem.device
         self.count = settings.samples_of(len(problem.tokens))
         self.steps = settings.steps_for(self.count)
-        # Fused: no temporaries of the size of all parameters.
+        # The fused optimizer has no temporaries of the size of all parameters.
         self.optimizer = torch.optim.AdamW(
             learner.parameters(), weight_decay=settings.weight_decay, fused=True
         )
-        # In float16 the gradients of a mean over tokens would vanish. A step whose gradients
-        # overflow is left out.
+        # In float16 the gradients of a mean over tokens would vanish. The scaler skips a step whose
+        # gradients overflow.
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16
         )
         self._placement = placement_of(problem.model)
-        self._layers = range(window.first, window.stop)
         tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
         self._distance = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
-        self._samples = Batches(problem.tokens, window.target, window.inputs, self.device)
-        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by the number of samples
+        self._samples = Batches(problem.tokens, stage.target, stage.inputs, self.device)
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by the number of windows
         self._recomputes: bool | None = None
 
     def backward(self, batch: Tensor, after: Tensor | None = None) -> Tensor:
-        """Leave the gradients of this rank's portions of a batch; return their part of the loss.
+        """Compute the gradients of this rank's portions of a batch; return their part of the loss.
 
         Args:
-            batch: int64 `(samples,)`; the loss is the mean over all of them.
-            after: the next batch, which is fetched while the device computes; None: the last one.
+            batch: int64 `(windows,)`; the loss is the mean over all of them.
+            after: the next batch, which is fetched while the device computes; None: no next batch.
         """
         at_once = self.settings.micro_batch_size
         portions = parallel.portions(batch, at_once)
@@ -145,7 +143,7 @@ class Objective:
 
     @torch.no_grad()
     def mean(self) -> float:
-        """Return the loss of what was learned so far, mean over all samples."""
+        """Return the loss of the present result, mean over all windows."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         at_once = self.problem.calibration_batch_size
         for batch, counted in parallel.portions(torch.arange(self.count), at_once):
@@ -155,11 +153,11 @@ class Objective:
 
     @torch.no_grad()
     def broken(self, indices: Tensor) -> str:
-        """Name the first layer whose output is not finite for some samples, in all ranks alike."""
+        """Name the first layer whose output is not finite for some windows, alike in all ranks."""
         for batch in indices.split(self.problem.calibration_batch_size):
             hidden, kwargs = self._inputs(self._samples.take(batch))
             found = None
-            for index in self._layers:  # all of them, as other ranks do
+            for index in self.stage.layers:  # all layers, because all ranks enter each
                 hidden = self._layer(index, hidden, kwargs[index])
                 if found is None and not bool(hidden.isfinite().all()):
                     found = index
@@ -168,11 +166,11 @@ class Objective:
         return "the loss is not finite, although the output of every layer is"
 
     def _loss(self, indices: Tensor) -> Tensor:
-        """Return the loss of the samples at `indices`, mean over tokens."""
+        """Return the loss of the windows at `indices`, mean over tokens."""
         batch = self._samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
-        for index in self._layers:
+        for index in self.stage.layers:
             if recompute:
                 hidden = recomputed(self._layer, index, hidden, kwargs[index])
             else:
@@ -180,13 +178,13 @@ class Objective:
         return self._distance(hidden, batch.target)
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Run one decoder layer as the learner sets it, anew where backward recomputes it."""
+        """Run a decoder layer as the learner sets it; backward may run it again."""
         self.learner.set_layer(index)
         with self._placement.layer(index) as layer:
             return run_layer(layer, hidden, kwargs)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the input of the window's first layer, and the keyword arguments of all layers."""
+        """Return the input of the stage's first layer, and the keyword arguments of all layers."""
         samples = len(batch.tokens)
         if batch.inputs is not None and samples in self._kwargs:
             return batch.inputs, self._kwargs[samples]
@@ -195,15 +193,15 @@ class Objective:
         return (found.hidden if batch.inputs is None else batch.inputs), found.kwargs
 
     def _recompute(self, hidden: Tensor) -> bool:
-        """Tell whether backward recomputes each layer; decided at the first step."""
-        if self._placement.streams:  # else backward would hold the weights of all layers
+        """Tell whether backward recomputes each layer; the first step decides."""
+        if self._placement.streams:  # backward would otherwise hold the weights of all layers
             return True
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
             width, item = hidden.shape[-1], hidden.element_size()
             a_token = kept_a_token(self.problem.groups, width, item, self.learner.gathers)
-            kept = hidden.numel() // width * a_token * item * len(self._layers)
+            kept = hidden.numel() // width * a_token * item * len(self.stage.layers)
             allowed = KEPT_ON_A_HOST
             if self.device.type == "cuda":
                 free = free_memory(self.device) - self._not_yet_taken(hidden)
@@ -212,11 +210,11 @@ class Objective:
         return self._recomputes
 
     def _not_yet_taken(self, hidden: Tensor) -> float:
-        """Return the bytes that a step will take beside activations."""
+        """Return the bytes that a step will allocate for other purposes than activations."""
         learning = [values for group in self.optimizer.param_groups for values in group["params"]]
         size = sum(values.numel() * values.element_size() for values in learning)
-        moments = 0 if self.optimizer.state else 2  # a checkpoint has brought them
-        # A learned weight that is rounded for products waits for backward.
+        moments = 0 if self.optimizer.state else 2  # a checkpoint has loaded them
+        # The rounded copy of a trained weight stays in memory until backward.
         product = product_dtype(hidden)
         rounded = sum(
             weight.numel() * product.itemsize
@@ -227,21 +225,20 @@ class Objective:
 
 
 def kept_a_token(
-    groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False
+    groups: Sequence[ChannelGroup], hidden: int, item: int, gathers: bool = False
 ) -> int:
-    """Return the numbers a token that a decoder layer keeps for backward.
+    """Return the number of values that a decoder layer keeps for backward, for each token.
 
-    These are 11 vectors of the residual stream and 4 of the MLP.
+    They are 11 vectors of the residual stream and 4 of the MLP.
 
     Args:
         groups: channel groups of the model.
         hidden: width of the residual stream.
-        item: bytes of a number.
-        gathers: each linear keeps its inputs in an order of its own, instead of one tensor for a
-            group. In float32 the 15 vectors include these copies; in half precision norms, which
-            compute in float32, take that room.
+        item: bytes of a value.
+        gathers: each linear keeps its own permuted inputs, instead of one tensor for a group. In
+            float32 the 15 vectors include these copies. In half precision they do not, because the
+            norms compute in float32.
     """
-    groups = list(groups)
     inner = max(
         (group.channels for group in groups if group.table.producers and not group.table.by_head),
         default=hidden,

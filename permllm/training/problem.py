@@ -1,6 +1,4 @@
-"""Model, samples and targets of learning."""
-
-from __future__ import annotations
+"""Model, text and targets of learning."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,22 +16,22 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency
 
 @dataclass
 class LearningProblem:
-    """Model, samples and targets of learning.
+    """Model, text and targets of learning.
 
     Attributes:
-        model: dense; permutations and masks learn without changing it.
-        groups: its channel groups that are pruned, all layers.
-        tokens: int64 `(samples, length)`.
+        model: the dense model; permutations and masks learn without changing it.
+        groups: its pruned channel groups, in all layers.
+        tokens: int64 `(windows, tokens)`, the text to learn from.
         factors: saliency factors of every linear, by module path.
-        target: dense output of the last decoder layer, `(samples, length, hidden)` on the host.
-        pattern: N:M of the groups that have none of their own.
-        seed: of the initial logits and the order of samples.
-        calibration_batch_size: samples of a forward without gradients.
-        calibration: int64 `(samples, length)`, the samples that gave the factors; None: the tokens.
-        directory: of the checkpoint; None: no checkpoint.
-        on_step: called after each step with its number, and loss, temperature, flips and seconds.
+        target: dense output of the last decoder layer, `(windows, tokens, hidden)` on the host.
+        pattern: N:M of the groups that have no pattern of their own.
+        seed: seed of the initial logits and of the order of the windows.
+        calibration_batch_size: windows in a forward without gradients.
+        calibration: int64 `(windows, tokens)`, the text of the factors; None: `tokens`.
+        directory: folder of the checkpoint; None: no checkpoint.
+        on_step: called after each step with its number, loss, temperature, flips and seconds.
         on_epoch: called after each epoch with its entry of the history.
-        on_resume: called before learning with the entries of all epochs that are done.
+        on_resume: called before learning with the entries of all finished epochs.
     """
 
     model: nn.Module

@@ -1,16 +1,14 @@
-"""Scores of the weights: each group of M keeps the N largest.
+"""Scores of the weights: each group of M keeps the weights with the N largest scores.
 
-The straight-through gradient of a score is that of its mask entry, `dL/dM = dL/d(W M) * W`, whether
-the entry is kept or not: the gain of the loss if the weight comes in, or its loss while it stays.
-It is linear in the mask, like `straight_through=swap` of permutations. A mask follows from the
-differences between the scores of a group, so the mean of their gradients is subtracted:
+The straight-through gradient of a score is the gradient of its mask entry, `dL/dM = dL/d(W M) * W`,
+for kept and pruned weights alike. It says how the loss changes, to first order, if the weight is
+kept. The mask depends only on differences between the scores of a group, so the mean gradient of
+the group is subtracted:
 
     dS[c, r] = D[c, r] - (1 / M) sum_{c' in group of c} D[c', r]        D = dL/d(W M) * W
 
-All tensors are transposed, `(C_in, C_out)`: a channel in a row.
+All tensors are transposed, `(C_in, C_out)`: a row is a channel.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import replace
@@ -24,21 +22,21 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency_t
 
 
 class Scores(nn.Module):
-    """Scores that do not learn: the saliency of the pruner.
+    """Scores without parameters: the saliency of the pruner.
 
     Args:
-        factors: of the saliency of a linear, on its device, in the order of its stored weight.
+        factors: saliency factors of a linear on its device, permuted like the stored weight.
 
     Attributes:
-        keeps_masked: the masked weight of forward waits for backward, because it is small beside
-            the scores.
+        keeps_masked: forward keeps the masked weight for backward, because the scores take more
+            memory than it does.
     """
 
     keeps_masked = False
 
     def __init__(self, factors: SaliencyFactors) -> None:
         super().__init__()
-        # Channels are gathered, so each has a row in memory, like in the weight.
+        # A channel is a row in memory, because channels are gathered.
         self.factors = (
             replace(factors, column=factors.column.t().contiguous().t())
             if factors.dense
@@ -46,11 +44,11 @@ class Scores(nn.Module):
         )
 
     def at(self, weight_t: Tensor, channels: Tensor | slice) -> SaliencyFactors:
-        """Return the scores of some channels, as factors of a saliency.
+        """Return the scores of some channels, as saliency factors.
 
         Args:
             weight_t: `(C_in, C_out)`.
-            channels: int64 `(k,)`, or consecutive ones.
+            channels: int64 `(k,)`, or a slice of consecutive channels.
         """
         column = self.factors.column
         if isinstance(channels, slice):
@@ -69,28 +67,28 @@ class Scores(nn.Module):
         """Return the gradients of the parameters, in their order.
 
         Args:
-            grad: of the masked weight, `(C_in, C_out)`.
+            grad: gradient of the masked weight, `(C_in, C_out)`.
             weight_t: `(C_in, C_out)`.
-            m: channels of a group.
+            m: M, the number of channels in a group.
         """
         dtype = self.factors.column.dtype
-        # A copy is multiplied in place: on a CPU another tensor of the size costs several times the
-        # product.
+        # A copy is multiplied in place, because on a CPU another tensor of this size takes several
+        # times as long as the product.
         of_scores = grad * weight_t if grad.dtype == dtype else grad.to(dtype).mul_(weight_t)
         groups = of_scores.unflatten(0, (-1, m))
         groups -= groups.mean(1, keepdim=True)
         return self.of_parameters(of_scores)
 
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
-        """Return the gradients of the parameters from those of the scores `(C_in, C_out)`."""
+        """Return the gradients of the parameters from those of the scores, `(C_in, C_out)`."""
         return []
 
 
 class FreeScores(Scores):
-    """A score for each weight, `(C_in, C_out)`, that starts at the logarithm of the saliency.
+    """Score for each weight, `(C_in, C_out)`, that starts at the logarithm of the saliency.
 
     Args:
-        weight: `(C_out, C_in)`, of the linear.
+        weight: weight of the linear, `(C_out, C_in)`.
         factors: as in `Scores`.
     """
 
@@ -98,20 +96,24 @@ class FreeScores(Scores):
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
         super().__init__(factors)
-        # Contiguous: channels are gathered, and `all_reduce` needs it of the gradient.
+        # Contiguous, because channels are gathered and `all_reduce` needs contiguous gradients.
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
 
     @override
     def at(self, weight_t: Tensor, channels: Tensor | slice) -> SaliencyFactors:
+        """Return the scores as a dense score."""
         return SaliencyFactors(0, self.free.data[channels].t())
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
+        """Return the gradients of the scores."""
         return [of_scores]
 
 
 class LowRankScores(Scores):
     """Sum of the log saliency, a term `c` for each channel, and a product of low rank.
+
+    The formula is
 
         score[j, i] = log S[i, j] + c[j] + sum_k right[j, k] left[i, k]
 
@@ -119,8 +121,8 @@ class LowRankScores(Scores):
 
     Args:
         weight, factors: as in `FreeScores`.
-        rank: K; 0 leaves the terms of the channels.
-        generator: of the start of `right`.
+        rank: K; 0: only the terms of the channels.
+        generator: generator of the random start of `right`.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class LowRankScores(Scores):
 
     @override
     def at(self, weight_t: Tensor, channels: Tensor | slice) -> SaliencyFactors:
+        """Return the sum for some channels as a dense score."""
         scores = log_saliency_t(weight_t[channels], super().at(weight_t, channels))
         scores += self.channel.data[channels].unsqueeze(1)
         scores.addmm_(self.right.data[channels], self.left.data.t())
@@ -143,12 +146,13 @@ class LowRankScores(Scores):
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
-        with products_as_they_are(of_scores):  # their sums over all rows could overflow in float16
+        """Return the gradients of `c`, `left` and `right`."""
+        with products_as_they_are(of_scores):  # sums over all rows could overflow in float16
             return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
 
 
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
     """Return the log saliency of a transposed weight, same shape; finite where a weight is zero."""
     found = saliency_t(weight_t, factors)
-    # Not in place: a dense score may be the saliency itself.
+    # Not in place, because the saliency may share memory with a dense score.
     return found.clamp_min(torch.finfo(found.dtype).tiny).log_()

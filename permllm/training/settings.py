@@ -1,9 +1,6 @@
-"""Settings that all learning shares."""
-
-from __future__ import annotations
+"""Settings of gradient descent."""
 
 import math
-from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -17,7 +14,7 @@ StraightThrough = Literal["swap", "hard", "soft"]
 
 @dataclass(kw_only=True, config=SETTINGS)
 class DescentSettings:
-    """Settings of descent through the whole model; `conf/_descent.yaml` explains them."""
+    """Settings of gradient descent through the whole model; see `conf/_descent.yaml`."""
 
     learning_rate: Positive = 1e-2
     epochs: Count = 3
@@ -28,17 +25,17 @@ class DescentSettings:
     activation_checkpointing: bool | None = None
 
     def samples_of(self, available: int) -> int:
-        """Return how many samples are learned from, where so many are available."""
+        """Return the number of windows to learn from; `available` is the most there are."""
         return min(available, self.samples or available)
 
     def steps_for(self, samples: int) -> int:
-        """Return the number of steps of a stage that learns from so many samples."""
+        """Return the number of steps in a stage that learns from `samples` windows."""
         return self.steps or self.epochs * math.ceil(samples / self.batch_size)
 
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LearningSettings(DescentSettings):
-    """Settings of descent, all layers at once or in stages; `conf/_learning.yaml` explains them."""
+    """Settings of gradient descent, for all layers or in stages; see `conf/_learning.yaml`."""
 
     weight_decay: Amount = 0.0
     loss: Loss | None = None
@@ -55,34 +52,22 @@ class LearningSettings(DescentSettings):
                 "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
             )
 
-    @classmethod
-    def of(cls, descent: DescentSettings, **more: Any) -> LearningSettings:
-        """Return the settings of a descent, with others."""
-        return cls(
-            **{field.name: getattr(descent, field.name) for field in fields(DescentSettings)},
-            **more,
-        )
-
     def needs_device(self) -> str | None:
-        """Return why all layers must be on the device at once; None: they need not."""
+        """Return the reason why all layers must be on the device at once; None: no reason."""
         if self.activation_checkpointing is False:
             return "activation_checkpointing=false keeps all layers for backward"
         return None
 
     def check_last_layers(self, group: str, groups: list[Any], layers: int) -> None:
-        """Raise ConfigError where no channel group of a model lies in the layers that learn."""
-        spans = self.spans(layers)
-        if not any(first <= one.layer < stop for one in groups for first, stop in spans):
+        """Raise ConfigError if the layers that learn have no pruned channel group."""
+        if not any(one.layer in span for one in groups for span in self.spans(layers)):
             raise ConfigError(
-                f"{group}.last_layers={self.last_layers}: keep_dense leaves nothing to learn there"
+                f"{group}.last_layers={self.last_layers}: keep_dense keeps these layers dense; "
+                "expected a layer that is pruned"
             )
 
-    def steps_in_all(self, samples: int, layers: int) -> int:
-        """Return the number of steps of all stages of a model."""
-        return len(self.spans(layers)) * self.steps_for(samples)
-
-    def spans(self, layers: int) -> list[tuple[int, int]]:
-        """Return the first layer and the one after the last of each stage of a model."""
+    def spans(self, layers: int) -> list[range]:
+        """Return the decoder layers of each stage of a model."""
         first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
         size = self.layers_per_stage if isinstance(self.layers_per_stage, int) else layers
-        return [(start, min(start + size, layers)) for start in range(first, layers, size)]
+        return [range(start, min(start + size, layers)) for start in range(first, layers, size)]

@@ -1,6 +1,4 @@
-"""Windows of a model that learn one after the other, from its checkpoint on."""
-
-from __future__ import annotations
+"""Stages of a model that learn one after the other, from the checkpoint on."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -11,26 +9,26 @@ from torch import Tensor
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.offload import placement_of
-from permllm.training.learner import Learner, Window
+from permllm.training.learner import Learner, Stage
 from permllm.training.loop import Training, read_checkpoint
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
 MaskOf: TypeAlias = Callable[[ChannelGroup, str], Tensor]
-"""Mask of a linear, bool `(C_out, C_in)` in original channel order, by its group and path."""
+"""Function of a group and a linear's path; returns its mask, bool `(C_out, C_in)`, unpermuted."""
 
 
 class Course:
-    """Windows of a method that learns, from its checkpoint on.
+    """Sequence of the stages of a method that learns, from its checkpoint on.
 
     Args:
-        settings: of the descent.
-        problem: of the method. Its `on_resume` gets the history of the epochs before.
-        name: of the method, for messages.
-        file: of the checkpoint in the problem's directory.
+        settings: settings of the gradient descent.
+        problem: problem of the method. Its `on_resume` gets the history of the past epochs.
+        name: name of the method, for messages.
+        file: name of the checkpoint in the problem's directory.
 
     Attributes:
-        state: the checkpoint to continue from; None: there is none, or a window has continued.
+        state: the checkpoint to continue from; None: no checkpoint, or a stage has loaded it.
     """
 
     def __init__(
@@ -45,46 +43,47 @@ class Course:
             self._begin, self._history = self.state["window"], list(self.state["history"])
         problem.on_resume(list(self._history))
 
-    def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
-        """Yield the windows that are still to be trained.
+    def stages(self, learns: Callable[[range], bool], mask_of: MaskOf) -> Iterator[Stage]:
+        """Yield the stages that are not trained yet.
 
         Args:
-            learns: tells whether anything learns from a decoder layer to before another.
-            mask_of: of each linear before a window, when the window comes.
+            learns: tells whether decoder layers have parameters that learn.
+            mask_of: returns the mask of each linear before the stage, at the time of the stage.
         """
-        stream = WindowStream(self.problem)
+        stream = StageStream(self.problem)
         layers = len(decoder_layers(self.problem.model))
-        for number, (first, stop) in enumerate(self.settings.spans(layers)):
-            if number >= self._begin and learns(first, stop):
-                inputs, target = stream.inputs(first, mask_of), stream.target(stop)
-                yield Window(number, first, stop, inputs, target)
+        for number, span in enumerate(self.settings.spans(layers)):
+            if number >= self._begin and learns(span):
+                inputs, target = stream.inputs(span.start, mask_of), stream.target(span.stop)
+                yield Stage(number, span, inputs, target)
 
-    def train(self, window: Window, learner: Learner) -> None:
-        """Train a learner in a window.
+    def train(self, stage: Stage, learner: Learner) -> None:
+        """Train the learner of a stage.
 
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is
-                not.
+                not finite.
         """
         training = Training(
-            self.settings, self.problem, window, learner, self.name, self.file, self._history
+            self.settings, self.problem, stage, learner, self.name, self.file, self._history
         )
         if self.state is not None:
             training.restore(self.state)
-            self.state = None  # it is as large as the parameters
+            self.state = None  # frees as much memory as the parameters take
         training.run()
 
 
-class WindowStream:
-    """Inputs and targets of the windows: hidden states through the dense and the pruned layers.
+class StageStream:
+    """Inputs and targets of the stages: hidden states of the pruned and of the dense layers.
 
-    Neither stream is made where all layers learn together: the inputs are the embeddings, and the
+    If all layers learn together, no layer runs here, because the inputs are the embeddings and the
     problem has the target.
     """
 
     def __init__(self, problem: LearningProblem) -> None:
         self.problem = problem
-        self._dense: tuple[LayerStream, int] | None = None  # with the next layer
+        # Each stream stands beside the index of its next layer.
+        self._dense: tuple[LayerStream, int] | None = None
         self._pruned: tuple[LayerStream, int] | None = None
 
     def inputs(self, first: int, mask_of: MaskOf) -> Tensor | None:
@@ -92,10 +91,10 @@ class WindowStream:
 
         Args:
             first: index of a decoder layer.
-            mask_of: of each linear before it.
+            mask_of: returns the mask of each linear before that layer.
 
         Returns:
-            `(samples, tokens, hidden)` on the host; None: the embeddings.
+            `(windows, tokens, hidden)` on the host; None: the embeddings.
         """
         if first == 0:
             return None
@@ -113,7 +112,7 @@ class WindowStream:
         return stream.states()
 
     def target(self, stop: int) -> Tensor:
-        """Return the dense output of layer `stop - 1`, `(samples, tokens, hidden)` on the host."""
+        """Return the dense output of layer `stop - 1`, `(windows, tokens, hidden)` on the host."""
         if stop == len(decoder_layers(self.problem.model)):
             return self.problem.target
         stream, position = self._dense or (self._new(), 0)
@@ -127,7 +126,7 @@ class WindowStream:
         return LayerStream(problem.model, problem.tokens, problem.calibration_batch_size)
 
     def _prune_layer(self, index: int, mask_of: MaskOf, dense: dict[str, Tensor]) -> None:
-        """Mask the linears of a layer; their dense weights go into `dense` by path."""
+        """Mask the linears of a layer, and put their dense weights into `dense` by path."""
         for group in (group for group in self.problem.groups if group.layer == index):
             for path in group.members:
                 weight = linear_at(self.problem.model, path).weight

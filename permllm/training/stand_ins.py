@@ -1,6 +1,4 @@
-"""Masked linears in the places of a model's linears while they learn."""
-
-from __future__ import annotations
+"""Masked linears that replace a model's linears while permutations or scores learn."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +16,7 @@ from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningSettings, StraightThrough
 
-# Masked linears by the name of their group, while they stand in.
+# Context that gives the masked linears by the name of their group.
 StandIns = AbstractContextManager[dict[str, list[MaskedLinear]]]
 
 
@@ -31,15 +29,14 @@ def learning_orders(
 ) -> StandIns:
     """Replace the linears of some groups by masked linears whose permutations learn.
 
-    The weights are stored column by column meanwhile, which makes a permutation of channels a
-    gather of rows. At the end the linears come back.
+    Until the linears come back, the weights are stored column by column, so that a permutation of
+    channels gathers rows.
 
     Args:
-        problem: its model has the linears.
-        stacks: by group, the blocks of its positions.
-        scores_of: returns the scores of a linear by its path.
+        problem: problem with the model.
+        stacks: blocks of each group's positions.
+        scores_of: returns the scores of the linear at a path.
         straight_through, kernels: as in `MaskedLinear`.
-
     """
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
@@ -48,13 +45,13 @@ def learning_orders(
             linear, scores_of(path), pattern, stacks[group], straight_through, kernels=kernels
         )
 
-    def by_columns(_: ChannelGroup, weight: Tensor) -> Tensor:
-        return weight.t().contiguous().t()
-
-    def by_rows(_: ChannelGroup, weight: Tensor) -> Tensor:
-        return weight.contiguous()
-
-    return _standing_in(problem.model, stacks, stand_in, by_columns, by_rows)
+    return _standing_in(
+        problem.model,
+        stacks,
+        stand_in,
+        change=lambda _, weight: weight.t().contiguous().t(),
+        back=lambda _, weight: weight.contiguous(),
+    )
 
 
 def learning_scores(
@@ -66,26 +63,27 @@ def learning_scores(
 ) -> StandIns:
     """Replace the linears of some groups by masked linears whose scores learn.
 
-    The weights are stored permuted meanwhile. At the end the linears come back.
+    The weights are stored permuted until the linears come back.
 
     Args:
-        problem: its model has the linears.
-        groups: of the linears.
-        orders: int64 `(C_in,)` by group.
+        problem: problem with the model.
+        groups: channel groups of the linears.
+        orders: the permutations, int64 `(C_in,)` by group.
         scores_of: returns the scores of a linear from its weight `(C_out, C_in)` and its saliency
             factors, both permuted.
         kernels: as in `MaskedLinear`.
-
     """
 
-    @cache  # layers that come and go ask for it each time
+    @cache  # offloaded layers ask for it at each step
     def on(device: torch.device, name: str) -> Tensor:
+        """Return the permutation of a group on a device."""
         return orders[name].to(device)
 
     def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.t()[on(weight.device, group.name)].t()
 
     def back(group: ChannelGroup, weight: Tensor) -> Tensor:
+        """Return the weight in the original order."""
         return weight.t()[on(weight.device, group.name).argsort()].t().contiguous()
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
@@ -99,10 +97,9 @@ def learning_scores(
 
 
 def kernels_for(
-    settings: LearningSettings, problem: LearningProblem, groups: Iterable[ChannelGroup]
+    settings: LearningSettings, problem: LearningProblem, groups: list[ChannelGroup]
 ) -> Kernels:
-    """Return the kernels for the linears of some groups, which learn together."""
-    groups = list(groups)
+    """Return the kernels for the linears of groups that learn together."""
     weights = sum(group.channels * sum(group.rows) for group in groups)
     work = weights * settings.steps_for(settings.samples_of(len(problem.tokens)))
     return chosen_kernels(problem.device, settings.compile, work, map(problem.pattern_of, groups))
@@ -116,14 +113,14 @@ def _standing_in(
     change: Callable[[ChannelGroup, Tensor], Tensor],
     back: Callable[[ChannelGroup, Tensor], Tensor],
 ) -> Iterator[dict[str, list[MaskedLinear]]]:
-    """Put a stand-in in the place of every linear of some groups, and the linears back at the end.
+    """Replace every linear of some groups by its masked linear, and undo this at the end.
 
     Args:
-        model: of a known family.
-        groups: of the linears.
-        stand_in: makes the stand-in of a linear at a path, before `change`.
-        change: returns a weight as it is stored meanwhile.
-        back: returns that weight as it was stored before.
+        model: model of a known family.
+        groups: channel groups of the linears.
+        stand_in: returns the masked linear of the linear at a path; called before `change`.
+        change: returns a weight in the layout for learning.
+        back: returns such a weight in its original layout.
     """
     placement = placement_of(model)
     replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []

@@ -1,10 +1,10 @@
 """Two Triton kernels of a masked linear on a GPU: masks with thresholds, and exchange gradients.
 
-Saliencies are made in float32 and ranked by comparisons in registers; of equal entries the lowest
-channel wins.
+Saliencies are made in float32 and ranked by comparisons in registers. The lowest channel wins a
+tie.
 """
 
-# Triton's language is Python's syntax, not its types.
+# Triton has Python's syntax, and other types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from permllm.training.elementwise import Piece, with_own
 
-# Weights of a program of `_mask`, which one warp holds in registers.
+# Weights in a program of `_mask`, which one warp holds in registers.
 _TILE = 1024
-# Channels, groups and rows of a program of `_exchange`: 32 elements a thread, and their sums.
+# Channels, groups and rows in a program of `_exchange`: 32 elements a thread, and their sums.
 _CHANNELS, _GROUPS, _ROWS, _WARPS = 16, 16, 32, 4
 
 
 def mask(out: Tensor, piece: Piece) -> Tensor:
-    """Do and return `out` as `permllm.training.kernels.Kernels.mask`."""
+    """Do as `permllm.training.kernels.Kernels.mask`, and return `out`."""
     _launch_mask(out, piece, {})
     return out
 
 
 def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
-    """Do as `permllm.training.kernels.Kernels.exchanges`: float32 `(k / B, B, B / M)`."""
+    """Do as `permllm.training.kernels.Kernels.exchanges`; the result is float32."""
     channels, rows = piece.column.shape[1], piece.weight_t.shape[1]
     groups, blocks = size // piece.m, channels // size
     empty = partial(torch.empty, dtype=torch.float32, device=out.device)
@@ -42,7 +42,7 @@ def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
     _launch_mask(out, piece, {"grad": grad, "limits": limits, "stay": stay})
     changes = empty(blocks, size, groups)
     grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
-    with torch.cuda.device_of(out):  # Triton launches on the device of the process
+    with torch.cuda.device_of(out):  # Triton launches on the current device
         _exchange[grid](
             *_pointers(piece), grad, limits, changes, rows, channels, size, groups,
             piece.n / piece.m, **_saliency_kind(piece),
@@ -53,7 +53,7 @@ def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
 
 def _launch_mask(out: Tensor, piece: Piece, thresholds: dict[str, Tensor]) -> None:
     channels, rows, m = piece.column.shape[1], piece.weight_t.shape[1], piece.m
-    # `out` stands for pointers that are not read.
+    # `out` replaces pointers that the kernel does not read.
     given = [thresholds.get(name, out) for name in ("grad", "limits", "stay")]
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
     with torch.cuda.device_of(out):
@@ -65,14 +65,14 @@ def _launch_mask(out: Tensor, piece: Piece, thresholds: dict[str, Tensor]) -> No
 
 
 def _rows_of(m: int) -> int:
-    """Return the output rows of a program of `_mask`."""
+    """Return the number of output rows in a program of `_mask`."""
     return max(32, _TILE // triton.next_power_of_2(m))
 
 
 def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return weight, channels, and factors of channels and of rows.
+    """Return weight, channels, and the factors of channels and of rows.
 
-    A missing one is a pointer that is not read.
+    Another tensor replaces a missing one; the kernel does not read it.
     """
     column = piece.column.t() if piece.dense else piece.column
     channels = column if piece.channels is None else piece.channels
@@ -118,7 +118,7 @@ def _mask(
     N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     THRESHOLDS: tl.constexpr,
 ):  # fmt: skip
-    """Mask one group of M channels in a tile of output rows; with THRESHOLDS, store these too."""
+    """Mask one group of M channels in a tile of output rows; with THRESHOLDS, store them too."""
     group = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     x = tile * ROWS + tl.arange(0, ROWS)
@@ -157,7 +157,7 @@ def _exchange(
     GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Value the exchanges of a tile of a block's channels with a tile of its groups."""
+    """Compute the changes for a tile of a block's channels and a tile of its groups."""
     block = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     g = tl.program_id(2) * GROUPS + tl.arange(0, GROUPS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,13 +24,14 @@ from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, L
 from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
+from permllm.training import loop
 from permllm.training.kernels import EAGER
-from permllm.training.learner import Moment, Window
+from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
-from permllm.training.stages import WindowStream
+from permllm.training.stages import StageStream
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
@@ -59,11 +62,11 @@ def begin(settings: LCP, learning: LearningProblem) -> dict[str, BlockLogits]:
 def gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockLogits]) -> Any:
     """Return the gradients of a step over all samples by the first logits of each order."""
     shared = shared_orders(learning.groups, settings.constraint)
-    window, moment = Window(0, 0, 2, None, learning.target), Moment(0, 1, 0, 1)
+    stage, moment = Stage(0, range(2), None, learning.target), Moment(0, 1, 0, 1)
     start = {order.name: torch.arange(order.channels) for order in shared}
-    with settings.masked(learning, shared, window, EAGER) as linears:
+    with settings.masked(learning, shared, stage, EAGER) as linears:
         learner = settings.learner(shared, start, blocks, linears)
-        objective = Objective(settings, learning, window, learner)
+        objective = Objective(settings, learning, stage, learner)
         learner.begin(moment)
         objective.backward(torch.arange(len(learning.tokens)))
     return {name: block.logits[0].grad for name, block in blocks.items()}
@@ -119,6 +122,21 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
     large, small = steps[1:]  # of five samples and of one
     assert epochs[1] == pytest.approx((5 * large + small) / 6, rel=1e-12)
     assert epochs[1] != pytest.approx((large + small) / 2, rel=1e-6)
+
+
+def test_the_progress_bar_says_how_long_steps_and_measurements_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, mininterval=0, disable=False))
+    lcp(init="random", epochs=2, batch_size=3, select_from=1).orders(problem())
+    pattern = r"(\d+)%[^\r]* (\S+) left, \S+ gone(?:, step=(\d/\d))?"
+    bar = re.findall(pattern, capsys.readouterr().err)
+    # A step has the work of three forwards, the measurement of the last epoch that of two steps.
+    shares = [round(100 * done / 14) for done in (3, 6, 9, 12)]
+    steps = [(str(share), f"{step}/4") for step, share in enumerate(shares, 1)]
+    seen = dict.fromkeys((share, step) for share, _, step in bar)
+    assert list(seen) == [("0", ""), *steps, ("100", "4/4")]
+    assert all(re.fullmatch(r"\d\d:\d\d", left) for share, left, _ in bar if share != "0")
 
 
 def test_seeds_give_equal_results_however_layers_are_recomputed_and_other_seeds_others() -> None:
@@ -203,14 +221,14 @@ def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(LayerStream, "advance", Mock(side_effect=Interrupt))
     with pytest.raises(Interrupt):
-        WindowStream(learning).inputs(1, none_kept)
+        StageStream(learning).inputs(1, none_kept)
     assert same(model.state_dict(), before)
 
 
 def test_windows_split_what_learns_and_choose_the_loss() -> None:
-    assert lcp(layers_per_stage=2).spans(5) == [(0, 2), (2, 4), (4, 5)]
-    assert lcp(layers_per_stage=2, last_layers=3).spans(5) == [(2, 4), (4, 5)]
-    assert lcp().spans(5) == lcp(layers_per_stage=99).spans(5) == [(0, 5)]
+    assert lcp(layers_per_stage=2).spans(5) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert lcp(layers_per_stage=2, last_layers=3).spans(5) == [range(2, 4), range(4, 5)]
+    assert lcp().spans(5) == lcp(layers_per_stage=99).spans(5) == [range(5)]
     assert (lcp(loss=None).loss, lcp(loss=None, layers_per_stage=2).loss) == ("kl", "cosine")
 
 

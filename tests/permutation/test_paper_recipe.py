@@ -24,7 +24,7 @@ from permllm.runs.directory import Record
 from permllm.runs.loggers import NO_LOGGER
 from permllm.sparsity.method import instantiate
 from permllm.training.kernels import EAGER
-from permllm.training.learner import Moment, Window
+from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
@@ -127,10 +127,10 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
         # As after some steps: a third of the logits has reached the bound.
         block.scale.data.mul_(1.5)
     reference: Any = copy.deepcopy(blocks)
-    window = Window(0, 0, 2, None, problem.target)
-    with method.masked(problem, shared, window, EAGER) as linears:
+    stage = Stage(0, range(2), None, problem.target)
+    with method.masked(problem, shared, stage, EAGER) as linears:
         learner = method.learner(shared, start, blocks, linears)
-        training = Training(method, problem, window, learner, "lcp", "checkpoint")
+        training = Training(method, problem, stage, learner, "lcp", "checkpoint")
         # Two steps an epoch: in the second of four.
         moment = Moment(3, training.steps, 1, training.epochs)
         temperature = learner.temperature(moment)

@@ -25,7 +25,7 @@ from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
 from permllm.training import loop as training
 from permllm.training import objective
-from permllm.training.learner import Moment, Window
+from permllm.training.learner import Moment, Stage
 from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
 from tests.problems import CPU, problem, pruned, same, tokens
@@ -129,7 +129,7 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     monkeypatch.setattr(training, "_EVERY", math.inf)
     monkeypatch.setattr(training, "save_state", lambda *_: None)
     assert same(whole, distilled(tmp_path))
-    assert "learning begins anew" in caplog.text
+    assert "learning starts over" in caplog.text
 
 
 @pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
@@ -192,10 +192,10 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     masks = [torch.rand(linear.weight.shape) < 0.5 for linear in linears]
     weights, target = KeptWeights(linears, masks, 1e-3), learning.target
     settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
-    window, values = Window(0, 0, 2, None, target), sum(int(mask.sum()) for mask in masks)
+    stage, values = Stage(0, range(2), None, target), sum(int(mask.sum()) for mask in masks)
     rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
     with weights.gradients(), products_in(products, CPU):
-        loop = training.Training(settings, learning, window, weights, "distill", "file")
+        loop = training.Training(settings, learning, stage, weights, "distill", "file")
         # Gradients and two moments, then gradients alone.
         assert loop._not_yet_taken(target) == 4 * 3 * values + rounded
         loop.step(torch.arange(2), Moment(0, 4, 0, 1))

@@ -32,22 +32,22 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
 ) -> None:
     assert job.run(config(QWEN, *PLAN, f"runs_dir={tmp_path}/runs")) is None
     said = capsys.readouterr().out
-    for part in ("3584", "18944", "7615616512", "device, taken here"):
+    for part in ("3584", "18944", "7615616512", "device (chosen)"):
         assert part in said
-    assert "orders learn 28 layers at a time, of 28" in said
+    assert "permutations learn 28 layers at a time, 28 in all" in said
     assert not (tmp_path / "runs").exists()
 
 
 FOLDABLE = [QWEN, "permutation.constraint=foldable"]
 EIGHT = "permutation.layers_per_stage=8"
-STAYS = "residual_stream stays where it starts"
+STAYS = "residual_stream stays at its start"
 
 
 @pytest.mark.parametrize(
     ("words", "said", "unsaid"),
     [
         (["model=tiny"], "host", "disk"),  # a random model has no files
-        ([QWEN, EIGHT], "orders learn 8 layers at a time, of 28", "residual"),
+        ([QWEN, EIGHT], "permutations learn 8 layers at a time, 28 in all", "residual"),
         (FOLDABLE, "residual_stream", STAYS),
         ([*FOLDABLE, EIGHT], STAYS, "learn 28"),
     ],

@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_learned_anew(
     content[2000] ^= 4
     (directory / "lcp_checkpoint.pt").write_bytes(content)
     run(tmp_path, *EVERYTHING)
-    assert "learning begins anew" in caplog.text
+    assert "learning starts over" in caplog.text
     assert differing(directory, results(whole)) == []
 
 

@@ -1,11 +1,11 @@
-"""Linear sum assignments of many blocks at once on a GPU: one Triton program a block.
+"""Linear sum assignments of many blocks at once on a GPU, with one Triton program for a block.
 
-They are solved by shortest augmenting paths with dual variables (Jonker and Volgenant, Computing
-38, 1987) in float64, exactly for any numbers. The start is the largest entry of every column. Where
-these form a permutation, as at low temperatures in most blocks, nothing is left to do.
+The method is shortest augmenting paths with dual variables (Jonker and Volgenant, Computing 38,
+1987) in float64; its results are exact. It starts with the largest entry of every column. If these
+entries form a permutation, as in most blocks at low temperatures, they are the result.
 """
 
-# Triton's language is Python's syntax, not its types.
+# Triton has Python's syntax, and other types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ def assign(soft: Tensor) -> Tensor:
     """Return the permutation of each block that maximises `<P, soft>`.
 
     Args:
-        soft: `(blocks, B, B)` on a GPU; row = source channel, column = target position. What is not
-            finite gives anything.
+        soft: `(blocks, B, B)` on a GPU; row = source channel, column = target position. With
+            entries that are not finite, the result is arbitrary.
 
     Returns:
-        int64 `(blocks, B)`, entry j of a block the source channel at position j.
+        int64 `(blocks, B)`; entry j of a block is the source channel at position j.
     """
     soft = soft.contiguous()
     count, size, _ = soft.shape
     perms = torch.empty(count, size, dtype=torch.int64, device=soft.device)
     lanes = triton.next_power_of_2(size)
     if count:  # a rank may have no block
-        with torch.cuda.device_of(soft):  # Triton launches on the device of the process
+        with torch.cuda.device_of(soft):  # Triton launches on the current device
             _assign[(count,)](soft, perms, size, lanes, num_warps=max(1, min(8, lanes // 64)))
     return perms
 
 
 @triton.jit
 def _start(soft, size, LANES: tl.constexpr):
-    """Give each row to the first column whose largest entry it is.
+    """Give each row to the first column whose largest entry is in that row.
 
-    Costs are the negative of what is maximised. Returns the dual variables of the columns, their
-    least costs, and the row that each column has, or -1.
+    Costs are the negative entries. Return the dual variables of the columns (their least costs),
+    and the row of each column, or -1.
     """
     column = tl.arange(0, LANES)
     inside = column < size
@@ -61,7 +61,7 @@ def _start(soft, size, LANES: tl.constexpr):
 
 @triton.jit
 def _assign(soft, perms, size, LANES: tl.constexpr):
-    """Solve one block; a row's dual variable, zero at first, stands at the column that has it."""
+    """Solve one block; `of_row` has the dual variable of a row at the column that has the row."""
     block = tl.program_id(0).to(tl.int64)
     soft += block * size * size
     column = tl.arange(0, LANES)
@@ -71,8 +71,8 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
     of_row = tl.zeros((LANES,), tl.float64)
     for row in range(size):
         if tl.sum((has == row).to(tl.int32)) == 0:
-            # Dijkstra from a row without a column to the nearest column without a row. `size` steps
-            # are enough; what is not finite might take more.
+            # Dijkstra's search from a row without a column to the nearest column without a row. It
+            # takes at most `size` steps; the limit is for entries that are not finite.
             reached = tl.zeros((LANES,), tl.int32)
             distance = tl.full((LANES,), float("inf"), tl.float64)
             before = tl.full((LANES,), -1, tl.int32)
@@ -96,7 +96,7 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
                 at_row = tl.sum(tl.where(column == at, has, 0))
                 at_dual = tl.sum(tl.where(column == at, of_row, 0.0))
                 steps += 1
-            # Each column on the way takes the row of the one before it.
+            # Each column on the path takes the row of the column before it.
             back = none + 1
             while (at >= 0) & (back < size):
                 earlier = tl.sum(tl.where(column == at, before, 0))

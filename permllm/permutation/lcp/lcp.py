@@ -1,11 +1,9 @@
-"""Learnable channel permutation: its settings, its start, and the windows of layers in turn.
+"""Learnable channel permutation: settings, start, and learning in stages (PermLLM, section 4).
 
-PermLLM, section 4. All logits of a window of decoder layers learn together, end to end, against the
-dense model's output of the window's last layer. The weights stay as they are. Forward uses hard
-permutations and hard masks; backward goes through the soft ones.
+All logits of a stage learn together, end to end, towards the dense output of the stage's last
+layer. The weights do not change. Forward uses hard permutations and hard masks; backward goes
+through the soft permutations.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -34,7 +32,7 @@ from permllm.runs.files import CHECKPOINT
 from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.kernels import Kernels
-from permllm.training.learner import Moment, Window
+from permllm.training.learner import Moment, Stage
 from permllm.training.masked_linear import BlockStack, MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
@@ -59,32 +57,34 @@ class LCP(LearningSettings, LearnedPermutation):
 
     @override
     def validate(self, config: RunConfig) -> None:
+        """Raise ConfigError if M does not divide `block_size`, or a temperature is not positive."""
         super().validate(config)
         for pattern in config.patterns:
             if self.block_size % pattern.m:
                 raise ConfigError(
                     f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
-                    f"(sparsity={pattern}); valid are {pattern.m}, {2 * pattern.m}, ..."
+                    f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
                 )
         for progress in (0.0, 0.5, 1.0):
             check_positive(f"temperature: at progress={progress}", self.temperature(progress))
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        """Raise ConfigError if a permutation cannot fold or be cut into blocks, or none learns."""
         check_segments(shared_orders(groups, self.constraint), config.pattern)
         self.check_last_layers("permutation", groups, layers)
-        plan = self.plan(groups, layers)
-        if not plan.logits:
+        if not self.plan(groups, layers).logits:
             raise ConfigError(
-                f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage "
-                "that holds all layers that share it, as by permutation.layers_per_stage=all and "
-                "all layers"
+                f"permutation.layers_per_stage={self.layers_per_stage}, permutation.last_layers="
+                f"{self.last_layers}: no stage holds all layers that share a permutation, so none "
+                "would learn; expected layers_per_stage=all and last_layers=null"
             )
 
     @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """Return the plan for a model with these pruned groups and this number of layers."""
         shared, spans = shared_orders(groups, self.constraint), self.spans(layers)
-        learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
+        learning = [order for span in spans for order in orders_within(shared, span)]
         columns: dict[str, tuple[str, str]] = {}
         for order in shared:
             stacks = order.stacks(self.block_size)
@@ -103,50 +103,50 @@ class LCP(LearningSettings, LearnedPermutation):
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Learn the permutations of all groups, stage by stage."""
         shared = shared_orders(problem.groups, self.constraint)
         course = Course(self, problem, "lcp", CHECKPOINT)
         if course.state is not None:
             orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
         else:
-            first, _ = self.spans(len(decoder_layers(problem.model)))[0]
-            orders = self.start_orders(problem, shared, first)
+            spans = self.spans(len(decoder_layers(problem.model)))
+            orders = self.start_orders(problem, shared, spans[0].start)
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
+            """Return the pruner's mask under the present permutation."""
             score, order = problem.saliency_of(path), used_by[group.name]
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
-        def learns(first: int, stop: int) -> bool:
-            return bool(orders_within(shared, first, stop))
-
-        for window in course.windows(learns, mask_of):
-            learning = orders_within(shared, window.first, window.stop)
+        for stage in course.stages(lambda layers: bool(orders_within(shared, layers)), mask_of):
+            learning = orders_within(shared, stage.layers)
             logits = self.start_logits(problem, learning, orders)
             groups = [group for order in learning for group in order.groups]
             kernels = kernels_for(self, problem, groups)
-            with self.masked(problem, shared, window, kernels) as linears:
+            with self.masked(problem, shared, stage, kernels) as linears:
                 learner = self.learner(shared, orders, logits, linears)
-                course.train(window, learner)
+                course.train(stage, learner)
                 orders = learner.best
-                del logits, learner  # before those of the next window
+                del logits, learner  # frees their memory before the next stage
         return expanded(shared, orders)
 
     def masked(
-        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels
+        self, problem: LearningProblem, shared: list[SharedOrder], stage: Stage, kernels: Kernels
     ) -> StandIns:
-        """Put masked linears, by the pruner's saliency, into a window of the problem's model."""
+        """Replace the linears of a stage by masked linears, which use the pruner's saliency."""
 
         def scores_of(path: str) -> Scores:
+            """Return the saliency of a linear; our conventions divide it by its mean."""
             factors = problem.factors_of(path)
-            if self.conventions == "ours":  # the same masks, another sharpness of the softmax
+            if self.conventions == "ours":  # sets the sharpness of the softmax alone
                 mean = problem.saliency_of(path).mean()
                 factors = factors.scaled(1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny))
             return Scores(factors)
 
         stacks = {
             group: order.stacks(self.block_size, order.repeats)
-            for order, group in members(shared, window)
+            for order, group in members(shared, stage.layers)
         }
         return learning_orders(problem, stacks, scores_of, self.straight_through, kernels)
 
@@ -157,16 +157,17 @@ class LCP(LearningSettings, LearnedPermutation):
         logits: dict[str, BlockLogits],
         linears: dict[str, list[MaskedLinear]],
     ) -> OrderLearner:
-        """Return the learner of a window; the arguments as in `OrderLearner`."""
+        """Return the learner of a stage; the arguments are those of `OrderLearner`."""
         paper = self.conventions == "paper"
 
         def temperature(moment: Moment) -> float:
+            """Return the temperature of a step."""
             if paper:
                 return self.temperature(moment.epoch / moment.epochs)
             return self.temperature(moment.step / max(1, moment.steps - 1))
 
-        # The paper's released code begins with a softmax of rows: a first iteration does the same,
-        # where there is one.
+        # The paper's released code starts with a softmax over rows. This is the first half of the
+        # first iteration, if there is an iteration.
         halves = 2 * self.sinkhorn_iterations or int(paper)
         return OrderLearner(
             shared, orders, logits, linears, self.learning_rate, temperature, halves
@@ -175,10 +176,9 @@ class LCP(LearningSettings, LearnedPermutation):
     def start_orders(
         self, problem: LearningProblem, shared: list[SharedOrder], first: int
     ) -> dict[str, Tensor]:
-        """Return the orders at the start, int64 on the CPU by shared order.
+        """Return the shared permutations at the start, int64 on the CPU by name.
 
-        With `init=random` they are the identity, except in layers before `first`, which do not
-        learn.
+        With `init=random` they are the identity in all layers that learn, from `first` on.
         """
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
         searched = [order for order in shared if order not in drawn]
@@ -188,10 +188,11 @@ class LCP(LearningSettings, LearnedPermutation):
     def start_logits(
         self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
     ) -> dict[str, BlockLogits]:
-        """Return the logits of each order at the start, on the device.
+        """Return the logits of each permutation at the start, on the device.
 
-        With U uniform in [-1, 1] they are `margin I + noise U` around the given orders, or the
-        paper's random `U / sqrt(B)` with a learnable scale, sqrt(B) at the start.
+        Let U be uniform in [-1, 1]. With `init=heuristic` the logits are `margin I + noise U`,
+        relative to the given permutations. With `init=random` (the paper) they are `U / sqrt(B)`,
+        with a learnable scale that starts at sqrt(B).
         """
         near, root = self.init == "heuristic", math.sqrt(self.block_size)
         generator = torch.Generator().manual_seed(problem.seed)

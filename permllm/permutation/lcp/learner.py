@@ -1,6 +1,4 @@
-"""Learner of a window's permutations: soft ones, hard ones, and the masked linears of both."""
-
-from __future__ import annotations
+"""Learner of a stage's permutations, soft and hard, which it sets in the masked linears."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +22,7 @@ from permllm.training.masked_linear import MaskedLinear
 def members(
     shared: Iterable[SharedOrder], layers: Container[int]
 ) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
-    """Yield the channel groups of some layers, each with its order."""
+    """Yield the channel groups in some layers, each with its shared permutation."""
     for order in shared:
         for group in order.groups:
             if group.layer in layers:
@@ -32,20 +30,20 @@ def members(
 
 
 class OrderLearner(Learner):
-    """Permutations of a window, here called orders.
+    """Learner of the shared permutations in a stage.
 
     Args:
-        shared: all orders of the model.
-        orders: int64 `(channels,)` of each of them at the start.
-        logits: by name of each order that learns.
-        linears: masked linears by channel group of the window.
-        learning_rate: at the start.
-        temperature: of the soft permutations, by the moment of the training.
-        halves: half iterations of Sinkhorn's normalisation.
+        shared: all shared permutations of the model.
+        orders: their values at the start, int64 `(channels,)` by name.
+        logits: logits of each permutation that learns, by name.
+        linears: masked linears of each channel group in the stage.
+        learning_rate: learning rate at the first step.
+        temperature: returns the temperature of the soft permutations in a step.
+        halves: number of half iterations in Sinkhorn's normalisation.
 
     Attributes:
-        present: all orders of the model, on the device of the logits.
-        best: all orders of the model, on the CPU.
+        present: present values of all shared permutations, on the device of the logits.
+        best: best values of all shared permutations, on the CPU.
     """
 
     def __init__(
@@ -81,6 +79,7 @@ class OrderLearner(Learner):
     @override
     @torch.no_grad()
     def begin(self, moment: Moment) -> None:
+        """Make the soft and the hard permutations of a step."""
         self._before = self.present
         self._batches = soft_batches(self.blocks, self.temperature(moment), self.halves)
         hards, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
@@ -103,11 +102,13 @@ class OrderLearner(Learner):
 
     @override
     def collect(self) -> None:
+        """Send the gradients of the soft permutations on to the logits."""
         for batch in self._batches:
             batch.backward()
 
     @override
     def set_layer(self, index: int) -> None:
+        """Set the permutations of a layer's masked linears."""
         for order, group in members(self.shared, (index,)):
             perm, hard, soft = order.expand(self.present[order.name]), None, list[Tensor]()
             if torch.is_grad_enabled() and order.name in self.blocks:
@@ -118,10 +119,12 @@ class OrderLearner(Learner):
 
     @override
     def flips(self) -> Tensor:
+        """Return the number of channels that the last `begin` moved."""
         return self._moved(self._before)
 
     @override
     def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:
+        """Return the temperature, and the share of channels that moved."""
         return {"temperature": self.temperature(moment), "flips": flips / self.channels}
 
     @override
@@ -130,10 +133,11 @@ class OrderLearner(Learner):
 
     @override
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        """Return the temperature, and the share of channels that moved in the epoch."""
         return self.step_values(moment, float(self._moved(self._at_epoch)))
 
     def _moved(self, before: dict[str, Tensor]) -> Tensor:
-        """Count the channels that have another position than before, a scalar on the device."""
+        """Count the channels that have moved since `before`, as a scalar on the device."""
         now = torch.cat([self.present[name] for name in self.blocks])
         return (torch.cat([before[name] for name in self.blocks]) != now).sum()
 
@@ -143,6 +147,7 @@ class OrderLearner(Learner):
 
     @override
     def write_best(self, directory: Path) -> str:
+        """Write the best permutations; return the settings that use the file."""
         file = directory / BEST_SO_FAR
         if parallel.rank() == 0:
             save_tensors(file, expanded(self.shared, self.best))

@@ -1,27 +1,12 @@
-"""Logits of a permutation in blocks, and the soft permutations that they make."""
-
-from __future__ import annotations
+"""Logits of a permutation in blocks, and the soft permutations that they give."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.training.masked_linear import BlockStack
-
-
-class _Clamped(torch.autograd.Function):
-    """Clamp to +-1 whose gradient passes, so that a logit at the bound can come back."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.clamp(-1.0, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
 
 
 class BlockLogits(nn.Module):
@@ -31,11 +16,11 @@ class BlockLogits(nn.Module):
         base: int64 `(C_in,)`, the permutation at the start, which is cut into blocks: position p of
             block b holds channel `base[b B + p]`.
         stacks: blocks of the positions (`split_blocks`).
-        logits: one float32 or float64 `(blocks, B, B)` for each stack; row = channel of the block
-            in base order, column = target position in the block.
-        scale: start of a learnable scalar a: the logits in use are `clamp(a * logits, -1, 1)`, and
-            their gradient passes as if nothing were clamped (the paper's released code). None: the
-            logits are used as they are.
+        logits: float32 or float64 `(blocks, B, B)` for each stack; row = channel of the block, as
+            in `base`; column = target position in the block.
+        scale: start of a learnable scalar a (the paper's released code). The effective logits are
+            `clamp(a * logits, -1, 1)`, and their gradient ignores the clamp, so that a logit can
+            leave the bound. None: no scale and no clamp.
     """
 
     base: Tensor
@@ -49,7 +34,7 @@ class BlockLogits(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("base", base.clone())  # its own: loading a state writes into it
+        self.register_buffer("base", base.clone())  # loading a state writes into the buffer
         self.stacks = stacks
         starts = [
             stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size)
@@ -61,36 +46,39 @@ class BlockLogits(nn.Module):
         self.scale = None if start is None else nn.Parameter(start)
 
     def effective(self, number: int) -> Tensor:
-        """Return the logits in use of a stack."""
+        """Return the effective logits of a stack."""
         logits: Tensor = self.logits[number]
-        return logits if self.scale is None else _Clamped.apply(logits * self.scale)
+        if self.scale is None:
+            return logits
+        scaled = logits * self.scale
+        # The difference is zero and has the gradient of `scaled`.
+        return scaled.detach().clamp(-1.0, 1.0) + (scaled - scaled.detach())
 
     def order(self, hard: Tensor) -> Tensor:
         """Return the channel at each position, int64 `(C_in,)`.
 
         Args:
-            hard: int64 `(C_in,)`, the row of its block's matrix at each position.
+            hard: int64 `(C_in,)`, the row of the block's matrix at each position.
         """
         return self.base[self.first + hard]
 
 
 class SoftBatch:
-    """Soft permutations of one size, made together, and the way of their gradients to the logits.
+    """Soft permutations of one block size, made together, and the backward to their logits.
 
-    A straight-through step uses the hard permutations in forward and never reads the values of the
-    soft ones. So their stand-ins are zeros of their shape, without memory of their own, which
-    gather gradients.
+    Forward uses the hard permutations and never reads the values of the soft permutations. So
+    stand-ins of their shape, zeros that take no memory, collect the gradients.
 
     Args:
         orders: all logits, by name of the permutation.
-        stacks: those of this batch, each by its permutation and its number there.
+        stacks: stacks in this batch, each by its permutation and its number in the permutation.
         temperature, halves: as in `normalize`.
 
     Attributes:
         stacks: as given.
-        stand_ins: `(blocks, B, B)` for each of them, leaves.
-        soft: `(blocks, B, B)` of all of them one after the other, not differentiable; may be
-            deleted.
+        stand_ins: leaf tensors, `(blocks, B, B)` for each stack.
+        soft: soft permutations of all stacks, concatenated, `(blocks, B, B)`, not differentiable;
+            may be deleted.
     """
 
     def __init__(
@@ -109,7 +97,7 @@ class SoftBatch:
         self.stand_ins = [nothing.expand(stack.shape).requires_grad_() for stack in logits]
 
     def parts(self, values: Tensor) -> dict[tuple[str, int], Tensor]:
-        """Return each stack's part of `(blocks, ...)`."""
+        """Return the part of each stack in values `(blocks, ...)`."""
         return dict(zip(self.stacks, values.split(self._counts), strict=True))
 
     def backward(self) -> None:
@@ -126,10 +114,10 @@ class SoftBatch:
 def soft_batches(
     orders: Mapping[str, BlockLogits], temperature: float, halves: int
 ) -> list[SoftBatch]:
-    """Make the soft permutations of several permutations.
+    """Return the soft permutations of several permutations, in batches.
 
-    On a GPU, where each operator is a launch, all blocks of a size are one batch. On a CPU a single
-    stack stays in the cache.
+    On a GPU all blocks of a size are one batch, because each operator is a launch. On a CPU a batch
+    is one stack, because it fits into the cache.
     """
     batches: dict[object, list[tuple[str, int]]] = {}
     for name, order in orders.items():

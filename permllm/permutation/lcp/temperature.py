@@ -1,6 +1,7 @@
-"""Schedules of the Sinkhorn temperature: from `start` to `end` while learning goes from 0 to 1."""
+"""Schedules of the Sinkhorn temperature.
 
-from __future__ import annotations
+A call returns the temperature at `progress`, from 0 (the first step) to 1 (the last step).
+"""
 
 import math
 
@@ -11,11 +12,11 @@ from permllm.runtime.values import SETTINGS, Positive
 
 @dataclass(frozen=True, config=SETTINGS)
 class _Range:
-    """From one temperature to another.
+    """Range of temperatures.
 
     Attributes:
-        start: the temperature at the start of learning.
-        end: the temperature at its end.
+        start: temperature at the first step.
+        end: temperature at the last step.
     """
 
     start: Positive = 1.0
@@ -24,10 +25,10 @@ class _Range:
 
 @dataclass(frozen=True, config=SETTINGS)
 class Linear(_Range):
-    """A straight line, the paper's schedule (section 5.1)."""
+    """Straight line, the paper's schedule (section 5.1)."""
 
     def __call__(self, progress: float) -> float:
-        """Return the temperature at `progress` in [0, 1]."""
+        """Return the temperature."""
         return self.start + (self.end - self.start) * progress
 
 
@@ -36,22 +37,22 @@ class Cosine(_Range):
     """Half a cosine: slow at both ends."""
 
     def __call__(self, progress: float) -> float:
-        """Return the temperature at `progress` in [0, 1]."""
+        """Return the temperature."""
         return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 @dataclass(frozen=True, config=SETTINGS)
 class Exponential(_Range):
-    """The same factor each step: fast at first."""
+    """Multiplication by the same factor each step: fast at first."""
 
     def __call__(self, progress: float) -> float:
-        """Return the temperature at `progress` in [0, 1]."""
+        """Return the temperature."""
         return self.start * (self.end / self.start) ** progress
 
 
 @dataclass(frozen=True, config=SETTINGS)
 class Constant:
-    """`start` throughout.
+    """Constant temperature.
 
     Attributes:
         start: the temperature.
@@ -60,5 +61,5 @@ class Constant:
     start: Positive = 0.3
 
     def __call__(self, progress: float) -> float:
-        """Return the temperature at `progress` in [0, 1]."""
+        """Return the temperature."""
         return self.start
