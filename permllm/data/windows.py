@@ -30,7 +30,7 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
     if not bos:
         return None
     if tokenizer.bos_token_id is None:
-        raise ConfigError("model.bos=true: the model's tokenizer has no BOS; set it to false")
+        raise ConfigError("model.bos=true: the model's tokenizer has no BOS token; set it to false")
     return int(tokenizer.bos_token_id)
 
 

@@ -118,7 +118,7 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_refused(rte: None) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("a: [", "cannot be read"), ("a: b", "no definition")],
+    [(None, "cannot be read"), ("a: [", "cannot be read"), ("a: b", "does not define")],
 )
 def test_files_that_define_no_task_of_their_own_are_refused(
     content: str | None, message: str, few_tasks: None, tmp_path: Path
