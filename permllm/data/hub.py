@@ -1,7 +1,5 @@
 """Files from repositories of the hub, and errors of one line for its failures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache

@@ -4,8 +4,6 @@
 compared. They are unpacked once into the cache, and never installed or imported.
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

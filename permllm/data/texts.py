@@ -1,7 +1,5 @@
 """Texts for calibration and perplexity: built-in texts, files, and texts of other packages."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import logging
@@ -48,6 +46,8 @@ _SUBJECTS = """
 class Text:
     """Base class of texts: documents for calibration, a text for perplexity, or both.
 
+    All methods raise DataError if the text cannot be downloaded or read.
+
     Attributes:
         calibrates: True: there are documents for calibration.
         evaluates: True: there is a text for perplexity.
@@ -61,22 +61,11 @@ class Text:
     max_windows: int | None = None
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return the documents for calibration.
-
-        Args:
-            seed: seed of a shuffle, for texts that the papers' code shuffles.
-
-        Raises:
-            DataError: the text cannot be downloaded or read.
-        """
+        """Return the documents for calibration; the seed shuffles those that the papers shuffle."""
         raise NotImplementedError
 
     def evaluation(self) -> str:
-        """Return the text for perplexity; by default the documents, joined by blank lines.
-
-        Raises:
-            DataError: the text cannot be downloaded or read.
-        """
+        """Return the text for perplexity; by default the documents, joined by blank lines."""
         return "\n\n".join(self.calibration(0))
 
     def digest(self, calibration: bool) -> str:
@@ -85,9 +74,6 @@ class Text:
         Args:
             calibration: True: for the documents for calibration; False: for the text for
                 perplexity.
-
-        Raises:
-            DataError: the text cannot be downloaded or read.
         """
         text = "\n\n".join(self.calibration(0)) if calibration else self.evaluation()
         return hashlib.sha256(text.encode()).hexdigest()

@@ -1,11 +1,10 @@
 """Windows for calibration: pieces of a text with the same number of tokens."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from permllm.data.texts import NamedText, calibration_text
 from permllm.errors import ConfigError, DataError
 from permllm.runs.cache import cached
 from permllm.runtime import parallel
-
-_TOKENS = "tokens"
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
@@ -83,11 +80,14 @@ def calibration_tokens(
         "further": further,
     }
 
-    def draw() -> Tensor:
-        """Draw the windows."""
-        return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further)
-
-    return _kept(tokenizer, named, settings, bos, draw, calibration=True)
+    return _kept(
+        tokenizer,
+        named,
+        settings,
+        bos,
+        lambda: windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further),
+        calibration=True,
+    )
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool = False) -> Tensor:
@@ -101,12 +101,14 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool =
     Raises:
         DataError: the text cannot be downloaded or read.
     """
-
-    def tokens() -> Tensor:
-        """Encode the text."""
-        return encode(tokenizer, named.text.evaluation(), not bos)
-
-    return _kept(tokenizer, named, {}, bos, tokens, calibration=False)
+    return _kept(
+        tokenizer,
+        named,
+        {},
+        bos,
+        lambda: encode(tokenizer, named.text.evaluation(), not bos),
+        calibration=False,
+    )
 
 
 def _kept(
@@ -126,7 +128,7 @@ def _kept(
         "bos": bos,
         "use": "calibration" if calibration else "perplexity",
     }
-    return cached("tokens", key, lambda: {_TOKENS: parallel.on_main(compute)})[_TOKENS]
+    return cached("tokens", key, lambda: {"tokens": parallel.on_main(compute)})["tokens"]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,11 +154,7 @@ def windows_of(
     """Draw calibration windows from documents; arguments as in `calibration_tokens`."""
     first, order = bos_of(tokenizer, bos), random.Random(seed)
     piece, count = config.seqlen - (first is not None), config.samples + further
-
-    def tokens_of(text: str) -> Tensor:
-        """Encode a text, with special tokens unless BOS is put before each window."""
-        return encode(tokenizer, text, first is None)
-
+    tokens_of = partial(encode, tokenizer, special=first is None)
     if config.sampling == "documents":
         windows = _of_documents(documents, tokens_of, piece, count, order)
     elif config.sampling == "overlapping":

@@ -1,7 +1,5 @@
 """Evaluation with the rounding of vLLM's FP8 kernels (`export.serve=vllm`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

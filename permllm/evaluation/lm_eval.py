@@ -1,7 +1,5 @@
 """Evaluation of a model in memory on tasks of lm-eval."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """Evaluation of a model by a list of measures, each with a key that determines its result."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Perplexity over windows that do not overlap."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

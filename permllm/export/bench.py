@@ -5,8 +5,6 @@ gathers, and the checkpoint with its 2:4 weights on a GPU's sparse tensor cores,
 two libraries. A 6:8 weight is multiplied as three 2:4 windows.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import inspect
@@ -143,6 +141,7 @@ def _variant(
     model: PreTrainedModel, name: str, change: Change | None, sizes: Sizes
 ) -> dict[str, Any]:
     """Change a model, and measure the medians of prefill and decoding."""
+    model.eval().requires_grad_(False)
     used, speed = change(model) if change else None, []
     for batch in sizes.batch_sizes:
         generator = torch.Generator().manual_seed(0)
@@ -199,39 +198,34 @@ def measure(
         dtype: dtype of the weights; None: the dtype of each checkpoint.
 
     Returns:
-        Plain values: `variants` with their speeds, and `missing`, a line for each variant that was
-        not measured.
+        Plain values: `variants` with speeds, `missing` with a line for each variant not measured.
 
     Raises:
         ConfigError: the machine lacks the device.
         DataError: a folder does not have a complete checkpoint.
     """
-    sizes = sizes or Sizes()
-    place, asked = resolve_device(device), getattr(torch, dtype) if dtype else None
-
-    def load(checkpoint: Path) -> PreTrainedModel:
-        """Load a variant's weights."""
-        return read_weights(checkpoint, asked, place).eval().requires_grad_(False)
-
+    sizes, place = sizes or Sizes(), resolve_device(device)
+    asked = getattr(torch, dtype) if dtype else None
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
-    model = load(folder)
+    model = read_weights(folder, asked, place)
     check_runs(folder, model)
     patterns, gathers = stated_patterns(folder, model), len(gathered_modules(model))
     missing = what_is_missing(place, patterns.values(), model.dtype)
-    as_stored = _variant(model, "as stored", None, sizes)
+    variants = [_variant(model, "as stored", None, sizes)]
     del model
-    variants = [_variant(load(against), "dense", None, sizes)] if against else []
-    variants.append(as_stored)
+    if against:
+        variants.insert(0, _variant(read_weights(against, asked, place), "dense", None, sizes))
     if gathers:
-        name = "as stored, gathers left out"
-        variants.append(_variant(load(folder), name, leave_out_gathers, sizes))
+        model, name = read_weights(folder, asked, place), "as stored, gathers left out"
+        variants.append(_variant(model, name, leave_out_gathers, sizes))
+        del model
     lines = [missing] if missing else []
     for backend in () if missing else BACKENDS:
         rows = max(sizes.batch_sizes) * sizes.prompt
         name, change = f"2:4 by {backend}", partial(use_backend, backend, patterns, rows)
         try:
-            variants.append(_variant(load(folder), name, change, sizes))
+            variants.append(_variant(read_weights(folder, asked, place), name, change, sizes))
         except (ConfigError, RuntimeError) as error:
             lines.append(f"{name}: {first_line(error)}")
     return {

@@ -1,7 +1,5 @@
 """Model card and licence notice of a checkpoint."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Runs, the command `permllm export` and `permllm.save` use it.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import time

@@ -11,8 +11,6 @@ inputs of the linear must be permuted in the same way:
   papers evaluate them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

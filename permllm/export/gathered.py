@@ -6,8 +6,6 @@ inputs are in `gathers.safetensors`; without them the logits would be wrong. To 
 It contains the dense model's config under `dense_config`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import partial

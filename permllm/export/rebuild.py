@@ -1,7 +1,5 @@
 """Reconstruction of a run's pruned model from the dense model."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -4,8 +4,6 @@ vLLM reads the settings from a file in the checkpoint's folder. It rounds the we
 it loads them.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping

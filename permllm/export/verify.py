@@ -1,7 +1,5 @@
 """Command `permllm verify`: reload a checkpoint, check N:M in stored order, compare logits."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Attention in float32 while a CPU learns in half precision."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ transformers fills a tensor that is missing or has another shape with random val
 integers to floats without their scales. It says so only in its loading report.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Structure of a decoder without a table: its linears, grouped by the tensors that they read."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from typing import Any

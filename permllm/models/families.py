@@ -6,8 +6,6 @@ decoder gets its channel groups from a traced forward (`permllm.models.discovery
 permutations do not fold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache

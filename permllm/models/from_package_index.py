@@ -1,7 +1,5 @@
 """Models from the package index: GGUF files in wheels, converted once into transformers folders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ or cap the logits, under settings of different names. A head is called plain if 
 gives the same logits as the product.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ They are recorded: for one forward, stand-ins take the places of the layers, rec
 and return their input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass

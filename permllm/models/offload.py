@@ -10,8 +10,6 @@ Code that computes with a layer, or reads or replaces its weights, does so insid
 device. A graph that backward will go through keeps the weights of its forward.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -31,18 +29,6 @@ from permllm.runtime.memory import to_device
 Change = Callable[[Tensor], Tensor]
 Mask = Callable[[], Tensor]
 Read = Callable[[], Tensor]
-
-_PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
-
-
-def placement_of(model: nn.Module) -> Placement:
-    """Return the placement of a model's weights; without a call of `place` it is `device`."""
-    return _PLACEMENTS.get(model) or Placement(model)
-
-
-def place(model: nn.Module, placement: Placement) -> None:
-    """Set the placement of a model's weights."""
-    _PLACEMENTS[model] = placement
 
 
 class Placement:
@@ -108,6 +94,19 @@ class Placement:
     def whole(self) -> Iterator[None]:
         """Enter each layer when the model's forward calls it, inside the context."""
         yield
+
+
+_PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
+
+
+def placement_of(model: nn.Module) -> Placement:
+    """Return the placement of a model's weights; without a call of `place` it is `device`."""
+    return _PLACEMENTS.get(model) or Placement(model)
+
+
+def place(model: nn.Module, placement: Placement) -> None:
+    """Set the placement of a model's weights."""
+    _PLACEMENTS[model] = placement
 
 
 @dataclass(eq=False)

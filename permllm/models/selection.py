@@ -5,8 +5,6 @@ path of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `ml
 `model.layers.3`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

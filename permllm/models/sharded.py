@@ -1,7 +1,5 @@
 """Placement `sharded`: the layers' weights in equal parts on the devices of several ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Dense model from which a pruned model is written, one tensor at a time."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable
