@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +147,9 @@ def _lm_eval_results(
         batch_size=shared.batch_size,
         add_bos_token=shared.add_bos_token,
     )
-    with placement_of(model).whole():
+    # lm-eval adds a description of the machine to its results, which nobody reads here. For this it
+    # starts pip and other programs, so that each task takes seconds longer.
+    with placement_of(model).whole(), patch("lm_eval.evaluator.add_env_info"):
         output: dict[str, Any] | None = simple_evaluate(
             lm,
             tasks=tasks,

