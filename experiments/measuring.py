@@ -1,7 +1,6 @@
-"""Read the settings of a measure.py, and print, keep and draw what it measures.
+"""Common part of the scripts measure.py: read settings, print and draw results, keep records.
 
-python experiments/table3/measure.py model=llama-2-7b measure.repeats=5 --to
-experiments/table3/records.jsonl
+python experiments/table3/measure.py model=llama-2-7b --to experiments/table3/records.jsonl
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.identity import digest_of
 from permllm.runtime.terminal import run_tool
 
-# Begins the names of a script's own settings.
+# Prefix of a script's own settings on the command line.
 _OWN = "measure."
 
 
@@ -41,27 +40,28 @@ def main(
     lines: Callable[[dict[str, Any]], list[str]],
     draw: Callable[[dict[str, Any], Any], None],
 ) -> int:
-    """Measure what the command line asks for and print it; the exit code.
+    """Run a measurement with the settings of the command line, and return the exit code.
 
     Args:
         script: path of the measure.py.
-        settings: dataclass of its own settings, which are typed as `measure.NAME=VALUE`.
-        measure: of the settings of run.py, its own and the device, gives plain values.
-        lines: makes Markdown of them.
-        draw: draws them into matplotlib's axes.
+        settings: dataclass of the script's own settings, `measure.NAME=VALUE`.
+        measure: function that returns results as plain values, for the settings of run.py, the own
+            settings and the device.
+        lines: function that returns the results as lines of Markdown.
+        draw: function that draws the results into matplotlib's axes.
     """
     description = sys.modules["__main__"].__doc__
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="as of run.py, and measure.KEY=VALUE"
+        "words", nargs="*", metavar="KEY=VALUE", help="settings of run.py, and measure.KEY=VALUE"
     )
     parser.add_argument(
         "--to",
         type=Path,
         metavar="FILE.jsonl",
-        help="add the record to this file, with a picture beside it",
+        help="add a record to this file, and write a picture into its folder",
     )
     options = parser.parse_intermixed_args()
 
@@ -100,9 +100,14 @@ def main(
 
 
 def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
-    """Settings of run.py, and those of a script's own dataclass, out of what was typed.
+    """Return the settings of run.py, and an object of the script's own dataclass.
 
-    Raises ConfigError.
+    Args:
+        words: settings as they were typed.
+        settings: the dataclass.
+
+    Raises:
+        ConfigError: a setting does not exist, or its value is not valid.
     """
     config = read_config(composed([word for word in words if not word.startswith(_OWN)]))
     own = OmegaConf.from_dotlist(
@@ -115,9 +120,10 @@ def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
 
 
 def add_record(file: Path, line: dict[str, Any]) -> None:
-    """Add a line to a file of records, in the place of one of its name.
+    """Add a record to a file of records, and replace one of the same name.
 
-    Raises DataError where a line is damaged.
+    Raises:
+        DataError: the file cannot be read, or a line of it is damaged.
     """
     try:
         kept = (
@@ -127,13 +133,17 @@ def add_record(file: Path, line: dict[str, Any]) -> None:
         )
         by_name = {other["run"]: other for other in kept} | {line["run"]: line}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{file} is no file of records: {first_line(error)}") from error
+        raise DataError(f"{file} is not a file of records: {first_line(error)}") from error
     write_text(file, "".join(json.dumps(by_name[name]) + "\n" for name in sorted(by_name)))
     print(f"record    {file}, {line['run']}")
 
 
 def draw_picture(file: Path, draw: Callable[[Any], None]) -> None:
-    """Draw into a file. Raises ConfigError where matplotlib is not installed."""
+    """Draw a picture and write it to a file.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     with picture(file) as pyplot:
         _, axes = pyplot.subplots(figsize=(7, 4.5))
         draw(axes)

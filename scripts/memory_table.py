@@ -1,4 +1,4 @@
-"""Table of memory by method and model, as `plan=true` estimates it for a GPU."""
+"""Table of a GPU's memory by method and model, estimated by `plan=true`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ _METHODS = [
     "permutation=heuristic",
     "permutation=lcp",
     "method=order-folded",
-]
-_METHODS += [
     "method=masks-lowrank",
     "method=masks",
     "method=masks mask.layers_per_stage=4",
@@ -32,7 +30,12 @@ _METHODS += [
 
 
 def memory(folder: Path, models: str) -> str:
-    """Return GB of a GPU by method and model, and beside them GB with the layers on the host."""
+    """Return a table in GB: memory with the layers on the device / with the layers on the host.
+
+    Args:
+        folder: folder of the document; not used.
+        models: names of models, separated by commas.
+    """
     names = models.split(",")
     shapes = {name: meta_model(read_config(composed([f"model={name}"])).model) for name in names}
     rows = []

@@ -1,10 +1,10 @@
-"""Write a checkpoint with random weights, tensor by tensor, in the memory of one.
+"""Writer of a checkpoint with random weights, with one file of tensors in memory at a time.
 
-    python scripts/random_checkpoint.py FOLDER model=llama-2-13b model.dtype=bfloat16 python
-    scripts/random_checkpoint.py FOLDER model=qwen2.5-7b model.architecture.num_hidden_layers=4
+    python scripts/random_checkpoint.py DIR model=llama-2-13b model.dtype=bfloat16
+    python scripts/random_checkpoint.py DIR model=qwen2.5-7b model.architecture.num_hidden_layers=4
 
-For what a model of that size costs, not for what it is worth. `model=local model.path=FOLDER` takes
-it like any other; its tokenizer is one of bytes.
+The checkpoint serves to measure time and memory of large models, not quality. Its tokenizer has a
+token for each byte. `model=local model.path=FOLDER` loads it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from permllm.pruning.composition import composed  # noqa: E402
 
 
 def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
-    """Return normal values for a matrix, ones for a norm, zeros for a bias; by its name."""
+    """Return a random tensor: normal values for a matrix, ones for a norm, zeros for a bias.
+
+    Args:
+        name: name of the tensor, which determines its values.
+        like: tensor of the same shape and dtype; may be on the meta device.
+        deviation: standard deviation of a matrix.
+    """
     if like.dim() < 2:
         return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=like.dtype)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
@@ -40,7 +46,7 @@ def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, in the form that every family's tokenizer class reads."""
+    """Return a tokenizer with a token for each byte, which all tokenizer classes can read."""
     tokenizer = Tokenizer(
         models.BPE(
             {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}, []
@@ -52,12 +58,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_random(folder: Path, model: ModelConfig, shard_gb: float) -> None:
-    """Write the checkpoint.
+    """Write a checkpoint with random weights.
 
     Args:
-        folder: to write into, new or empty.
-        model: whose architecture and dtype.
-        shard_gb: of a file, at most, where no tensor is larger.
+        folder: folder to write, new or empty.
+        model: settings with the architecture and dtype.
+        shard_gb: largest size of a file, in 10^9 bytes, unless a single tensor is larger.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -82,14 +88,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of the settings, as for run.py"
-    )
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, at most")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for run.py")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest size of a file, in GB")
     options = parser.parse_args()
     config = read_config(composed(options.overrides))
     write_random(options.folder, config.model, options.shard_gb)
-    print(f"{options.folder}: {config.model.name}, {config.model.dtype}, random")
+    print(f"{options.folder}: {config.model.name}, {config.model.dtype}, random weights")
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ def test_what_perplexity_cannot_be_measured_on_is_one_line(
         permllm.prune(model, tokenizer, texts=["<new>" * 400], permutation="none", **FEW)
     model.config.max_position_embeddings = 8
     permllm.perplexity(model, None, WINDOWS)
-    assert "windows of 16 tokens, and the model has positions for 8" in caplog.text
+    assert "windows of 16 tokens, but the model has 8 positions" in caplog.text
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/checkpoints.md"])

@@ -215,7 +215,7 @@ def test_python_finds_options_of_somebody_else(package: Path) -> None:
     ("entry", "message"),
     [
         ("strange.nowhere:FAMILY", "cannot be imported from strange.nowhere:FAMILY: No module"),
-        ("strange.pruning:Largest", "is no permllm.models.families.Family"),
+        ("strange.pruning:Largest", "expected a permllm.models.families.Family"),
     ],
 )
 def test_an_entry_point_that_gives_no_family_is_one_line(

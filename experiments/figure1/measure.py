@@ -1,7 +1,7 @@
-"""Retained saliency and output error of many channel orders of one layer (figure 1).
+"""Retained saliency and output error of many permutations of a layer (PermLLM, figure 1).
 
-PermLLM, figure 1: the order that keeps the most saliency is not the one with the smallest error of
-the output.
+The permutation that retains the most saliency is not the permutation with the smallest output
+error.
 
     python experiments/figure1/measure.py model=smollm2-135m
 """
@@ -36,12 +36,12 @@ from permllm.sparsity.nm import nm_mask, permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import Gram
 
-# How each kind of order is called, and drawn.
+# Label, colour, marker and size of the points for each kind of permutation.
 _LABELS = {
     "none": ("no permutation", "black", "s", 60),
     "random": ("random", "tab:gray", ".", 18),
     "shuffled heuristic": ("heuristic, some channels shuffled", "tab:orange", ".", 18),
-    "raising saliency": ("swaps that keep more saliency", "tab:red", ".", 18),
+    "raising saliency": ("swaps that retain more saliency", "tab:red", ".", 18),
     "lowering error": ("swaps that lower the error", "tab:blue", ".", 18),
     "lowering error from the heuristic": ("the same from the heuristic on", "tab:cyan", ".", 18),
     "heuristic": ("heuristic", "tab:orange", "^", 70),
@@ -53,13 +53,14 @@ class Settings:
     """Settings of the measurement, `measure.NAME=VALUE`.
 
     Attributes:
-        layer: index of the decoder layer; None is the middle one.
-        group: name of the channel group in it, as `plan=true` lists them; None is the last one, the
-            MLP's output.
-        random: random orders, and as many of the heuristic's with some channels shuffled.
-        swaps: random swaps tried in each search, for more saliency and, from both starts, for less
-            error.
-        trace: orders kept along the way of the swaps.
+        layer: index of the decoder layer; None: the middle layer.
+        group: name of the channel group in the layer, as `plan=true` lists it; None: the last
+            group, the MLP's output.
+        random: number of random permutations, and of heuristic permutations with some channels
+            shuffled.
+        swaps: number of random swaps that each of the three searches tries: for more saliency, and
+            for less error from two starts.
+        trace: number of permutations that are recorded along each search.
     """
 
     layer: int | None = None
@@ -75,12 +76,12 @@ class Settings:
 
 @dataclass
 class Layer:
-    """One channel group, its members' weights one below the other.
+    """Channel group, with its members' weights one below the other.
 
     Attributes:
         weight: float32 `(C_out, C_in)`.
-        saliency: like `weight`.
-        gram: `X^T X` of the inputs, float32 `(C_in, C_in)`.
+        saliency: float32 `(C_out, C_in)`.
+        gram: mean of `x^T x` over the input's tokens x, float32 `(C_in, C_in)`.
         pattern: N:M.
     """
 
@@ -90,16 +91,16 @@ class Layer:
     pattern: NMPattern
 
     def removed(self, perm: Tensor) -> Tensor:
-        """Return the weights that an order's mask prunes, zero elsewhere, in channel order."""
+        """Return the weights that a permutation's mask prunes, zero elsewhere."""
         return self.weight * ~permuted_nm_mask(self.saliency, perm, self.pattern)
 
     def retained(self, perm: Tensor) -> float:
-        """Share of the saliency that an order keeps."""
+        """Return the share of the saliency that a permutation retains."""
         mask = permuted_nm_mask(self.saliency, perm, self.pattern)
         return saliency_sum(self.saliency, mask) / max(saliency_sum(self.saliency), 1e-300)
 
     def error(self, perm: Tensor) -> float:
-        """`||X (W - W')^T||^2 / ||X W^T||^2` under the mask of an order."""
+        """Return `||X (W - W')^T||^2 / ||X W^T||^2` for the mask of a permutation."""
         return self._energy(self.removed(perm)) / self._energy(self.weight)
 
     def _energy(self, weight: Tensor) -> float:
@@ -109,22 +110,22 @@ class Layer:
 def swaps(
     layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, generator: torch.Generator
 ) -> list[Tensor]:
-    """Try random swaps of two channels, and keep those that improve the order.
+    """Try random swaps of two channels, and keep those that improve the permutation.
 
-    A swap changes the masks of two groups alone, so that its effect on either measure needs these
-    columns only: with D what is removed and `A = D G`, a change E of the columns S changes `tr(D G
-    D^T)` by `2 <E, A_S> + <E G_SS, E>`.
+    A swap changes the masks of two groups only, so that only their columns S are computed. With the
+    removed weights D and `A = D G`, a change E of these columns changes the error `tr(D G D^T)` by
+    `2 <E, A_S> + <E G_SS, E>`.
 
     Args:
-        layer: the layer.
-        start: int64 `(C_in,)`.
-        tries: how many swaps.
-        keep: how many orders along the way to return.
-        by_error: lower the output error; else raise the saliency that is kept.
-        generator: of the swaps.
+        layer: the channel group.
+        start: the permutation to start from, int64 `(C_in,)`.
+        tries: number of swaps to try.
+        keep: number of permutations along the way to return.
+        by_error: True: lower the output error; False: raise the retained saliency.
+        generator: generator of the swaps.
 
     Returns:
-        Orders, int64 `(C_in,)` each; the last one is the best.
+        Permutations, int64 `(C_in,)`; the last one is the best.
     """
     m = layer.pattern.m
     perm = start.clone()
@@ -166,9 +167,10 @@ def swaps(
 
 
 def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
-    """Both measures of every order.
+    """Compute retained saliency and output error of every permutation.
 
-    Raises ConfigError when the layer or the group does not exist.
+    Raises:
+        ConfigError: the layer or the channel group does not exist.
     """
     loaded = load_model(config.model, config.seed)
     group = _group(groups_to_prune(loaded.model, config), own)
@@ -239,7 +241,7 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
     found = [("none", identity)]
     found += [("random", torch.randperm(channels, generator=generator)) for _ in range(own.random)]
     for index in range(own.random):
-        # From two channels to all of them, evenly on a logarithmic scale.
+        # The number of shuffled channels goes from two to all, evenly on a logarithmic scale.
         count = round(2 * (channels / 2) ** (index / max(1, own.random - 1)))
         places = torch.randperm(channels, generator=generator)[:count]
         shuffled = heuristic.clone()
@@ -258,7 +260,7 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return none, the heuristic, the order of most saliency and the order of least error."""
+    """Return a table of four permutations: none, heuristic, most saliency, smallest error."""
     points = results["points"]
     most = max(points, key=lambda point: point["retained_saliency"])
     least = min(points, key=lambda point: point["output_error"])
@@ -281,7 +283,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def draw(results: dict[str, Any], axes: Any) -> None:
-    """The scatter."""
+    """Draw output error over retained saliency, with a point for each permutation."""
     for kind, (label, color, marker, size) in _LABELS.items():
         points = [point for point in results["points"] if point["order"] == kind]
         x = [100 * point["retained_saliency"] for point in points]

@@ -1,8 +1,9 @@
-"""Time of an LCP step beside plain training and dense permutation matrices on a random layer.
+"""Time of a step of LCP, of plain training, and of LCP with dense permutation matrices.
 
     python experiments/lcp_speed/measure.py compute_dtype=float32
 
-Needs the model's dimensions, not its weights.
+The measurement uses one decoder layer with random weights. It needs the model's sizes, not its
+weights.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from permllm.training.problem import LearningProblem
 SEQUENCE = 128
 _PATTERN = NMPattern(2, 4)
 _VARIANTS = ("plain", "lcp", "checkpoint", "dense")
-# Groups of the loop that are timed; the rest of it is scaled.
+# Number of groups for which the loop over groups is timed; its time is scaled to all groups.
 _TIMED = 16
 
 
@@ -57,12 +58,12 @@ class Settings:
     """Settings of the measurement, `measure.NAME=VALUE`.
 
     Attributes:
-        tokens: of a step, each a multiple of 128.
-        block_sizes: B of LCP.
-        repeats: of each measurement after one to warm up, in turns with the others; medians are
-            given.
-        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a
-            loop over its groups; 0 is none.
+        tokens: numbers of tokens of a step, multiples of 128.
+        block_sizes: block sizes B of LCP.
+        repeats: number of measurements after a first one that does not count; medians are
+            reported, and variants take turns.
+        heuristic_channels: size of a square matrix of saliencies, for which the heuristic's scores
+            of one position are timed, and a loop over its groups; 0: neither is.
     """
 
     tokens: list[int] = field(default_factory=lambda: [512, 2048])
@@ -75,7 +76,7 @@ class Settings:
             check_whole("measure.tokens", tokens, SEQUENCE)
             if tokens % SEQUENCE:
                 raise ConfigError(
-                    f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, a sequence"
+                    f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, the sequence length"
                 )
         for size in self.block_sizes:
             check_whole("measure.block_sizes", size, 4)
@@ -84,7 +85,7 @@ class Settings:
 
 
 def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
-    """Seconds of all variants, and of the heuristic where it was asked for."""
+    """Measure seconds of all variants, and of the heuristic if the settings ask for it."""
     if device.type == "cpu":
         keep_freed_memory()
     rows = [
@@ -99,7 +100,7 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """A table of steps, and a line of the heuristic."""
+    """Return a table of steps, and a line about the heuristic."""
     columns = ["layer", "tokens", "B", "products", "plain s", "LCP s", "LCP / plain"]
     columns += ["recomputed s", "dense s", "dense / LCP", "hardening", "peak"]
     lines = [f"Medians of {results['repeats']} repeats.", ""]
@@ -122,14 +123,14 @@ def lines(results: dict[str, Any]) -> list[str]:
             f"Heuristic scores of one position, {row['rows']} x {row['channels']}: "
             f"{row['ours_s']:.2f} s; the loop over groups {row['loop_s']:.0f} s "
             f"({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
-            f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference "
-            f"{row['relative_difference']:.0e}.",
+            f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference of "
+            f"the scores {row['relative_difference']:.0e}.",
         ]
     return lines
 
 
 def draw(results: dict[str, Any], axes: Any) -> None:
-    """Bars of each variant relative to the plain step."""
+    """Draw the time of each variant relative to the plain step."""
     rows = results["rows"]
     for place, name in enumerate(_VARIANTS):
         positions = [index + 0.2 * (place - 1.5) for index in range(len(rows))]
@@ -146,9 +147,9 @@ def draw(results: dict[str, Any], axes: Any) -> None:
 
 
 def _one_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A random model with one decoder layer of the shape of the config's."""
+    """Return a model with one decoder layer of the config's sizes, with random weights."""
     if not config.model.architecture:
-        raise ConfigError(f"conf/model has no dimensions of {config.model.name}")
+        raise ConfigError(f"model={config.model.name}: its settings have no architecture")
     settings: dict[str, Any] = dict(config.model.architecture) | {
         "num_hidden_layers": 1,
         "vocab_size": 256,
@@ -161,7 +162,7 @@ def _one_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> n
 
 
 class _PlainStep:
-    """Forward and backward with gradients for all weights of the layer."""
+    """Step of plain training: forward and backward with gradients for all weights of the layer."""
 
     def __init__(self, model: nn.Module, tokens: Tensor, target: Tensor) -> None:
         self.layer = decoder_layers(model)[0]
@@ -169,7 +170,7 @@ class _PlainStep:
         self.target = target
 
     def __call__(self) -> None:
-        """One step."""
+        """Run a step."""
         self.layer.requires_grad_(True)
         loss = cosine_loss(
             run_layer(self.layer, self.inputs.hidden, self.inputs.kwargs[0]), self.target
@@ -190,7 +191,7 @@ class DensePermutedLinear(nn.Module):
         self.matrices: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x (..., C_in)` to `(..., C_out)`."""
+        """Return the output `(..., C_out)` for an input `(..., C_in)`."""
         assert self.matrices is not None
         hard, through = self.matrices
         permuted = self.saliency @ through
@@ -199,12 +200,12 @@ class DensePermutedLinear(nn.Module):
         top = groups.topk(_PATTERN.n, dim=2).indices
         kept = torch.zeros_like(groups).scatter_(2, top, 1.0).flatten(1)
         soft_in_place, kept_in_place = soft_mask @ through.T, kept @ hard.T
-        mask = kept_in_place + soft_in_place - soft_in_place.detach()  # straight through
+        mask = kept_in_place + soft_in_place - soft_in_place.detach()  # straight-through gradient
         return nn.functional.linear(x, self.linear.weight * mask.to(x.dtype), self.linear.bias)
 
 
 class _DenseStep:
-    """Learner as the paper describes it: a dense C x C matrix a group, an assignment a block."""
+    """Step of LCP as the paper describes it, with a dense C x C matrix for each group."""
 
     def __init__(self, problem: LearningProblem, block_size: int) -> None:
         self.problem = problem
@@ -228,7 +229,7 @@ class _DenseStep:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The dense linears in the places of the plain ones."""
+        """Replace the plain linears by those with dense matrices inside the context."""
         plain = {
             path: linear_at(self.problem.model, path)
             for group in self.problem.groups
@@ -244,7 +245,7 @@ class _DenseStep:
                 self.problem.model.set_submodule(path, module)
 
     def __call__(self) -> None:
-        """One step."""
+        """Run a step."""
         for group in self.problem.groups:
             soft = self._sinkhorn(self.logits[group.name])
             size = soft.shape[-1]
@@ -277,7 +278,10 @@ class _DenseStep:
 
 
 def _problem(model: nn.Module, tokens: Tensor, target: Tensor) -> LearningProblem:
-    """Learn the layer's order against a target, with Wanda's saliency under random input norms."""
+    """Return the problem of learning the layer's permutations for a target output.
+
+    The saliency is Wanda's with random input norms.
+    """
     groups = channel_groups(model)
     generator = torch.Generator().manual_seed(0)
     factors = {
@@ -291,13 +295,13 @@ def _problem(model: nn.Module, tokens: Tensor, target: Tensor) -> LearningProble
 def _row(
     config: RunConfig, count: int, block_size: int, device: torch.device, repeats: int
 ) -> dict[str, Any]:
-    """One row: all variants in turn, `repeats` times after one warm-up.
+    """Measure all variants in turn, `repeats` times after a first time that does not count.
 
-    In seconds: `plain_s`, forward and backward with gradients for all weights; `lcp_s`, a step of
-    LCP on the same layer: Sinkhorn, assignment, forward, backward, AdamW on the logits;
-    `checkpoint_s`, that with the layer recomputed in backward; `dense_s`, that with C x C
-    permutation matrices, as the paper describes; `harden_s`, the part of `lcp_s` that makes
-    permutations hard.
+    Returns:
+        Medians in seconds: `plain_s`, forward and backward with gradients for all weights; `lcp_s`,
+        a step of LCP on the same layer (Sinkhorn, assignment, forward, backward, AdamW on the
+        logits); `checkpoint_s`, the same with the layer recomputed in backward; `dense_s`, a step
+        with C x C permutation matrices; `harden_s`, the part of `lcp_s` for the assignment.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = _one_layer(config, device, dtype)
@@ -325,8 +329,8 @@ def _row(
     orders = {order.name: torch.arange(order.channels) for order in shared}
     stage = Stage(0, range(1), None, problem.target)
     moment = Moment(1, 2, 0, 1)
-    # Both learn on from step to step, as a run does: an order that never changes would be assigned
-    # sooner.
+    # The logits of both change from step to step, as in a run, because the assignment of constant
+    # logits is faster.
     logits = {
         name: LCP(**settings).start_logits(problem, shared, orders)
         for name in ("lcp", "checkpoint")
@@ -340,9 +344,8 @@ def _row(
                 with lcp.masked(problem, shared, stage, kernels) as linears:
                     learner = lcp.learner(shared, orders, logits[name], linears)
                     training = Training(lcp, problem, stage, learner, "lcp", CHECKPOINT)
-                    training.step(
-                        everything, moment
-                    )  # the first step of an optimizer allocates its moments
+                    # Not timed, because the first step of an optimizer allocates its moments.
+                    training.step(everything, moment)
                     reset_peak_memory(device)
                     found[name] = clock(
                         lambda training=training: training.step(everything, moment), device
@@ -380,7 +383,7 @@ def _row(
 
 
 def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
-    """Tell if six C x C matrices a group and eight of each linear's size fit into memory."""
+    """Tell if six C x C matrices for each group and eight of each linear's size fit into memory."""
     needed = sum(
         6 * 4 * group.channels**2 + 8 * 4 * group.channels * sum(group.rows) for group in groups
     )
@@ -390,7 +393,10 @@ def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
 
 
 def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Time our scores of one position beside a loop over groups, some groups timed and scaled."""
+    """Time the heuristic's scores of one position, and a loop over groups that makes the same.
+
+    The loop runs over `_TIMED` groups; its time is scaled to all groups.
+    """
     scores = (
         torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)).pow(3).to(device)
     )
@@ -414,7 +420,7 @@ def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, A
         theirs.append(clock(loop, device) * count / timed)
     found = assignment_scores(scores.double(), perm, 0, _PATTERN)[:, :timed]
     difference = loop().double() - found
-    difference = difference - difference[:1]  # a constant of the group
+    difference = difference - difference[:1]  # scores may differ by a constant for each group
     return {
         "channels": channels,
         "rows": channels,

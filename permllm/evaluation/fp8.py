@@ -1,6 +1,4 @@
-"""Evaluation with the rounding of FP8 kernels, as `export.serve=vllm` has a model served."""
-
-from __future__ import annotations
+"""Evaluation with the rounding of vLLM's FP8 kernels (`export.serve=vllm`)."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,13 +16,14 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 def rounded(values: Tensor) -> Tensor:
     """Round values to float8 e4m3 with a scale for each row, as torchao does (`PerRow`).
 
-    The scale is the row's largest magnitude over 448, both in bfloat16. A row of zeros stays zero.
+    The scale of a row is its largest magnitude / 448, computed in bfloat16. A row of zeros stays
+    zero.
 
     Args:
-        values: `(..., channels)` in any float dtype, which bfloat16 rounds first.
+        values: `(..., channels)` in any float dtype; rounded to bfloat16 first.
 
     Returns:
-        float32 of the same shape: codes times scales.
+        Float8 values times scales, float32 of the same shape.
     """
     values = values.bfloat16()
     scale = (values.abs().amax(-1, keepdim=True) / _LARGEST).float()
@@ -37,7 +36,7 @@ def rounded(values: Tensor) -> Tensor:
 def fp8_products(model: nn.Module) -> Iterator[None]:
     """Let all linears of the decoder layers multiply in FP8 inside the context.
 
-    Weights are rounded by row and activations by token. Products are summed up in float32.
+    Weights have a scale for each row, activations for each token. Sums are in float32.
     """
     with ExitStack() as held:
         for group in channel_groups(model):
@@ -48,6 +47,6 @@ def fp8_products(model: nn.Module) -> Iterator[None]:
 
 def _forward(linear: nn.Linear, states: Tensor) -> Tensor:
     bias = None if linear.bias is None else linear.bias.float()
-    # The weight is rounded at each call, because it may come from the host or from a file.
+    # The weight is rounded in each call, because the placement may bring a new copy of it.
     product = nn.functional.linear(rounded(states), rounded(linear.weight), bias)
     return product.to(states.dtype)

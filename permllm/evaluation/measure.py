@@ -1,6 +1,4 @@
-"""Evaluation of a model: a list of measures, each with a key that its result follows from."""
-
-from __future__ import annotations
+"""Evaluation of a model by a list of measures, each with a key that determines its result."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,18 +22,19 @@ from permllm.runs.files import EVALUATIONS, read_json
 from permllm.runtime import parallel
 from permllm.runtime.identity import digest_of
 
-# Values by the name of a text or a task; `scores` is what is kept of single windows or items.
+# Values by the name of a text or a task; `scores` are the values of single windows or items.
 Results = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Perplexity of a text, or one task.
+    """Perplexity on a text, or a task.
 
     Attributes:
-        kind: `perplexity` or `tasks`, a key of an evaluation.
-        key: all that the result follows from, except for the model.
-        run: takes `dense` or `sparse`, for a bar of progress.
+        kind: `perplexity` or `tasks`, the key of its results in an evaluation.
+        key: text that determines the result, together with the model.
+        run: function that measures the model; its argument, `dense` or `sparse`, labels the
+            progress bar.
     """
 
     kind: str
@@ -46,16 +45,16 @@ class Measure:
 def evaluate(
     loaded: LoadedModel, settings: EvaluationConfig, which: str, record: RunDirectory
 ) -> None:
-    """Measure what the evaluation of a run lacks, and save it after each measure.
+    """Compute the measures that a run's evaluation lacks, and save it after each of them.
 
-    A result is taken from another evaluation of the run that has it under the same key. Results of
-    the dense model are shared between runs.
+    A result under the same key is copied from another evaluation of the run. Runs share results of
+    the dense model by the cache.
 
     Args:
-        loaded: the model; its identity is the dense one's.
-        settings: of the evaluation.
+        loaded: the dense or pruned model; its identity is the dense model's.
+        settings: settings of the evaluation.
         which: `dense` or `sparse`.
-        record: of the run.
+        record: record of the run.
     """
     evaluation, folder = record.evaluation, record.directory / EVALUATIONS
     products = partial(fp8_products, loaded.model) if settings.weights else nullcontext
@@ -112,7 +111,7 @@ def _measured(loaded: LoadedModel, measure: Measure, which: str) -> Results:
         return parallel.share(measure.run(which))
     key = {
         "model": loaded.identity,
-        # Only results of the same kind of device may be reused.
+        # Results of a GPU and of a CPU differ by rounding.
         "device": loaded.model.device.type,
         "tokenizer": tokenizer_digest(loaded.tokenizer),
         "measure": measure.key,
@@ -121,7 +120,7 @@ def _measured(loaded: LoadedModel, measure: Measure, which: str) -> Results:
 
 
 def _taken(others: list[dict[str, Any]], measure: Measure, which: str) -> Results:
-    """Return the results that another evaluation has under the key of a measure, possibly none."""
+    """Return results of other evaluations under the key of a measure; empty: there are none."""
     results = {}
     for other in others:
         for name in _part(other, "measured", which).get(measure.key, []):
@@ -131,7 +130,7 @@ def _taken(others: list[dict[str, Any]], measure: Measure, which: str) -> Result
 
 
 def _part(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Return a mapping inside of others, which are made where they are missing."""
+    """Return a mapping inside nested ones, and create those that are missing."""
     for key in keys:
         values = values.setdefault(key, {})
     return values

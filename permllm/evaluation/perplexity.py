@@ -1,7 +1,5 @@
 """Perplexity over windows that do not overlap."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,21 +27,21 @@ def perplexity_windows(
     config: PerplexityConfig,
     bos: bool = False,
 ) -> Tensor:
-    """Cut a text for perplexity into windows; the remainder is dropped.
+    """Cut a text for perplexity into windows, and drop the remainder.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         named: the text.
-        config: of its windows.
-        bos: the first token of each window is the tokenizer's BOS, so that all tokens of the text
-            are predicted.
+        config: settings of the windows.
+        bos: True: each window begins with the tokenizer's BOS, so that all tokens of the text are
+            predicted.
 
     Returns:
-        int64 `(windows, seqlen)` on the CPU.
+        The windows, int64 `(windows, seqlen)` on the CPU.
 
     Raises:
         ConfigError: the tokenizer has no BOS.
-        DataError: the text cannot be had, or is shorter than one window.
+        DataError: the text cannot be downloaded or read, or is shorter than a window.
     """
     first = bos_of(tokenizer, bos)
     tokens = all_tokens(tokenizer, named, bos)
@@ -51,7 +49,7 @@ def perplexity_windows(
     count = len(tokens) // piece
     if count == 0:
         raise DataError(
-            f"{named.name} has {len(tokens)} tokens, fewer than one "
+            f"{named.name} has {len(tokens)} tokens, fewer than one window of "
             f"evaluation.perplexity.seqlen={config.seqlen}: take shorter windows, or another text"
         )
     for limit in (named.text.max_windows, config.limit):
@@ -64,19 +62,20 @@ def perplexity_windows(
 def perplexity(
     model: PreTrainedModel, windows: Tensor, batch_tokens: int, label: str = "perplexity"
 ) -> dict[str, Any]:
-    """Measure `exp(mean negative log-likelihood)` of `seqlen - 1` tokens of each window.
+    """Measure `exp(mean negative log-likelihood)` over `seqlen - 1` tokens of each window.
 
-    Logarithms are taken in float32 and summed in float64. Of a large vocabulary the logits exist
-    for some tokens at a time.
+    Log-likelihoods are computed in float32 and summed over windows in float64. A large vocabulary's
+    logits are in memory for some tokens at a time.
 
     Args:
-        model: of a known family.
+        model: the model.
         windows: int64 `(windows, seqlen)`.
-        batch_tokens: tokens a forward, at least one window.
-        label: of the bar of progress.
+        batch_tokens: tokens per forward; at least one window is taken.
+        label: label of the progress bar.
 
     Returns:
-        `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window).
+        `value`, `window` (tokens of a window), `tokens` (predicted tokens), `losses` (nats of each
+        window).
     """
     count, window = windows.shape
     portions = parallel.portions(torch.arange(count), max(1, batch_tokens // window))
@@ -89,7 +88,7 @@ def perplexity(
             found[part] = torch.tensor(losses, dtype=torch.float64)
     parallel.all_reduce([found])  # each window is zero in all ranks but one
     losses, total = found.tolist(), 0.0
-    for loss in losses:  # one after the other: `sum` rounds in another way from Python 3.12 on
+    for loss in losses:  # in a loop, because `sum` rounds differently from Python 3.12 on
         total += loss
     tokens = count * (window - 1)
     mean = total / tokens
@@ -116,18 +115,18 @@ def _nats_of_windows(
                 parts = states[:-1].split(at_a_time), targets[1:].split(at_a_time)
                 yield math.fsum(_nats(head.logits(x), y) for x, y in zip(*parts, strict=True))
             continue
-        # Window by window, because float32 logits are large.
+        # Window by window, because float32 logits take much memory.
         for one, targets in zip(logits, batch, strict=True):
             yield _nats(one[:-1], targets[1:])
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:
-    """Return the sum for logits `(tokens, vocabulary)` and targets int64 `(tokens,)`."""
+    """Return the nats of targets, int64 `(tokens,)`, under logits `(tokens, vocabulary)`."""
     return float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
 
 
 def _states(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the input of the head, `(windows, seqlen, hidden)`, of each batch."""
+    """Yield the input of the head for each batch, `(windows, seqlen, hidden)`."""
     for batch in batches:
         yield model.base_model(input_ids=batch, use_cache=False).last_hidden_state
 
@@ -135,7 +134,7 @@ def _states(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tenso
 def _streamed_states(
     model: PreTrainedModel, batches: Sequence[Tensor], label: str
 ) -> Iterator[Tensor]:
-    """Yield the same: all windows go through one layer, then the next, and each comes once."""
+    """Yield the same as `_states`, after all windows have gone through one layer, then the next."""
     stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]))
     stream.to_the_end(label)
     for hidden in stream.states().split(len(batches[0])):

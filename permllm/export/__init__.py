@@ -1,4 +1,4 @@
-"""The pruned model as a checkpoint. Importing it lets transformers load gathered ones."""
+"""Pruned models as checkpoints. Importing this package lets transformers load gathered ones."""
 
 from permllm.export.gathered import register
 

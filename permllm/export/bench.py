@@ -1,11 +1,9 @@
-"""Command `permllm bench`: speed of a checkpoint, one variant of it after the other.
+"""Command `permllm bench`: speed of a checkpoint in several variants.
 
-A variant is the checkpoint as it is stored, without its gathers, the dense model, or the checkpoint
-with its 2:4 weights on the sparse tensor cores of a GPU by one of torch's two libraries. There 6:8
-weights are three 2:4 windows.
+The variants are the dense model, the checkpoint as it is stored, the checkpoint without its
+gathers, and the checkpoint with its 2:4 weights on a GPU's sparse tensor cores, by each of torch's
+two libraries. A 6:8 weight is multiplied as three 2:4 windows.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -29,7 +27,13 @@ from permllm.config import NMPattern
 from permllm.errors import ConfigError, check_positive, check_whole, first_line
 from permllm.export.gathered import gathered_modules, leave_out_gathers
 from permllm.export.verify import stated_patterns
-from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
+from permllm.models.checkpoint import (
+    check_checkpoint,
+    check_runs,
+    read_weights,
+    vocabulary_of,
+    weight_files,
+)
 from permllm.models.families import linear_at
 from permllm.runs.environment import hardware, versions
 from permllm.runs.tensors import violations
@@ -39,40 +43,43 @@ from permllm.sparsity.windows import as_two_of_four, window_count
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
 _TWO_OF_FOUR = NMPattern(2, 4)
-# Changes a model in place, and says what it used.
+# Function that changes a model in place, and returns a name of the variant; None: the usual name.
 Change = Callable[[nn.Module], str | None]
 
 
 def sparse_tensor_cores(device: torch.device) -> bool:
-    """Tell whether a device multiplies 2:4 matrices natively: an NVIDIA GPU from Ampere on."""
+    """Tell if a device has sparse tensor cores: an NVIDIA GPU of compute capability 8.0 or more."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def what_is_missing(
     device: torch.device, patterns: Collection[NMPattern], dtype: torch.dtype
 ) -> str | None:
-    """Return why no sparse tensor cores multiply linears of such patterns; None where they may."""
+    """Return why sparse tensor cores cannot multiply linears of these patterns; None: they can."""
     if not sparse_tensor_cores(device):
         return "2:4 products need an NVIDIA GPU of compute capability 8.0 or more"
     if not any(map(window_count, patterns)):
-        return "sparse tensor cores multiply 2:4, and 6:8 as windows of it: no linear has either"
+        return "sparse tensor cores multiply 2:4, and 6:8 as 2:4 windows: no linear has either"
     if dtype.itemsize != 2:
         return "2:4 products need half precision: --dtype bfloat16"
     return None
 
 
 def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: nn.Module) -> str:
-    """Put 2:4 and 6:8 linears of suitable sizes on sparse tensor cores, and say what was used.
+    """Put 2:4 and 6:8 linears of suitable sizes on sparse tensor cores.
 
     Args:
         backend: one of `BACKENDS`.
         patterns: N:M by linear.
-        rows: of the activations for which cuSPARSELt searches its fastest algorithm.
-        model: with its weights in stored order.
+        rows: rows of the activations for which cuSPARSELt searches its fastest algorithm.
+        model: the model, with its weights in stored order.
+
+    Returns:
+        The number of linears, the backend and its algorithms, in words.
 
     Raises:
-        ConfigError: a weight is not N:M in stored order, or none has a size that allows it.
-        RuntimeError: torch has no such kernel for this device.
+        ConfigError: a weight is not N:M in stored order, or no linear has a suitable size.
+        RuntimeError: torch has no kernel for this device.
     """
     SparseSemiStructuredTensor._FORCE_CUTLASS = backend == "CUTLASS"
     algorithms: dict[torch.Size, int] = {}
@@ -101,19 +108,19 @@ def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: 
 
 
 def _columns(columns: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Return the inputs of a linear as the columns of its windows multiply them."""
+    """Return the inputs of a linear in the order of its windows' columns."""
     return inputs[0].index_select(-1, columns)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the batches and texts that are measured.
+    """Sizes of the measurements.
 
     Attributes:
-        batch_sizes: sequences at a time.
+        batch_sizes: numbers of sequences in a batch.
         prompt: tokens of each sequence.
-        new_tokens: tokens decoded one by one after the prompt.
-        seconds: that each measurement takes, at least.
+        new_tokens: tokens that are decoded after the prompt, one by one.
+        seconds: shortest time of a measurement, in seconds.
     """
 
     batch_sizes: Sequence[int] = (1, 8)
@@ -133,13 +140,14 @@ class Sizes:
 def _variant(
     model: PreTrainedModel, name: str, change: Change | None, sizes: Sizes
 ) -> dict[str, Any]:
-    """Change a model, and measure prefill and decoding: medians."""
+    """Change a model, and measure the medians of prefill and decoding."""
+    model.eval().requires_grad_(False)
     used, speed = change(model) if change else None, []
     for batch in sizes.batch_sizes:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary_of(model), (batch, sizes.prompt), generator=generator)
         tokens = tokens.to(model.device)
-        # Logits of the last token alone, as generation asks for.
+        # With the logits of the last token only, as in generation.
         prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
         decode = _decode(model, tokens, sizes.new_tokens)
         prefilled, decoded = (_measured(work, sizes.seconds) for work in (prefill, decode))
@@ -160,11 +168,12 @@ def _measured(work: Callable[[], Any], seconds: float) -> float:
 
 def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable[[], Any]:
     cache = DynamicCache(config=model.config)
-    # What transformers calls it: cache since 5.24, past_key_values before.
+    # transformers renamed `past_key_values` to `cache` in 5.24.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
 
     def work() -> None:
+        """Decode tokens from a copy of the cache."""
         token, used = tokens[:, -1:], copy.deepcopy(cache)
         for _ in range(new_tokens):
             token = model(input_ids=token, use_cache=True, **{name: used}).logits[:, -1:].argmax(-1)
@@ -179,46 +188,45 @@ def measure(
     device: str = "auto",
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a checkpoint, one variant in memory at a time.
+    """Measure a checkpoint, with one variant in memory at a time.
 
     Args:
-        folder: of the checkpoint.
-        against: folder of the dense model.
-        sizes: what is measured.
+        folder: folder of the checkpoint.
+        against: folder of the dense model; None: the dense model is not measured.
+        sizes: sizes of the measurements; None: the defaults.
         device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the weights; None is that of each checkpoint.
+        dtype: dtype of the weights; None: the dtype of each checkpoint.
 
     Returns:
-        Plain values: `variants`, what each costs, and `missing`, a line for what is not measured.
+        Plain values: `variants` with speeds, `missing` with a line for each variant not measured.
 
     Raises:
-        ConfigError: the device is not there. DataError: a folder holds no whole checkpoint.
+        ConfigError: the machine lacks the device.
+        DataError: a folder does not have a complete checkpoint.
     """
-    sizes = sizes or Sizes()
-    place, asked = resolve_device(device), getattr(torch, dtype) if dtype else None
-
-    def load(checkpoint: Path) -> PreTrainedModel:
-        return read_weights(checkpoint, asked, place).eval().requires_grad_(False)
-
-    model = load(folder)
+    sizes, place = sizes or Sizes(), resolve_device(device)
+    asked = getattr(torch, dtype) if dtype else None
+    if against:
+        check_checkpoint(against)  # before the measurements, which take minutes
+    model = read_weights(folder, asked, place)
     check_runs(folder, model)
     patterns, gathers = stated_patterns(folder, model), len(gathered_modules(model))
     missing = what_is_missing(place, patterns.values(), model.dtype)
+    variants = [_variant(model, "as stored", None, sizes)]
     del model
-    changes: dict[str, Change | None] = {"as stored": None}
+    if against:
+        variants.insert(0, _variant(read_weights(against, asked, place), "dense", None, sizes))
     if gathers:
-        changes["as stored, gathers left out"] = leave_out_gathers
+        model, name = read_weights(folder, asked, place), "as stored, gathers left out"
+        variants.append(_variant(model, name, leave_out_gathers, sizes))
+        del model
+    lines = [missing] if missing else []
     for backend in () if missing else BACKENDS:
         rows = max(sizes.batch_sizes) * sizes.prompt
-        changes[f"2:4 by {backend}"] = partial(use_backend, backend, patterns, rows)
-    variants = [_variant(load(against), "dense", None, sizes)] if against else []
-    lines = [missing] if missing else []
-    for name, change in changes.items():
+        name, change = f"2:4 by {backend}", partial(use_backend, backend, patterns, rows)
         try:
-            variants.append(_variant(load(folder), name, change, sizes))
+            variants.append(_variant(read_weights(folder, asked, place), name, change, sizes))
         except (ConfigError, RuntimeError) as error:
-            if not name.startswith("2:4"):
-                raise
             lines.append(f"{name}: {first_line(error)}")
     return {
         "checkpoint": folder.name,
@@ -234,7 +242,7 @@ def measure(
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """Do the work of the command."""
+    """Run the command `permllm bench`."""
     disable_progress_bar()
     set_verbosity_error()
     sizes = Sizes(options.batch_sizes, options.prompt, options.new_tokens, options.seconds)

@@ -1,6 +1,4 @@
-"""Model card and notice of a checkpoint."""
-
-from __future__ import annotations
+"""Model card and licence notice of a checkpoint."""
 
 import math
 from typing import Any
@@ -12,24 +10,25 @@ from permllm.runs.measures import patterns_text, result_rows
 from permllm.runtime.version import __version__
 
 _FORMS = {
-    "simulate": "Its channels are in the dense model's order: it is not N:M as it is stored.",
-    "folded": "Its permutations are folded into the neighbouring weights: it is N:M as it is "
-    "stored, and transformers loads it like any other model.",
-    "gathered": "It is N:M as it is stored, and gathers activations where no neighbouring weight "
-    "absorbs an order: transformers loads it after `import permllm.export`, of a PermLLM checkout.",
+    "simulate": "Its channels are in the dense model's order, so its stored weights are not N:M.",
+    "folded": "Its permutations are folded into the neighbouring weights. Its stored weights are "
+    "N:M, and transformers loads it like any other model.",
+    "gathered": "Its stored weights are N:M. It gathers activations where a permutation cannot be "
+    "folded into neighbouring weights, so transformers loads it only after `import permllm.export` "
+    "from a checkout of PermLLM.",
 }
 
 
 def _serving(served: dict[str, int]) -> list[str]:
-    """Return how vLLM serves the checkpoint.
+    """Return how to serve the checkpoint with vLLM.
 
     Args:
-        served: number of linears that its FP8 kernels for 2:4 multiply (`sparse`), and of `all`.
+        served: numbers of linears in vLLM: `sparse`, on its FP8 kernels for 2:4, and `all`.
     """
     return [
-        f"vLLM serves it in FP8 with 2:4 kernels, {served['sparse']} of its {served['all']} linears"
-        " (joined as vLLM joins them); the others stay in bfloat16. On an H100 or H200 (compute "
-        "capability 9), in this folder:",
+        f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on FP8 "
+        "kernels for 2:4. The others stay in bfloat16. On an H100 or H200 (compute capability 9), "
+        "in this folder:",
         "",
         f"    {COMMAND}",
         "",
@@ -38,10 +37,10 @@ def _serving(served: dict[str, int]) -> list[str]:
 
 
 def model_notice(config: dict[str, Any]) -> str | None:
-    """Return what the dense model's terms ask of every copy; None where it has no notice.
+    """Return the notice that the dense model's terms demand for copies; None: they demand none.
 
     Args:
-        config: of the run, resolved.
+        config: resolved settings of the run.
     """
     model = config["model"]
     if model.get("notice") is None:
@@ -51,12 +50,12 @@ def model_notice(config: dict[str, Any]) -> str | None:
 
 
 def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[str, Any]) -> str:
-    """Return Markdown with the metadata block that the hub reads.
+    """Return the model card: Markdown with the metadata that the hub reads.
 
     Args:
-        config: of the run, resolved.
-        metrics: of the run.
-        summary: of the export.
+        config: resolved settings of the run.
+        metrics: metrics of the run.
+        summary: summary of the export.
     """
     model = config["model"]
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}

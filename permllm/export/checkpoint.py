@@ -1,9 +1,7 @@
-"""Write a pruned model as a checkpoint, a file at a time, in the memory of a file.
+"""Writer of pruned models as checkpoints, with one file of weights in memory at a time.
 
-The run, the command `permllm export` and `permllm.save` call the same function.
+Runs, the command `permllm export` and `permllm.save` use it.
 """
-
-from __future__ import annotations
 
 import argparse
 import logging
@@ -52,10 +50,10 @@ class Request:
     """Settings of an export, group `export`.
 
     Attributes:
-        form: one of `FORMS`; None is the first that the permutations allow.
-        dtype: of the weights; None is that of the run.
+        form: one of `FORMS`; None: the first form that the permutations allow.
+        dtype: dtype of the weights; None: the model's dtype in the run.
         shard_gb: largest size of a file, in 10^9 bytes.
-        serve: one of `SERVERS`, for which a file of settings is written; None: for none.
+        serve: one of `SERVERS`, for which a file of settings is written; None: no such file.
     """
 
     form: str | None = None
@@ -64,7 +62,7 @@ class Request:
     serve: str | None = None
 
     def check(self) -> None:
-        """Raise ConfigError when a value is not valid."""
+        """Raise ConfigError unless all values are valid."""
         if self.form is not None:
             check_one_of("export.form", self.form, FORMS)
         if self.dtype is not None:
@@ -76,15 +74,15 @@ class Request:
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A pruned model, a tensor at a time.
+    """Pruned model that is read one tensor at a time.
 
     Attributes:
         source: the dense model.
-        config: settings of the run, resolved.
-        metrics: as in `metrics.json`.
-        orders: int64 `(C_in,)` by channel group.
-        weight: gives the pruned weight of a linear, original channel order, from its path and the
-            dense weight.
+        config: resolved settings of the run.
+        metrics: metrics of the run, as in `metrics.json`.
+        orders: permutations, int64 `(C_in,)`, by channel group.
+        weight: function that returns the pruned weight of a linear, in original channel order, for
+            its path and its dense weight.
     """
 
     source: DenseSource
@@ -104,19 +102,19 @@ def export_run(
     """Write the pruned model of a run.
 
     Args:
-        directory: of a finished run.
-        request: form, dtype and size of files.
-        target: the folder to write; must not hold anything yet. It appears when it is complete.
-        dense: folder of the dense model, where it is no longer where the run found it.
-        replace: an earlier checkpoint in the target, which stays until the new one is complete.
+        directory: directory of a finished run.
+        request: settings of the export.
+        target: folder to write, new or empty. It appears when it is complete.
+        dense: folder of the dense model; None: where the run found it.
+        replace: True: replace an earlier checkpoint in the target once the new one is complete.
 
     Returns:
-        The summary that is also written beside the model: form, pattern, size in bytes, seconds.
+        The summary, which is also written into the target: form, pattern, bytes, seconds and more.
 
     Raises:
-        ConfigError: the request cannot be met: the directory is no run, the orders do not fold, the
-            target is not empty.
-        DataError: the dense model is not the one that was pruned, or a file is damaged.
+        ConfigError: the directory has no finished run, the permutations do not fold, or the target
+            is not empty.
+        DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
     return write_checkpoint(_model_of(directory, dense), request, target, replace)
 
@@ -131,10 +129,10 @@ def _model_of(directory: Path, dense: Path | None) -> PrunedModel:
     moved = {"source": "local", "path": str(dense)} if dense else {}
     model = ModelConfig(**config["model"] | moved)
     if model.source == "hub":
-        model.revision = began.split(":")[2]  # whatever the branch holds by now
+        model.revision = began.split(":")[2]  # the commit, because the branch may have moved
     source = dense_source(model, config["seed"])
     if dense and not began.startswith("local:"):
-        log.warning("nothing says whether %s is the model that was pruned, %s", dense, began)
+        log.warning("cannot check that %s is the model that was pruned, %s", dense, began)
     elif source.identity != began:
         raise DataError(f"{directory} was pruned from {began}, and this model is {source.identity}")
     kept = Pruned(directory, metrics)
@@ -144,7 +142,7 @@ def _model_of(directory: Path, dense: Path | None) -> PrunedModel:
 def write_checkpoint(
     model: PrunedModel, request: Request, target: Path, replace: bool = False
 ) -> dict[str, Any]:
-    """Write a pruned model. Arguments, result and errors are those of `export_run`."""
+    """Write a pruned model; arguments, result and errors are as in `export_run`."""
     request.check()
     if not replace:
         _check_free(target)
@@ -153,17 +151,17 @@ def write_checkpoint(
 
 
 def _check_free(target: Path) -> None:
-    """Raise ConfigError where a folder holds something, or none can be put in its place."""
+    """Raise ConfigError unless a folder is missing, or is empty and can be replaced."""
     if not target.exists():
         return
     if not target.is_dir() or any(target.iterdir()):
-        raise ConfigError(f"{target} is there already and not empty; choose another folder")
+        raise ConfigError(f"{target} exists already and is not empty; choose another folder")
     if target.samefile(Path.cwd()) or target.is_mount():
         raise ConfigError(f"{target} cannot be replaced; name a folder below it")
 
 
 def present_export(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of an export whose files are as they were written; None without one."""
+    """Return the summary of a complete export with unchanged files; None: there is none."""
     try:
         summary = read_json(folder / SUMMARY)
         return summary if matches(folder, summary["sha256"]) else None
@@ -172,10 +170,10 @@ def present_export(folder: Path) -> dict[str, Any] | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Read what an export says of itself; None where the folder is no export of ours.
+    """Read the summary of an export; None: the folder is not an export of PermLLM.
 
     Raises:
-        DataError: the file cannot be read, or lacks something.
+        DataError: the summary cannot be read, or lacks a key.
     """
     file = folder / SUMMARY
     if not file.is_file():
@@ -198,7 +196,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
         check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
         served = serving(groups, sparsity["pattern"], patterns)
-    _write_settings(source, stored, dtype, folder)  # which may fail, before anything large
+    _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
     planned = {
         name: torch.empty_like(
@@ -240,7 +238,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
 def _made(
     model: PrunedModel, stored: StoredOrder, dtype: torch.dtype, pruned: dict[str, str], name: str
 ) -> Tensor:
-    """Return a tensor as it is stored; `pruned` are paths of linears by the names of weights."""
+    """Return a tensor as it is stored; `pruned` has the paths of pruned linears by weight name."""
     tensor = model.source.read(name)
     if not tensor.is_floating_point():
         return tensor
@@ -250,8 +248,8 @@ def _made(
     if not all_finite(cast):
         if not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite")
-        raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
-    # Adding +0.0 turns -0.0, on which some sparse kernels break, into +0.0.
+        raise DataError(f"{name} has values too large for {str(dtype).removeprefix('torch.')}")
+    # Adding 0.0 turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
     return stored.apply(name, cast + 0.0 if name in pruned else cast)
 
 
@@ -261,10 +259,11 @@ def write_shards(
     """Write `model.safetensors`, or several files and the index that transformers reads.
 
     Args:
-        folder: an existing one.
-        planned: shape and dtype of each tensor, by name; may be on the meta device.
-        made: gives a tensor by its name; those of one file are in memory at a time.
-        largest: size of a file in bytes, at most, where no tensor is larger.
+        folder: an existing folder.
+        planned: tensors with the right shapes and dtypes, by name; may be on the meta device.
+        made: function that returns a tensor by its name; the tensors of a file are in memory
+            together.
+        largest: largest size of a file in bytes, unless a single tensor is larger.
 
     Returns:
         The names of the files with tensors.
@@ -284,7 +283,7 @@ def _write_settings(
     source: DenseSource, stored: StoredOrder, dtype: torch.dtype, folder: Path
 ) -> None:
     config = source.skeleton.config
-    vars(config).pop("auto_map", None)  # of remote code, which no export holds
+    vars(config).pop("auto_map", None)  # it names code that an export does not contain
     config.architectures = [type(source.skeleton).__name__]
     config.dtype = dtype
     try:
@@ -298,8 +297,8 @@ def _write_settings(
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """Do the work of the command `permllm export`."""
-    set_verbosity_error()  # what its warnings are about is an error here
+    """Run the command `permllm export`."""
+    set_verbosity_error()  # warnings of transformers are errors here
     request = Request(options.form, options.dtype, options.shard_gb, options.serve)
     summary = export_run(options.run, request, options.to, options.dense)
     said = (
@@ -309,5 +308,5 @@ def work(options: argparse.Namespace) -> Answer:
     if options.form is None:
         said += f"\n{summary['form']} is the first of {', '.join(FORMS)} that this run allows"
     if options.serve:
-        said += f"\nto serve it, in {options.to}: {COMMAND}"
+        said += f"\nserve it in {options.to} by: {COMMAND}"
     return Answer(summary, lambda: print(said))

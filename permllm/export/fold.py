@@ -1,18 +1,15 @@
-"""Order in which the tensors of a checkpoint are stored: what is permuted, what is gathered.
+"""Stored order of a checkpoint's tensors: permuted rows and columns, and gathered activations.
 
-A channel order is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M.
-What gives it its inputs must then give them in that order:
+A permutation is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M. The
+inputs of the linear must be permuted in the same way:
 
-- `folded`: the order goes into the rows of the weights before (and their biases, the norms and
-  embeddings of the residual stream). The model computes the same function with the same code as the
-  dense one.
-- `gathered`: what a neighbour can absorb by itself goes there; before everything else the
-  activations are gathered.
-- `simulate`: nothing is permuted. The model is N:M only in the order that the run found, as the
-  papers evaluate it.
+- `folded`: the rows of earlier weights and biases are permuted, or the norms and embeddings of the
+  residual stream. The model computes the same function as before, with the code of the dense model.
+- `gathered`: a permutation is folded into neighbouring weights if they alone can absorb it. Else
+  the activations are gathered before the linear.
+- `simulate`: nothing is permuted. The weights are N:M only in permuted order, which is how the
+  papers evaluate them.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,18 +22,18 @@ from permllm.models.families import ChannelGroup, decoder_layers, family_of, pro
 from permllm.models.head import head_path
 from permllm.permutation.foldable import RESIDUAL, foldable, local_order
 
-# The command takes the first that a run allows.
+# In the order of preference of `permllm export`.
 FORMS = ("folded", "gathered", "simulate")
 
 
 @dataclass
 class StoredOrder:
-    """Index vectors that give the tensors of a checkpoint from those in original order.
+    """Index vectors that turn tensors in original order into stored tensors.
 
     Attributes:
         rows: int64 index along the first dimension, by parameter name.
         columns: int64 index along the last dimension, by parameter name.
-        gathers: int64 order in which a module's input is gathered, by module path.
+        gathers: int64 permutation of a module's input, by module path.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -53,7 +50,7 @@ class StoredOrder:
 
 
 def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> str:
-    """Return `folded` where all orders fold, else `gathered`."""
+    """Return `folded` if all permutations fold, else `gathered`."""
     try:
         foldable([group for group in groups if group.name in orders], orders)
     except ConfigError:
@@ -64,17 +61,17 @@ def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> str:
 def stored_order(
     form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
 ) -> StoredOrder:
-    """Return which tensors are permuted, and which inputs gathered, in one of the `FORMS`.
+    """Return the stored order of a model in one of the `FORMS`.
 
     Args:
         form: `simulate`, `folded` or `gathered`.
-        model: of a known family; may be on the meta device.
-        groups: its channel groups, all layers, whether they are pruned or not.
-        orders: int64 `(C_in,)` by group, of those that are pruned. All that reads permuted channels
-            reads them so.
+        model: the model; may be on the meta device.
+        groups: all channel groups of the model, whether pruned or not.
+        orders: permutations of the pruned groups, int64 `(C_in,)`, by group. Other groups that read
+            the same channels are stored in the same permutation.
 
     Raises:
-        ConfigError: the orders do not fold (`folded`).
+        ConfigError: the form is `folded`, and a permutation does not fold.
     """
     if form == "simulate":
         return StoredOrder()
@@ -88,21 +85,23 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     family = family_of(model)
 
     def put_rows(paths: Iterable[str], order: Tensor) -> None:
+        """Permute the rows of weights and biases."""
         names = [f"{path}.{kind}" for path in paths for kind in ("weight", "bias")]
         stored.rows.update({name: order for name in names if name in parameters})
 
     def put_columns(paths: Iterable[str], order: Tensor) -> None:
+        """Permute the columns of weights."""
         stored.columns.update({f"{path}.weight": order for path in paths})
 
     stream = shared.get(RESIDUAL)
     for group in groups:
-        if not group.table.folds:  # its order is none
+        if not group.table.folds:  # `foldable` has checked that it has no permutation
             continue
         order = orders.get(group.name) if group.table.producers else stream
         if order is not None:
             put_columns(group.members, order)
             _put_producers(stored, parameters, group, shared.get(group.name, order))
-    if stream is None:  # nothing that reads it was pruned
+    if stream is None:  # no pruned linear reads the residual stream
         return stored
     for index in range(len(decoder_layers(model))):
         prefix = f"{family.layers}.{index}."
@@ -116,7 +115,7 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
         put_rows([into], stream)
     else:
         put_columns([tokens], stream)
-    # A head tied to the embedding is no parameter of its own, and follows it.
+    # A head that is tied to the embedding is permuted with it.
     put_columns([out_of if out_of in present else head_path(model)], stream)
     return stored
 
@@ -124,7 +123,7 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
 def _put_producers(
     stored: StoredOrder, parameters: dict[str, nn.Parameter], group: ChannelGroup, order: Tensor
 ) -> None:
-    """Permute the rows that a group's producers write as its channels, of a fused one in parts."""
+    """Permute the rows of a group's producers that are its channels."""
     for producer, part in group.table.produced():
         for name in (f"{group.prefix}{producer}.weight", f"{group.prefix}{producer}.bias"):
             if name in parameters:

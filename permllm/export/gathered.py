@@ -1,12 +1,10 @@
-"""Gathered checkpoints, which `import permllm.export` lets transformers load.
+"""Gathered checkpoints, which transformers loads after `import permllm.export`.
 
-The weights lie in `model.safetensors` as those of any model of the family, and the orders in which
-modules gather their inputs in `gathers.safetensors`. Without the orders the logits would be wrong.
-So `config.json` has a model type that this module alone knows, and a text where a plain config has
-its width; the dense model's config lies inside, under `dense_config`.
+The weights are in `model.safetensors`, as for any model of the family. The permutations of modules'
+inputs are in `gathers.safetensors`; without them the logits would be wrong. To prevent that,
+`config.json` has a model type that only this module knows, and a text in the place of the width.
+It contains the dense model's config under `dense_config`.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping
@@ -28,11 +26,11 @@ from permllm.runs.tensors import load_orders, save_tensors
 
 ORDERS = "gathers.safetensors"
 _ORDER = "input_order"
-# No name to install: nobody vouches for what a package index has under it. transformers quotes both
-# texts where it refuses such a checkpoint.
+# transformers quotes these texts when it refuses such a checkpoint. They name no package to
+# install, because anyone could publish a package of that name.
 _HINT = "make a checkout of PermLLM importable and import permllm.export before loading this model"
 _MODEL_TYPE = f"N:M sparse with gathered inputs (arXiv 2510.10136): {_HINT}"
-# Arguments of `from_pretrained` that say where a file of the checkpoint is.
+# Arguments of `from_pretrained` about the place of a checkpoint's files.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -46,7 +44,7 @@ class GatheredConfig(PreTrainedConfig):
 
 
 class GatheredForCausalLM:
-    """Loader of gathered checkpoints: what it gives is a model of the dense class."""
+    """Loader of gathered checkpoints, which returns a model of the dense class."""
 
     config_class = GatheredConfig
 
@@ -54,10 +52,10 @@ class GatheredForCausalLM:
     def from_pretrained(
         cls, checkpoint: str, *args: Any, config: GatheredConfig, **options: Any
     ) -> Any:
-        """Load the dense model and attach the orders; arguments as in transformers.
+        """Load the dense model and attach the permutations; arguments as in transformers.
 
         Raises:
-            DataError: the orders are not those of `config.json`, or not of this model.
+            DataError: the permutations do not belong to `config.json` or to this model.
         """
         dense: Any = CONFIG_MAPPING[config.dense_config["dense_type"]]
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
@@ -74,22 +72,22 @@ class GatheredForCausalLM:
         orders = {name.removesuffix(f".{_ORDER}"): order for name, order in stored.items()}
         if other := sorted(orders.keys() ^ set(config.gathers or ())):
             raise DataError(
-                f"{file}: it and config.json do not both have an order of {printable(other[0])}"
+                f"{file} and config.json do not both name the input of {printable(other[0])}"
             )
         _attach(loaded[0] if isinstance(loaded, tuple) else loaded, orders, file)
         return loaded
 
 
 def write_gathered(folder: Path, config: PreTrainedConfig, orders: Mapping[str, Tensor]) -> None:
-    """Write what a dense model's checkpoint needs to be a gathered one.
+    """Turn a dense model's checkpoint into a gathered one.
 
     Args:
-        folder: of the checkpoint; its `config.json` is replaced.
-        config: of the dense model.
-        orders: whole numbers `(channels,)` by the path of the module whose input they gather.
+        folder: folder of the checkpoint; its `config.json` is replaced.
+        config: config of the dense model.
+        orders: permutations `(channels,)` of modules' inputs, by path of the module.
     """
     dense = json.loads(config.to_json_string())
-    # A plain class takes the part of a config that has its `model_type`.
+    # Renamed, because a class of transformers accepts a nested config with its own `model_type`.
     dense["dense_type"] = dense.pop("model_type")
     own = {"model_type": _MODEL_TYPE, "hidden_size": _HINT, "gathers": sorted(orders)}
     write_json(folder / "config.json", own | {"dense_config": dense})
@@ -103,13 +101,13 @@ def gathered_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def leave_out_gathers(model: nn.Module) -> None:
-    """Take the gathers away: the model computes something else then, in the same shapes."""
+    """Remove the gathers, to measure their time; the logits are wrong afterwards."""
     for module in gathered_modules(model).values():
         module._forward_pre_hooks.clear()
 
 
 def _attach(model: PreTrainedModel, orders: Mapping[str, Tensor], file: Path) -> None:
-    """Hook a gather before each module, and replace `save_pretrained` so that it keeps them."""
+    """Add a gather to each module, and let `save_pretrained` write a gathered checkpoint."""
     groups = channel_groups(model)
     readers = {
         group.prefix + path: group.channels for group in groups for path in group.table.readers
@@ -117,7 +115,7 @@ def _attach(model: PreTrainedModel, orders: Mapping[str, Tensor], file: Path) ->
     for path, order in orders.items():
         if readers.get(path) != len(order):
             raise DataError(
-                f"{file}: {printable(path)} reads no {len(order)} channels that can be gathered"
+                f"{file}: {printable(path)} has no input of {len(order)} channels to gather"
             )
         module = model.get_submodule(path)
         device = next(module.parameters()).device

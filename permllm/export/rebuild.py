@@ -1,6 +1,4 @@
-"""Make the pruned model of a run from the dense one."""
-
-from __future__ import annotations
+"""Reconstruction of a run's pruned model from the dense model."""
 
 from functools import partial
 from pathlib import Path
@@ -17,16 +15,16 @@ from permllm.runs.tensors import Pruned
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
-    """Turn the dense model into the pruned one of a run, in place.
+    """Turn the dense model into the pruned model of a run, in place.
 
     Args:
-        model: the dense model that the run started from.
-        identity: of that model (`LoadedModel.identity`).
-        directory: of a run that has pruned its model.
+        model: the dense model.
+        identity: identity of the dense model (`LoadedModel.identity`).
+        directory: directory of a run that has pruned its model.
 
     Raises:
-        DataError: the run is of another model, a file is damaged, or changed weights were not kept
-            (`save_weights=false`).
+        DataError: the run pruned another model, a file is damaged, or changed weights were not
+            saved (`save_weights=false`).
     """
     metrics = read_json(directory / METRICS)
     if metrics["model"] != identity:

@@ -1,9 +1,8 @@
-"""Settings with which vLLM multiplies a folded checkpoint's 2:4 linears by FP8 kernels of torchao.
+"""Settings by which vLLM runs a folded checkpoint's 2:4 linears on FP8 kernels of torchao.
 
-vLLM reads them from a file beside the checkpoint, and rounds the weights while it loads them.
+vLLM reads the settings from a file in the checkpoint's folder. It rounds the weights to FP8 while
+it loads them.
 """
-
-from __future__ import annotations
 
 import logging
 import re
@@ -20,27 +19,27 @@ log = logging.getLogger(__name__)
 
 SERVERS = ("vllm",)
 SETTINGS = "torchao_sparse24.json"
-# Versions whose code we read, or whose settings a test of ours reads.
+# Versions that read the file: vLLM by our reading of its code, torchao in a test.
 READERS = "vLLM 0.20.2 and 0.33.0, with torchao 0.18.0"
 COMMAND = (
     "vllm serve . --quantization torchao --dtype bfloat16 --hf-overrides "
     f'\'{{"quantization_config_file": "{SETTINGS}"}}\''
 )
-# The kernel's metadata comes in tiles of so many rows and channels, and torchao refuses others.
+# torchao's kernels need multiples of these numbers, because metadata comes in tiles of this size.
 _ROWS, _CHANNELS = 64, 128
-# Linears that vLLM joins into one.
+# Names of linears that vLLM joins, and the names of the joined linears.
 _JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
 _JOINED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 
 
 def _of_type(kind: str, data: Any, version: int | None = None) -> dict[str, Any]:
-    """Return a value as torchao writes it into JSON."""
+    """Return a value in the form in which torchao writes it into JSON."""
     versions = {} if version is None else {"_version": version}
     return {"_type": kind, **versions, "_data": data}
 
 
 _BY_ROW = _of_type("PerRow", {"dim": -1}, 1)
-# `config_to_dict` of torchao 0.18.0 for FP8 and 2:4, where torchao is not installed.
+# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4, used if torchao is not installed.
 KEPT = _of_type(
     "Float8DynamicActivationFloat8WeightConfig",
     {
@@ -63,12 +62,12 @@ KEPT = _of_type(
 
 @dataclass(frozen=True)
 class Serving:
-    """Linears of a model as vLLM has them, which joins some.
+    """Linears of a model as vLLM joins them, sparse and dense ones.
 
     Attributes:
-        sparse: regular expression of the module paths that FP8 and 2:4 kernels multiply.
-        dense: module paths that vLLM leaves in bfloat16.
-        counts: number of linears that the kernels multiply (`sparse`), and of `all`.
+        sparse: regular expression for the module paths that run on the FP8 kernels for 2:4.
+        dense: module paths that stay in bfloat16.
+        counts: numbers of linears in vLLM: `sparse`, on the kernels, and `all`.
     """
 
     sparse: str
@@ -76,10 +75,10 @@ class Serving:
     counts: dict[str, int]
 
     def settings(self) -> dict[str, Any]:
-        """Return the content of the file `SETTINGS`, which torchao makes where it is installed."""
+        """Return the content of the file `SETTINGS`, made by torchao if it is installed."""
         try:
             return _by_torchao(self.sparse, self.dense)
-        except ImportError:  # or it is older than the kernels
+        except ImportError:  # torchao is missing, or older than the kernels
             pass
         by_name = {self.sparse: KEPT, **dict.fromkeys(self.dense)}
         return _of_type(
@@ -88,7 +87,7 @@ class Serving:
 
 
 def _by_torchao(sparse: str, dense: Iterable[str]) -> dict[str, Any]:
-    for noisy in ("torchao", "torch.utils._pytree"):  # about kernels that only a GPU has
+    for noisy in ("torchao", "torch.utils._pytree"):  # they warn that kernels for GPUs are missing
         logging.getLogger(noisy).setLevel(logging.ERROR)
     from torchao.core.config import config_to_dict
     from torchao.quantization import (
@@ -106,24 +105,24 @@ def _by_torchao(sparse: str, dense: Iterable[str]) -> dict[str, Any]:
 
 
 def check_serve(form: str, dtype: str, patterns: Collection[NMPattern]) -> None:
-    """Raise ConfigError unless vLLM serves a checkpoint of this form, dtype, N:M of linears."""
+    """Raise ConfigError unless vLLM can serve a checkpoint of this form, dtype and N:M."""
     if not any(map(_two_of_four, patterns)):
         its = ", ".join(map(str, patterns))
         raise ConfigError(f"export.serve=vllm: no kernel multiplies {its}; set sparsity=2:4")
     if form != "folded":
         raise ConfigError(
-            f"export.serve=vllm: no server loads the form {form}; set export=folded and "
+            f"export.serve=vllm: vLLM does not load export={form}; set export=folded and "
             "permutation.constraint=foldable"
         )
     if dtype != "bfloat16":
         raise ConfigError(
-            f"export.serve=vllm: its kernels take bfloat16, not {dtype}; set export.dtype=bfloat16"
+            f"export.serve=vllm: the kernels do not take {dtype}; set export.dtype=bfloat16"
         )
 
 
 @dataclass
 class _Linear:
-    """Linear of vLLM: its layer, the linears that it joins, and their common sizes."""
+    """Linear in vLLM: path of its layer, paths of the joined linears, and their common size."""
 
     prefix: str
     channels: int
@@ -133,15 +132,15 @@ class _Linear:
 
 
 def serving(groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str, str]) -> Serving:
-    """Return which linears of a model vLLM multiplies by FP8 and 2:4 kernels.
+    """Find the linears of a model that vLLM runs on FP8 kernels for 2:4.
 
     Args:
-        groups: channel groups of the model, all layers.
-        pattern: N:M of the linears that are not in `patterns`.
-        patterns: N:M by linear, or `dense`.
+        groups: all channel groups of the model.
+        pattern: N:M of linears that are not in `patterns`.
+        patterns: N:M, or `dense`, by linear.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no linear is 2:4 and of a suitable size.
     """
     linears: dict[str, _Linear] = {}
     for group in groups:
@@ -167,13 +166,13 @@ def serving(groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str,
             unfit += [name] * linear.sparse
     if not count:
         raise ConfigError(
-            f"export.serve=vllm: its kernels need rows that {_ROWS} divides and channels that "
-            f"{_CHANNELS} divides, which no 2:4 linear of this model has; leave export.serve out"
+            f"export.serve=vllm: the kernels need rows divisible by {_ROWS} and channels divisible "
+            f"by {_CHANNELS}, and no 2:4 linear of this model has both; leave export.serve out"
         )
     if unfit:
         log.warning(
-            "vLLM leaves %s of %s linears dense, such as %s: its kernels need rows that %s divides "
-            "and channels that %s divides; keep_dense would leave their weights whole",
+            "vLLM runs %s of %s linears as dense ones, such as %s: its kernels need rows divisible "
+            "by %s and channels divisible by %s; keep_dense=[...] would leave them unpruned",
             *(len(unfit), len(linears), unfit[0], _ROWS, _CHANNELS),
         )
     sparse = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(kinds)})"
@@ -181,5 +180,5 @@ def serving(groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str,
 
 
 def _two_of_four(pattern: NMPattern) -> bool:
-    """Tell whether weights of a pattern are 2:4."""
+    """Tell if all weights of a pattern are also 2:4, such as 1:4."""
     return 4 % pattern.m == 0 and 2 * pattern.n <= pattern.m

@@ -1,6 +1,4 @@
-"""Command `permllm verify`: reload a checkpoint, count N:M in stored order, compare logits."""
-
-from __future__ import annotations
+"""Command `permllm verify`: reload a checkpoint, check N:M in stored order, compare logits."""
 
 import argparse
 import math
@@ -27,13 +25,13 @@ _SHOWN = 20
 
 @dataclass
 class LayerReport:
-    """Weight that should be sparse.
+    """Check of a weight that should be sparse.
 
     Attributes:
-        name: of the tensor.
-        pattern: N:M that it should be.
+        name: name of the tensor.
+        pattern: expected N:M.
         zeros: share of zeros.
-        violations: groups of M with more than N nonzeros, in stored order.
+        violations: number of groups of M with more than N nonzeros, in stored order.
     """
 
     name: str
@@ -47,15 +45,15 @@ class Report:
     """Result of the check of a checkpoint.
 
     Attributes:
-        passed: every linear is N:M as it should be, and the difference of the logits is finite.
-        problems: everything that is wrong, a line each.
-        pattern: N:M of the linears that have none of their own.
+        passed: True: every linear has its expected N:M, and the difference of logits is finite.
+        problems: a line for each problem.
+        pattern: expected N:M of linears without a pattern of their own.
         zeros: share of zeros in all weights that should be sparse.
-        layers: these weights.
-        dense: weights of linears that the export says are not.
-        bytes: of all files with weights.
-        checksums: contents were compared with the sha256 that an export states.
-        difference: of the logits from another model's; None where none was asked for.
+        layers: checks of these weights.
+        dense: names of the linears' weights that the export states to be dense.
+        bytes: size of all files with weights.
+        checksums: True: the files were compared with the sha256 that an export states.
+        difference: difference of logits from another checkpoint's; None: it was not measured.
     """
 
     passed: bool
@@ -70,21 +68,21 @@ class Report:
 
 
 def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None = None) -> Report:
-    """Examine a checkpoint that transformers can load, ours or not.
+    """Check a checkpoint that transformers can load, an export of PermLLM or any other.
 
     Args:
-        folder: of the checkpoint.
-        pattern: N:M of every linear; None is what an export of ours states of each, else 2:4.
-        against: another checkpoint, whose logits are compared.
+        folder: folder of the checkpoint.
+        pattern: expected N:M of every linear; None: the N:M that an export states, else 2:4.
+        against: folder of a checkpoint whose logits are compared; None: none are.
 
     Raises:
-        ConfigError: nothing says which linears of the model are pruned, or M does not divide.
-        DataError: the files are not those of a whole model, or not as they were written.
+        ConfigError: the model has no known linears, or M does not divide the channels.
+        DataError: a file is missing, damaged or changed.
     """
     summary = read_summary(folder)
     for file in sorted(folder.glob("*.safetensors")) if summary else ():
         if summary and file_sha256(file) != summary["sha256"].get(file.name):
-            raise DataError(f"{file} is not what was written (its sha256 differs)")
+            raise DataError(f"{file} was changed or damaged after the export (its sha256 differs)")
     model = read_weights(folder, None, torch.device("cpu"))
     check_runs(folder, model)
     stated, layers, zeros, size = stated_patterns(folder, model, pattern), [], 0, 0
@@ -103,7 +101,7 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     del model
     difference = logits_difference(folder, against) if against else None
     if difference and not all(map(math.isfinite, difference.values())):
-        problems.append(f"its logits differ from those of {against} beyond all numbers")
+        problems.append(f"the difference of its logits from those of {against} is not finite")
     return Report(
         passed=not problems,
         problems=problems,
@@ -120,12 +118,12 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
 def stated_patterns(
     folder: Path, model: nn.Module, pattern: NMPattern | None = None
 ) -> dict[str, NMPattern]:
-    """Return N:M of each linear of the decoder layers that should be sparse, by path.
+    """Return the expected N:M of the decoder layers' linears that should be sparse, by path.
 
     Args:
-        folder: of the checkpoint.
-        model: of the checkpoint.
-        pattern: of every linear; None is what an export of ours states of each, else 2:4.
+        folder: folder of the checkpoint.
+        model: model of the checkpoint.
+        pattern: N:M of every linear; None: the N:M that an export states, else 2:4.
     """
     groups, summary = channel_groups(model), None if pattern else read_summary(folder)
     its = pattern or NMPattern(2, 4)
@@ -137,12 +135,12 @@ def stated_patterns(
 
 @torch.no_grad()
 def logits_difference(first: Path, second: Path) -> dict[str, float]:
-    """Measure how much the logits of two checkpoints differ on random tokens, in float32.
+    """Compare the logits of two checkpoints on random tokens, in float32.
 
     Returns:
-        `largest` and `relative`, the norm of the difference over that of the second's; `kl`, nats a
-        token, from the second's distribution to the first's; `agreement`, share of tokens with the
-        same most likely successor.
+        With logits x of the first checkpoint and y of the second: `largest`, max |x - y|;
+        `relative`, ||x - y|| / ||y||; `kl`, the mean of KL(softmax(y) || softmax(x)) over tokens,
+        in nats; `agreement`, the share of tokens with the same most likely next token.
     """
     logits = []
     for folder in (first, second):
@@ -152,7 +150,7 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
         logits.append(model(input_ids=tokens).logits.double())
     ours, theirs = logits
     if ours.shape != theirs.shape:
-        raise ConfigError(f"{first} and {second} have vocabularies of other sizes")
+        raise ConfigError(f"{first} and {second} have vocabularies of different sizes")
     nats = nn.functional.kl_div(
         ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
     )
@@ -165,9 +163,9 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """Do the work of the command."""
+    """Run the command `permllm verify`."""
     disable_progress_bar()
-    set_verbosity_error()  # what its warnings are about is in the report
+    set_verbosity_error()  # the report has what transformers warns of
     pattern = NMPattern.parse(options.pattern, "--pattern") if options.pattern else None
     report = verify(options.folder, pattern, options.against)
     return Answer(asdict(report), lambda: _show(options.folder, report), 0 if report.passed else 1)
@@ -185,12 +183,14 @@ def _show(folder: Path, report: Report) -> None:
         f"{report.bytes / 1e6:.1f} MB on disk"
     )
     if report.dense:
-        lines.append(f"dense, as {SUMMARY} says: {', '.join(report.dense)}")
+        lines.append(f"dense according to {SUMMARY}: {', '.join(report.dense)}")
     if found := report.difference:
         lines.append(
             f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, "
             f"KL {found['kl']:.2e} nats, the same next token at {found['agreement']:.2%}"
         )
-    compared = "compared with" if report.checksums else "not compared: nothing states"
-    lines.append(f"contents {compared} their sha256")
+    if report.checksums:
+        lines.append("files compared with their sha256")
+    else:
+        lines.append("files not compared with a sha256: the folder states none")
     terminal().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -1,10 +1,8 @@
-"""Reader of a stranger's checkpoint: transformers' loading report decides, by the names of tensors.
+"""Reader of third-party checkpoints, which are checked by transformers' loading report.
 
-transformers gives a tensor that is missing, or has another shape, random values, casts integers to
-what was asked for without their scales, and says so in a report alone.
+transformers fills a tensor that is missing or has another shape with random values. It casts
+integers to floats without their scales. It says so only in its loading report.
 """
-
-from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
@@ -20,30 +18,30 @@ from permllm.errors import ConfigError, DataError, PermLLMError, printable
 from permllm.runs.files import read_json
 from permllm.runs.tensors import load_tensor, tensor_formats
 
-# Index of several files and single file, in the order in which transformers looks for them.
+# Index of several files, and name of a single file, in the order in which transformers looks.
 WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-# Settings of a config.json that no checkpoint may have, and why.
+# Keys of config.json that no checkpoint may have, and why.
 _REFUSED = {
     "quantization_config": "quantised models cannot be pruned",
     "transformers_weights": "its weights must lie in the files that transformers looks for",
 }
-# Formats of weights, as safetensors and torch call them.
+# Dtypes of weights, as safetensors and torch call them.
 _FLOATING = (
     *("F64", "F32", "F16", "BF16"),
     *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
 )
-# Parts of transformers' loading report.
+# Parts of transformers' loading report, and the verb of an error about them.
 _REPORT = {
     "missing_keys": "lacks",
     "mismatched_keys": "has in another shape than its config asks for",
     "unexpected_keys": "has, although its config asks for none,",
 }
-# Difference of logits, as a share of the largest, that is rounding.
+# Largest difference of logits that counts as rounding, as a share of the largest logit.
 _ROUNDING = 0.02
-# Characters of transformers' messages that are shown.
+# Length of the shown part of transformers' messages, in characters.
 _SHOWN = 300
 
 Read = Callable[[str], Tensor]
@@ -51,10 +49,10 @@ Read = Callable[[str], Tensor]
 
 @contextmanager
 def transformers_reads(what: object) -> Iterator[None]:
-    """Turn what transformers raises on a model into a DataError of one line, but for memory.
+    """Turn an error of transformers into a DataError of one line, except for lack of memory.
 
     Args:
-        what: is read, such as a folder; begins the line.
+        what: the thing that is read, such as a folder; the line names it.
     """
     try:
         yield
@@ -66,15 +64,15 @@ def transformers_reads(what: object) -> Iterator[None]:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read the config of a folder.
+    """Read the config of a checkpoint's folder.
 
     Raises:
-        DataError: it has none that transformers can read; it is quantised, or names code or files
-            from elsewhere.
+        DataError: transformers cannot read the config, or the config belongs to a quantised model
+            or names code or files from elsewhere.
     """
     file = folder / "config.json"
     settings = read_json(file)
-    # A gathered model has the dense one's config inside of its own.
+    # The config of a gathered checkpoint contains the dense model's config.
     if isinstance(settings.get("dense_config"), dict):
         settings |= settings["dense_config"]
     for key, reason in _REFUSED.items():
@@ -82,16 +80,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
             raise DataError(f"{file}: {key}: {reason}")
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(settings.get(key)):
-            raise DataError(f"{file}: {key}={settings[key]!r}: a kernel of the hub is foreign code")
+            raise DataError(f"{file}: {key}={settings[key]!r}: kernels from the hub are not loaded")
     with transformers_reads(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers reads the weights of a folder from.
+    """Return the files from which transformers reads the weights of a folder.
 
     Raises:
-        DataError: there are none, or the index names files that are not there.
+        DataError: the folder has no weights, or lacks a file that its index names.
     """
     for index, single in WEIGHTS:
         if (folder / single).is_file():
@@ -106,25 +104,26 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[str]:
-    """Return the names of the files of weights that an index names, all of its own folder."""
+    """Return the names of the files in an index of weights; all lie in the index's folder."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         if names and all(Path(name).name == name for name in names):
             return names
     except (KeyError, AttributeError, TypeError):
         pass
-    raise DataError(f"{index}: weight_map: expected the name of a file of its folder by tensor")
+    raise DataError(f"{index}: weight_map: expected a file name of this folder for each tensor")
 
 
 def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
-    """Return what reads single tensors from a folder's files by their names in the model.
+    """Return a function that reads a tensor from a folder's files by its name in the model.
 
     Args:
-        folder: of the checkpoint.
-        model: of the folder; may be on the meta device.
+        folder: the folder of the checkpoint.
+        model: the model of the folder; may be on the meta device.
 
     Returns:
-        None where the files are not safetensors, have other names, or tie other tensors.
+        The function; None: the files are not safetensors, have other names of tensors, or hold
+        different values for tied tensors.
     """
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
@@ -132,6 +131,7 @@ def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
     places = {name: file for file in files for name in tensor_formats(file)}
 
     def read(name: str) -> Tensor:
+        """Read a tensor from its file."""
         return load_tensor(places[name], name)
 
     for name, source in (model.all_tied_weights_keys or {}).items():
@@ -141,14 +141,14 @@ def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
 
 
 def check_checkpoint(folder: Path) -> PreTrainedModel:
-    """Compare a folder's files with its config; no weights are read.
+    """Compare a folder's files with its config, without reading the weights.
 
     Returns:
         The model on the meta device.
 
     Raises:
-        DataError: a file is corrupt, or a tensor is missing, of another shape, unexpected, or no
-            floating-point number.
+        DataError: a file is corrupt, or a tensor is missing, unexpected, of another shape, or not
+            of floating-point numbers.
     """
     return _loaded(folder, {"dtype": "auto", "device_map": {"": "meta"}})
 
@@ -159,15 +159,15 @@ def read_weights(
     """Read the model of a folder.
 
     Args:
-        folder: with a config.json and weights.
-        dtype: of the weights; None: that of the files.
-        device: where they are read to.
-        options: for transformers.
+        folder: a folder with config.json and weights.
+        dtype: dtype of the weights; None: that of the files.
+        device: the device of the weights.
+        options: further options for transformers.
 
     Raises:
-        DataError: as `check_checkpoint`, or a tensor is not finite; the tensor is named.
+        DataError: as `check_checkpoint`, or a tensor has values that are not finite.
     """
-    # With a map each tensor goes from the file to the GPU, without the whole model in host memory.
+    # With a device map the tensors go to the GPU one by one, so host memory never holds them all.
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     model = _loaded(folder, {"dtype": dtype or "auto"} | onto | options)
     check_values(folder, model)
@@ -176,7 +176,7 @@ def read_weights(
 
 @torch.no_grad()
 def check_values(what: object, module: nn.Module, path: str = "") -> None:
-    """Raise DataError, which names the tensor, where one is not finite."""
+    """Raise DataError, which names the tensor, where a parameter or buffer is not finite."""
     for name, tensor in [*module.named_parameters(path), *module.named_buffers(path)]:
         present = tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
         if present and not all_finite(tensor):
@@ -184,34 +184,34 @@ def check_values(what: object, module: nn.Module, path: str = "") -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Tell if a tensor, not empty, holds neither NaN nor infinities, without a copy of it."""
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # of a NaN they are NaN
+    """Tell if a tensor, not empty, holds neither NaN nor infinities, without copying it."""
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # a NaN makes both NaN
 
 
 def parameter_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of a checkpoint's tensors: the state dict's without those that are tied."""
+    """Return the names of a checkpoint's tensors: those of the state dict that are not tied."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return [name for name in model.state_dict() if name not in tied]
 
 
 def head_of_its_own(model: PreTrainedModel) -> bool:
-    """Tell if a model has a head that shares no weight with the embedding of the tokens."""
+    """Tell if a model has a head that does not share its weight with the token embedding."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Return how many tokens a model knows: the rows of its embedding."""
+    """Return the number of tokens in a model's vocabulary: the rows of its embedding."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 @torch.no_grad()
 def check_runs(what: object, model: PreTrainedModel) -> None:
-    """Run two windows of two tokens, which differ in the last one.
+    """Run a model on two windows of two tokens, which differ in their last token.
 
     Raises:
-        DataError: the model cannot run, its logits are not finite, or those of the first token
-            depend on the second.
+        DataError: the model cannot run, its logits are not finite, or the logits of the first token
+            depend on the second token.
     """
     tokens = torch.tensor([[0, vocabulary_of(model) - 1], [0, 0]], device=model.device)
     with transformers_reads(what):
@@ -219,13 +219,13 @@ def check_runs(what: object, model: PreTrainedModel) -> None:
     if not all_finite(logits):
         raise DataError(f"{what}: its logits are not finite")
     if not close(logits[0, 0], logits[1, 0]):
-        raise DataError(f"{what}: its logits depend on the tokens that follow: it is an encoder")
+        raise DataError(f"{what}: its logits depend on later tokens; a causal decoder is expected")
 
 
 def check_dense(what: str, config: PreTrainedConfig) -> None:
-    """Raise ConfigError where a config is that of a gathered checkpoint, which is pruned."""
+    """Raise ConfigError where a config belongs to a gathered checkpoint, which is pruned."""
     if hasattr(config, "dense_type"):
-        raise ConfigError(f"{what} is a gathered checkpoint of a pruned model: give the dense one")
+        raise ConfigError(f"{what} is a gathered checkpoint of a pruned model; give the dense one")
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -236,12 +236,12 @@ def close(one: Tensor, other: Tensor) -> bool:
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder")
+        raise DataError(f"{folder} is not a folder")
     read_config(folder)
     formats = _formats(weight_files(folder))
     generation = folder / "generation_config.json"
     if generation.is_file():
-        read_json(generation)  # transformers would go on without it
+        read_json(generation)  # because transformers ignores a damaged one
     always = {"local_files_only": True, "trust_remote_code": False}
     always |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with transformers_reads(folder):
@@ -251,7 +251,7 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     for key, what in _REPORT.items():
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
         wrong += [f"{what} {printable(name)}" for name in names]
-    prefix = f"{model.base_model_prefix}."  # which old files leave out
+    prefix = f"{model.base_model_prefix}."  # old files leave it out
     own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
     for name, found in sorted(formats.items()):
         weight = name.removeprefix(prefix) in own or name.endswith(".weight")
@@ -260,12 +260,12 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
             wrong.append(f"has {name} as {found}: {kind}")
     if wrong:
         more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
-        raise DataError(f"{folder} {wrong[0]}{more}: it is not the model that its config says")
+        raise DataError(f"{folder} {wrong[0]}{more}: its files and its config do not agree")
     return model
 
 
 def _formats(files: list[Path]) -> dict[str, str]:
-    """Return the format of each tensor. Raise DataError, which names the file, where one is bad."""
+    """Return the dtype of each tensor by name; raise DataError where a file is damaged."""
     formats: dict[str, str] = {}
     for file in files:
         if file.suffix == ".safetensors":

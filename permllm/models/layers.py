@@ -1,11 +1,9 @@
 """Decoder layers of a model, run one at a time with the arguments that the model would pass.
 
-transformers gives each layer its masks and rotary embeddings from outside, and families differ in
-what they pass. Instead of rebuilding these, the layers are replaced for one forward by stand-ins
-that record what they are given and return their input.
+A model passes masks and rotary embeddings to its layers, and families differ in these arguments.
+They are recorded: for one forward, stand-ins take the places of the layers, record their arguments
+and return their input.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +20,7 @@ from permllm.models.offload import placement_of
 from permllm.runtime.memory import free_memory
 from permllm.runtime.precision import products_in
 
-# Share of a GPU's free memory that the states of a stream may take: pruning has two streams.
+# Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
 
 
@@ -31,8 +29,8 @@ class LayerInputs:
     """Inputs of the decoder layers of a model for one batch of tokens.
 
     Attributes:
-        hidden: `(batch, tokens, hidden)`, the input of the first layer, in the model's dtype.
-        kwargs: the keyword arguments of each layer (tensors are shared between layers, not copied).
+        hidden: input of the first layer, `(batch, tokens, hidden)`, in the model's dtype.
+        kwargs: keyword arguments of each layer; layers share tensors.
     """
 
     hidden: Tensor
@@ -41,22 +39,22 @@ class LayerInputs:
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
-    """Embed `tokens` int64 `(batch, tokens)` and record the arguments of each decoder layer."""
+    """Embed tokens, int64 `(batch, tokens)`, and record the arguments of each decoder layer."""
     layers, tuples = decoder_layers(model), family_of(model).tuples
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
 
     def stand_in(*args: Tensor, **keywords: Any) -> Tensor | tuple[Tensor]:
+        """Record the arguments of a layer, and return its input."""
         states = args[0] if args else keywords.pop("hidden_states")
         if not hidden:
-            # Gradient checkpointing has the embedding's output ask for gradients.
+            # With gradient checkpointing the embedding's output requires gradients.
             hidden.append(states.detach())
         kwargs.append(keywords)
         return (states,) if tuples else states
 
     with replaced_forwards(layers, stand_in):
-        # The base model, without the head: its logits over the vocabulary would dwarf the
-        # embedding's cost.
+        # Without the head, whose logits would cost much more than the embedding.
         body: Any = model.base_model
         body(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     return LayerInputs(hidden[0], kwargs)
@@ -66,25 +64,23 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
 def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[None]:
     """Replace the forward of each of these modules inside the context."""
     layers = list(layers)
-    before = [vars(layer).get("forward") for layer in layers]  # such as a compiled one
+    before = [vars(layer).get("forward") for layer in layers]  # a compiled forward, for example
     for layer in layers:
         layer.forward = forward
     try:
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
-            del layer.forward  # uncovers the class's own method
+            del layer.forward  # makes the method of the class visible again
             if own is not None:
                 layer.forward = own
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Return the output `(batch, tokens, hidden)` of one decoder layer.
-
-    Some layers return a tuple. Indexing a bare tensor would silently keep one sequence.
-    """
+    """Return the output `(batch, tokens, hidden)` of one decoder layer."""
     with attention_in_float32(hidden.device):
         output = layer(hidden, **kwargs)
+    # Some layers return a tuple. In a tensor, index 0 would be the first sequence.
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -92,13 +88,13 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
 def last_states(
     model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
-    """Return the output of the last decoder layer, `(samples, tokens, hidden)` on the host.
+    """Return the output of the last decoder layer, `(windows, tokens, hidden)` on the host.
 
     Args:
-        model: of a known family.
-        tokens: int64 `(samples, tokens)`.
-        batch_size: samples a forward.
-        compute_dtype: of matrix products.
+        model: the model.
+        tokens: int64 `(windows, tokens)`.
+        batch_size: windows per forward.
+        compute_dtype: dtype of matrix products.
     """
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     stream.to_the_end("dense states")
@@ -106,17 +102,17 @@ def last_states(
 
 
 class LayerStream:
-    """Hidden states of many samples, advanced through the decoder one layer at a time.
+    """Hidden states of many windows, which advance through the decoder one layer at a time.
 
-    The states between two layers wait on the host, from where a batch at a time visits the device,
-    or on a GPU that has room.
+    Between two layers the states stay on a GPU that has room for them, else on the host. Batches go
+    to the device one at a time.
 
     Args:
-        model: of a known family; its embedding is run here.
-        tokens: int64 `(samples, tokens)`, all of one length.
-        batch_size: samples a forward.
-        compute_dtype: of matrix products (`permllm.runtime.precision`); None leaves them as they
-            are where the stream is used.
+        model: the model; the constructor runs its embedding.
+        tokens: int64 `(windows, tokens)`.
+        batch_size: windows per forward.
+        compute_dtype: dtype of matrix products (`permllm.runtime.precision`); None: the dtype that
+            the caller has set.
     """
 
     def __init__(
@@ -130,12 +126,11 @@ class LayerStream:
         self._layers = decoder_layers(model)
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
-        self._batches = tokens.split(batch_size)
         self._batch_size = batch_size
-        # By batch size: the last batch may be smaller.
+        # Arguments by size of the batch, because the last batch may be smaller.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
-        for position, batch in enumerate(self._batches):
+        for position, batch in enumerate(tokens.split(batch_size)):
             inputs = layer_inputs(model, batch)
             self._kwargs.setdefault(len(batch), inputs.kwargs)
             if not position:
@@ -148,7 +143,7 @@ class LayerStream:
         return self._states.split(self._batch_size)
 
     def forward(self, index: int) -> Iterator[Tensor]:
-        """Yield the outputs of layer `index` batch by batch, on the device; keep the states."""
+        """Yield the outputs of a layer on the device, batch by batch, without advancing."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
             for hidden in self._hidden:
@@ -158,7 +153,7 @@ class LayerStream:
                 yield output
 
     def advance(self, index: int) -> None:
-        """Replace the states by the outputs of layer `index` as it now is."""
+        """Replace the states by the outputs of a layer with its present weights."""
         states = self._states
         for position, output in enumerate(self.forward(index)):
             if output.dtype != states.dtype:
@@ -172,14 +167,14 @@ class LayerStream:
             self.advance(index)
 
     def states(self) -> Tensor:
-        """Return the states, `(samples, tokens, hidden)` on the host, until the stream advances."""
+        """Return the states, `(windows, tokens, hidden)` on the host; advancing overwrites them."""
         return self._states.cpu()
 
 
-def _room_for(samples: int, batch: Tensor) -> Tensor:
-    """Return memory for the states of all samples; on the host where a GPU has no room."""
-    size = samples * batch[0].numel() * batch.element_size()
+def _room_for(windows: int, batch: Tensor) -> Tensor:
+    """Return memory for the states of all windows, on the host unless the batch's GPU has room."""
+    size = windows * batch[0].numel() * batch.element_size()
     on_gpu = batch.device.type == "cuda" and size <= _SHARE_OF_FREE * free_memory(batch.device)
     return torch.empty(
-        samples, *batch.shape[1:], dtype=batch.dtype, device=batch.device if on_gpu else "cpu"
+        windows, *batch.shape[1:], dtype=batch.dtype, device=batch.device if on_gpu else "cpu"
     )

@@ -1,6 +1,4 @@
-"""Limits of a model: its vocabulary and its positions."""
-
-from __future__ import annotations
+"""Limits of a model: the size of its vocabulary and the number of its positions."""
 
 import logging
 
@@ -15,21 +13,25 @@ log = logging.getLogger(__name__)
 
 
 def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
-    """Raise DataError where the model lacks tokens of the windows, or positions for them.
+    """Raise DataError where windows have tokens or positions that a model lacks.
+
+    Rotary positions have no end, so that long windows are a warning for most models.
 
     Args:
-        what: name of their text.
+        what: name of the text; messages begin with it.
         windows: int64 `(windows, tokens)`.
-        model: reads them.
+        model: the model that will read the windows.
     """
     known, largest = vocabulary_of(model), int(windows.max())
     if largest >= known:
-        found = f"there is a token {largest}, and the model knows {known} from 0 on"
-        raise DataError(f"{what}: {found}: is it its tokenizer?")
+        raise DataError(
+            f"{what}: it has a token {largest}, and the model's tokens are 0 to {known - 1}: "
+            "does the tokenizer belong to the model?"
+        )
     positions, length = getattr(model.config, "max_position_embeddings", None), windows.shape[1]
     if positions is None or length <= positions:
         return
-    said = f"{what}: windows of {length} tokens, and the model has positions for {positions}"
-    if len(family_of(model).embeddings) > 1:  # learned ones, of which there are no more
+    said = f"{what}: windows of {length} tokens, but the model has {positions} positions"
+    if len(family_of(model).embeddings) > 1:  # an embedding of positions has no further rows
         raise DataError(said)
     log.warning("%s", said)

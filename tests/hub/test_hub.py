@@ -109,8 +109,8 @@ def test_offline_everything_is_there_again_and_nobody_is_asked(
     before = len(hub.requests)
     found = play("offline")
     assert len(hub.requests) == before
-    reason = "is not whole in the local hub cache, and HF_HUB_OFFLINE=1 says not to ask the hub"
-    assert found.pop("not cached") == f"error: model small/other {reason}"
+    reason = "in the local hub cache, and HF_HUB_OFFLINE=1 forbids access to the hub"
+    assert found.pop("not cached") == f"error: model small/other is not complete {reason}"
     assert found == online
 
 
@@ -121,7 +121,7 @@ def test_each_failure_is_one_line_that_says_what_to_do(
     hub.shutdown()
     hub.server_close()
     found |= play("down")
-    unreachable = "is not whole in the local hub cache and the hub cannot be reached ("
+    unreachable = "is not complete in the local hub cache and the hub cannot be reached ("
     for step, line in {
         "gated": "model big/gated is gated: accept its licence on its hub page, then log in",
         "gated, known": "model big/gated is gated: accept its licence on its hub page",

@@ -156,8 +156,8 @@ def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_
         ("mamba", {"state_size": 4}, "belongs to no linear"),
         ("gpt2", {}, "0 lists of layers with linears"),
         ("falcon", {}, "is changed in place"),
-        ("bert", {"intermediate_size": 64}, "attends to the tokens that follow"),
-        ("bart", {"d_model": 32}, "encoder_attn attends to the tokens that follow"),
+        ("bert", {"intermediate_size": 64}, "attends to later tokens"),
+        ("bart", {"d_model": 32}, "encoder_attn attends to later tokens"),
     ],
 )
 def test_what_is_no_decoder_of_attention_and_linears_is_refused(
