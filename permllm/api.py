@@ -1,7 +1,5 @@
 """Functions of `permllm` itself: prune a model in memory, measure it, write it, and read runs."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """One job from its settings to its record: load, calibrate, permute, prune, evaluate, export."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import ExitStack
 from dataclasses import asdict, replace

@@ -4,8 +4,6 @@ Jobs that run at the same time wait for the first one by a lock for each result.
 can be deleted at any time; its results are then computed again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Comparison of rows, with intervals of a paired bootstrap, and with the paper's numbers."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Run directory. A file that exists is complete; a run resumes after its last file."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

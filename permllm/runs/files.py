@@ -1,7 +1,5 @@
 """Files of a run directory: their names, and functions that write a complete file or none."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

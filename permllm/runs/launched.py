@@ -1,7 +1,5 @@
 """GPUs of the processes that run the jobs of a sweep in parallel."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

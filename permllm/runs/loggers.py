@@ -1,7 +1,5 @@
 """Loggers of a run's numbers: Weights & Biases, MLflow, TensorBoard, or none."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Measures of one run, from `metrics.json` and the evaluations, and their text in tables."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

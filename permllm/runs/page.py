@@ -1,7 +1,5 @@
 """HTML page of runs that needs no network: quality over minutes, and the table."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures with matplotlib: quality over minutes, loss curves, and the masks of one linear."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Reader of finished runs, in folders and in files of records, which have a run in each line."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

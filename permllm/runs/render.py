@@ -1,7 +1,5 @@
 """Tables of runs as text: with changes from a baseline and the paper's numbers, or printed."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -16,8 +16,6 @@ The table from W&B has the paper's numbers beside ours. --publish makes a W&B re
 plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ With --jsonl the runs are written to a file of records instead, one run in each 
 such a file like the run directories.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

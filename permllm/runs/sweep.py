@@ -1,7 +1,5 @@
 """Folder of a sweep, its list of jobs, and the outcome of each job."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass

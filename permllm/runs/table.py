@@ -1,7 +1,5 @@
 """Table of many runs: a row for runs with equal settings, a column for each varying setting."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable

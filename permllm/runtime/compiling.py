@@ -1,7 +1,5 @@
 """Compiled functions with a fallback, because a machine may have no compiler or no driver."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import cache

@@ -1,7 +1,5 @@
 """Device, cores and seeds of a process."""
 
-from __future__ import annotations
-
 import os
 import random
 

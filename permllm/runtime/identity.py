@@ -1,7 +1,5 @@
 """Identity of a run and of its evaluation: settings, and digests of the files in settings."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping

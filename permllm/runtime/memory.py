@@ -1,7 +1,5 @@
 """Memory of the host and the device: free bytes, peaks, copies between the two."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

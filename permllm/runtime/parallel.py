@@ -4,8 +4,6 @@ All ranks use the values of rank 0 (`share`, `on_main`). An error in all ranks f
 that fails alone ends (`in_step`), and torchrun then ends the others.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -5,8 +5,6 @@ dtype. On a CPU with bfloat16 instructions products take a quarter of the time o
 CPUs the products of a half-precision model use float32 (`half_products`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self, TypeVar

@@ -1,7 +1,5 @@
 """Seconds of a call, and speed of a device: nominal for the name of a card, or else measured."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Collection

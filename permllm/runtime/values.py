@@ -1,7 +1,5 @@
 """Types of the values of settings, and the error for a value that is not valid."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 

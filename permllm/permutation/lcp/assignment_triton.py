@@ -8,8 +8,6 @@ entries form a permutation, as in most blocks at low temperatures, they are the 
 # Triton has Python's syntax, and other types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
