@@ -168,7 +168,7 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     before = read_config(composed("model=tiny", *settings)).hash
     (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
     for name in ("mine", "copy"):
-        with pytest.raises(ConfigError, match=f"{name}.txt' is the file that calibration reads"):
+        with pytest.raises(ConfigError, match=f"{name}.txt' is also the file of calibration"):
             run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
     # Another content is another run.
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation().upper())

@@ -189,22 +189,22 @@ def test_c4_is_evaluated_as_by_wanda(
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a module `mypackage.mine` of someone's own."""
-    (tmp_path / "own" / "mypackage").mkdir(parents=True)
+    """The file of a module `ownpackage.mine` of someone's own."""
+    (tmp_path / "own" / "ownpackage").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "own")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ownpackage"]:
         monkeypatch.delitem(sys.modules, name)
     importlib.invalidate_caches()
-    return tmp_path / "own" / "mypackage" / "mine.py"
+    return tmp_path / "own" / "ownpackage" / "mine.py"
 
 
 def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, mine: Path) -> None:
     mine.write_text(MINE)
-    config = CalibrationConfig(dataset="mypackage.mine", samples=2, seqlen=16)
+    config = CalibrationConfig(dataset="ownpackage.mine", samples=2, seqlen=16)
     for window in calibration_tokens(TOKENIZER, config, seed=0):
         assert TOKENIZER.decode(window, skip_special_tokens=True) in "forward " * 20
-    settings = PerplexityConfig("mypackage.mine", seqlen=32)
+    settings = PerplexityConfig("ownpackage.mine", seqlen=32)
     (named,) = perplexity_texts(settings)
     assert named.name == "mine"
     assert perplexity_windows(TOKENIZER, named, settings).shape == (3, 32)
@@ -215,7 +215,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, mine: Path) ->
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (None, "cannot be imported: No module named 'mypackage"),
+        (None, "cannot be imported: No module named 'ownpackage"),
         ("raise ValueError('a reason\\nof two lines')", "cannot be imported: a reason"),
         ("", "the module needs a TEXT"),
         (MINE.replace("Mine()", "Mine"), "the module needs a TEXT"),
@@ -226,6 +226,6 @@ def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, me
     if source is not None:
         mine.write_text(source)
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset=") as caught:
-        perplexity_texts(PerplexityConfig("mypackage.mine", seqlen=32))
+        perplexity_texts(PerplexityConfig("ownpackage.mine", seqlen=32))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
