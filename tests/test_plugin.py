@@ -90,7 +90,7 @@ def test_a_job_runs_with_each_option(option: Path, tmp_path: Path) -> None:
 def test_all_options_run_together(tmp_path: Path) -> None:
     chosen = [f"{option.parent}={option.name}" for option in OPTIONS]
     metrics, _ = run(*chosen, "export=gathered", f"run_dir={tmp_path}/run")
-    assert metrics["name"] == "tiny-peak-spread-random-2x4"
+    assert metrics["name"] == "tiny-peak-spread-random-row_scale-2x4"
     assert verify(tmp_path / "run" / "export").passed
 
 
