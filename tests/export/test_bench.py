@@ -128,10 +128,13 @@ def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> No
     not torch.cuda.is_available() or not bench.sparse_tensor_cores(CUDA),
     reason="needs sparse tensor cores",
 )
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(6, 8)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sparse_tensor_cores_compute_the_same(backend: str, tmp_path: Path) -> None:
+def test_sparse_tensor_cores_compute_the_same(
+    backend: str, pattern: NMPattern, tmp_path: Path
+) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    run = make_run(tmp_path, variant_model("llama", **shape), "foldable")
+    run = make_run(tmp_path, variant_model("llama", **shape), "foldable", pattern)
     export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
     model = load(tmp_path / "out").to(CUDA)
     x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
