@@ -17,7 +17,7 @@ import pytest
 from permllm import job
 from permllm.cli import call
 from permllm.config import read_config
-from permllm.runtime.terminal import Terminated, exit_code, scheduler_signals
+from permllm.runtime.terminal import CONTINUES, Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
 
@@ -84,11 +84,11 @@ def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: P
     process.terminate()
     out, error = process.communicate(timeout=100)
     assert process.returncode == 143, error
-    said = "terminated by SIGTERM: the same command continues"
-    assert error.splitlines()[-1] == f"{said} where it stopped"
+    said = f"terminated by SIGTERM: {CONTINUES}"
+    assert error.splitlines()[-1] == said
     assert "Traceback" not in error
     # The table of the sweep, and what became of its jobs.
-    assert f"{said} it" in " ".join(out.split())
+    assert said in " ".join(out.split())
     seconds = [json.loads(file.read_text())["seconds"] for file in tmp_path.rglob("metrics.json")]
     assert len(seconds) == 2
     assert all(found["permute"] > 0 for found in seconds)
