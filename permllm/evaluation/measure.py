@@ -57,22 +57,19 @@ def evaluate(
         record: record of the run.
     """
     evaluation, folder = record.evaluation, record.directory / EVALUATIONS
-    products = partial(fp8_products, loaded.model) if settings.weights else nullcontext
     others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
-    for measure in _measures(loaded, settings, evaluation):
-        measured = _part(evaluation, "measured", which)
-        if measure.key in measured:
-            continue
-        results = _taken(others, measure, which)
-        if not results:
-            with products():
-                results = _measured(loaded, measure, which)
-        for name, values in results.items():
-            if scores := values.pop("scores", None):
-                _part(evaluation, "scores", measure.kind, which)[name] = scores
-            _part(evaluation, measure.kind, which)[name] = values
-        measured[measure.key] = list(results)
-        record.save()
+    with fp8_products(loaded.model) if settings.weights else nullcontext():
+        for measure in _measures(loaded, settings, evaluation):
+            measured = _part(evaluation, "measured", which)
+            if measure.key in measured:
+                continue
+            results = _taken(others, measure, which) or _measured(loaded, measure, which)
+            for name, values in results.items():
+                if scores := values.pop("scores", None):
+                    _part(evaluation, "scores", measure.kind, which)[name] = scores
+                _part(evaluation, measure.kind, which)[name] = values
+            measured[measure.key] = list(results)
+            record.save()
 
 
 def _measures(
