@@ -129,6 +129,15 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
     )
 
 
+def _with_gaps(runs: list[Run], baseline: str, columns: str | None) -> Table:
+    """Return a table of the mean gap, before the perplexities."""
+    found = Table(runs, baseline)
+    found.baseline = None  # the gaps say it
+    found.show(columns, "gap closed, perplexity (")
+    found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
+    return found
+
+
 def frontier(
     folder: Path, baseline: str, columns: str = "", records: str = RECORDS, methods: str = ""
 ) -> str:
@@ -142,14 +151,11 @@ def frontier(
         methods: options of the group `method`, whose rows alone are shown, in the place of columns.
     """
     runs = runs_of(folder / records)
-    found = Table(runs, baseline)
-    found.baseline = None  # the gaps say it
+    found = _with_gaps(runs, baseline, columns)
     names = {found.find(_settings_of(method), records): method for method in methods.split()}
-    found.show(columns, "gap closed, perplexity (")
     if names:
         found.labels["method"] = pd.Series(names).reindex(found.labels.index).map("`{}`".format)
         found.settings = ["method"]
-    found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
     drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
     drawn = drawn[drawn.index.isin([*names] or drawn.index)]
     frame = cells(found).iloc[[0, *(drawn.index + 1)]]
@@ -224,10 +230,7 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     runs = [run for file in records.split() for run in runs_of(folder / file)]
     settings = {method: _settings_of(method) for method in methods.split()}
     first, *_ = settings.values()
-    found = Table(runs, f"{first},sparsity=2:4")
-    found.baseline = None  # the gaps say it
-    found.show(None, "gap closed, perplexity (")
-    found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
+    found = _with_gaps(runs, f"{first},sparsity=2:4", None)
     rows, costs = list[int](), [("dense", "", "100.0%", "100.0%", "1.00")]
     for text in ("2:4", "6:8"):
         pattern = NMPattern.parse(text)
