@@ -115,7 +115,8 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         assert config.evaluation.perplexity.limit == 32
         methods_of(config)
         if config.permutation["name"] == "lcp":
-            assert config.permutation["epochs"] == 2
+            # The README's table has its own number, whatever the default and the budget say.
+            assert config.permutation["epochs"] == (3 if experiment == "quickstart" else 2)
 
 
 def test_scale_reads_a_folder_layer_by_layer_and_needs_no_text() -> None:
@@ -182,4 +183,12 @@ def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
     (default,), (quick,) = (
         map(flatten, [job.identity for job in jobs(*words)]) for words in ([], ["budget=quick"])
     )
-    assert {key for key in default if default[key] != quick[key]} == {"permutation.epochs"}
+    assert {key: (default[key], quick[key]) for key in default if default[key] != quick[key]} == {
+        "permutation.epochs": (1, 2),
+        "permutation.select_from": (0, 2),
+    }
+
+
+def test_a_model_that_is_not_for_a_first_try_learns_for_three_epochs() -> None:
+    (job,) = jobs("model=llama-2-7b")
+    assert (job.permutation["epochs"], job.permutation["select_from"]) == (3, 2)
