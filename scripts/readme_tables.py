@@ -451,10 +451,9 @@ def _ablated(run: Run) -> dict[str, Any]:
 
 
 def _differing(run: Run) -> Iterator[tuple[str, Any]]:
-    """Give what sets a run apart from `python run.py` with its pruner, mask and reconstruction."""
-    usual = _usual(
-        *(f"{group}={run.config[group]['name']}" for group in ("pruner", "mask", "reconstruction"))
-    )
+    """Give what sets a run apart from `python run.py budget.epochs=3` with its methods."""
+    groups = ("pruner", "mask", "reconstruction")
+    usual = _usual("budget.epochs=3", *(f"{group}={run.config[group]['name']}" for group in groups))
     for key, value in _flat(
         run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}
     ).items():
