@@ -141,10 +141,7 @@ class CalibrationConfig:
     seqlen: Length = 1024
     batch_size: Count = 8
     statistics: Literal["dense", "sequential"] = "dense"
-    sampling: Literal["disjoint", "documents", "overlapping"] | None = None
-
-    def __post_init__(self) -> None:
-        self.sampling = self.sampling or "disjoint"
+    sampling: Literal["disjoint", "documents", "overlapping"] = "disjoint"
 
 
 @dataclass(config=SETTINGS)
@@ -160,9 +157,7 @@ class PerplexityConfig:
     @property
     def names(self) -> list[str]:
         """Names of the texts of `dataset`."""
-        if self.dataset is None:
-            return []
-        return self.dataset if isinstance(self.dataset, list) else [self.dataset]
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset or []
 
 
 @dataclass(config=SETTINGS)
