@@ -177,7 +177,7 @@ class RunDirectory(Record):
             def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
                 """Return metrics, evaluation, history, and if the run is finished."""
                 held.enter_context(self._locked(wait))
-                self._check_config(force)
+                self._check_config()
                 if force:
                     self._remove(METRICS, *RESULTS, *OF_LOGGERS)
                 self._read()
@@ -211,7 +211,7 @@ class RunDirectory(Record):
             self.directory.mkdir(exist_ok=True)  # the other process may have removed it
             yield
 
-    def _check_config(self, force: bool) -> None:
+    def _check_config(self) -> None:
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
@@ -219,12 +219,7 @@ class RunDirectory(Record):
                     f"run_dir={self.directory} has files but no {CONFIG}: expected a run directory"
                 )
             return
-        try:
-            present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
-        except DataError:
-            if force:
-                return
-            raise
+        present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
         both = present.keys() | asked.keys()
         if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
             keys = ", ".join(differing[:5])
@@ -299,7 +294,6 @@ class RunDirectory(Record):
         """
 
         def read() -> Value | None:
-            """Check and read the file."""
             path, stated = self.directory / name, self.metrics.setdefault("sha256", {})
             if not path.exists():
                 return None
@@ -316,7 +310,6 @@ class RunDirectory(Record):
         """Write a file, and its sha256 into `metrics.json`."""
 
         def write() -> None:
-            """Write the file and the metrics."""
             save(self.directory / name, value)
             self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
             self.save()
