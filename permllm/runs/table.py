@@ -110,7 +110,7 @@ class Table:
         self.baseline = self.find(baseline, "--baseline") if baseline else None
         self.starts = self._starts()
         self.gaps: dict[str, list[str]] = {}
-        of_gaps = self._close_gaps()
+        self.notes = self._close_gaps()
         grouped = self.frame.groupby("row")[[*self.kinds]]
         whole = grouped.count().eq(grouped.size(), axis=0)
         self.means, self.deviations = grouped.mean().where(whole), grouped.std().where(whole)
@@ -119,7 +119,6 @@ class Table:
         if not patterns and self.means[_ZEROS].map("{:.2%}".format).nunique() == 1:
             self.measures.remove(_ZEROS)
             del self.kinds[_ZEROS]
-        self.notes = self._missing() + of_gaps
 
     def _varying(self) -> list[str]:
         """Return the settings that vary, and redundant ones if two rows would look the same."""
@@ -204,18 +203,6 @@ class Table:
             if first and np.isclose(values, first.value, rtol=1e-4, atol=0).all():
                 found[name] = (first.value, first.stderr)
         return found
-
-    def _missing(self) -> list[str]:
-        """Return a note on perplexities that rows lack and on measures that seeds of a row lack."""
-        own = [name for name in self.measures if name not in self.gaps]
-        there = self.frame[[*own, "row"]].groupby("row").agg(lambda seeds: seeds.notna().mean())
-        some = ((there > 0) & (there < 1)).any()
-        lacking = [
-            name
-            for name in own
-            if some[name] or (self.kinds[name] == "perplexity" and (there[name] < 1).any())
-        ]
-        return [f"some rows, or seeds of a row, lack {', '.join(lacking)}"] if lacking else []
 
     def find(self, text: str, option: str) -> int:
         """Return the only row with the settings `name=value,name=value` of an option."""

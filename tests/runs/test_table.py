@@ -228,7 +228,7 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
     table = table_of(tmp_path)
     assert gaps(table)["lcp"] == pytest.approx(alone[0])
-    assert table.notes[0] == "some rows, or seeds of a row, lack c4 perplexity (window 2048)"
+    assert table.notes[0] == f"gap closed: the mean over {PERPLEXITY}"
     assert table.main() == PERPLEXITY
 
 
@@ -424,7 +424,7 @@ def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
         make_run(tmp_path / str(seed), 0.0, evaluation(texts, tasks), seed=seed)
     table = table_of(tmp_path)
     assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
-    assert table.notes == ["some rows, or seeds of a row, lack rte acc"]
+    assert cells(table)["rte acc (limited)"].tolist()[-1] == ""
 
 
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
