@@ -241,7 +241,6 @@ def save(
     state = model.state_dict()
 
     def weight(path: str, dense: Tensor) -> Tensor:
-        """Return a linear's weight with zeros where its mask is False."""
         return torch.where(found.masks[path], dense, 0.0)
 
     source = DenseSource(
