@@ -6,7 +6,6 @@ can be deleted at any time; its results are then computed again.
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,8 +21,6 @@ from permllm.runs.environment import git_commit, versions
 from permllm.runs.files import read_json, write_json
 from permllm.runs.tensors import load_tensors, save_tensors
 from permllm.runtime import parallel
-
-log = logging.getLogger(__name__)
 
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
@@ -42,6 +39,9 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         key: plain values that determine the result, together with the versions of this package and
             its libraries.
         compute: returns tensors by name, on the CPU, or plain values by name.
+
+    Raises:
+        DataError: the result in the cache is damaged, or the disk is full.
     """
     software = {"versions": versions(), "commit": git_commit()}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
@@ -63,25 +63,19 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
 
 def _read(file: Path) -> Any:
-    """Return a result; None: there is none, or it cannot be read."""
-    try:
-        if (tensors := file.with_suffix(".safetensors")).exists():
-            return load_tensors(tensors)
-        if (values := file.with_suffix(".json")).exists():
-            return read_json(values)
-    except DataError as error:
-        log.warning("%s: computing it again", error)
+    """Return a result; None: there is none."""
+    if (tensors := file.with_suffix(".safetensors")).exists():
+        return load_tensors(tensors)
+    if (values := file.with_suffix(".json")).exists():
+        return read_json(values)
     return None
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    try:
-        if all(isinstance(value, Tensor) for value in values.values()):
-            save_tensors(file.with_suffix(".safetensors"), values)
-        else:
-            write_json(file.with_suffix(".json"), values)
-    except DataError as error:  # the job has its result although the disk is full
-        log.warning("not kept for other jobs: %s", error)
+    if all(isinstance(value, Tensor) for value in values.values()):
+        save_tensors(file.with_suffix(".safetensors"), values)
+    else:
+        write_json(file.with_suffix(".json"), values)
 
 
 def tensor_digest(tensor: Tensor) -> str:
