@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -284,15 +285,15 @@ def results(*places: str | Path) -> pd.DataFrame:
     return Table(collect(map(Path, places)).runs).frame
 
 
+@dataclass
 class _Documents(Text):
     """Text of documents in memory."""
 
-    def __init__(self, documents: Sequence[str]) -> None:
-        self._documents = documents
+    documents: Sequence[str]
 
     def evaluation(self) -> str:
         """Return the documents, joined by a blank line."""
-        return "\n\n".join(self._documents)
+        return "\n\n".join(self.documents)
 
 
 def _dtype(model: PreTrainedModel) -> str:

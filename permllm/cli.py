@@ -322,10 +322,10 @@ class Session:
 
     def close(self) -> int:
         """Print the tables of a sweep of several jobs, in rank 0, and return the exit code."""
-        sweep = sys.modules.get("permllm.runs.sweep")  # None: no sweep has begun
-        if sweep is None or not first():
-            return int(self._failed)
-        jobs = [job for folder in sweep.STARTED for job in sweep.kept(folder)]
+        from permllm.runs import sweep
+
+        folders = sweep.STARTED if first() else []
+        jobs = [job for folder in folders for job in sweep.kept(folder)]
         if len(jobs) > 1:
             from permllm.runs.read import collect
             from permllm.runs.render import print_comparison, print_jobs

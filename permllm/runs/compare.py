@@ -108,14 +108,13 @@ def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
     """
     from scipy import stats  # its import takes long, and most tables have no intervals
 
-    def mean(*drawn: Any, axis: int = -1) -> Any:
-        """Return the statistic for some columns of each part."""
+    def statistic(*drawn: Any, axis: int = -1) -> Any:
         chosen = [part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)]
         return np.mean([of(*part.mean(axis=-1)) for part in chosen], axis=0)
 
     found = stats.bootstrap(
         [np.arange(part.shape[1]) for part in parts],
-        mean,
+        statistic,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
         method="percentile",

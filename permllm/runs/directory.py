@@ -174,8 +174,9 @@ class RunDirectory(Record):
         made = parallel.rank() == 0 and not self.directory.exists()
         with ExitStack() as held:
 
-            def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
-                """Return metrics, evaluation, history, and if the run is finished."""
+            def lock_and_read() -> tuple[
+                dict[str, Any], dict[str, Any], list[dict[str, Any]], bool
+            ]:
                 held.enter_context(self._locked(wait))
                 self._check_config()
                 if force:
@@ -185,7 +186,9 @@ class RunDirectory(Record):
                 return self.metrics, self.evaluation, self.history, done
 
             try:
-                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(read)
+                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(
+                    lock_and_read
+                )
                 yield
             except InUseError:
                 raise
@@ -340,8 +343,6 @@ def run_directory(config: RunConfig) -> Path:
 def check_sha256(directory: Path, name: str, digest: str) -> None:
     """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
     path = directory / name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; force=true runs it again")
     if file_sha256(path) != digest:
         raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")
 

@@ -143,9 +143,8 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         if job.directory and Path(job.directory).is_dir():
             folders.append(Path(job.directory))
         else:
-            reason = "its directory is gone" if job.directory else job.reason
-            where = f"{job.directory or 'a job'}: {' '.join(job.overrides)}"
-            found.notes.append(f"skipped {where}: {reason}")
+            reason = job.reason or f"{job.directory} is gone"
+            found.notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
