@@ -202,8 +202,9 @@ def _stages(
         log.info("continuing %s after pruning", record.directory)
         apply_record(loaded.model, loaded.identity, record.directory)
     else:
-        digest = calibration_text(config.calibration).text.digest(calibration=True)
-        record.metrics["texts"] = {"calibration": digest}
+        record.metrics["texts"] = {
+            "calibration": calibration_text(config.calibration).text.digest(calibration=True)
+        }
         prune_model(job, lambda: windows)
     with record.stage("evaluate sparse", device):
         evaluate(loaded, config.evaluation, "sparse", record)

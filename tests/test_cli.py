@@ -219,11 +219,10 @@ def test_a_free_order_from_a_file_is_gathered_and_not_folded(tmp_path: Path) -> 
 
 # Words of a command, and what the error says.
 BAD = """
-sparsity=4:2 -> sparsity=4:2
+sparsity=4:2 -> sparsity='4:2': expected N:M as a string with 0 < N < M
 sparsity=24 -> expected N:M
 sparsity=3:7 permutation=none -> does not divide the 32 input channels of model.layers.0.self_attn
 block_size=0 -> block_size=0: must be at least 1
-name=a/b -> name='a/b' names a directory: expected no slash
 model.device=toaster -> model.device='toaster'
 model.dtype=int4 -> model.dtype='int4': must be 'float32', 'bfloat16'
 model=local -> model=local needs model.path=DIR

@@ -48,11 +48,13 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Raises:
         DataError: the files are neither on the hub nor in the local cache.
     """
-    below = ["*/*"]  # because a star also matches files in subfolders
     with hub_access(f"model {model}"):
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=patterns, ignore_patterns=below
+                model,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],  # a star in `patterns` also matches files in subfolders
             )
         )
 

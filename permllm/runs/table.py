@@ -260,8 +260,9 @@ class Table:
 
     def limited(self, name: str) -> bool:
         """Tell if an accuracy was measured on only a part of the items in some run."""
-        found = [run[name].limited for run in self.values if name in run]
-        return self.kinds[name] in ("accuracy", "number") and any(found)
+        return self.kinds[name] in ("accuracy", "number") and any(
+            run[name].limited for run in self.values if name in run
+        )
 
     def heading(self, name: str) -> str:
         """Return the heading of a measure's column, with `(limited)` if it is limited."""
@@ -280,8 +281,9 @@ class Table:
         if columns:
             self.settings = _ranked(name for name in self.labels if name in columns.split(","))
             if not self.settings:
-                valid = ", ".join(self._varying())
-                raise ConfigError(f"--columns {columns}: expected settings, such as {valid}")
+                raise ConfigError(
+                    f"--columns {columns}: expected settings, such as {', '.join(self._varying())}"
+                )
         if measures:
             every = [*self.measures, *(name for name in self.kinds if name not in self.measures)]
             chosen: set[str] = set()
@@ -290,8 +292,9 @@ class Table:
                 others = [name for name in every if part in name]
                 chosen |= {part} if part in every else {*(usual or others)}
             if not chosen:
-                valid = ", ".join(self.kinds)
-                raise ConfigError(f"--measures {measures}: expected names, or parts, of {valid}")
+                raise ConfigError(
+                    f"--measures {measures}: expected names, or parts, of {', '.join(self.kinds)}"
+                )
             self.measures = [name for name in every if name in chosen]
 
     def main(self) -> str | None:
