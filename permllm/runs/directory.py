@@ -174,10 +174,9 @@ class RunDirectory(Record):
         made = parallel.rank() == 0 and not self.directory.exists()
         with ExitStack() as held:
 
-            def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
-                """Return metrics, evaluation, history, and if the run is finished."""
+            def lock_and_read() -> tuple[Any, ...]:
                 held.enter_context(self._locked(wait))
-                self._check_config(force)
+                self._check_config()
                 if force:
                     self._remove(METRICS, *RESULTS, *OF_LOGGERS)
                 self._read()
@@ -185,7 +184,9 @@ class RunDirectory(Record):
                 return self.metrics, self.evaluation, self.history, done
 
             try:
-                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(read)
+                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(
+                    lock_and_read
+                )
                 yield
             except InUseError:
                 raise
@@ -211,7 +212,7 @@ class RunDirectory(Record):
             self.directory.mkdir(exist_ok=True)  # the other process may have removed it
             yield
 
-    def _check_config(self, force: bool) -> None:
+    def _check_config(self) -> None:
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
@@ -219,17 +220,12 @@ class RunDirectory(Record):
                     f"run_dir={self.directory} has files but no {CONFIG}: expected a run directory"
                 )
             return
-        try:
-            present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
-        except DataError:
-            if force:
-                return
-            raise
+        present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
         both = present.keys() | asked.keys()
         if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
-            keys = ", ".join(differing[:5])
             raise ConfigError(
-                f"{file} is of another run, whose {keys} differ: choose another run_dir"
+                f"{file} is of another run, whose {', '.join(differing[:5])} differ: choose "
+                "another run_dir"
             )
 
     def _read(self) -> None:
@@ -244,9 +240,8 @@ class RunDirectory(Record):
         self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
-            shown = self.metrics.get("evaluation") == self.evaluation["evaluation"]
             ended = self.metrics["status"] == "finished" and self.evaluation.get("finished")
-            if ended and not shown:
+            if ended and self.metrics.get("evaluation") != self.evaluation["evaluation"]:
                 self._show_evaluation()
                 self.save()
 
@@ -299,7 +294,6 @@ class RunDirectory(Record):
         """
 
         def read() -> Value | None:
-            """Check and read the file."""
             path, stated = self.directory / name, self.metrics.setdefault("sha256", {})
             if not path.exists():
                 return None
@@ -316,7 +310,6 @@ class RunDirectory(Record):
         """Write a file, and its sha256 into `metrics.json`."""
 
         def write() -> None:
-            """Write the file and the metrics."""
             save(self.directory / name, value)
             self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
             self.save()
@@ -347,20 +340,18 @@ def run_directory(config: RunConfig) -> Path:
 def check_sha256(directory: Path, name: str, digest: str) -> None:
     """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
     path = directory / name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; force=true runs it again")
     if file_sha256(path) != digest:
         raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")
 
 
-def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
-    """Tell if a directory has a finished run with this evaluation; None: with any evaluation."""
+def is_finished(directory: Path, evaluation: Mapping[str, Any]) -> bool:
+    """Tell if a directory has a finished run with this evaluation."""
     try:
         metrics = read_json(directory / METRICS)
         there = all((directory / name).is_file() for name in metrics.get("sha256", {}))
         if not there or metrics.get("status") != "finished":
             return False
-        if evaluation in (None, metrics.get("evaluation")):
+        if evaluation == metrics.get("evaluation"):
             return True
         other = read_json(directory / EVALUATIONS / f"{digest_of(evaluation)}.json")
         return bool(other.get("finished"))

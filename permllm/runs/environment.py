@@ -105,7 +105,6 @@ def git_commit() -> dict[str, Any] | None:
     """Return the commit of the package's checkout, and if it has changes; None: no checkout."""
 
     def git(*arguments: str) -> str:
-        """Return the output of git in the package's folder."""
         words = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,3 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise DataError(f"cannot write {target}: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def matches(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Tell if each file of a folder has its sha256. Raises DataError if one cannot be read."""
-    return all(file_sha256(folder / name) == digest for name, digest in digests.items())

@@ -143,14 +143,14 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         if job.directory and Path(job.directory).is_dir():
             folders.append(Path(job.directory))
         else:
-            reason = "its directory is gone" if job.directory else job.reason
-            where = f"{job.directory or 'a job'}: {' '.join(job.overrides)}"
-            found.notes.append(f"skipped {where}: {reason}")
+            reason = job.reason or f"{job.directory} is gone"
+            found.notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     if not files:
-        raise ConfigError(_nothing_below(places))
+        below = ", ".join(map(str, places))
+        raise ConfigError(f"no runs below {below}: expected directories with a {METRICS}")
     for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
         if apart:
             found.runs.append(run)
@@ -159,17 +159,6 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     if not found.runs:
         raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
     return found
-
-
-def _nothing_below(places: list[Path]) -> str:
-    """Return the message for places without a run, with the folders and files to name instead."""
-    sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
-    kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
-    below = ", ".join(map(str, places))
-    if sweeps | kept:
-        there = ", ".join(map(str, sorted(sweeps | kept)))
-        return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
-    return f"no runs below {below}: expected directories with a {METRICS}"
 
 
 def _runs(file: Path, notes: list[str]) -> Iterator[Run]:

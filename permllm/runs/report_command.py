@@ -3,14 +3,14 @@
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
 permllm report runs --curves curves.png
-permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
+permllm report runs --masks masks.png
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 
 The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
 network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
-sets the format. --curves draws losses of learning; --masks draws the mask of one linear for each
-row.
+sets the format. --curves draws losses of learning; --masks draws the mask of the middle
+layer's first linear for each row.
 
 The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
 plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError
-from permllm.runs.compare import published
+from permllm.runs.compare import TABLES
 from permllm.runs.files import write_text
 from permllm.runs.read import LACKS, Collection, Run
 from permllm.runs.render import beside, records, render
@@ -45,15 +45,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for option, what in {
         "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
         "--curves": "draw the losses of learning",
-        "--masks": "draw the mask of one linear for each row",
+        "--masks": "draw the mask of the middle layer's first linear for each row",
     }.items():
         written.add_argument(option, type=Path, metavar="FILE", help=what)
-    add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
-    add("--paper", metavar="TABLE", help=f"on the page: {PAPER}")
+    add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
     add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
-    add("--table", help="table of the paper for --wandb, such as table6")
+    add(
+        "--table",
+        choices=TABLES,
+        metavar="TABLE",
+        help="table of the paper for --wandb, such as table6",
+    )
     add("--entity", help="user or team in W&B; default: yours")
     add(
         "--group",
@@ -88,7 +92,7 @@ def work(options: argparse.Namespace) -> Answer:
         elif options.curves:
             plot_curves(table, file)
         else:
-            plot_masks(table, file, options.linear)
+            plot_masks(table, file)
     runs, size = len(table.runs), file.stat().st_size
     answer = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
     return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
@@ -96,7 +100,6 @@ def work(options: argparse.Namespace) -> Answer:
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
     """Return the table of a project's runs, and the address of its W&B report."""
-    published(options.table)  # raises ConfigError before W&B is asked
     groups = options.group or [options.table, f"{options.table}-*"]
     with _asking(f"W&B does not give the runs of {options.wandb}"):
         import wandb

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from permllm.runs.compare import differences
+from permllm.runs.compare import TABLES, differences
 from permllm.runs.read import Collection, collect, keep_runs
 from permllm.runs.render import FORMATS, beside, compared, records, render
 from permllm.runs.table import Table
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
     add("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
     add("--baseline", metavar=settings, help=BASELINE)
-    add("--paper", metavar="TABLE", help=PAPER)
+    add("--paper", choices=TABLES, metavar="TABLE", help=PAPER)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--compare",

@@ -110,7 +110,7 @@ class Table:
         self.baseline = self.find(baseline, "--baseline") if baseline else None
         self.starts = self._starts()
         self.gaps: dict[str, list[str]] = {}
-        of_gaps = self._close_gaps()
+        self.notes = self._close_gaps()
         grouped = self.frame.groupby("row")[[*self.kinds]]
         whole = grouped.count().eq(grouped.size(), axis=0)
         self.means, self.deviations = grouped.mean().where(whole), grouped.std().where(whole)
@@ -119,7 +119,6 @@ class Table:
         if not patterns and self.means[_ZEROS].map("{:.2%}".format).nunique() == 1:
             self.measures.remove(_ZEROS)
             del self.kinds[_ZEROS]
-        self.notes = self._missing() + of_gaps
 
     def _varying(self) -> list[str]:
         """Return the settings that vary, and redundant ones if two rows would look the same."""
@@ -205,18 +204,6 @@ class Table:
                 found[name] = (first.value, first.stderr)
         return found
 
-    def _missing(self) -> list[str]:
-        """Return a note on perplexities that rows lack and on measures that seeds of a row lack."""
-        own = [name for name in self.measures if name not in self.gaps]
-        there = self.frame[[*own, "row"]].groupby("row").agg(lambda seeds: seeds.notna().mean())
-        some = ((there > 0) & (there < 1)).any()
-        lacking = [
-            name
-            for name in own
-            if some[name] or (self.kinds[name] == "perplexity" and (there[name] < 1).any())
-        ]
-        return [f"some rows, or seeds of a row, lack {', '.join(lacking)}"] if lacking else []
-
     def find(self, text: str, option: str) -> int:
         """Return the only row with the settings `name=value,name=value` of an option."""
         # A value may be a list, so that only a comma before a name separates settings.
@@ -273,8 +260,9 @@ class Table:
 
     def limited(self, name: str) -> bool:
         """Tell if an accuracy was measured on only a part of the items in some run."""
-        found = [run[name].limited for run in self.values if name in run]
-        return self.kinds[name] in ("accuracy", "number") and any(found)
+        return self.kinds[name] in ("accuracy", "number") and any(
+            run[name].limited for run in self.values if name in run
+        )
 
     def heading(self, name: str) -> str:
         """Return the heading of a measure's column, with `(limited)` if it is limited."""
@@ -293,8 +281,9 @@ class Table:
         if columns:
             self.settings = _ranked(name for name in self.labels if name in columns.split(","))
             if not self.settings:
-                valid = ", ".join(self._varying())
-                raise ConfigError(f"--columns {columns}: expected settings, such as {valid}")
+                raise ConfigError(
+                    f"--columns {columns}: expected settings, such as {', '.join(self._varying())}"
+                )
         if measures:
             every = [*self.measures, *(name for name in self.kinds if name not in self.measures)]
             chosen: set[str] = set()
@@ -303,8 +292,9 @@ class Table:
                 others = [name for name in every if part in name]
                 chosen |= {part} if part in every else {*(usual or others)}
             if not chosen:
-                valid = ", ".join(self.kinds)
-                raise ConfigError(f"--measures {measures}: expected names, or parts, of {valid}")
+                raise ConfigError(
+                    f"--measures {measures}: expected names, or parts, of {', '.join(self.kinds)}"
+                )
             self.measures = [name for name in every if name in chosen]
 
     def main(self) -> str | None:

@@ -30,10 +30,8 @@ _NUMBERS, _FIGURES = ("retained", "moved", "output_error"), "figures"
 
 
 def is_permutation(order: Tensor) -> bool:
-    """Tell if a tensor `(C_in,)` of whole numbers has each of 0 to `C_in - 1` once."""
-    if order.dim() != 1 or order.is_floating_point():
-        return False
-    identity = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    """Tell if a tensor of whole numbers is `(C_in,)` and has each of 0 to `C_in - 1` once."""
+    identity = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
     return torch.equal(order.sort().values, identity)
 
 

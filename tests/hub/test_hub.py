@@ -109,33 +109,32 @@ def test_offline_everything_is_there_again_and_nobody_is_asked(
     before = len(hub.requests)
     found = play("offline")
     assert len(hub.requests) == before
-    reason = "in the local hub cache, and HF_HUB_OFFLINE=1 forbids access to the hub"
-    assert found.pop("not cached") == f"error: model small/other is not complete {reason}"
+    reason = "cannot be read from the hub or its local cache: Cannot find an appropriate cached"
+    assert found.pop("not cached").startswith(f"error: model small/other {reason}")
     assert found == online
 
 
-def test_each_failure_is_one_line_that_says_what_to_do(
+def test_each_failure_is_one_line_that_names_the_thing_and_the_reason(
     hub: Hub, online: dict[str, Any], play: Callable[[str], dict[str, Any]]
 ) -> None:
     before, found = len(hub.requests), play("failures")
     hub.shutdown()
     hub.server_close()
     found |= play("down")
-    unreachable = "is not complete in the local hub cache and the hub cannot be reached ("
-    for step, line in {
-        "gated": "model big/gated is gated: accept its licence on its hub page, then log in",
-        "gated, known": "model big/gated is gated: accept its licence on its hub page",
-        "missing": "model big/nothing is not on the hub under this name",
-        "wrong revision": "model big/moves has no branch, tag or commit 'nowhere' on the hub",
-        "refused token": "model big/moves: the hub refuses the token as invalid or expired",
-        "breaks": f"model big/breaks {unreachable}",
-        "task missing": "the data of task rte is not on the hub under this name",
-        "text gated": "data set nyu-mll/glue is gated: accept its licence on its hub page",
-        "down, not cached": f"model big/later {unreachable}",
+    for step, (thing, reason) in {
+        "gated": ("model big/gated", "Access to big/gated is restricted"),
+        "gated, known": ("model big/gated", "Access to big/gated is restricted"),
+        "missing": ("model big/nothing", "Repository Not Found"),
+        "wrong revision": ("model big/moves", "Revision Not Found"),
+        "refused token": ("model big/moves", "Invalid credentials"),
+        "breaks": ("model big/breaks", "peer closed connection"),
+        "task missing": ("the data of task rte", "Repository Not Found"),
+        "text gated": ("data set nyu-mll/glue", "Access to nyu-mll/glue is restricted"),
+        "down, not cached": ("model big/later", "check your internet connection"),
     }.items():
-        assert found[step].startswith(f"error: {line}")
+        assert found[step].startswith(f"error: {thing} cannot be read from the hub")
+        assert reason in found[step]
         assert "\n" not in found[step]
-        assert ("the same command continues" in found[step]) == (unreachable in line)
     assert " began with hub:big/moves:" in found["moved"]
     assert found["anew"] == "finished"
     for step in ("gated, granted", "continues", "down, cached"):

@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 
 from permllm.cli import call
 from permllm.config import flatten
-from permllm.errors import ConfigError
 from permllm.runs.plots import plot_masks, points
 from permllm.runs.read import collect
 from permllm.runs.report_command import as_run
@@ -103,8 +102,6 @@ def test_masks_are_those_of_the_run(tmp_path: Path) -> None:
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
     assert caption in (tmp_path / "masks.svg").read_text()
-    with pytest.raises(ConfigError, match="--linear"):
-        plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
 
 
 def test_masks_that_cannot_be_read_are_named(
@@ -237,7 +234,6 @@ def test_a_table_of_wandb_is_that_of_the_runs(
     assert "note: run0 has the same settings as run1: not counted again" in printed.err
     assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]
     assert "note: skipped strange" in printed.err
-    assert call("report", ["--wandb", "permllm", "--table", "table9"]) == 1
     assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
     assert (
         "table2 or table2-*: no finished run; groups are other, table1-1" in capsys.readouterr().err
