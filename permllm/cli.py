@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -116,14 +117,11 @@ def _answered(name: str, words: Sequence[str]) -> int:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR."""
+    forms = ("folded", "gathered", "simulate")
     add = parser.add_argument
     add("run", type=Path, help="run directory")
     add("--to", type=Path, required=True, help="new or empty folder")
-    add(
-        "--form",
-        choices=("folded", "gathered", "simulate"),
-        help="default: the first form that the permutations allow",
-    )
+    add("--form", choices=forms, help="default: the first form that the permutations allow")
     add("--dtype", help="dtype of the weights (default: that of the run)")
     add("--shard-gb", type=float, default=5.0, help="largest size of a file in GB (default: 5)")
     add("--dense", type=Path, help="folder of the dense model, if it has moved")
@@ -198,13 +196,21 @@ def _hydra() -> None:
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(f"error: {refusal(error)}" if first() else 1) from error
+        raise SystemExit(f"error: {_with_extra(refusal(error))}" if first() else 1) from error
     except ValueError as error:  # Hydra has no error of its own for GROUP=null
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
         null = " ".join(word for word in sys.argv[1:] if "null" in word)
         raise SystemExit(f"error: {null}: {error}") from error
+
+
+def _with_extra(said: str) -> str:
+    """Return Hydra's error, or for a missing launcher or sweeper the extra that installs it."""
+    missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
+    if missing is None or "Could not find" not in said:
+        return said
+    return f"hydra/{missing[1]}={missing[2]} is not installed: pip install -e '.[sweep]'"
 
 
 def job(composed: DictConfig) -> float:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from permllm.config import ExportConfig, RunConfig
-from permllm.data.texts import calibration_text, check_texts, perplexity_texts
+from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
@@ -76,7 +77,13 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
-            log.info("%s is finished already; force=true runs and logs it again", record.directory)
+            to = config.logger.name
+            unlogged = "" if to in ("auto", "none") else f", and nothing is logged to {to}"
+            log.info(
+                "%s is finished already%s; force=true runs and logs it again",
+                record.directory,
+                unlogged,
+            )
         else:
             _unfinished(config, methods, record, device)
         if request is not None:
@@ -103,6 +110,7 @@ def _unfinished(
     check_tasks(config.evaluation)
     footprint = _footprint(config, methods, device)
     _check_shares(config, methods, record)
+    parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
@@ -116,6 +124,7 @@ def _unfinished(
     with ExitStack() as held:
 
         def open_logs() -> None:
+            """Open the run's log file and its logger."""
             nonlocal logger
             held.enter_context(job_log(record.directory / LOG))
             logger = held.enter_context(open_logger(config, record.directory))
@@ -123,6 +132,19 @@ def _unfinished(
         parallel.on_main(open_logs)
         held.enter_context(half_products(getattr(torch, config.model.dtype), device))
         _stages(config, methods, record, logger, device)
+
+
+def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
+    """Download the texts of the hub before the model, so that a missing text ends the job early.
+
+    Raises DataError if a text is not available.
+    """
+    for named in perplexity_texts(config.evaluation.perplexity):
+        if isinstance(named.text, HubText):
+            named.text.digest(calibration=False)
+    text = calibration_text(config.calibration).text
+    if isinstance(text, HubText) and not pruned:
+        text.digest(calibration=True)
 
 
 def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> None:
@@ -186,13 +208,8 @@ def _stages(
                 f"{loaded.identity}"
             )
         groups = checked_groups(config, methods, loaded.model)
-        _check_texts(config, loaded)
-        windows = None
-        if not record.pruned:
-            windows = calibration_tokens(
-                loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
-            )
-            check_windows("calibration", windows, loaded.model)
+        _check_perplexity_texts(config, loaded)
+        windows = None if record.pruned else _calibration_windows(config, loaded)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
@@ -213,12 +230,21 @@ def _stages(
     logger.summary(flat_figures(record.metrics))
 
 
-def _check_texts(config: RunConfig, loaded: LoadedModel) -> None:
-    """Raise DataError if a text for perplexity is too short or has tokens of another model."""
+def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:
+    """Raise DataError if a text is too short or has tokens that the model does not know."""
     how = config.evaluation.perplexity
     for named in perplexity_texts(how):
         windows = perplexity_windows(loaded.tokenizer, named, how, config.model.bos)
         check_windows(f"evaluation.perplexity: {named.name}", windows, loaded.model)
+
+
+def _calibration_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
+    """Return the windows of the calibration text. Errors as `_check_perplexity_texts`."""
+    windows = calibration_tokens(
+        loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
+    )
+    check_windows("calibration", windows, loaded.model)
+    return windows
 
 
 def _export(request: Request, record: RunDirectory) -> None:

@@ -125,6 +125,11 @@ def test_a_command_line_that_is_refused_is_one_line(words: str, named: str, tmp_
     assert result.stderr.count("\n") == 1
 
 
+def test_a_launcher_that_is_not_installed_names_its_extra() -> None:
+    said = cli._with_extra("In 'hydra/config': Could not find 'hydra/launcher/joblib'")
+    assert said == "hydra/launcher=joblib is not installed: pip install -e '.[sweep]'"
+
+
 def test_all_of_an_error_is_there_on_demand(tmp_path: Path) -> None:
     assert "Traceback" in run_command("seed=x", cwd=tmp_path, HYDRA_FULL_ERROR="1").stderr
 

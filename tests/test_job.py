@@ -42,6 +42,16 @@ def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
     return result
 
 
+def test_a_text_that_the_hub_does_not_give_ends_a_job_before_the_model_is_loaded(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permllm.data.texts.hub_file", Mock(side_effect=DataError("no network")))
+    monkeypatch.setattr(job, "load_model", None)
+    for words in ("evaluation.perplexity.dataset=[builtin,wikitext2]", "calibration=c4"):
+        with pytest.raises(DataError, match="no network"):
+            run(tmp_path, words)
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """Return metrics and directory of a run that learns an order."""

@@ -6,6 +6,7 @@ can be deleted at any time; its results are then computed again.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,10 +17,13 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from torch import Tensor
 
+from permllm.errors import DataError
 from permllm.runs.environment import git_commit, versions
 from permllm.runs.files import read_json, write_json
 from permllm.runs.tensors import load_tensors, save_tensors
 from permllm.runtime import parallel
+
+log = logging.getLogger(__name__)
 
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
@@ -40,7 +44,7 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         compute: returns tensors by name, on the CPU, or plain values by name.
 
     Raises:
-        DataError: the result in the cache is damaged, or the disk is full.
+        DataError: the result in the cache is damaged.
     """
     software = {"versions": versions(), "commit": git_commit()}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
@@ -71,10 +75,13 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    if all(isinstance(value, Tensor) for value in values.values()):
-        save_tensors(file.with_suffix(".safetensors"), values)
-    else:
-        write_json(file.with_suffix(".json"), values)
+    try:
+        if all(isinstance(value, Tensor) for value in values.values()):
+            save_tensors(file.with_suffix(".safetensors"), values)
+        else:
+            write_json(file.with_suffix(".json"), values)
+    except DataError as error:  # the job has its result although the disk is full
+        log.warning("not kept for other jobs: %s", error)
 
 
 def tensor_digest(tensor: Tensor) -> str:

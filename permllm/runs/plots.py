@@ -173,11 +173,17 @@ def plot_curves(table: Table, file: Path) -> None:
         axis.legend(**_LEGEND)
 
 
-def plot_masks(table: Table, file: Path) -> None:
-    """Draw the corner of the mask of the middle layer's first linear for each row, as in figure 3.
+def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
+    """Draw the corner of one linear's mask for each row, as in figure 3.
+
+    Args:
+        table: table of the runs.
+        file: file of the picture.
+        linear: path of the linear, such as `model.layers.0.mlp.down_proj`; None: the first linear
+            of the middle layer.
 
     Raises:
-        ConfigError: no run has masks, or the picture cannot be written.
+        ConfigError: no run has masks, the linear does not exist, or the picture cannot be written.
         DataError: masks cannot be read.
     """
     from permllm.runs.tensors import load_masks  # imports torch, which takes seconds
@@ -188,7 +194,9 @@ def plot_masks(table: Table, file: Path) -> None:
             masks = load_masks(kept)
             first_of_layer = {_layer(name): name for name in sorted(masks, reverse=True)}
             layers = sorted(first_of_layer)
-            chosen = first_of_layer[layers[len(layers) // 2]]
+            chosen = linear or first_of_layer[layers[len(layers) // 2]]
+            if chosen not in masks:
+                raise ConfigError(f"--linear {chosen}: {kept} has {first_of_layer[layers[0]]}, ...")
             found.append((title, masks[chosen].numpy()[:_CORNER, :_CORNER]))
     if not found:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")

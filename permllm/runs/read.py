@@ -149,8 +149,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     if not files:
-        below = ", ".join(map(str, places))
-        raise ConfigError(f"no runs below {below}: expected directories with a {METRICS}")
+        raise ConfigError(_nothing_below(places))
     for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
         if apart:
             found.runs.append(run)
@@ -159,6 +158,17 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     if not found.runs:
         raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
     return found
+
+
+def _nothing_below(places: list[Path]) -> str:
+    """Return the message for places without a run, with the folders and files to name instead."""
+    sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
+    kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
+    below = ", ".join(map(str, places))
+    if sweeps | kept:
+        there = ", ".join(map(str, sorted(sweeps | kept)))
+        return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
+    return f"no runs below {below}: expected directories with a {METRICS}"
 
 
 def _runs(file: Path, notes: list[str]) -> Iterator[Run]:

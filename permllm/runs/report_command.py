@@ -3,14 +3,14 @@
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
 permllm report runs --curves curves.png
-permllm report runs --masks masks.png
+permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 
 The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
 network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
-sets the format. --curves draws losses of learning; --masks draws the mask of the middle
-layer's first linear for each row.
+sets the format. --curves draws losses of learning; --masks draws the mask of one linear for each
+row.
 
 The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
 plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
@@ -45,9 +45,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for option, what in {
         "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
         "--curves": "draw the losses of learning",
-        "--masks": "draw the mask of the middle layer's first linear for each row",
+        "--masks": "draw the mask of one linear for each row",
     }.items():
         written.add_argument(option, type=Path, metavar="FILE", help=what)
+    add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
     add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
     add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
@@ -92,7 +93,7 @@ def work(options: argparse.Namespace) -> Answer:
         elif options.curves:
             plot_curves(table, file)
         else:
-            plot_masks(table, file)
+            plot_masks(table, file, options.linear)
     runs, size = len(table.runs), file.stat().st_size
     answer = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
     return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))

@@ -75,6 +75,14 @@ def test_a_damaged_result_is_named(cache: Path) -> None:
         cached("kind", {"a": 1}, refuse)
 
 
+def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DataError("no space left to write it")
+
+    monkeypatch.setattr("permllm.runs.cache.write_json", full)
+    assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
+
+
 def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,7 +274,7 @@ def test_a_finished_run_is_not_logged_again(
 ) -> None:
     caplog.set_level("INFO", "permllm")
     assert run_with("tensorboard", finished[1].parent) == finished
-    assert "is finished already; force=true runs and logs it again" in caplog.text
+    assert "and nothing is logged to tensorboard; force=true runs and logs it again" in caplog.text
     assert not (finished[1] / "tensorboard").exists()
 
 

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from permllm.cli import call
 from permllm.config import flatten
+from permllm.errors import ConfigError
 from permllm.runs.plots import plot_masks, points
 from permllm.runs.read import collect
 from permllm.runs.report_command import as_run
@@ -102,6 +103,8 @@ def test_masks_are_those_of_the_run(tmp_path: Path) -> None:
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
     assert caption in (tmp_path / "masks.svg").read_text()
+    with pytest.raises(ConfigError, match="--linear"):
+        plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
 
 
 def test_masks_that_cannot_be_read_are_named(

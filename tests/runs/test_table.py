@@ -399,6 +399,12 @@ def test_a_place_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     for place, message in reasons.items():
         assert call("results", [str(tmp_path / place)]) == 1
         assert message in capsys.readouterr().err
+    sweep, kept = tmp_path / "sweeps" / "table6", tmp_path / "sweeps" / "mine.jsonl"
+    (sweep / "jobs").mkdir(parents=True)
+    for file in (sweep / "jobs" / "0000.json", kept):
+        file.write_text("{}")
+    assert call("results", [str(tmp_path)]) == 1
+    assert f"sweeps or files of records: {kept}, {sweep}\n" in capsys.readouterr().err
     for name in ("a", "b"):
         make_run(tmp_path / name)
     assert call("results", [str(tmp_path)]) == 0
