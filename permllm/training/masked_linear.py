@@ -225,12 +225,10 @@ class MaskedLinear(nn.Module):
         weight_t = weight.t()
         n, m = self.pattern.n, self.pattern.m
         if perm is None:
-            found = self.scores.at(weight_t, positions)
-            parts = weight_t[positions], None, found.power, found.column, found.row
-            return out[positions], Piece(*parts, n, m)
+            factors = self.scores.at(weight_t, positions)
+            return out[positions], Piece(weight_t[positions], None, factors, n, m)
         channels = perm[positions]
-        found = self.scores.at(weight_t, channels)
-        return out, Piece(weight_t, channels, found.power, found.column, found.row, n, m)
+        return out, Piece(weight_t, channels, self.scores.at(weight_t, channels), n, m)
 
     def _pieces(self, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
         """Split the positions into pieces of whole blocks.
