@@ -89,7 +89,7 @@ class ScoreMask(LearningSettings, LearnedMask):
             generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
             scores_of = partial(self.scores, generator=generator)
             with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
-                learner = MaskLearner(problem, groups, linears, self.learning_rate, found)
+                learner = MaskLearner(problem, groups, linears, found)
                 course.train(stage, learner)
                 found |= learner.best
                 del linears, learner  # frees their memory before the next stage
@@ -125,7 +125,6 @@ class MaskLearner(Learner):
         problem: problem with the model.
         groups: pruned channel groups of the stage.
         linears: masked linears by group, whose scores learn.
-        learning_rate: learning rate at the first step.
         earlier: masks of the earlier stages, like `best`.
 
     Attributes:
@@ -137,7 +136,6 @@ class MaskLearner(Learner):
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
         linears: Mapping[str, Sequence[MaskedLinear]],
-        learning_rate: float,
         earlier: Mapping[str, Tensor],
     ) -> None:
         self._placement = placement_of(problem.model)
@@ -148,7 +146,6 @@ class MaskLearner(Learner):
             for path, linear in zip(group.members, linears[group.name], strict=True)
         }
         self.earlier = dict(earlier)
-        self.learning_rate = learning_rate
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
         self.gathers = any(linear.order is not None for linear in self.linears.values())
@@ -166,8 +163,8 @@ class MaskLearner(Learner):
         )
 
     @override
-    def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.scores.parameters()), "lr": self.learning_rate}]
+    def parameters(self) -> list[Tensor]:
+        return list(self.scores.parameters())
 
     @torch.no_grad()
     def present(self) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ class Distill(DescentSettings, Reconstruction):
         problem = pruned.problem
         mine = {field.name: getattr(self, field.name) for field in fields(DescentSettings)}
         settings = LearningSettings(**mine, loss=self.loss, select_from=0)
-        weights = KeptWeights(pruned.linears, pruned.masks, self.learning_rate)
+        weights = KeptWeights(pruned.linears, pruned.masks)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
             course = Course(settings, problem, "distill", DISTILL_CHECKPOINT)
@@ -76,16 +76,12 @@ class KeptWeights(Learner):
         linears: linears whose weights are trained. Half-precision weights are trained as float32
             copies, because half precision would round small steps to zero.
         masks: bool `(C_out, C_in)` for each linear.
-        learning_rate: learning rate at the first step.
 
     Attributes:
         values: the vectors; `begin` writes them into the weights.
     """
 
-    def __init__(
-        self, linears: Sequence[nn.Linear], masks: Collection[Tensor], learning_rate: float
-    ) -> None:
-        self._learning_rate = learning_rate
+    def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
         self._weights: list[Tensor] = [linear.weight for linear in linears]
         self._places, self.values = [], []
         for weight, mask in zip(self._weights, masks, strict=True):
@@ -113,8 +109,8 @@ class KeptWeights(Learner):
         weight.grad = None
 
     @override
-    def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": self.values, "lr": self._learning_rate}]
+    def parameters(self) -> list[Tensor]:
+        return self.values
 
     @override
     @torch.no_grad()

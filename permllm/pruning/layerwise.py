@@ -95,7 +95,7 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     result = layers.result
     if reconstruction.learned:
         if target is None:
-            chosen, target = slice(0, samples), layers.dense.states()
+            target = layers.dense.states()[chosen]
         del layers  # frees the states of all windows
         problem = learning_problem(
             job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target

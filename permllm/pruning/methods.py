@@ -200,14 +200,6 @@ def learning_problem(
     steps = sum(_steps_of(job, before) for before in groups[: groups.index(group)])
     earlier = [line for line in record.history if _LINES[group] not in line]
 
-    def on_resume(epochs: list[dict[str, Any]]) -> None:
-        """Write the finished epochs to the record, and log those that were not logged."""
-        logged = len(record.history)
-        record.write_history([*earlier, *epochs])
-        # The earlier process may have ended after the checkpoint and before the history.
-        for number, values in enumerate(record.history[logged:], logged + 1):
-            logger.log_epoch(values, number)
-
     def on_epoch(values: dict[str, Any]) -> None:
         record.write_history([*record.history, values])
         logger.log_epoch(values, len(record.history))
@@ -225,7 +217,7 @@ def learning_problem(
         directory=record.directory,
         on_step=lambda step, values: logger.log(values, steps + step),
         on_epoch=on_epoch,
-        on_resume=on_resume,
+        on_resume=lambda epochs: record.write_history([*earlier, *epochs]),
     )
 
 

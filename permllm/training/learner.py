@@ -57,8 +57,8 @@ class Learner(ABC):
         return 0
 
     @abstractmethod
-    def parameters(self) -> list[dict[str, Any]]:
-        """Return the parameter groups for the optimizer."""
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters, always in the same order."""
 
     @abstractmethod
     def keep(self) -> None:

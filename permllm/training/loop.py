@@ -139,7 +139,7 @@ class Training(Objective):
         loss, *moved = torch.stack([figure.double() for figure in figures]).tolist()
         if not math.isfinite(loss):
             raise self._failure(moment, self.broken(batch))
-        learning = [values for group in self.learner.parameters() for values in group["params"]]
+        learning = self.learner.parameters()
         parallel.all_reduce(values.grad for values in learning if values.grad is not None)
         self.scaler.step(self.optimizer)
         self.scaler.update()

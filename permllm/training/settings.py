@@ -24,10 +24,6 @@ class DescentSettings:
     micro_batch_size: Count | None = None
     activation_checkpointing: bool | None = None
 
-    def samples_of(self, available: int) -> int:
-        """Return the number of windows to learn from; `available` is the most there are."""
-        return min(available, self.samples or available)
-
     def steps_for(self, samples: int) -> int:
         """Return the number of steps in a stage that learns from `samples` windows."""
         return self.steps or self.epochs * math.ceil(samples / self.batch_size)

@@ -101,7 +101,7 @@ def kernels_for(
 ) -> Kernels:
     """Return the kernels for the linears of groups that learn together."""
     weights = sum(group.channels * sum(group.rows) for group in groups)
-    work = weights * settings.steps_for(settings.samples_of(len(problem.tokens)))
+    work = weights * settings.steps_for(len(problem.tokens))
     return chosen_kernels(problem.device, settings.compile, work, map(problem.pattern_of, groups))
 
 

@@ -169,9 +169,7 @@ class LCP(LearningSettings, LearnedPermutation):
         # The paper's released code starts with a softmax over rows. This is the first half of the
         # first iteration, if there is an iteration.
         halves = 2 * self.sinkhorn_iterations or int(paper)
-        return OrderLearner(
-            shared, orders, logits, linears, self.learning_rate, temperature, halves
-        )
+        return OrderLearner(shared, orders, logits, linears, temperature, halves)
 
     def start_orders(
         self, problem: LearningProblem, shared: list[SharedOrder], first: int
