@@ -1,5 +1,6 @@
 """Masks that learn by scores, stage by stage, under given permutations."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.mask.base import LearnedMask, MaskPlan
+from permllm.mask.base import LearnedMask
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.runs.files import MASK_CHECKPOINT
@@ -22,7 +23,7 @@ from permllm.training.learner import Learner, Moment
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import FreeScores, LowRankScores, Scores
-from permllm.training.settings import LearningSettings
+from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.stages import Course
 from permllm.training.stand_ins import kernels_for, learning_scores
 
@@ -60,12 +61,17 @@ class ScoreMask(LearningSettings, LearnedMask):
         return group.channels * sum(group.rows)
 
     @override
-    def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """Return the plan for a model with these pruned groups and this number of layers."""
-        parameters = dict.fromkeys((group.layer for group in groups), 0)
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """Return the plan for a model with these pruned groups and this number of layers.
+
+        Each layer counts as the layer with most parameters.
+        """
+        of_layers = Counter[int]()
         for group in groups:
-            parameters[group.layer] += self.count(group)
-        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked)
+            of_layers[group.layer] += self.count(group)
+        spans = self.spans(layers)
+        parameters = max(of_layers.values()) * sum(map(len, spans))
+        return LearningPlan(spans, parameters, self.kind.keeps_masked)
 
     @override
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
@@ -76,7 +82,6 @@ class ScoreMask(LearningSettings, LearnedMask):
             found = _on_cpu(course.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
-            """Return the learned mask of a linear, or the pruner's mask before it learns."""
             if path in found:
                 return unpacked_mask(found[path], linear_at(problem.model, path).weight.shape)
             order = orders[group.name].to(problem.device)

@@ -226,7 +226,6 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
     """
 
     def read() -> dict[str, Any] | None:
-        """Read the checkpoint; delete it if it cannot be read."""
         path = problem.directory / file if problem.directory else None
         if path is None or not path.is_file():
             return None
@@ -234,7 +233,6 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
             return load_state(path, problem.device)
         except DataError as error:
             log.warning("%s: learning starts over", error)
-            path.unlink()
             return None
 
     return parallel.on_main(read)

@@ -1,7 +1,8 @@
 """Settings of gradient descent."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -10,6 +11,24 @@ from permllm.runtime.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
 StraightThrough = Literal["swap", "hard", "soft"]
+
+
+class LearningPlan(NamedTuple):
+    """Plan of a method that learns permutations or masks, for `plan=true`.
+
+    Attributes:
+        spans: decoder layers of each stage.
+        parameters: number of parameters that learn in all stages.
+        keeps_masked: masked weights stay in memory until backward.
+        columns: blocks and number of parameters of each channel group, as text.
+        stays: names of the shared permutations that do not learn.
+    """
+
+    spans: list[range]
+    parameters: int
+    keeps_masked: bool = False
+    columns: Mapping[str, tuple[str, str]] = {}
+    stays: Sequence[str] = ()
 
 
 @dataclass(kw_only=True, config=SETTINGS)
