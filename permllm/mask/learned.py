@@ -154,17 +154,10 @@ class MaskLearner(Learner):
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
         self.gathers = any(linear.order is not None for linear in self.linears.values())
+        keeping = [linear for linear in self.linears.values() if linear.scores.keeps_masked]
+        self.masked_weights = sum(linear.linear.weight.numel() for linear in keeping)
         self.scores = nn.ModuleDict(
             {path.replace(".", "/"): linear.scores for path, linear in self.linears.items()}
-        )
-
-    @override
-    def masked_weights(self) -> int:
-        """Return the number of masked weights that stay in memory until backward."""
-        return sum(
-            linear.linear.weight.numel()
-            for linear in self.linears.values()
-            if linear.scores.keeps_masked
         )
 
     @override

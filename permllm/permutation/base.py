@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.runs.tensors import is_permutation
@@ -93,13 +93,12 @@ class LearnedPermutation(Permutation):
         """Return the plan for a model with these pruned groups and this number of layers."""
 
 
-def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
+def checked_order(config: RunConfig, group: ChannelGroup, order: object) -> Tensor:
     """Return a permutation that a method has found, on the CPU.
 
     Args:
-        key: setting that names the method.
-        group: name of the channel group.
-        channels: number of channels in the group.
+        config: settings of the run, which name the method.
+        group: the channel group.
         order: result of the method.
 
     Raises:
@@ -107,10 +106,10 @@ def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
     """
     given = type(order).__name__
     if isinstance(order, Tensor):
-        if order.dtype == torch.int64 and order.shape == (channels,) and is_permutation(order):
+        if order.dtype == torch.int64 and len(order) == group.channels and is_permutation(order):
             return order.cpu()
         given = f"{order.dtype} {tuple(order.shape)}"
     raise ConfigError(
-        f"{key}: the permutation of {group} is {given}; expected int64 ({channels},) with each "
-        "channel once"
+        f"permutation={config.permutation.get('name')}: the permutation of {group.name} is "
+        f"{given}; expected int64 ({group.channels},) with each channel once"
     )

@@ -258,10 +258,9 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
     scores = torch.zeros(len(places), len(places), dtype=saliency.dtype, device=saliency.device)
     for part in saliency.split(_ROWS_AT_A_TIME):
         part_t = part.t()
-        candidates = part_t[moving]
         # The N-th largest of the M - 1 other entries in each row.
         threshold = part_t[others].topk(pattern.n, dim=1).values[:, -1]
-        scores += sums_of_larger(candidates, threshold)
+        scores += sums_of_larger(part_t[moving], threshold)
     return scores
 
 

@@ -27,6 +27,9 @@ from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 from permllm.training.stages import Course
 
+# Reconstructions of single linears before learning.
+_STARTS = {"masked": NoReconstruction(), "obs": OBS(), "admm": ADMM()}
+
 
 @dataclass(kw_only=True, config=SETTINGS)
 class Distill(DescentSettings, Reconstruction):
@@ -42,16 +45,12 @@ class Distill(DescentSettings, Reconstruction):
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]
         """Return the statistics that the reconstruction at the start needs."""
-        return self._before.statistics
-
-    @property
-    def _before(self) -> Reconstruction:
-        return {"masked": NoReconstruction, "obs": OBS, "admm": ADMM}[self.start]()
+        return _STARTS[self.start].statistics
 
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the weight at the start of learning."""
-        return self._before.linear(pruned)
+        return _STARTS[self.start].linear(pruned)
 
     @override
     def network(self, pruned: PrunedNetwork) -> None:
@@ -62,8 +61,7 @@ class Distill(DescentSettings, Reconstruction):
         weights = KeptWeights(pruned.linears, pruned.masks)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
-            course = Course(settings, problem, "distill", DISTILL_CHECKPOINT)
-            course.train(stage, weights)
+            Course(settings, problem, "distill", DISTILL_CHECKPOINT).train(stage, weights)
 
 
 class KeptWeights(Learner):
@@ -123,10 +121,6 @@ class KeptWeights(Learner):
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
         """Return the number of kept weights."""
         return {"weights_learned": sum(value.numel() for value in self.values)}
-
-    @override
-    def keep(self) -> None:
-        """Keep nothing, because the last weights are the result."""
 
     @override
     def state(self) -> dict[str, Any]:

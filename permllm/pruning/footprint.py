@@ -298,7 +298,6 @@ class Footprint:
             beside += self.pruned // 8  # masks, a bit for each weight
         if placement == "host" and streams:
             # Pinned memory, of which torch allocates a power of two for each tensor.
-            for layer in decoder_layers(self.model):
-                for value in layer.parameters():
-                    beside += 1 << (value.numel() * self.item - 1).bit_length()
+            values = [value for layer in decoder_layers(self.model) for value in layer.parameters()]
+            beside += sum(1 << (value.numel() * self.item - 1).bit_length() for value in values)
         return beside

@@ -223,7 +223,7 @@ class _Layers:
                 scores.append(saliency(weight, factors[path].to(weight.device)))
             pattern, permutation = group.pattern or job.config.pattern, job.methods.permutation
             order = parallel.share(permutation.order(group.name, torch.cat(scores), pattern))
-            return checked_order(job.permutation_key, group.name, group.channels, order)
+            return checked_order(job.config, group, order)
 
 
 @contextmanager

@@ -133,9 +133,15 @@ def shared_target(
     loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
     """Return the target of learning for more tokens, from the cache if it has the target."""
-    kept = partial(_kept, loaded, tokens, batch_size, compute_dtype)
-    states = partial(last_states, loaded.model, tokens, batch_size, compute_dtype)
-    return kept("target", {}, lambda: {"target": states()})["target"]
+    return _kept(
+        loaded,
+        tokens,
+        batch_size,
+        compute_dtype,
+        "target",
+        {},
+        lambda: {"target": last_states(loaded.model, tokens, batch_size, compute_dtype)},
+    )["target"]
 
 
 def _kept(

@@ -113,7 +113,6 @@ class InputStatistics:
         """Add activations `x (..., C_in)` of any floating dtype."""
         rows = x.detach().flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self._derived.clear()
         self.tokens += rows.shape[0]
         for statistic in self._held.values():
             statistic.update(rows)

@@ -5,6 +5,7 @@ hold the M places of all groups as M tensors and join these at the end, so that 
 pass over memory.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,7 @@ def softmax_gradients(
     s = _saliencies(w, piece)
     keep = keep_largest_of(s, piece.n)
     grad_mask = _mask_gradients(w, s, piece, grad)
-    largest = s[0]
-    for part in s[1:]:
-        largest = torch.maximum(largest, part)
+    largest = reduce(torch.maximum, s)
     exponentials = [(part - largest).exp() for part in s]
     total = sum(exponentials[1:], exponentials[0])
     soft_mask = [part / total for part in exponentials]

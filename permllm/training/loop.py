@@ -173,9 +173,10 @@ class Training(Objective):
             "last_layer": self.stage.layers[-1],
             "loss": math.fsum(weighted) / sum(sizes),
             "measured_loss": measured,
+            **self.learner.epoch_values(moment),
+            "step_seconds": step_seconds,
+            "peak_memory_bytes": peak_memory(self.device),
         }
-        values |= self.learner.epoch_values(moment)
-        values |= {"step_seconds": step_seconds, "peak_memory_bytes": peak_memory(self.device)}
         self.history.append(values)
         self._losses = []
         self._save()

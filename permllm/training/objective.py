@@ -1,6 +1,7 @@
 """Loss of a stage: forward and backward through its layers, and the memory that they need."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -73,11 +74,10 @@ class Batches:
         return ahead[1]
 
     def _copied(self, indices: Tensor) -> Batch:
-        inputs = None if self._inputs is None else to_device(self._inputs[indices], self._device)
         return Batch(
             to_device(self._tokens[indices], self._device),
             to_device(self._target[indices], self._device),
-            inputs,
+            None if self._inputs is None else to_device(self._inputs[indices], self._device),
         )
 
 
@@ -174,11 +174,9 @@ class Objective:
         batch = self._samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
+        layer = partial(recomputed, self._layer) if recompute else self._layer
         for index in self.stage.layers:
-            if recompute:
-                hidden = recomputed(self._layer, index, hidden, kwargs[index])
-            else:
-                hidden = self._layer(index, hidden, kwargs[index])
+            hidden = layer(index, hidden, kwargs[index])
         return self._distance(hidden, batch.target)
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -220,7 +218,7 @@ class Objective:
             for weight in self.problem.model.parameters()
             if weight.requires_grad and weight.dtype != product
         )
-        return size * (1 + moments) + rounded + self.learner.masked_weights() * product.itemsize
+        return size * (1 + moments) + rounded + self.learner.masked_weights * product.itemsize
 
 
 def kept_a_token(

@@ -52,10 +52,6 @@ class Scores(nn.Module):
         """
         return replace(self.factors, column=self.factors.column.t()[channels].t())
 
-    def values_t(self, weight_t: Tensor) -> Tensor:
-        """Return all scores of a transposed weight `(C_in, C_out)`, same shape."""
-        return saliency_t(weight_t, self.at(weight_t, slice(None)))
-
     def gradients(self, grad: Tensor, weight_t: Tensor, m: int) -> list[Tensor]:
         """Return the gradients of the parameters, in their order.
 

@@ -7,8 +7,6 @@ tie.
 # Triton has Python's syntax, and other types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -7,6 +7,7 @@ through the soft permutations.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -139,7 +140,8 @@ class LCP(LearningSettings, LearnedPermutation):
             factors = problem.factors_of(path)
             if self.conventions == "ours":  # sets the sharpness of the softmax alone
                 mean = problem.saliency_of(path).mean()
-                factors = factors.scaled(1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny))
+                scale = 1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny)
+                factors = replace(factors, column=factors.column * scale)
             return Scores(factors)
 
         stacks = {
