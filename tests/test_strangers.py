@@ -144,7 +144,11 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
 
 @pytest.mark.parametrize(
     ("returned", "reason"),
-    [("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"), ("None", "is NoneType")],
+    [
+        ("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"),
+        ("None", "is NoneType"),
+        ("saliency.sum().long()", r"torch.int64 \(\)"),
+    ],
 )
 def test_an_order_that_is_no_permutation_is_refused(
     returned: str, reason: str, package: Path

@@ -106,7 +106,7 @@ def checked_order(config: RunConfig, group: ChannelGroup, order: object) -> Tens
     """
     given = type(order).__name__
     if isinstance(order, Tensor):
-        if order.dtype == torch.int64 and len(order) == group.channels and is_permutation(order):
+        if order.dtype == torch.int64 and is_permutation(order) and len(order) == group.channels:
             return order.cpu()
         given = f"{order.dtype} {tuple(order.shape)}"
     raise ConfigError(

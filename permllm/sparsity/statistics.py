@@ -118,7 +118,7 @@ class InputStatistics:
             statistic.update(rows)
 
     def derived(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that depends on the inputs; it is computed once for the whole group."""
+        """Return a value that depends on all inputs; it is computed once for the whole group."""
         if name not in self._derived:
             self._derived[name] = compute()
         return self._derived[name]

@@ -67,7 +67,7 @@ class Learner(ABC):
         """Load the state of a checkpoint."""
 
     def keep(self) -> None:  # noqa: B027 - may do nothing
-        """Keep the present result as the best one. Without this the last result is used."""
+        """Keep the present result as the best one; a learner may use its last result instead."""
 
     def begin(self, moment: Moment) -> None:  # noqa: B027
         """Prepare a step, or a measurement of the present result.
