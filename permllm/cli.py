@@ -284,7 +284,6 @@ class Session:
 
         from permllm.config import read_config
         from permllm.job import run
-        from permllm.pruning.methods import check_names
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
         from permllm.runtime import parallel
@@ -294,7 +293,6 @@ class Session:
                 sweep.outcome_file().unlink(missing_ok=True)  # the same sweep may have run before
             with parallel.in_step():
                 config = parallel.on_main(lambda: read_config(sweep.place(composed)))
-                check_names(config)
                 config.method = _method_as_chosen(config.method)
                 skipped = not config.force and is_finished(
                     run_directory(config), config.evaluation_identity

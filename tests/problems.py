@@ -85,9 +85,8 @@ def problem(
     model, windows = model or tiny_model("llama"), tokens() if samples is None else samples
     groups = channel_groups(model)
     dense = calibrate_dense(model, groups, windows, pruner or Wanda(), batch_size=4)
-    return LearningProblem(
-        model, groups, windows, dense.factors, dense.target, pattern, seed=0, **extra
-    )
+    given = dense.factors, dense.target, extra.pop("calibration", windows)
+    return LearningProblem(model, groups, windows, *given, pattern, seed=0, **extra)
 
 
 @functools.cache

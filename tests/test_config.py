@@ -19,7 +19,7 @@ from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
-from permllm.pruning.composition import options_of, replaced_options
+from permllm.pruning.composition import replaced_options
 from permllm.pruning.methods import METHODS, methods_of
 from permllm.runs.directory import run_directory
 from permllm.runs.tensors import save_tensors
@@ -122,7 +122,7 @@ def defaults_of(kind: type) -> dict[str, Any]:
 OF_CLASSES = [
     (group, option)
     for group in (*METHODS, "temperature")
-    for option in options_of()[group][1]
+    for option in sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
     if option not in ("from_file", "lcp-paper")
 ]
 

@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.elementwise import Piece
 from permllm.training.kernels import EAGER
 from tests.conftest import ROOT
@@ -27,14 +28,16 @@ triton = pytest.importorskip("triton", reason="no Triton on this platform")
 CODE = """
 import sys, torch
 from permllm.permutation.lcp.assignment_triton import assign
+from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.elementwise import Piece
 from permllm.training.triton_kernels import exchanges, mask
 pieces, softs = torch.load(sys.argv[1])
 made = []
-for piece, grad, size in pieces:
+for (weight, channels, factors, n, m), grad, size in pieces:
+    piece = Piece(weight, channels, SaliencyFactors(*factors), n, m)
     masked, again = torch.zeros_like(grad), torch.zeros_like(grad)
-    mask(masked, Piece(*piece))
-    made.append((masked, again, exchanges(again, Piece(*piece), grad, size)))
+    mask(masked, piece)
+    made.append((masked, again, exchanges(again, piece, grad, size)))
 torch.save((made, {name: assign(soft) for name, soft in softs.items()}), sys.argv[2])
 """
 
@@ -94,8 +97,8 @@ def given(case: Case) -> tuple[Piece, Tensor]:
     if case.form == "dense":
         weight, grad = weight[:channels], grad[:channels]
     kept = None if case.form == "dense" else chosen
-    terms_of_rows = row if case.form == "two terms" else None
-    return Piece(weight, kept, case.power, column, terms_of_rows, case.n, case.m), grad
+    factors = SaliencyFactors(case.power, column, row if case.form == "two terms" else None)
+    return Piece(weight, kept, factors, case.n, case.m), grad
 
 
 def blocks(kind: str, size: int) -> Tensor:
@@ -122,9 +125,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         softs[str(value)][1, 3] = value
     softs["none"] = torch.zeros(0, 8, 8)
     softs["a view"] = blocks("uniform", 8).mT.contiguous().mT
-    pieces = [(*given(case), case.size) for case in CASES]
+    pieces = []
+    for case in CASES:
+        piece, grad = given(case)
+        factors = piece.factors.power, piece.factors.column, piece.factors.row
+        pieces.append((tuple(piece._replace(factors=factors)), grad, case.size))
     paths = [str(tmp_path_factory.mktemp("triton") / name) for name in ("given.pt", "found.pt")]
-    torch.save(([(tuple(piece), *more) for piece, *more in pieces], softs), paths[0])
+    torch.save((pieces, softs), paths[0])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", CODE, *paths], env=environment, check=True, timeout=300)
     made: Found = torch.load(paths[1])

@@ -289,7 +289,7 @@ def _problem(model: nn.Module, tokens: Tensor, target: Tensor) -> LearningProble
         for group in groups
         for path in group.members
     }
-    return LearningProblem(model, groups, tokens, factors, target, _PATTERN, seed=0)
+    return LearningProblem(model, groups, tokens, factors, target, tokens, _PATTERN, seed=0)
 
 
 def _row(

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from permllm.models.families import ChannelGroup
 from permllm.sparsity.method import Method
 from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningPlan
 
 
 class Mask(Method):
@@ -45,21 +45,6 @@ class FoundMask(Mask, ABC):
         """
 
 
-@dataclass(frozen=True)
-class MaskPlan:
-    """Plan of a learned mask, for `plan=true`.
-
-    Attributes:
-        spans: decoder layers of each stage.
-        parameters: number of parameters that learn, by decoder layer.
-        keeps_masked: masked weights stay in memory until backward.
-    """
-
-    spans: list[range]
-    parameters: dict[int, int]
-    keeps_masked: bool = False
-
-
 class LearnedMask(FoundMask):
     """Base of the methods that train, in all ranks together.
 
@@ -71,5 +56,5 @@ class LearnedMask(FoundMask):
     batch_size: int
 
     @abstractmethod
-    def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""

@@ -1,5 +1,6 @@
 """Masks that learn by scores, stage by stage, under given permutations."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.mask.base import LearnedMask, MaskPlan
+from permllm.mask.base import LearnedMask
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.runs.files import MASK_CHECKPOINT
@@ -22,7 +23,7 @@ from permllm.training.learner import Learner, Moment
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import FreeScores, LowRankScores, Scores
-from permllm.training.settings import LearningSettings
+from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.stages import Course
 from permllm.training.stand_ins import kernels_for, learning_scores
 
@@ -60,12 +61,17 @@ class ScoreMask(LearningSettings, LearnedMask):
         return group.channels * sum(group.rows)
 
     @override
-    def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """Return the plan for a model with these pruned groups and this number of layers."""
-        parameters = dict.fromkeys((group.layer for group in groups), 0)
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """Return the plan for a model with these pruned groups and this number of layers.
+
+        Each layer counts as the layer with most parameters.
+        """
+        of_layers = Counter[int]()
         for group in groups:
-            parameters[group.layer] += self.count(group)
-        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked)
+            of_layers[group.layer] += self.count(group)
+        spans = self.spans(layers)
+        parameters = max(of_layers.values()) * sum(map(len, spans))
+        return LearningPlan(spans, parameters, self.kind.keeps_masked)
 
     @override
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
@@ -76,7 +82,6 @@ class ScoreMask(LearningSettings, LearnedMask):
             found = _on_cpu(course.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
-            """Return the learned mask of a linear, or the pruner's mask before it learns."""
             if path in found:
                 return unpacked_mask(found[path], linear_at(problem.model, path).weight.shape)
             order = orders[group.name].to(problem.device)
@@ -89,7 +94,7 @@ class ScoreMask(LearningSettings, LearnedMask):
             generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
             scores_of = partial(self.scores, generator=generator)
             with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
-                learner = MaskLearner(problem, groups, linears, self.learning_rate, found)
+                learner = MaskLearner(problem, groups, linears, found)
                 course.train(stage, learner)
                 found |= learner.best
                 del linears, learner  # frees their memory before the next stage
@@ -125,7 +130,6 @@ class MaskLearner(Learner):
         problem: problem with the model.
         groups: pruned channel groups of the stage.
         linears: masked linears by group, whose scores learn.
-        learning_rate: learning rate at the first step.
         earlier: masks of the earlier stages, like `best`.
 
     Attributes:
@@ -137,7 +141,6 @@ class MaskLearner(Learner):
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
         linears: Mapping[str, Sequence[MaskedLinear]],
-        learning_rate: float,
         earlier: Mapping[str, Tensor],
     ) -> None:
         self._placement = placement_of(problem.model)
@@ -148,26 +151,18 @@ class MaskLearner(Learner):
             for path, linear in zip(group.members, linears[group.name], strict=True)
         }
         self.earlier = dict(earlier)
-        self.learning_rate = learning_rate
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
         self.gathers = any(linear.order is not None for linear in self.linears.values())
+        keeping = [linear for linear in self.linears.values() if linear.scores.keeps_masked]
+        self.masked_weights = sum(linear.linear.weight.numel() for linear in keeping)
         self.scores = nn.ModuleDict(
             {path.replace(".", "/"): linear.scores for path, linear in self.linears.items()}
         )
 
     @override
-    def masked_weights(self) -> int:
-        """Return the number of masked weights that stay in memory until backward."""
-        return sum(
-            linear.linear.weight.numel()
-            for linear in self.linears.values()
-            if linear.scores.keeps_masked
-        )
-
-    @override
-    def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.scores.parameters()), "lr": self.learning_rate}]
+    def parameters(self) -> list[Tensor]:
+        return list(self.scores.parameters())
 
     @torch.no_grad()
     def present(self) -> dict[str, Tensor]:

@@ -44,8 +44,7 @@ class RefinedMask(FoundMask):
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
         """Refine the masks of all linears, layer by layer."""
-        tokens = problem.tokens if problem.calibration is None else problem.calibration
-        stream = LayerStream(problem.model, tokens, problem.calibration_batch_size)
+        stream = LayerStream(problem.model, problem.calibration, problem.calibration_batch_size)
         masks = PackedMasks()
         for layer, groups in by_layer(problem.model, problem.groups, "refine masks"):
             with collecting(problem.model, groups, self.statistics) as statistics:

@@ -1,19 +1,19 @@
 """Base classes of the permutation methods, and the method that permutes nothing."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.runs.tensors import is_permutation
 from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningPlan
 
 Constraint = Literal["free", "foldable"]
 
@@ -77,23 +77,6 @@ class Identity(LocalPermutation):
         return {group.name: torch.arange(group.channels) for group in problem.groups}
 
 
-@dataclass(frozen=True)
-class LearningPlan:
-    """Plan of a learned permutation, for `plan=true`.
-
-    Attributes:
-        spans: decoder layers of each stage.
-        columns: blocks and number of parameters of each channel group, as text.
-        logits: number of parameters that learn.
-        stays: names of the shared permutations that do not learn.
-    """
-
-    spans: list[range]
-    columns: dict[str, tuple[str, str]]
-    logits: int
-    stays: list[str]
-
-
 class LearnedPermutation(Permutation):
     """Base of the methods that train, in all ranks together.
 
@@ -110,25 +93,23 @@ class LearnedPermutation(Permutation):
         """Return the plan for a model with these pruned groups and this number of layers."""
 
 
-def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
+def checked_order(config: RunConfig, group: ChannelGroup, order: object) -> Tensor:
     """Return a permutation that a method has found, on the CPU.
 
     Args:
-        key: setting that names the method.
-        group: name of the channel group.
-        channels: number of channels in the group.
+        config: settings of the run, which name the method.
+        group: the channel group.
         order: result of the method.
 
     Raises:
         ConfigError: the result is no int64 permutation of the channels.
     """
-    if not isinstance(order, Tensor):
-        given = type(order).__name__
-    elif order.dtype == torch.int64 and order.shape == (channels,) and is_permutation(order):
-        return order.cpu()
-    else:
+    given = type(order).__name__
+    if isinstance(order, Tensor):
+        if order.dtype == torch.int64 and is_permutation(order) and len(order) == group.channels:
+            return order.cpu()
         given = f"{order.dtype} {tuple(order.shape)}"
     raise ConfigError(
-        f"{key}: the permutation of {group} is {given}; expected int64 ({channels},) with each "
-        "channel once"
+        f"permutation={config.permutation.get('name')}: the permutation of {group.name} is "
+        f"{given}; expected int64 ({group.channels},) with each channel once"
     )

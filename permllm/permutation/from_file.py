@@ -40,12 +40,9 @@ class FromFile(LocalPermutation):
         for group in groups:
             order = self._orders.get(group.name)
             if order is None or len(order) != group.channels:
-                found = "no permutation"
-                if order is not None:
-                    found = f"a permutation of {len(order)} channels, not {group.channels},"
                 raise ConfigError(
-                    f"permutation.path={self.path}: {found} for {group.name}; expected a run with "
-                    "this model that pruned this group"
+                    f"permutation.path={self.path}: no permutation of {group.channels} channels "
+                    f"for {group.name}; expected a run with this model that pruned this group"
                 )
         if config.export.form == "folded":
             foldable(groups, self._orders)

@@ -136,20 +136,18 @@ def segments_of(
         pattern: N:M of the groups that have no pattern of their own.
     """
 
-    def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
-        """Return the saliency of a group on the shared positions, and its N:M."""
+    def on_shared_positions(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
         scores = torch.cat([saliency_of(path) for path in group.members])
         return shared.collect(scores), group.pattern or pattern
 
     # The saliency of one group fits into memory, so that its segments can share it.
-    held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
+    held = [on_shared_positions(shared.groups[0])] if len(shared.groups) == 1 else None
 
-    def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
-        """Yield the saliency of a segment in each group."""
-        for scores, its in held or map(whole, shared.groups):
+    def segment_from(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
+        for scores, its in held or map(on_shared_positions, shared.groups):
             yield scores[:, start : start + shared.segment], its
 
-    return [partial(parts, start) for start in range(0, shared.channels, shared.segment)]
+    return [partial(segment_from, start) for start in range(0, shared.channels, shared.segment)]
 
 
 def heuristic_order(saliency: Parts) -> Tensor:
@@ -260,10 +258,9 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
     scores = torch.zeros(len(places), len(places), dtype=saliency.dtype, device=saliency.device)
     for part in saliency.split(_ROWS_AT_A_TIME):
         part_t = part.t()
-        candidates = part_t[moving]
         # The N-th largest of the M - 1 other entries in each row.
         threshold = part_t[others].topk(pattern.n, dim=1).values[:, -1]
-        scores += sums_of_larger(candidates, threshold)
+        scores += sums_of_larger(part_t[moving], threshold)
     return scores
 
 

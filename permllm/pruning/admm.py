@@ -39,9 +39,8 @@ class ADMM(Reconstruction):
         factors = partial(self._factors, pruned.statistics)
         root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
         dense, start = pruned.dense.float() * root, pruned.weight.float() * root
-        mask = pruned.mask
-        found = masked_least_squares(dense, start, mask, hessian, inverse, self.iterations) / root
-        return torch.where(mask, found, 0.0).to(pruned.weight.dtype)
+        found = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations)
+        return torch.where(pruned.mask, found / root, 0.0).to(pruned.weight.dtype)
 
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """Return the root of the damped diagonal, the scaled Hessian, and ADMM's inverse."""

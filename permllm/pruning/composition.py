@@ -52,17 +52,6 @@ def _times(count: float | None, factor: float) -> int | None:
     return None if count is None else round(count * factor)
 
 
-def options_of() -> dict[str, tuple[str | None, list[str]]]:
-    """Return the groups of settings, each with its default option and all options."""
-    conf = conf_directory()
-    found = {}
-    for entry in yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))["defaults"]:
-        group, chosen = next(iter(entry.items())) if isinstance(entry, dict) else (entry, None)
-        if " " not in group and (conf / group).is_dir():
-            found[group] = (chosen, sorted(file.stem for file in (conf / group).glob("[!_]*.yaml")))
-    return found
-
-
 def replaced_options(method: str, chosen: Mapping[str, str]) -> list[str]:
     """Return the chosen options, `GROUP=OPTION`, that are others than a method of `conf/` has.
 

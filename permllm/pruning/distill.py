@@ -27,6 +27,9 @@ from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 from permllm.training.stages import Course
 
+# Reconstructions of single linears before learning.
+_STARTS = {"masked": NoReconstruction(), "obs": OBS(), "admm": ADMM()}
+
 
 @dataclass(kw_only=True, config=SETTINGS)
 class Distill(DescentSettings, Reconstruction):
@@ -42,16 +45,12 @@ class Distill(DescentSettings, Reconstruction):
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]
         """Return the statistics that the reconstruction at the start needs."""
-        return self._before.statistics
-
-    @property
-    def _before(self) -> Reconstruction:
-        return {"masked": NoReconstruction, "obs": OBS, "admm": ADMM}[self.start]()
+        return _STARTS[self.start].statistics
 
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the weight at the start of learning."""
-        return self._before.linear(pruned)
+        return _STARTS[self.start].linear(pruned)
 
     @override
     def network(self, pruned: PrunedNetwork) -> None:
@@ -59,11 +58,10 @@ class Distill(DescentSettings, Reconstruction):
         problem = pruned.problem
         mine = {field.name: getattr(self, field.name) for field in fields(DescentSettings)}
         settings = LearningSettings(**mine, loss=self.loss, select_from=0)
-        weights = KeptWeights(pruned.linears, pruned.masks, self.learning_rate)
+        weights = KeptWeights(pruned.linears, pruned.masks)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
-            course = Course(settings, problem, "distill", DISTILL_CHECKPOINT)
-            course.train(stage, weights)
+            Course(settings, problem, "distill", DISTILL_CHECKPOINT).train(stage, weights)
 
 
 class KeptWeights(Learner):
@@ -76,16 +74,12 @@ class KeptWeights(Learner):
         linears: linears whose weights are trained. Half-precision weights are trained as float32
             copies, because half precision would round small steps to zero.
         masks: bool `(C_out, C_in)` for each linear.
-        learning_rate: learning rate at the first step.
 
     Attributes:
         values: the vectors; `begin` writes them into the weights.
     """
 
-    def __init__(
-        self, linears: Sequence[nn.Linear], masks: Collection[Tensor], learning_rate: float
-    ) -> None:
-        self._learning_rate = learning_rate
+    def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
         self._weights: list[Tensor] = [linear.weight for linear in linears]
         self._places, self.values = [], []
         for weight, mask in zip(self._weights, masks, strict=True):
@@ -113,8 +107,8 @@ class KeptWeights(Learner):
         weight.grad = None
 
     @override
-    def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": self.values, "lr": self._learning_rate}]
+    def parameters(self) -> list[Tensor]:
+        return self.values
 
     @override
     @torch.no_grad()
@@ -127,10 +121,6 @@ class KeptWeights(Learner):
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
         """Return the number of kept weights."""
         return {"weights_learned": sum(value.numel() for value in self.values)}
-
-    @override
-    def keep(self) -> None:
-        """Keep nothing, because the last weights are the result."""
 
     @override
     def state(self) -> dict[str, Any]:

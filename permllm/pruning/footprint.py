@@ -26,6 +26,7 @@ from permllm.runtime.speed import Speed
 from permllm.sparsity.statistics import Gram
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
+from permllm.training.settings import LearningPlan
 
 # Bytes a second at which layers are copied to the device, a checkpoint is loaded, and the host
 # packs and writes results.
@@ -159,18 +160,16 @@ class Footprint:
             found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, 4 * gram)
         if self.orders and self.orders.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            logits, spans = self.orders.logits, self.orders.spans
-            found["learn"] = self._learns(permutation, logits, spans, 4, streams)
+            found["learn"] = self._learns(permutation, self.orders, 4, streams)
         if self.masks and self.masks.spans:
-            spans, waiting = self.masks.spans, self.masks.keeps_masked * self.products.itemsize
-            scores = max(self.masks.parameters.values()) * sum(map(len, spans))
-            found["learn masks"] = self._learns(mask, scores, spans, waiting, streams)
+            waiting = self.masks.keeps_masked * self.products.itemsize
+            found["learn masks"] = self._learns(mask, self.masks, waiting, streams)
         if reconstruction.learned:
             # Positions of kept weights, and rounded copies of float32 weights.
             kept = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
             waiting = 4 + (2 * self.pruned // kept if self.item == 4 else 0)
-            spans = [range(self.layers)]
-            found["learn weights"] = self._learns(reconstruction, kept, spans, waiting, streams)
+            plan = LearningPlan([range(self.layers)], kept)
+            found["learn weights"] = self._learns(reconstruction, plan, waiting, streams)
         found["prune"] = self._prune(forward * (2 if dense and not methods.change_weights else 4))
         return found | self._evaluations()
 
@@ -212,20 +211,17 @@ class Footprint:
         places = min(16 if self.config.plan_on else cores(), len(searched))
         return Stage(4 * self.largest, seconds=seconds / places)
 
-    def _learns(
-        self, method: Any, every: int, spans: list[range], waiting: int, streams: bool
-    ) -> Stage:
+    def _learns(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> Stage:
         """Return a stage that learns, with backward recomputing large activations.
 
         Args:
             method: method that learns.
-            every: number of parameters that learn, in all `spans`.
-            spans: decoder layers that learn together, one span after the other.
-            waiting: bytes that stay in memory until backward, for each parameter in a span.
+            plan: stages of the method, and number of its parameters.
+            waiting: bytes that stay in memory until backward, for each parameter in a stage.
             streams: layers are copied to the device one at a time.
         """
-        learning, depth = sum(map(len, spans)), max(map(len, spans))
-        parameters, share = every * depth // learning, learning / self.layers
+        learning, depth = sum(map(len, plan.spans)), max(map(len, plan.spans))
+        parameters, share = plan.parameters * depth // learning, learning / self.layers
         orders, seqlen = method is self.methods.permutation, self.config.calibration.seqlen
         mine = ceil(method.batch_size / self.ranks)
         together = min(mine, getattr(method, "micro_batch_size", None) or mine) * seqlen
@@ -254,7 +250,7 @@ class Footprint:
         products += tokens * words * 8 * self.hidden
         of_weight = _ORDERED + _EXCHANGED / self.ranks if orders else _MASKED
         of_parameter = _LOGIT if orders else _PARAMETER
-        of_step = self.pruned * share * of_weight + parameters * len(spans) * of_parameter
+        of_step = self.pruned * share * of_weight + parameters * len(plan.spans) * of_parameter
         moved = tokens * (a_token * self.layers * share * _KEPT + words * _WORD) + steps * of_step
         return Stage(memory, products, 0, moved, _START, (1 + 2 * steps) * share)
 
@@ -302,7 +298,6 @@ class Footprint:
             beside += self.pruned // 8  # masks, a bit for each weight
         if placement == "host" and streams:
             # Pinned memory, of which torch allocates a power of two for each tensor.
-            for layer in decoder_layers(self.model):
-                for value in layer.parameters():
-                    beside += 1 << (value.numel() * self.item - 1).bit_length()
+            values = [value for layer in decoder_layers(self.model) for value in layer.parameters()]
+            beside += sum(1 << (value.numel() * self.item - 1).bit_length() for value in values)
         return beside

@@ -95,7 +95,7 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     result = layers.result
     if reconstruction.learned:
         if target is None:
-            chosen, target = slice(0, samples), layers.dense.states()
+            target = layers.dense.states()[chosen]
         del layers  # frees the states of all windows
         problem = learning_problem(
             job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target
@@ -223,7 +223,7 @@ class _Layers:
                 scores.append(saliency(weight, factors[path].to(weight.device)))
             pattern, permutation = group.pattern or job.config.pattern, job.methods.permutation
             order = parallel.share(permutation.order(group.name, torch.cat(scores), pattern))
-            return checked_order(job.permutation_key, group.name, group.channels, order)
+            return checked_order(job.config, group, order)
 
 
 @contextmanager
@@ -237,8 +237,7 @@ def _comparing(
     device = next(model.parameters()).device
     sums = {group.name: torch.zeros(2, dtype=torch.float64, device=device) for group in groups}
 
-    def compare(name: str, path: str, linear: Any, args: tuple[Tensor], output: Tensor) -> None:
-        """Add the squares of the difference and of the dense output."""
+    def add_squares(name: str, path: str, linear: Any, args: tuple[Tensor], output: Tensor) -> None:
         difference = nn.functional.linear(args[0], linear.weight - weights[path])
         reference = output if linear.bias is None else output - linear.bias
         parts = [part.float().square().sum().double() for part in (difference, reference)]
@@ -247,7 +246,7 @@ def _comparing(
     with ExitStack() as hooks:
         for group in groups:
             for path in group.members:
-                hook = partial(compare, group.name, path)
+                hook = partial(add_squares, group.name, path)
                 hooks.enter_context(linear_at(model, path).register_forward_hook(hook))
         yield
     for name, (difference, reference) in sums.items():

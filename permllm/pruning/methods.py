@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,7 +16,6 @@ from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.base import Permutation
-from permllm.pruning.composition import options_of
 from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
@@ -105,11 +103,6 @@ class Job:
         """Return the device of the model."""
         return self.loaded.model.device
 
-    @property
-    def permutation_key(self) -> str:
-        """Return the setting that names the permutation, for messages."""
-        return f"permutation={self.config.permutation.get('name')}"
-
 
 def methods_of(config: RunConfig) -> Methods:
     """Return the methods that the settings name.
@@ -135,17 +128,6 @@ def methods_of(config: RunConfig) -> Methods:
             "torchrun --nproc-per-node 2 run.py model.placement=sharded"
         )
     return methods
-
-
-def check_names(config: RunConfig) -> None:
-    """Raise ConfigError if a method's `name`, which names its runs, is another option."""
-    if not HydraConfig.initialized():  # no option was chosen on a command line
-        return
-    chosen, options = HydraConfig.get().runtime.choices, options_of()
-    for group in METHODS:
-        option, name = chosen.get(group), getattr(config, group).get("name")
-        if name != option and name in options[group][1]:
-            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option")
 
 
 def checked_groups(
@@ -200,14 +182,6 @@ def learning_problem(
     steps = sum(_steps_of(job, before) for before in groups[: groups.index(group)])
     earlier = [line for line in record.history if _LINES[group] not in line]
 
-    def on_resume(epochs: list[dict[str, Any]]) -> None:
-        """Write the finished epochs to the record, and log those that were not logged."""
-        logged = len(record.history)
-        record.write_history([*earlier, *epochs])
-        # The earlier process may have ended after the checkpoint and before the history.
-        for number, values in enumerate(record.history[logged:], logged + 1):
-            logger.log_epoch(values, number)
-
     def on_epoch(values: dict[str, Any]) -> None:
         record.write_history([*record.history, values])
         logger.log_epoch(values, len(record.history))
@@ -225,7 +199,7 @@ def learning_problem(
         directory=record.directory,
         on_step=lambda step, values: logger.log(values, steps + step),
         on_epoch=on_epoch,
-        on_resume=on_resume,
+        on_resume=lambda epochs: record.write_history([*earlier, *epochs]),
     )
 
 

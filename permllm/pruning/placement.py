@@ -80,9 +80,13 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
         lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
         yield "mask=lowrank", replace(config, mask=lowrank)
     if methods.mask.learned:
-        lcp: dict[str, Any] = {"name": "lcp", "_target_": "permllm.permutation.lcp.lcp.LCP"}
-        lcp |= {"constraint": "foldable", "block_size": config.block_size}
-        lcp["temperature"] = config.temperature
+        lcp = {
+            "name": "lcp",
+            "_target_": "permllm.permutation.lcp.lcp.LCP",
+            "constraint": "foldable",
+            "block_size": config.block_size,
+            "temperature": config.temperature,
+        }
         mask = {"name": "pruner", "_target_": "permllm.mask.base.Mask"}
         yield "method=order-folded", replace(config, permutation=lcp, mask=mask)
 
@@ -101,17 +105,18 @@ def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]
         free, host = CARDS[card][-1] * 1e9, math.inf
     else:
         free = host if device.type == "cpu" else free_memory(device)
-    reasons = []
+    reasons = list[str]()
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
         taken, beside = needs.device, needs.host
         if device.type == "cpu":
             taken, beside = taken + beside, 0
-        for place, size, has in ((str(device), taken, free), ("the host", beside, host)):
-            if size > FITS * has:
-                sizes = f"{size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}"
-                reasons.append(f"{placement} needs {sizes}")
-                break
-        else:
+        lacking = [
+            f"{size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}"
+            for place, size, has in ((device, taken, free), ("the host", beside, host))
+            if size > FITS * has
+        ]
+        if not lacking:
             return placement, reasons
+        reasons.append(f"{placement} needs {lacking[0]}")
     return None, reasons

@@ -11,7 +11,6 @@ from permllm.pruning.placement import FITS, placement_for, placements
 from permllm.runtime.speed import speed_of
 from permllm.runtime.terminal import terminal
 
-_HEADINGS = ("group", "members", "N:M", "channels", "rows", "blocks", "logits", "layers")
 # Memory sizes of accelerators in GB.
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 
@@ -20,7 +19,8 @@ def print_plan(of: Footprint) -> None:
     """Print the plan of a job."""
     console, plan, config = terminal(), of.orders, of.config
     title = f"{config.model.name}: channel groups of the {of.layers} decoder layers"
-    table = Table(*_HEADINGS, title=title, title_justify="left")
+    headings = "group", "members", "N:M", "channels", "rows", "blocks", "logits", "layers"
+    table = Table(*headings, title=title, title_justify="left")
     for row, layers in Counter(_row(of, group) for group in of.groups).items():
         table.add_row(*row, str(layers))
     console.print(table)

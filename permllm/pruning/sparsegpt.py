@@ -76,9 +76,10 @@ class OBS(Reconstruction):
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the dense weight after the update."""
-        update = SparseGPT(self.damping).update
-        dense, statistics = pruned.dense, pruned.statistics
-        return update(dense, statistics, pruned.perm, pruned.pattern, pruned.mask)[0]
+        weight, _ = SparseGPT(self.damping).update(
+            pruned.dense, pruned.statistics, pruned.perm, pruned.pattern, pruned.mask
+        )
+        return weight
 
 
 Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tensor]]
@@ -112,9 +113,8 @@ def by_columns(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Prune the columns of a block one after the other; return their errors and the mask."""
-    errors, kept = torch.empty_like(w), keep
-    if kept is None:
-        kept = torch.empty_like(w, dtype=torch.bool)
+    errors = torch.empty_like(w)
+    kept = torch.empty_like(w, dtype=torch.bool) if keep is None else keep
     for j in range(w.shape[1]):
         if keep is None and j % pattern.m == 0:
             group = slice(j, j + pattern.m)

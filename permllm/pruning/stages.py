@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from permllm.errors import ConfigError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_order
@@ -94,17 +93,13 @@ def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) 
 
 def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
     """Return the permutations of the channel groups, int64 `(C_in,)` by their names."""
-    key = job.permutation_key
 
     def compute() -> dict[str, Tensor]:
         problem = _of_the_dense(job, "permutation", drawn, dense)
         with products_in(job.products, job.device):
             found = job.methods.permutation.orders(problem)
-        if not isinstance(found, Mapping):
-            kind = type(found).__name__
-            raise ConfigError(f"{key}: `orders` returns a {kind}; expected a dict by channel group")
         return {
-            group.name: checked_order(key, group.name, group.channels, found.get(group.name))
+            group.name: checked_order(job.config, group, found.get(group.name))
             for group in job.groups
         }
 
@@ -122,8 +117,7 @@ def found_masks(
     def compute() -> Mapping[str, Tensor]:
         problem = _of_the_dense(job, "mask", drawn, dense)
         with products_in(job.products, job.device):
-            masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, orders)
-        return masks
+            return job.methods.mask.masks(problem, orders)
 
     with job.record.stage("mask", job.device):
         return job.record.kept(MASKS, compute, save_masks, load_masks)
@@ -143,9 +137,8 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     groups = channel_groups(job.loaded.model)
     patterns = differing_patterns(groups, job.groups)
     of_model = sum(group.channels * sum(group.rows) for group in groups)
-    weights = kept = 0
-    for mask in pruned.masks.values():
-        weights, kept = weights + mask.numel(), kept + int(mask.sum())
+    weights = sum(group.channels * sum(group.rows) for group in job.groups)
+    kept = sum(int(mask.sum()) for mask in pruned.masks.values())
     return {
         "compute_dtype": str(job.products).removeprefix("torch."),
         "sparsity": {

@@ -133,15 +133,14 @@ def shared_target(
     loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
     """Return the target of learning for more tokens, from the cache if it has the target."""
-    how = batch_size, compute_dtype
-
     return _kept(
         loaded,
         tokens,
-        *how,
+        batch_size,
+        compute_dtype,
         "target",
         {},
-        lambda: {"target": last_states(loaded.model, tokens, *how)},
+        lambda: {"target": last_states(loaded.model, tokens, batch_size, compute_dtype)},
     )["target"]
 
 
@@ -172,24 +171,22 @@ def _kept(
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
     """Return factors by module path as tensors by name, without loss."""
-    packed = {}
-    for path, values in factors.items():
-        packed[f"{path}/power"] = torch.tensor(values.power)
-        packed[f"{path}/column"] = values.column
-        if values.row is not None:
-            packed[f"{path}/row"] = values.row
+    packed: dict[str, Tensor] = {}
+    for path, one in factors.items():
+        parts = {"power": torch.tensor(one.power), "column": one.column, "row": one.row}
+        packed |= {f"{path}/{name}": part for name, part in parts.items() if part is not None}
     return packed
 
 
 def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
     """Return the factors out of the result of `packed_factors`."""
-    factors = {}
-    for name, power in tensors.items():
-        path, _, part = name.rpartition("/")
-        if part == "power":
-            column, row = tensors[f"{path}/column"], tensors.get(f"{path}/row")
-            factors[path] = SaliencyFactors(int(power), column, row)
-    return factors
+    paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
+    return {
+        path: SaliencyFactors(
+            int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row")
+        )
+        for path in paths
+    }
 
 
 def member_factors(
@@ -208,11 +205,11 @@ def member_factors(
     return found
 
 
-def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
+def _checked(
+    pruner: Pruner, path: str, weight: Tensor, factors: SaliencyFactors
+) -> SaliencyFactors:
     """Return the factors of a linear after a check; raise as `member_factors`."""
     given = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
-    if not isinstance(factors, SaliencyFactors):
-        raise ConfigError(f"{given} are a {type(factors).__name__}; expected SaliencyFactors")
     (rows, channels), column, row = weight.shape, factors.column, factors.row
     terms = 1 if row is None else len(column)
     fits = column.shape in ((terms, channels), (rows, channels))

@@ -34,11 +34,6 @@ class SaliencyFactors:
     column: Tensor
     row: Tensor | None = None
 
-    @classmethod
-    def of_each_weight(cls, score: Tensor, power: int = 1) -> Self:
-        """Return the factors of `|W|^power * score`, with a nonnegative score `(C_out, C_in)`."""
-        return cls(power, score)
-
     @property
     def dense(self) -> bool:
         """Tell whether `column` has a factor for each weight (a dense score)."""
@@ -47,10 +42,6 @@ class SaliencyFactors:
     def permuted(self, perm: Tensor) -> Self:
         """Return the factors of `W[:, perm]`; int64 `perm` may select any channels."""
         return replace(self, column=self.column[:, perm])
-
-    def scaled(self, factor: float | Tensor) -> Self:
-        """Return the factors of the saliency times a positive scalar."""
-        return replace(self, column=self.column * factor)
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same factors on `device`."""

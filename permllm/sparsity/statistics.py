@@ -113,13 +113,12 @@ class InputStatistics:
         """Add activations `x (..., C_in)` of any floating dtype."""
         rows = x.detach().flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self._derived.clear()
         self.tokens += rows.shape[0]
         for statistic in self._held.values():
             statistic.update(rows)
 
     def derived(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that depends on the inputs; it is computed once for the whole group."""
+        """Return a value that depends on all inputs; it is computed once for the whole group."""
         if name not in self._derived:
             self._derived[name] = compute()
         return self._derived[name]

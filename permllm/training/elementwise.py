@@ -5,6 +5,7 @@ hold the M places of all groups as M tensors and join these at the end, so that 
 pass over memory.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -20,50 +21,19 @@ class Piece(NamedTuple):
     Attributes:
         weight_t: `(C_in, C_out)`, a channel in a row.
         channels: int64 `(k,)`, the channels of the piece; None: all channels of `weight_t`.
-        power: exponent of `|W|` in the saliency: 1, 2, or 0 if a dense score is the saliency.
-        column: `(K, k)`, saliency factors of the channels; a dense score is `(C_out, k)`.
-        row: `(K, C_out)`; None: ones, or `column` is a dense score.
+        factors: saliency factors of these k channels.
         n, m: the pattern N:M.
     """
 
     weight_t: Tensor
     channels: Tensor | None
-    power: int
-    column: Tensor
-    row: Tensor | None
+    factors: SaliencyFactors
     n: int
     m: int
-
-    @property
-    def dense(self) -> bool:
-        """Tell whether `column` has a factor for each weight (a dense score)."""
-        return self.row is None and len(self.column) > 1
 
     def of(self, values: Tensor) -> Tensor:
         """Return the rows of the piece, `(k, C_out)`, in a tensor shaped like `weight_t`."""
         return values if self.channels is None else values.index_select(0, self.channels)
-
-
-class Thresholds(NamedTuple):
-    """Entries of each group that decide the gradient of `swap`, for k channels in g = k / M groups.
-
-    Attributes:
-        masked: the piece times its mask, `(k, C_out)`.
-        saliency: `(k, C_out)`.
-        gradient: gradient of all mask entries, kept and pruned, `(k, C_out)`.
-        last, next: saliency of the smallest kept and of the largest pruned entry, `(g, C_out)`.
-        last_gradient, next_gradient: gradients of these two mask entries, `(g, C_out)`.
-        stay: change of the loss if a channel stays in its group, relative to its removal, `(k,)`.
-    """
-
-    masked: Tensor
-    saliency: Tensor
-    gradient: Tensor
-    last: Tensor
-    next: Tensor
-    last_gradient: Tensor
-    next_gradient: Tensor
-    stay: Tensor
 
 
 def masked_piece(piece: Piece, dtype: torch.dtype) -> Tensor:
@@ -91,9 +61,7 @@ def softmax_gradients(
     s = _saliencies(w, piece)
     keep = keep_largest_of(s, piece.n)
     grad_mask = _mask_gradients(w, s, piece, grad)
-    largest = s[0]
-    for part in s[1:]:
-        largest = torch.maximum(largest, part)
+    largest = reduce(torch.maximum, s)
     exponentials = [(part - largest).exp() for part in s]
     total = sum(exponentials[1:], exponentials[0])
     soft_mask = [part / total for part in exponentials]
@@ -109,15 +77,27 @@ def softmax_gradients(
     )
 
 
-def thresholds(piece: Piece, grad: Tensor, dtype: torch.dtype) -> Thresholds:
-    """Return the thresholds of a piece; `masked` has the `dtype`, `grad` is as above."""
+def thresholds(
+    piece: Piece, grad: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the entries of each group that decide the gradient of `swap`.
+
+    Args:
+        piece, grad: as in `softmax_gradients`; k channels in g = k / M groups.
+        dtype: dtype of the first result.
+
+    Returns:
+        The piece times its mask, its saliency, and the gradient of all mask entries, `(k, C_out)`
+        each. Then four tensors `(g, C_out)`: the saliency of the smallest kept and of the largest
+        pruned entry, and the gradients of these two mask entries. At last `(k,)`, the change of the
+        loss if a channel stays in its group, relative to its removal.
+    """
     n, w = piece.n, _places(piece.of(piece.weight_t), piece.m)
     s = _saliencies(w, piece)
     ranks = ranks_of(s)
     d = _mask_gradients(w, s, piece, grad)
 
     def at(rank: int, places: list[Tensor]) -> Tensor:
-        """Return the entry of a rank in each group."""
         picked = [
             torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)
         ]
@@ -128,15 +108,12 @@ def thresholds(piece: Piece, grad: Tensor, dtype: torch.dtype) -> Thresholds:
         torch.where(found < n, part - next_d, 0.0).sum(-1)
         for found, part in zip(ranks, d, strict=True)
     ]
-    return Thresholds(
-        masked=_masked(w, [found < n for found in ranks], dtype),
-        saliency=_join(s, s[0].dtype),
-        gradient=_join(d, s[0].dtype),
-        last=at(n - 1, s),
-        next=at(n, s),
-        last_gradient=at(n - 1, d),
-        next_gradient=next_d,
-        stay=torch.stack(stay, 1).flatten(),
+    return (
+        _masked(w, [found < n for found in ranks], dtype),
+        _join(s, s[0].dtype),
+        _join(d, s[0].dtype),
+        (at(n - 1, s), at(n, s), at(n - 1, d), next_d),
+        torch.stack(stay, 1).flatten(),
     )
 
 
@@ -147,8 +124,8 @@ def joining(
 
     Args:
         s, d: saliency of each channel, and gradient of its mask, `(blocks, B, C_out)`.
-        groups: `last`, `next`, `last_gradient` and `next_gradient` of G groups of the same block,
-            each `(blocks, G, C_out)`.
+        groups: the four tensors of `thresholds` for G groups of the same block, each
+            `(blocks, G, C_out)`.
         kept: N / M, the probability that the replaced entry was kept.
 
     Returns:
@@ -181,9 +158,11 @@ def _masked(w: list[Tensor], keep: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
-    columns = (piece.column[:, place :: piece.m] for place in range(piece.m))
-    factors = [SaliencyFactors(piece.power, column, piece.row) for column in columns]
-    return [saliency_t(part, of_part) for part, of_part in zip(w, factors, strict=True)]
+    power, column, row = piece.factors.power, piece.factors.column, piece.factors.row
+    return [
+        saliency_t(part, SaliencyFactors(power, column[:, place :: piece.m], row))
+        for place, part in enumerate(w)
+    ]
 
 
 def _mask_gradients(w: list[Tensor], s: list[Tensor], piece: Piece, grad: Tensor) -> list[Tensor]:

@@ -11,7 +11,6 @@ from permllm.config import NMPattern
 from permllm.runtime.compiling import attempted, compiled
 from permllm.training.elementwise import (
     Piece,
-    Thresholds,
     joining,
     masked_piece,
     softmax_gradients,
@@ -65,16 +64,17 @@ class Kernels:
             if the channel replaces a random member. For its own group it is the change if the
             channel stays, relative to its removal.
         """
-        found: Thresholds = self._thresholds(piece, grad, out.dtype)
-        _write(out, piece, found.masked)
-        blocks, count = len(found.saliency) // size, size // piece.m
-        s, d, *groups = (part.view(blocks, -1, part.shape[-1]) for part in found[1:7])
+        masked, saliency, gradient, limits, stay = self._thresholds(piece, grad, out.dtype)
+        _write(out, piece, masked)
+        blocks, count = len(saliency) // size, size // piece.m
+        s, d = (part.view(blocks, size, -1) for part in (saliency, gradient))
+        groups = [part.view(blocks, count, -1) for part in limits]
         step = count if self._all_groups_at_once else 1
         parts = []
         for first in range(0, count, step):
             some = tuple(part[:, first : first + step] for part in groups)
             parts.append(self._joining(s, d, some, piece.n / piece.m))
-        return with_own(torch.cat(parts, 2), found.stay, piece.m)
+        return with_own(torch.cat(parts, 2), stay, piece.m)
 
     def softmax_gradients(
         self, out: Tensor, piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
@@ -99,14 +99,14 @@ class GPUKernels(Kernels):
     @override
     def mask(self, out: Tensor, piece: Piece) -> None:
         """Do as the base, in one launch for float32 factors."""
-        if piece.column.dtype != torch.float32 or self._fast_mask(out, piece) is None:
+        if piece.factors.column.dtype != torch.float32 or self._fast_mask(out, piece) is None:
             super().mask(out, piece)
 
     @override
     def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
         """Do as the base, in two launches for float32 factors."""
         fast = None
-        if piece.column.dtype == torch.float32:
+        if piece.factors.column.dtype == torch.float32:
             fast = self._fast_exchanges(out, piece, grad, size)
         return super().exchanges(out, piece, grad, size) if fast is None else fast
 

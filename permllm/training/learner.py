@@ -48,21 +48,15 @@ class Learner(ABC):
 
     Attributes:
         gathers: each masked linear keeps a permuted copy of its inputs for backward.
+        masked_weights: number of masked weights that stay in memory until backward.
     """
 
     gathers: bool = False
-
-    def masked_weights(self) -> int:
-        """Return the number of masked weights that stay in memory until backward."""
-        return 0
+    masked_weights: int = 0
 
     @abstractmethod
-    def parameters(self) -> list[dict[str, Any]]:
-        """Return the parameter groups for the optimizer."""
-
-    @abstractmethod
-    def keep(self) -> None:
-        """Keep the present result as the best one."""
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters, always in the same order."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -72,7 +66,10 @@ class Learner(ABC):
     def restore(self, state: dict[str, Any]) -> None:
         """Load the state of a checkpoint."""
 
-    def begin(self, moment: Moment) -> None:  # noqa: B027 - may do nothing
+    def keep(self) -> None:  # noqa: B027 - may do nothing
+        """Keep the present result as the best one; a learner may use its last result instead."""
+
+    def begin(self, moment: Moment) -> None:  # noqa: B027
         """Prepare a step, or a measurement of the present result.
 
         Raises:

@@ -139,7 +139,7 @@ class Training(Objective):
         loss, *moved = torch.stack([figure.double() for figure in figures]).tolist()
         if not math.isfinite(loss):
             raise self._failure(moment, self.broken(batch))
-        learning = [values for group in self.learner.parameters() for values in group["params"]]
+        learning = self.learner.parameters()
         parallel.all_reduce(values.grad for values in learning if values.grad is not None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -173,9 +173,10 @@ class Training(Objective):
             "last_layer": self.stage.layers[-1],
             "loss": math.fsum(weighted) / sum(sizes),
             "measured_loss": measured,
+            **self.learner.epoch_values(moment),
+            "step_seconds": step_seconds,
+            "peak_memory_bytes": peak_memory(self.device),
         }
-        values |= self.learner.epoch_values(moment)
-        values |= {"step_seconds": step_seconds, "peak_memory_bytes": peak_memory(self.device)}
         self.history.append(values)
         self._losses = []
         self._save()
@@ -226,7 +227,6 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
     """
 
     def read() -> dict[str, Any] | None:
-        """Read the checkpoint; delete it if it cannot be read."""
         path = problem.directory / file if problem.directory else None
         if path is None or not path.is_file():
             return None
@@ -234,7 +234,6 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
             return load_state(path, problem.device)
         except DataError as error:
             log.warning("%s: learning starts over", error)
-            path.unlink()
             return None
 
     return parallel.on_main(read)

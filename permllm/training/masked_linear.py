@@ -46,6 +46,7 @@ from permllm.config import NMPattern
 from permllm.runtime import parallel
 from permllm.runtime.precision import product, product_dtype, products_as_they_are
 from permllm.sparsity.nm import nm_mask
+from permllm.sparsity.saliency import saliency
 from permllm.training.elementwise import Piece
 from permllm.training.kernels import EAGER, Kernels
 from permllm.training.scores import Scores
@@ -148,7 +149,9 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Return the mask that the scores choose, bool `(C_out, C_in)`, in original order."""
-        found = nm_mask(self.scores.values_t(self.linear.weight.t()).t(), self.pattern)
+        weight = self.linear.weight
+        scores = saliency(weight, self.scores.at(weight.t(), slice(None)))
+        found = nm_mask(scores, self.pattern)
         return found if self.inverse is None else found[:, self.inverse]
 
     @torch.no_grad()
@@ -225,12 +228,10 @@ class MaskedLinear(nn.Module):
         weight_t = weight.t()
         n, m = self.pattern.n, self.pattern.m
         if perm is None:
-            found = self.scores.at(weight_t, positions)
-            parts = weight_t[positions], None, found.power, found.column, found.row
-            return out[positions], Piece(*parts, n, m)
+            factors = self.scores.at(weight_t, positions)
+            return out[positions], Piece(weight_t[positions], None, factors, n, m)
         channels = perm[positions]
-        found = self.scores.at(weight_t, channels)
-        return out, Piece(weight_t, channels, found.power, found.column, found.row, n, m)
+        return out, Piece(weight_t, channels, self.scores.at(weight_t, channels), n, m)
 
     def _pieces(self, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
         """Split the positions into pieces of whole blocks.

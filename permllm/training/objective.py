@@ -1,6 +1,7 @@
 """Loss of a stage: forward and backward through its layers, and the memory that they need."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -73,11 +74,10 @@ class Batches:
         return ahead[1]
 
     def _copied(self, indices: Tensor) -> Batch:
-        inputs = None if self._inputs is None else to_device(self._inputs[indices], self._device)
         return Batch(
             to_device(self._tokens[indices], self._device),
             to_device(self._target[indices], self._device),
-            inputs,
+            None if self._inputs is None else to_device(self._inputs[indices], self._device),
         )
 
 
@@ -103,11 +103,14 @@ class Objective:
         self.stage = stage
         self.learner = learner
         self.device = problem.device
-        self.count = settings.samples_of(len(problem.tokens))
+        self.count = len(problem.tokens)
         self.steps = settings.steps_for(self.count)
         # The fused optimizer has no temporaries of the size of all parameters.
         self.optimizer = torch.optim.AdamW(
-            learner.parameters(), weight_decay=settings.weight_decay, fused=True
+            learner.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         # In float16 the gradients of a mean over tokens would vanish. The scaler skips a step whose
         # gradients overflow.
@@ -119,7 +122,8 @@ class Objective:
         self._distance = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
         self._samples = Batches(problem.tokens, stage.target, stage.inputs, self.device)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by the number of windows
-        self._recomputes: bool | None = None
+        # Backward would otherwise hold the weights of all layers. None: the first step decides.
+        self._recomputes = True if self._placement.streams else settings.activation_checkpointing
 
     def backward(self, batch: Tensor, after: Tensor | None = None) -> Tensor:
         """Compute the gradients of this rank's portions of a batch; return their part of the loss.
@@ -170,11 +174,9 @@ class Objective:
         batch = self._samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
+        layer = partial(recomputed, self._layer) if recompute else self._layer
         for index in self.stage.layers:
-            if recompute:
-                hidden = recomputed(self._layer, index, hidden, kwargs[index])
-            else:
-                hidden = self._layer(index, hidden, kwargs[index])
+            hidden = layer(index, hidden, kwargs[index])
         return self._distance(hidden, batch.target)
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -193,11 +195,7 @@ class Objective:
         return (found.hidden if batch.inputs is None else batch.inputs), found.kwargs
 
     def _recompute(self, hidden: Tensor) -> bool:
-        """Tell whether backward recomputes each layer; the first step decides."""
-        if self._placement.streams:  # backward would otherwise hold the weights of all layers
-            return True
-        if self.settings.activation_checkpointing is not None:
-            return self.settings.activation_checkpointing
+        """Tell whether backward recomputes each layer."""
         if self._recomputes is None:
             width, item = hidden.shape[-1], hidden.element_size()
             a_token = kept_a_token(self.problem.groups, width, item, self.learner.gathers)
@@ -211,8 +209,7 @@ class Objective:
 
     def _not_yet_taken(self, hidden: Tensor) -> float:
         """Return the bytes that a step will allocate for other purposes than activations."""
-        learning = [values for group in self.optimizer.param_groups for values in group["params"]]
-        size = sum(values.numel() * values.element_size() for values in learning)
+        size = sum(values.numel() * values.element_size() for values in self.learner.parameters())
         moments = 0 if self.optimizer.state else 2  # a checkpoint has loaded them
         # The rounded copy of a trained weight stays in memory until backward.
         product = product_dtype(hidden)
@@ -221,7 +218,7 @@ class Objective:
             for weight in self.problem.model.parameters()
             if weight.requires_grad and weight.dtype != product
         )
-        return size * (1 + moments) + rounded + self.learner.masked_weights() * product.itemsize
+        return size * (1 + moments) + rounded + self.learner.masked_weights * product.itemsize
 
 
 def kept_a_token(

@@ -24,10 +24,10 @@ class LearningProblem:
         tokens: int64 `(windows, tokens)`, the text to learn from.
         factors: saliency factors of every linear, by module path.
         target: dense output of the last decoder layer, `(windows, tokens, hidden)` on the host.
+        calibration: int64 `(windows, tokens)`, the text of the factors.
         pattern: N:M of the groups that have no pattern of their own.
         seed: seed of the initial logits and of the order of the windows.
         calibration_batch_size: windows in a forward without gradients.
-        calibration: int64 `(windows, tokens)`, the text of the factors; None: `tokens`.
         directory: folder of the checkpoint; None: no checkpoint.
         on_step: called after each step with its number, loss, temperature, flips and seconds.
         on_epoch: called after each epoch with its entry of the history.
@@ -39,10 +39,10 @@ class LearningProblem:
     tokens: Tensor
     factors: dict[str, SaliencyFactors]
     target: Tensor
+    calibration: Tensor
     pattern: NMPattern
     seed: int
     calibration_batch_size: int = 8
-    calibration: Tensor | None = None
     directory: Path | None = None
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda values: None

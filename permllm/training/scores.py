@@ -50,18 +50,7 @@ class Scores(nn.Module):
             weight_t: `(C_in, C_out)`.
             channels: int64 `(k,)`, or a slice of consecutive channels.
         """
-        column = self.factors.column
-        if isinstance(channels, slice):
-            chosen = column[:, channels]
-        elif self.factors.dense:
-            chosen = column.t().index_select(0, channels).t()
-        else:
-            chosen = column.index_select(1, channels)
-        return replace(self.factors, column=chosen)
-
-    def values_t(self, weight_t: Tensor) -> Tensor:
-        """Return all scores of a transposed weight `(C_in, C_out)`, same shape."""
-        return saliency_t(weight_t, self.at(weight_t, slice(None)))
+        return replace(self.factors, column=self.factors.column.t()[channels].t())
 
     def gradients(self, grad: Tensor, weight_t: Tensor, m: int) -> list[Tensor]:
         """Return the gradients of the parameters, in their order.

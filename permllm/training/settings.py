@@ -1,7 +1,8 @@
 """Settings of gradient descent."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -10,6 +11,24 @@ from permllm.runtime.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
 StraightThrough = Literal["swap", "hard", "soft"]
+
+
+class LearningPlan(NamedTuple):
+    """Plan of a method that learns permutations or masks, for `plan=true`.
+
+    Attributes:
+        spans: decoder layers of each stage.
+        parameters: number of parameters that learn in all stages.
+        keeps_masked: masked weights stay in memory until backward.
+        columns: blocks and number of parameters of each channel group, as text.
+        stays: names of the shared permutations that do not learn.
+    """
+
+    spans: list[range]
+    parameters: int
+    keeps_masked: bool = False
+    columns: Mapping[str, tuple[str, str]] = {}
+    stays: Sequence[str] = ()
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -23,10 +42,6 @@ class DescentSettings:
     batch_size: Count = 4
     micro_batch_size: Count | None = None
     activation_checkpointing: bool | None = None
-
-    def samples_of(self, available: int) -> int:
-        """Return the number of windows to learn from; `available` is the most there are."""
-        return min(available, self.samples or available)
 
     def steps_for(self, samples: int) -> int:
         """Return the number of steps in a stage that learns from `samples` windows."""

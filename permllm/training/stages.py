@@ -1,14 +1,14 @@
 """Stages of a model that learn one after the other, from the checkpoint on."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from contextlib import ExitStack
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
-from permllm.models.offload import placement_of
+from permllm.models.offload import masked, placement_of
 from permllm.training.learner import Learner, Stage
 from permllm.training.loop import Training, read_checkpoint
 from permllm.training.problem import LearningProblem
@@ -38,10 +38,12 @@ class Course:
         self.problem = problem
         self.name, self.file = name, file
         self.state = read_checkpoint(problem, file)
-        self._begin, self._history = 0, list[dict[str, Any]]()
-        if self.state is not None:
-            self._begin, self._history = self.state["window"], list(self.state["history"])
+        past = self.state or {"window": 0, "history": []}
+        self._begin, self._history = past["window"], list(past["history"])
         problem.on_resume(list(self._history))
+        # Streams of the dense and of the pruned layers, each beside the index of its next layer.
+        self._dense: tuple[LayerStream, int] | None = None
+        self._pruned: tuple[LayerStream, int] | None = None
 
     def stages(self, learns: Callable[[range], bool], mask_of: MaskOf) -> Iterator[Stage]:
         """Yield the stages that are not trained yet.
@@ -49,12 +51,14 @@ class Course:
         Args:
             learns: tells whether decoder layers have parameters that learn.
             mask_of: returns the mask of each linear before the stage, at the time of the stage.
+
+        If all layers learn together, no layer runs here, because the inputs are the embeddings and
+        the problem has the target.
         """
-        stream = StageStream(self.problem)
         layers = len(decoder_layers(self.problem.model))
         for number, span in enumerate(self.settings.spans(layers)):
             if number >= self._begin and learns(span):
-                inputs, target = stream.inputs(span.start, mask_of), stream.target(span.stop)
+                inputs, target = self.inputs(span.start, mask_of), self.target(span.stop)
                 yield Stage(number, span, inputs, target)
 
     def train(self, stage: Stage, learner: Learner) -> None:
@@ -72,20 +76,6 @@ class Course:
             self.state = None  # frees as much memory as the parameters take
         training.run()
 
-
-class StageStream:
-    """Inputs and targets of the stages: hidden states of the pruned and of the dense layers.
-
-    If all layers learn together, no layer runs here, because the inputs are the embeddings and the
-    problem has the target.
-    """
-
-    def __init__(self, problem: LearningProblem) -> None:
-        self.problem = problem
-        # Each stream stands beside the index of its next layer.
-        self._dense: tuple[LayerStream, int] | None = None
-        self._pruned: tuple[LayerStream, int] | None = None
-
     def inputs(self, first: int, mask_of: MaskOf) -> Tensor | None:
         """Return the inputs of layer `first` when the layers before it are pruned.
 
@@ -100,14 +90,14 @@ class StageStream:
             return None
         stream, position = self._pruned or (self._new(), 0)
         for index in range(position, first):
-            with placement_of(self.problem.model).layer(index):
-                dense: dict[str, Tensor] = {}
-                try:
-                    self._prune_layer(index, mask_of, dense)
-                    stream.advance(index)
-                finally:
-                    for path, weight in dense.items():
-                        linear_at(self.problem.model, path).weight.data = weight
+            groups = (group for group in self.problem.groups if group.layer == index)
+            with placement_of(self.problem.model).layer(index), ExitStack() as dense_again:
+                for group in groups:
+                    for path in group.members:
+                        weight = linear_at(self.problem.model, path).weight
+                        dense_again.callback(setattr, weight, "data", weight.data)
+                        weight.data = masked(mask_of(group, path), weight.data)
+                stream.advance(index)
         self._pruned = (stream, first)
         return stream.states()
 
@@ -124,11 +114,3 @@ class StageStream:
     def _new(self) -> LayerStream:
         problem = self.problem
         return LayerStream(problem.model, problem.tokens, problem.calibration_batch_size)
-
-    def _prune_layer(self, index: int, mask_of: MaskOf, dense: dict[str, Tensor]) -> None:
-        """Mask the linears of a layer, and put their dense weights into `dense` by path."""
-        for group in (group for group in self.problem.groups if group.layer == index):
-            for path in group.members:
-                weight = linear_at(self.problem.model, path).weight
-                dense[path] = weight.data
-                weight.data = torch.where(mask_of(group, path).to(weight.device), weight.data, 0.0)

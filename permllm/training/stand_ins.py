@@ -75,25 +75,23 @@ def learning_scores(
     """
 
     @cache  # offloaded layers ask for it at each step
-    def on(device: torch.device, name: str) -> Tensor:
-        """Return the permutation of a group on a device."""
+    def order_on(device: torch.device, name: str) -> Tensor:
         return orders[name].to(device)
 
     def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
-        return weight.t()[on(weight.device, group.name)].t()
+        return weight.t()[order_on(weight.device, group.name)].t()
 
-    def back(group: ChannelGroup, weight: Tensor) -> Tensor:
-        """Return the weight in the original order."""
-        return weight.t()[on(weight.device, group.name).argsort()].t().contiguous()
+    def original(group: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t()[order_on(weight.device, group.name).argsort()].t().contiguous()
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
-        weight, order = linear.weight.data, on(linear.weight.device, group.name)
+        weight, order = linear.weight.data, order_on(linear.weight.device, group.name)
         scores = scores_of(permuted(group, weight), problem.factors_of(path).permuted(order))
         identity = torch.equal(order, torch.arange(len(order), device=order.device))
         moved = None if identity else order
         return MaskedLinear(linear, scores, problem.pattern_of(group), order=moved, kernels=kernels)
 
-    return _standing_in(problem.model, groups, stand_in, permuted, back)
+    return _standing_in(problem.model, groups, stand_in, permuted, original)
 
 
 def kernels_for(
@@ -101,7 +99,7 @@ def kernels_for(
 ) -> Kernels:
     """Return the kernels for the linears of groups that learn together."""
     weights = sum(group.channels * sum(group.rows) for group in groups)
-    work = weights * settings.steps_for(settings.samples_of(len(problem.tokens)))
+    work = weights * settings.steps_for(len(problem.tokens))
     return chosen_kernels(problem.device, settings.compile, work, map(problem.pattern_of, groups))
 
 

@@ -7,8 +7,6 @@ tie.
 # Triton has Python's syntax, and other types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -33,7 +31,7 @@ def mask(out: Tensor, piece: Piece) -> Tensor:
 
 def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
     """Do as `permllm.training.kernels.Kernels.exchanges`; the result is float32."""
-    channels, rows = piece.column.shape[1], piece.weight_t.shape[1]
+    channels, rows = piece.factors.column.shape[1], piece.weight_t.shape[1]
     groups, blocks = size // piece.m, channels // size
     empty = partial(torch.empty, dtype=torch.float32, device=out.device)
     limits = empty(4, channels // piece.m, rows)
@@ -52,7 +50,7 @@ def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
 
 
 def _launch_mask(out: Tensor, piece: Piece, thresholds: dict[str, Tensor]) -> None:
-    channels, rows, m = piece.column.shape[1], piece.weight_t.shape[1], piece.m
+    channels, rows, m = piece.factors.column.shape[1], piece.weight_t.shape[1], piece.m
     # `out` replaces pointers that the kernel does not read.
     given = [thresholds.get(name, out) for name in ("grad", "limits", "stay")]
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
@@ -74,18 +72,20 @@ def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Another tensor replaces a missing one; the kernel does not read it.
     """
-    column = piece.column.t() if piece.dense else piece.column
+    factors = piece.factors
+    column = factors.column.t() if factors.dense else factors.column
     channels = column if piece.channels is None else piece.channels
-    row = column if piece.row is None else piece.row.contiguous()
+    row = column if factors.row is None else factors.row.contiguous()
     return piece.weight_t.contiguous(), channels, column.contiguous(), row
 
 
 def _saliency_kind(piece: Piece) -> dict[str, Any]:
+    factors = piece.factors
     return {
         "GATHER": piece.channels is not None,
-        "POWER": piece.power,
-        "TERMS": 0 if piece.row is None else len(piece.row),
-        "DENSE": piece.dense,
+        "POWER": factors.power,
+        "TERMS": 0 if factors.row is None else len(factors.row),
+        "DENSE": factors.dense,
     }
 
 

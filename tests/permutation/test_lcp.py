@@ -31,7 +31,7 @@ from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
-from permllm.training.stages import StageStream
+from permllm.training.stages import Course
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
@@ -221,7 +221,7 @@ def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(LayerStream, "advance", Mock(side_effect=Interrupt))
     with pytest.raises(Interrupt):
-        StageStream(learning).inputs(1, none_kept)
+        Course(lcp(), learning, "lcp", "checkpoint.pt").inputs(1, none_kept)
     assert same(model.state_dict(), before)
 
 

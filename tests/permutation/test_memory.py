@@ -38,7 +38,7 @@ factors = {{path: SaliencyFactors(1, torch.rand(1, group.channels))
            for group in groups for path in group.members}}
 tokens = torch.zeros({SAMPLES}, {LENGTH}, dtype=torch.int64)
 target = torch.randn({SAMPLES}, {LENGTH}, {HIDDEN})
-given = LearningProblem(model, groups, tokens, factors, target, PATTERN, seed=0,
+given = LearningProblem(model, groups, tokens, factors, target, tokens, PATTERN, seed=0,
                         calibration_batch_size={SAMPLES})
 layers = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 lcp(block_size={BLOCK}, init="random", epochs=1, batch_size={SAMPLES}, loss=None,

@@ -42,8 +42,8 @@ def test_kept_weights_learn_as_adam_says() -> None:
     for linear, mask in zip(linears, masks, strict=True):
         linear.requires_grad_(False).weight.mul_(10 * mask)
     before = [linear.weight.clone() for linear in linears]
-    learner = KeptWeights(linears, masks, RATE)
-    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=0.0)
+    learner = KeptWeights(linears, masks)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=RATE, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -190,7 +190,7 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     learning = problem()
     linears = [linear_at(learning.model, path) for path in learning.factors]
     masks = [torch.rand(linear.weight.shape) < 0.5 for linear in linears]
-    weights, target = KeptWeights(linears, masks, 1e-3), learning.target
+    weights, target = KeptWeights(linears, masks), learning.target
     settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
     stage, values = Stage(0, range(2), None, target), sum(int(mask.sum()) for mask in masks)
     rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)

@@ -37,9 +37,8 @@ def tied(n: int, m: int, power: int, with_row: bool) -> tuple[Piece, Tensor]:
 
     weight_t, row = few(4 * m, 20) * random(4 * m, 20).sign().float(), few(2, 20)
     column = few(2 if with_row else 1, 3 * m)
-    piece = Piece(
-        weight_t, shuffled(4 * m)[: 3 * m], power, column, row if with_row else None, n, m
-    )
+    factors = SaliencyFactors(power, column, row if with_row else None)
+    piece = Piece(weight_t, shuffled(4 * m)[: 3 * m], factors, n, m)
     return piece, random(4 * m, 20, seed=1).float()
 
 
@@ -47,7 +46,7 @@ def check_mask_and_gradients(
     kernels: Kernels, piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
 ) -> None:
     weight = piece.of(piece.weight_t)
-    score = saliency(weight.t(), SaliencyFactors(piece.power, piece.column, piece.row))
+    score = saliency(weight.t(), piece.factors)
     kept = nm_mask(score, NMPattern(piece.n, piece.m)).t()
     expected = torch.zeros_like(grad, dtype=dtype)
     expected[piece.channels] = torch.where(kept, weight, 0.0).to(dtype)  # type: ignore[index]
@@ -94,7 +93,7 @@ def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
     column = random(rows if dense else 1, size * blocks, seed=2).to(dtype).abs() + 0.5
     order = shuffled(size * blocks)
     # A dense score lies as a masked linear has it, a channel a row.
-    piece = Piece(weight_t, order, 1, column.t()[order].t(), None, n, m)
+    piece = Piece(weight_t, order, SaliencyFactors(1, column.t()[order].t()), n, m)
     masked = torch.empty_like(weight_t)
     found = kernels.exchanges(masked, piece, grad, size)
     score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()

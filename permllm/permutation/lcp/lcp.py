@@ -7,6 +7,7 @@ through the soft permutations.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from typing_extensions import override
 from permllm.config import RunConfig
 from permllm.errors import ConfigError, check_positive
 from permllm.models.families import ChannelGroup, decoder_layers
-from permllm.permutation.base import Constraint, LearnedPermutation, LearningPlan
+from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.permutation.foldable import (
     SharedOrder,
     check_segments,
@@ -36,7 +37,7 @@ from permllm.training.learner import Moment, Stage
 from permllm.training.masked_linear import BlockStack, MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
-from permllm.training.settings import LearningSettings, StraightThrough
+from permllm.training.settings import LearningPlan, LearningSettings, StraightThrough
 from permllm.training.stages import Course
 from permllm.training.stand_ins import StandIns, kernels_for, learning_orders
 
@@ -73,7 +74,7 @@ class LCP(LearningSettings, LearnedPermutation):
         """Raise ConfigError if a permutation cannot fold or be cut into blocks, or none learns."""
         check_segments(shared_orders(groups, self.constraint), config.pattern)
         self.check_last_layers("permutation", groups, layers)
-        if not self.plan(groups, layers).logits:
+        if not self.plan(groups, layers).parameters:
             raise ConfigError(
                 f"permutation.layers_per_stage={self.layers_per_stage}, permutation.last_layers="
                 f"{self.last_layers}: no stage holds all layers that share a permutation, so none "
@@ -99,7 +100,7 @@ class LCP(LearningSettings, LearnedPermutation):
                 columns[group.name] = f"{count} of at most {largest}", logits
         learned = sum(_count_logits(order.stacks(self.block_size)) for order in learning)
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
-        return LearningPlan(spans, columns, learned, stays)
+        return LearningPlan(spans, learned, columns=columns, stays=stays)
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
@@ -113,13 +114,12 @@ class LCP(LearningSettings, LearnedPermutation):
             orders = self.start_orders(problem, shared, spans[0].start)
         used_by = {group.name: order for order in shared for group in order.groups}
 
-        def mask_of(group: ChannelGroup, path: str) -> Tensor:
-            """Return the pruner's mask under the present permutation."""
+        def present_mask(group: ChannelGroup, path: str) -> Tensor:
             score, order = problem.saliency_of(path), used_by[group.name]
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
-        for stage in course.stages(lambda layers: bool(orders_within(shared, layers)), mask_of):
+        for stage in course.stages(lambda span: bool(orders_within(shared, span)), present_mask):
             learning = orders_within(shared, stage.layers)
             logits = self.start_logits(problem, learning, orders)
             groups = [group for order in learning for group in order.groups]
@@ -137,11 +137,11 @@ class LCP(LearningSettings, LearnedPermutation):
         """Replace the linears of a stage by masked linears, which use the pruner's saliency."""
 
         def scores_of(path: str) -> Scores:
-            """Return the saliency of a linear; our conventions divide it by its mean."""
             factors = problem.factors_of(path)
             if self.conventions == "ours":  # sets the sharpness of the softmax alone
                 mean = problem.saliency_of(path).mean()
-                factors = factors.scaled(1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny))
+                scale = 1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny)
+                factors = replace(factors, column=factors.column * scale)
             return Scores(factors)
 
         stacks = {
@@ -161,7 +161,6 @@ class LCP(LearningSettings, LearnedPermutation):
         paper = self.conventions == "paper"
 
         def temperature(moment: Moment) -> float:
-            """Return the temperature of a step."""
             if paper:
                 return self.temperature(moment.epoch / moment.epochs)
             return self.temperature(moment.step / max(1, moment.steps - 1))
@@ -169,9 +168,7 @@ class LCP(LearningSettings, LearnedPermutation):
         # The paper's released code starts with a softmax over rows. This is the first half of the
         # first iteration, if there is an iteration.
         halves = 2 * self.sinkhorn_iterations or int(paper)
-        return OrderLearner(
-            shared, orders, logits, linears, self.learning_rate, temperature, halves
-        )
+        return OrderLearner(shared, orders, logits, linears, temperature, halves)
 
     def start_orders(
         self, problem: LearningProblem, shared: list[SharedOrder], first: int

@@ -37,7 +37,6 @@ class OrderLearner(Learner):
         orders: their values at the start, int64 `(channels,)` by name.
         logits: logits of each permutation that learns, by name.
         linears: masked linears of each channel group in the stage.
-        learning_rate: learning rate at the first step.
         temperature: returns the temperature of the soft permutations in a step.
         halves: number of half iterations in Sinkhorn's normalisation.
 
@@ -52,7 +51,6 @@ class OrderLearner(Learner):
         orders: Mapping[str, Tensor],
         logits: dict[str, BlockLogits],
         linears: dict[str, list[MaskedLinear]],
-        learning_rate: float,
         temperature: Callable[[Moment], float],
         halves: int,
     ) -> None:
@@ -62,7 +60,7 @@ class OrderLearner(Learner):
         self.logits = nn.ModuleDict(
             {name.replace(".", "/"): block for name, block in logits.items()}
         )
-        self.learning_rate, self.temperature, self.halves = learning_rate, temperature, halves
+        self.temperature, self.halves = temperature, halves
         bases = [block.base for block in logits.values()]
         self.channels, self.device = sum(map(len, bases)), bases[0].device
         self.present = {name: order.to(self.device) for name, order in orders.items()}
@@ -73,8 +71,8 @@ class OrderLearner(Learner):
         self._before = self._at_epoch = self.present
 
     @override
-    def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.logits.parameters()), "lr": self.learning_rate}]
+    def parameters(self) -> list[Tensor]:
+        return list(self.logits.parameters())
 
     @override
     @torch.no_grad()
