@@ -191,11 +191,13 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     form = request.form or first_form(groups, model.orders)
     stored = stored_order(form, source.skeleton, groups, model.orders)
     said = request.dtype or model.config["model"]["dtype"]
-    dtype, served = getattr(torch, said), None
+    dtype, files, served = getattr(torch, said), list[str](), dict[str, int]()
     if request.serve:
         there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
         check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
-        served = serving(groups, sparsity["pattern"], patterns)
+        settings, served = serving(groups, sparsity["pattern"], patterns)
+        write_json(folder / SETTINGS, settings)
+        files.append(SETTINGS)
     _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
     planned = {
@@ -207,11 +209,8 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
     made = partial(_made, model, stored, dtype, pruned)
-    files = write_shards(folder, planned, made, int(request.shard_gb * 1e9))
+    files += write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
-    if served is not None:
-        write_json(folder / SETTINGS, served.settings())
-        files += [SETTINGS]
     source.save_tokenizer(folder)
     summary = {
         "form": form,
@@ -223,7 +222,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         "shard_gb": request.shard_gb,
         "gathers": len(stored.gathers),
         "serve": request.serve,
-        **({"served": served.counts} if served else {}),
+        **({"served": served} if served else {}),
         "sha256": {name: file_sha256(folder / name) for name in files},
         "seconds": time.perf_counter() - started,
     }
