@@ -12,7 +12,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,7 +39,7 @@ from permllm.runs.table import Table
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.runtime.values import refused
+from permllm.runtime.values import validated
 
 Texts = str | Sequence[str] | Tensor
 
@@ -181,16 +180,8 @@ def perplexity(
     """
     _check(model, tokenizer, texts)
     named = texts if isinstance(texts, str) else None
-    given: dict[str, Any] = {
-        "dataset": named,
-        "seqlen": seqlen,
-        "limit": limit,
-        "batch_tokens": batch_tokens,
-    }
-    try:
-        config = PerplexityConfig(**given)
-    except ValidationError as error:
-        raise refused(error, given) from error
+    given = {"dataset": named, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
+    config = validated(PerplexityConfig, given)
     if isinstance(texts, Tensor):
         windows = texts[:limit]
     else:
@@ -254,7 +245,8 @@ def save(
     # Training may have changed the dtype since.
     config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
     pruned = PrunedModel(source, config, found.report, found.orders, weight)
-    return write_checkpoint(pruned, Request(form, dtype, shard_gb, serve), Path(folder))
+    settings = {"form": form, "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
+    return write_checkpoint(pruned, validated(Request, settings, "export"), Path(folder))
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

@@ -237,8 +237,11 @@ def test_what_no_checkpoint_can_hold_is_one_line(
     with pytest.raises(ConfigError, match=r"permllm\.prune has pruned"):
         permllm.save(model, tmp_path / "out")
     permllm.prune(model, None, texts=WINDOWS, permutation="none")
-    with pytest.raises(ConfigError, match=r"export\.shard_gb='5GB'"):
-        permllm.save(model, tmp_path / "out", shard_gb="5GB")  # type: ignore[arg-type]
+    given: tuple[dict[str, Any], ...] = ({"shard_gb": "5GB"}, {"form": "flat"}, {"serve": "sglang"})
+    for options in given:
+        ((key, value),) = options.items()
+        with pytest.raises(ConfigError, match=f"export\\.{key}='{value}'"):
+            permllm.save(model, tmp_path / "out", **options)
     change(model, monkeypatch)
     with pytest.raises(ConfigError, match=named):
         permllm.save(model, tmp_path / "out")

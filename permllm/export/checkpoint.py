@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic.dataclasses
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import set_verbosity_error
 
-from permllm.config import DTYPES, ModelConfig, NMPattern
-from permllm.errors import ConfigError, DataError, check_one_of, check_positive
+from permllm.config import Dtype, ModelConfig, NMPattern
+from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
-from permllm.export.fold import FORMS, StoredOrder, first_form, stored_order
+from permllm.export.fold import FORMS, Form, StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, write_gathered
-from permllm.export.serve import COMMAND, SERVERS, SETTINGS, check_serve, serving
+from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
 from permllm.models.selection import DENSE
@@ -38,6 +39,7 @@ from permllm.runs.files import (
     write_json,
 )
 from permllm.runs.tensors import Pruned, save_tensors
+from permllm.runtime import values
 from permllm.runtime.terminal import Answer
 
 log = logging.getLogger(__name__)
@@ -45,31 +47,21 @@ log = logging.getLogger(__name__)
 SUMMARY = "permllm.json"
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(config=values.SETTINGS, frozen=True)
 class Request:
     """Settings of an export, group `export`.
 
     Attributes:
-        form: one of `FORMS`; None: the first form that the permutations allow.
+        form: form of the checkpoint; None: the first form that the permutations allow.
         dtype: dtype of the weights; None: the model's dtype in the run.
         shard_gb: largest size of a file, in 10^9 bytes.
-        serve: one of `SERVERS`, for which a file of settings is written; None: no such file.
+        serve: server for which a file of settings is written; None: no such file.
     """
 
-    form: str | None = None
-    dtype: str | None = None
-    shard_gb: float = 5.0
-    serve: str | None = None
-
-    def check(self) -> None:
-        """Raise ConfigError unless all values are valid."""
-        if self.form is not None:
-            check_one_of("export.form", self.form, FORMS)
-        if self.dtype is not None:
-            check_one_of("export.dtype", self.dtype, DTYPES)
-        check_positive("export.shard_gb", self.shard_gb)
-        if self.serve is not None:
-            check_one_of("export.serve", self.serve, SERVERS)
+    form: Form | None = None
+    dtype: Dtype | None = None
+    shard_gb: values.Positive = 5.0
+    serve: Literal["vllm"] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,6 @@ def write_checkpoint(
     model: PrunedModel, request: Request, target: Path, replace: bool = False
 ) -> dict[str, Any]:
     """Write a pruned model; arguments, result and errors are as in `export_run`."""
-    request.check()
     if not replace:
         _check_free(target)
     with new_folder(target.resolve()) as scratch:
@@ -298,7 +289,9 @@ def _write_settings(
 def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm export`."""
     set_verbosity_error()  # warnings of transformers are errors here
-    request = Request(options.form, options.dtype, options.shard_gb, options.serve)
+    names = ("form", "dtype", "shard_gb", "serve")
+    given = {name: getattr(options, name) for name in names}
+    request = values.validated(Request, given, "export")
     summary = export_run(options.run, request, options.to, options.dense)
     said = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "

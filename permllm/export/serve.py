@@ -17,7 +17,6 @@ from permllm.models.selection import DENSE
 
 log = logging.getLogger(__name__)
 
-SERVERS = ("vllm",)
 SETTINGS = "torchao_sparse24.json"
 # Versions that read the file: vLLM by our reading of its code, torchao in a test.
 READERS = "vLLM 0.20.2 and 0.33.0, with torchao 0.18.0"

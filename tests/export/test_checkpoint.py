@@ -290,16 +290,18 @@ def test_the_command_takes_the_first_form_that_the_run_allows(
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_bad_requests(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_requests(
+    exports: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run, out = shutil.copytree(exports / "of-gathered" / "run", tmp_path / "run"), tmp_path / "out"
-    for request, key in [
-        (Request("flat"), "export.form='flat'"),
-        (Request("folded", dtype="int8"), "export.dtype='int8'"),
-        (Request("folded", shard_gb=0), "export.shard_gb=0"),
-        (Request("folded"), "export=gathered"),
-    ]:
-        with pytest.raises(ConfigError, match=key):
-            export_run(run, request, out)
+    for option, value in [("dtype", "int8"), ("shard-gb", "0")]:
+        assert call("export", [str(run), "--to", str(out), f"--{option}", value]) == 1
+        assert f"export.{option.replace('-', '_')}=" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="export=gathered"):
+        export_run(run, Request("folded"), out)
     with pytest.raises(ConfigError, match="not a run directory"):
         export_run(exports / "folded", Request(), out)
     with pytest.raises(ConfigError, match="not empty"):

@@ -126,7 +126,6 @@ def test_sizes_that_the_kernels_do_not_take_stay_dense(
         ({}, Request("simulate", "bfloat16", serve="vllm"), "export=folded"),
         ({}, Request("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
         ({"hidden_size": 96, "intermediate_size": 96}, VLLM, "export.serve"),
-        ({}, Request("folded", "bfloat16", serve="sglang"), "export.serve='sglang'"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
