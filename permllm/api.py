@@ -23,12 +23,12 @@ from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import PrunedModel, Request, write_checkpoint
-from permllm.models.checkpoint import read_weights
+from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_layers
-from permllm.models.source import DenseSource, skeleton_like
+from permllm.models.source import DenseSource
 from permllm.pruning.composition import composed, conf_directory, replaced_options
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import prune_model

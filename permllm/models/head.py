@@ -90,11 +90,6 @@ class Head:
 
     @torch.no_grad()
     def _is_plain(self) -> bool:
-        zero = torch.zeros(
-            1, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device
-        )
-        if self.logits(zero).any():  # a bias
-            return False
         # Part of the vocabulary is compared, in float64, because rounding would hide differences.
         name = head_path(self._model)
         part = {

@@ -7,7 +7,6 @@ and return their input.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +23,14 @@ from permllm.runtime.precision import products_in
 _SHARE_OF_FREE = 1 / 8
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """Inputs of the decoder layers of a model for one batch of tokens.
-
-    Attributes:
-        hidden: input of the first layer, `(batch, tokens, hidden)`, in the model's dtype.
-        kwargs: keyword arguments of each layer; layers share tensors.
-    """
-
-    hidden: Tensor
-    kwargs: list[dict[str, Any]]
-
-
 @torch.no_grad()
-def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
-    """Embed tokens, int64 `(batch, tokens)`, and record the arguments of each decoder layer."""
+def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Embed tokens, int64 `(batch, tokens)`, and record the arguments of each decoder layer.
+
+    Returns:
+        The input of the first layer, `(batch, tokens, hidden)`, in the model's dtype, and the
+        keyword arguments of each layer; layers share tensors.
+    """
     layers, tuples = decoder_layers(model), family_of(model).tuples
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
@@ -57,7 +48,7 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
         # Without the head, whose logits would cost much more than the embedding.
         body: Any = model.base_model
         body(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    return LayerInputs(hidden[0], kwargs)
+    return hidden[0], kwargs
 
 
 @contextmanager
@@ -131,11 +122,11 @@ class LayerStream:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
         for position, batch in enumerate(tokens.split(batch_size)):
-            inputs = layer_inputs(model, batch)
-            self._kwargs.setdefault(len(batch), inputs.kwargs)
+            hidden, kwargs = layer_inputs(model, batch)
+            self._kwargs.setdefault(len(batch), kwargs)
             if not position:
-                self._states = _room_for(len(tokens), inputs.hidden)
-            self._hidden[position].copy_(inputs.hidden)
+                self._states = _room_for(len(tokens), hidden)
+            self._hidden[position].copy_(hidden)
 
     @property
     def _hidden(self) -> tuple[Tensor, ...]:

@@ -22,7 +22,6 @@ from tests.conftest import tiny_config, tiny_model
 Tensors, Settings = dict[str, Any], dict[str, Any]
 WEIGHTS = "model.safetensors"
 UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -56,7 +55,6 @@ def poisoned(shape: tuple[int, ...], value: float) -> Tensor:
     return tensor
 
 
-HALF = {name: torch.zeros(200, 32) for name in (HEAD, EMBEDDING)}
 BROKEN: dict[str, tuple[Any, Settings, str]] = {
     "a linear is missing": ({UP: None}, {}, f"lacks {UP}"),
     "the head is missing": ({HEAD: None}, {}, f"lacks {HEAD}"),
@@ -75,7 +73,6 @@ BROKEN: dict[str, tuple[Any, Settings, str]] = {
     "a type of its own": ({}, {"model_type": "mine"}, "mine"),
     "a size that is text": ({}, {"hidden_size": "x"}, "hidden_size"),
     "a norm that makes NaN": ({}, {"rms_norm_eps": -1e30}, "logits are not finite"),
-    "fewer tokens than the tokenizer's": (HALF, {"vocab_size": 200}, "tokens up to 258, .* 199"),
 }
 
 
@@ -84,8 +81,7 @@ def test_a_broken_checkpoint_is_refused_by_name(folder: Path, name: str) -> None
     tensors, settings, named = BROKEN[name]
     rewrite(folder, tensors, **settings)
     refused(folder, named)
-    if name != "fewer tokens than the tokenizer's":
-        refused(folder, named, placement="disk")
+    refused(folder, named, placement="disk")
 
 
 @pytest.mark.parametrize(
@@ -105,10 +101,14 @@ def test_a_file_that_is_cut_off_or_missing_is_named(folder: Path) -> None:
     refused(folder, r"model\.safetensors cannot be read")
     file.unlink()
     refused(folder, "has no weights")
-    for name in ("../outside", "no"):
+    for name, named in [
+        ("../outside", "index"),
+        ("no.safetensors", "no.safetensors"),
+        (7, "index"),
+    ]:
         index = {"weight_map": {UP: name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        refused(folder, "index")
+        refused(folder, named)
 
 
 def test_a_folder_without_a_tokenizer_or_a_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -162,7 +162,6 @@ PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (Code, "cannot load"),
     "code among tensors": (lambda marker: WHOLE | {"x": Code(marker)}, "cannot load"),
     "a text": (lambda marker: WHOLE | {UP: "x"}, "cannot load"),
-    "integers": (lambda marker: WHOLE | {UP: WHOLE[UP].to(torch.int8)}, f"{UP} as torch.int8"),
     "NaN": (lambda marker: WHOLE | {NORM: WHOLE[NORM] * torch.nan}, f"{NORM} holds values"),
 }
 
@@ -174,7 +173,7 @@ def test_pickled_weights_are_read_but_their_code_never_runs(folder: Path, name: 
     torch.save(make(folder / "ran"), folder / "pytorch_model.bin")
     refused(folder, named)
     assert not (folder / "ran").exists()
-    refused(folder, "cannot load|placement=disk|as torch.int8", placement="disk")
+    refused(folder, "cannot load|placement=disk", placement="disk")
 
 
 @pytest.mark.parametrize("sizes", [{"num_key_value_heads": 3}, {"model_type": "nonsense"}], ids=str)
