@@ -166,7 +166,7 @@ def test_what_is_saved_computes_what_the_model_computes(
     permllm.prune(model, tokenizer, texts=[TEXT], **FEW, **constraint)
     summary = permllm.save(model, tmp_path / "out", form=form)
     assert summary["form"] == (form or "gathered")
-    assert verify(tmp_path / "out").passed
+    assert verify(tmp_path / "out")["passed"]
     opened = permllm.load(tmp_path / "out", attn_implementation="eager")
     assert opened.config._attn_implementation == "eager"
     with torch.no_grad():
@@ -386,4 +386,4 @@ def test_the_lines_of_the_documents_work(
     exec(lines, found)
     assert found["report"]["sparsity"]["violations"] == 0
     assert found["orders"].keys() == found["report"]["retained_saliency"].keys()
-    assert verify(tmp_path / "my-model").passed
+    assert verify(tmp_path / "my-model")["passed"]

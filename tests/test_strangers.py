@@ -140,7 +140,7 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
             total = sum(scores[path].sum(0) for path in group.members)
             assert torch.equal(orders[group.name], total.argsort(stable=True))
     if settings.export.form != "none":
-        assert verify(directory / "export").passed
+        assert verify(directory / "export")["passed"]
 
 
 @pytest.mark.parametrize(

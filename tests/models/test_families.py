@@ -140,8 +140,8 @@ def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_
         permllm.save(model, tmp_path / "never", form="folded")
     assert permllm.save(model, tmp_path / "out")["form"] == "gathered"
     report = verify(tmp_path / "out")
-    assert report.passed, report.problems
-    assert len(report.layers) == len(found.masks)
+    assert report["passed"], report["problems"]
+    assert len(report["layers"]) == len(found.masks)
     opened = permllm.load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         logits = [one(TOKENS).logits for one in (opened, model)]
