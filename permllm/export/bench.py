@@ -166,13 +166,12 @@ def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
 
-    def work() -> None:
-        """Decode tokens from a copy of the cache."""
+    def decode() -> None:
         token, used = tokens[:, -1:], copy.deepcopy(cache)
         for _ in range(new_tokens):
             token = model(input_ids=token, use_cache=True, **{name: used}).logits[:, -1:].argmax(-1)
 
-    return work
+    return decode
 
 
 def measure(

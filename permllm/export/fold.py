@@ -87,12 +87,10 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     family = family_of(model)
 
     def put_rows(paths: Iterable[str], order: Tensor) -> None:
-        """Permute the rows of weights and biases."""
         names = [f"{path}.{kind}" for path in paths for kind in ("weight", "bias")]
         stored.rows.update({name: order for name in names if name in parameters})
 
     def put_columns(paths: Iterable[str], order: Tensor) -> None:
-        """Permute the columns of weights."""
         stored.columns.update({f"{path}.weight": order for path in paths})
 
     stream = shared.get(RESIDUAL)

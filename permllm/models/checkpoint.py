@@ -125,7 +125,6 @@ def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
     places = {name: file for file in files for name in tensor_formats(file)}
 
     def read(name: str) -> Tensor:
-        """Read a tensor from its file."""
         return load_tensor(places[name], name)
 
     for name, source in (model.all_tied_weights_keys or {}).items():

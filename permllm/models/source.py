@@ -64,7 +64,6 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
             dtype = getattr(torch, config.dtype)
 
             def read(name: str) -> Tensor:
-                """Read a tensor in the model's dtype."""
                 tensor = reader(name)
                 # Copied, because the tensor would keep the file in memory.
                 return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
