@@ -50,9 +50,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
     (described / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.syspath_prepend(str(PLUGIN))
-    families._from_a_package.cache_clear()
+    families.family_of_a_package.cache_clear()
     yield
-    families._from_a_package.cache_clear()
+    families.family_of_a_package.cache_clear()
     for module in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
         del sys.modules[module]
 

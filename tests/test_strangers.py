@@ -225,7 +225,7 @@ def test_an_entry_point_that_gives_no_family_is_one_line(
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")
     (described / "entry_points.txt").write_text(f"[permllm.families]\nstablelm = {entry}\n")
-    families._from_a_package.cache_clear()
+    families.family_of_a_package.cache_clear()
     with pytest.raises(ConfigError, match=re.escape(message)):
-        families.family_named("stablelm")
-    families._from_a_package.cache_clear()
+        families.family_of_a_package("stablelm")
+    families.family_of_a_package.cache_clear()

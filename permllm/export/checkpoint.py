@@ -236,9 +236,8 @@ def _made(
         tensor = model.weight(pruned[name], tensor)
     cast = tensor.to(dtype)
     if not all_finite(cast):
-        if not all_finite(tensor):
-            raise DataError(f"{name} holds values that are not finite")
-        raise DataError(f"{name} has values too large for {str(dtype).removeprefix('torch.')}")
+        its = str(dtype).removeprefix("torch.")
+        raise DataError(f"{name} holds values that are not finite in {its}")
     # Adding 0.0 turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
     return stored.apply(name, cast + 0.0 if name in pruned else cast)
 

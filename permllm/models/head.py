@@ -85,8 +85,7 @@ class Head:
                 replaced or {},
                 kwargs={"input_ids": ids, "use_cache": False, "return_dict": True},
             )
-        logits: Tensor = output.logits
-        return logits
+        return output.logits
 
     @torch.no_grad()
     def _is_plain(self) -> bool:

@@ -49,9 +49,7 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
         # With duck shapes, sizes that are equal by chance in the first call cost a second
         # compilation.
         settings: Any = torch.fx.experimental._config  # type: ignore[attr-defined]
-        options = settings.patch(use_duck_shape=False)
-        found: Callable[..., T] = options(torch.compile(function, dynamic=True))
-        return found
+        return settings.patch(use_duck_shape=False)(torch.compile(function, dynamic=True))
 
     def fast(*arguments: Any) -> T:
         return compiled_once()(*arguments)
