@@ -5,8 +5,6 @@ or cap the logits, under settings of different names. A head is called plain if 
 gives the same logits as the product.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -77,8 +75,9 @@ class Head:
     def _forward(self, windows: Tensor, replaced: dict[str, Tensor] | None = None) -> Tensor:
         ids = torch.zeros(windows.shape[:2], dtype=torch.long, device=self.weight.device)
         # The body returns these states for any input.
-        states: Any = windows
-        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+        answer = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=windows  # type: ignore[arg-type]
+        )
         with replaced_forwards([self._body], lambda *_, **__: answer):
             output = functional_call(
                 self._model,

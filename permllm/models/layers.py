@@ -126,18 +126,13 @@ class LayerStream:
             self._kwargs.setdefault(len(batch), kwargs)
             if not position:
                 self._states = _room_for(len(tokens), hidden)
-            self._hidden[position].copy_(hidden)
-
-    @property
-    def _hidden(self) -> tuple[Tensor, ...]:
-        """Return the states batch by batch."""
-        return self._states.split(self._batch_size)
+            self._states.split(batch_size)[position].copy_(hidden)
 
     def forward(self, index: int) -> Iterator[Tensor]:
         """Yield the outputs of a layer on the device, batch by batch, without advancing."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
-            for hidden in self._hidden:
+            for hidden in self._states.split(self._batch_size):
                 kwargs = self._kwargs[len(hidden)][index]
                 with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
                     output = run_layer(layer, hidden.to(self._device), kwargs)
