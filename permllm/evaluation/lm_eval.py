@@ -147,8 +147,9 @@ def _lm_eval_results(
         add_bos_token=shared.add_bos_token,
     )
     # lm-eval adds a description of the machine to its results, which nobody reads here. For this it
-    # starts pip and other programs, so that each task takes seconds longer. It has no setting that
-    # leaves the description out, and `evaluate` would leave its seeds out too.
+    # starts pip and other programs, so that each task takes seconds longer. `simple_evaluate` has
+    # no setting against it. lm-eval's `evaluate` adds no description, but it sets neither seeds nor
+    # numbers of examples.
     with placement_of(model).whole(), patch("lm_eval.evaluator.add_env_info"):
         return simple_evaluate(
             lm,

@@ -47,10 +47,18 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
     groups = ("pruner", "permutation", "mask", "reconstruction")
     methods = ", ".join(f"{group} {config[group]['name']}" for group in groups)
-    lines = ["---", yaml.safe_dump(metadata | tags, sort_keys=False, width=math.inf).rstrip()]
-    lines += ["---", "", f"# {model['name']}, {summary['sparsity']} sparse", ""]
-    lines += [f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {methods}.", ""]
-    lines += [_FORMS[summary["form"]], ""]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata | tags, sort_keys=False, width=math.inf).rstrip(),
+        "---",
+        "",
+        f"# {model['name']}, {summary['sparsity']} sparse",
+        "",
+        f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {methods}.",
+        "",
+        _FORMS[summary["form"]],
+        "",
+    ]
     if notice := model_notice(config):
         lines += [f"{notice} The terms: {model['terms']}", ""]
     if summary.get("patterns"):
@@ -66,8 +74,12 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
             f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
             "",
         ]
-    lines += ["| measure | dense | sparse |", "| --- | --- | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in result_rows(metrics)]
-    lines += ["", f"Weights: {summary['bytes'] / 1e6:.1f} MB, {summary['dtype']}."]
-    lines += [f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}."]
+    lines += [
+        "| measure | dense | sparse |",
+        "| --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in result_rows(metrics)),
+        "",
+        f"Weights: {summary['bytes'] / 1e6:.1f} MB, {summary['dtype']}.",
+        f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.",
+    ]
     return "\n".join(lines) + "\n"

@@ -288,8 +288,7 @@ def _write_settings(
 def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm export`."""
     set_verbosity_error()  # warnings of transformers are errors here
-    names = ("form", "dtype", "shard_gb", "serve")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in ("form", "dtype", "shard_gb", "serve")}
     request = values.validated(Request, given, "export")
     summary = export_run(options.run, request, options.to, options.dense)
     said = (

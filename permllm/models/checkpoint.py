@@ -29,8 +29,11 @@ _REFUSED = {
     "quantization_config": "quantised models cannot be pruned",
     "transformers_weights": "its weights must lie in the files that transformers looks for",
 }
-# Dtypes of weights, as safetensors calls them.
-_FLOATING = ("F64", "F32", "F16", "BF16")
+# Dtypes of weights, as safetensors and torch call them.
+_FLOATING = (
+    *("F64", "F32", "F16", "BF16"),
+    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+)
 # Parts of transformers' loading report, and the verb of an error about them.
 _REPORT = {
     "missing_keys": "lacks",
@@ -251,8 +254,8 @@ def close(one: Tensor, other: Tensor) -> bool:
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
     read_config(folder)
-    safetensors = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
-    formats = {name: form for file in safetensors for name, form in tensor_formats(file).items()}
+    files = weight_files(folder)
+    formats = {name: form for file in files for name, form in _formats(file).items()}
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_json(generation)  # because transformers ignores a damaged one
@@ -276,3 +279,12 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
         more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
         raise DataError(f"{folder} {wrong[0]}{more}: its files and its config do not agree")
     return model
+
+
+def _formats(file: Path) -> dict[str, str]:
+    """Return the dtype of each tensor of a file by name; raise DataError if it is damaged."""
+    if file.suffix == ".safetensors":
+        return tensor_formats(file)
+    with transformers_reads(file):
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: str(tensor.dtype) for name, tensor in tensors.items()}

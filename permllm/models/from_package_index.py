@@ -78,8 +78,8 @@ def wheel_model_folder(config: ModelConfig) -> Path:
 
 def _convert_gguf(file: Path, target: Path) -> None:
     # transformers parses the file three times, and makes the table of tensor names for each module
-    # of the model. Both take seconds, so their results are kept. transformers has no argument for
-    # them, and it imports both functions at each call.
+    # of the model. Both take seconds, so their results are kept. The functions are replaced in
+    # `gguf`, because transformers takes neither a reader nor a table.
     with (
         patch("gguf.GGUFReader", cache(gguf.GGUFReader)),
         patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),

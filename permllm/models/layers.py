@@ -5,7 +5,7 @@ They are recorded: for one forward, stand-ins take the places of the layers, rec
 and return their input.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -52,9 +52,8 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
 
 
 @contextmanager
-def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[None]:
+def replaced_forwards(layers: list[nn.Module] | nn.ModuleList, forward: Any) -> Iterator[None]:
     """Replace the forward of each of these modules inside the context."""
-    layers = list(layers)
     before = [vars(layer).get("forward") for layer in layers]  # a compiled forward, for example
     for layer in layers:
         layer.forward = forward

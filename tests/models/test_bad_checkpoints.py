@@ -162,6 +162,7 @@ PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (Code, "cannot load"),
     "code among tensors": (lambda marker: WHOLE | {"x": Code(marker)}, "cannot load"),
     "a text": (lambda marker: WHOLE | {UP: "x"}, "cannot load"),
+    "integers": (lambda marker: WHOLE | {UP: WHOLE[UP].to(torch.int8)}, f"{UP} as torch.int8"),
     "NaN": (lambda marker: WHOLE | {NORM: WHOLE[NORM] * torch.nan}, f"{NORM} holds values"),
 }
 
@@ -173,7 +174,7 @@ def test_pickled_weights_are_read_but_their_code_never_runs(folder: Path, name: 
     torch.save(make(folder / "ran"), folder / "pytorch_model.bin")
     refused(folder, named)
     assert not (folder / "ran").exists()
-    refused(folder, "cannot load|placement=disk", placement="disk")
+    refused(folder, "cannot load|placement=disk|as torch.int8", placement="disk")
 
 
 @pytest.mark.parametrize("sizes", [{"num_key_value_heads": 3}, {"model_type": "nonsense"}], ids=str)
