@@ -13,7 +13,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,12 +24,12 @@ from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import PrunedModel, Request, write_checkpoint
-from permllm.models.checkpoint import read_weights
+from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_layers
-from permllm.models.source import DenseSource, skeleton_like
+from permllm.models.source import DenseSource
 from permllm.pruning.composition import composed, conf_directory, replaced_options
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import prune_model
@@ -41,7 +40,7 @@ from permllm.runs.table import Table
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.runtime.values import refused
+from permllm.runtime.values import validated
 
 Texts = str | Sequence[str] | Tensor
 
@@ -181,16 +180,8 @@ def perplexity(
     """
     _check(model, tokenizer, texts)
     named = texts if isinstance(texts, str) else None
-    given: dict[str, Any] = {
-        "dataset": named,
-        "seqlen": seqlen,
-        "limit": limit,
-        "batch_tokens": batch_tokens,
-    }
-    try:
-        config = PerplexityConfig(**given)
-    except ValidationError as error:
-        raise refused(error, given) from error
+    given = {"dataset": named, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
+    config = validated(PerplexityConfig, given)
     if isinstance(texts, Tensor):
         windows = texts[:limit]
     else:
@@ -253,7 +244,8 @@ def save(
     # Training may have changed the dtype since.
     config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
     pruned = PrunedModel(source, config, found.report, found.orders, weight)
-    return write_checkpoint(pruned, Request(form, dtype, shard_gb, serve), Path(folder))
+    settings = {"form": form, "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
+    return write_checkpoint(pruned, validated(Request, settings, "export"), Path(folder))
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

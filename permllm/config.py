@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError, first_line
@@ -39,7 +39,7 @@ from permllm.runtime.values import (
     Positive,
     Texts,
     Whole,
-    refused,
+    validated,
 )
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -345,10 +345,7 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         raise ConfigError(
             f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"
         ) from error
-    try:
-        return RunConfig(**given)
-    except ValidationError as error:
-        raise refused(error, given) from error
+    return validated(RunConfig, given)
 
 
 def windows_learned_from(samples: int | None, skip: int | None, calibration: int) -> slice:

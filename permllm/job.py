@@ -176,7 +176,6 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
                 raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
     request = Request(export.form, export.dtype, export.shard_gb, export.serve)
-    request.check()
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
     if export.form == "folded" and methods.permutation.constraint == "free":

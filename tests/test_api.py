@@ -166,7 +166,7 @@ def test_what_is_saved_computes_what_the_model_computes(
     permllm.prune(model, tokenizer, texts=[TEXT], **FEW, **constraint)
     summary = permllm.save(model, tmp_path / "out", form=form)
     assert summary["form"] == (form or "gathered")
-    assert verify(tmp_path / "out").passed
+    assert verify(tmp_path / "out")["passed"]
     opened = permllm.load(tmp_path / "out", attn_implementation="eager")
     assert opened.config._attn_implementation == "eager"
     with torch.no_grad():
@@ -237,8 +237,11 @@ def test_what_no_checkpoint_can_hold_is_one_line(
     with pytest.raises(ConfigError, match=r"permllm\.prune has pruned"):
         permllm.save(model, tmp_path / "out")
     permllm.prune(model, None, texts=WINDOWS, permutation="none")
-    with pytest.raises(ConfigError, match=r"export\.shard_gb='5GB'"):
-        permllm.save(model, tmp_path / "out", shard_gb="5GB")  # type: ignore[arg-type]
+    given: tuple[dict[str, Any], ...] = ({"shard_gb": "5GB"}, {"form": "flat"}, {"serve": "sglang"})
+    for options in given:
+        ((key, value),) = options.items()
+        with pytest.raises(ConfigError, match=f"export\\.{key}='{value}'"):
+            permllm.save(model, tmp_path / "out", **options)
     change(model, monkeypatch)
     with pytest.raises(ConfigError, match=named):
         permllm.save(model, tmp_path / "out")
@@ -383,4 +386,4 @@ def test_the_lines_of_the_documents_work(
     exec(lines, found)
     assert found["report"]["sparsity"]["violations"] == 0
     assert found["orders"].keys() == found["report"]["retained_saliency"].keys()
-    assert verify(tmp_path / "my-model").passed
+    assert verify(tmp_path / "my-model")["passed"]

@@ -258,8 +258,8 @@ def test_parts_of_a_model_to_several_patterns_in_every_form(cache: Path, tmp_pat
         if form:
             run(tmp_path, *words, *form)
         report = verify(directory / "export")
-        assert report.passed, report.problems
-        assert report.dense == sorted(f"{path}.weight" for path in dense)
+        assert report["passed"], report["problems"]
+        assert report["dense"] == sorted(f"{path}.weight" for path in dense)
     card = (directory / "export" / "README.md").read_text()
     assert "2:4, 1 linear 4:8, 8 dense, 23.61% zeros" in card
     assert not any("patterns" in name for name in flat_figures(metrics))  # a curve for each linear

@@ -50,9 +50,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
     (described / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.syspath_prepend(str(PLUGIN))
-    families._from_a_package.cache_clear()
+    families.family_of_a_package.cache_clear()
     yield
-    families._from_a_package.cache_clear()
+    families.family_of_a_package.cache_clear()
     for module in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
         del sys.modules[module]
 
@@ -91,7 +91,7 @@ def test_all_options_run_together(tmp_path: Path) -> None:
     chosen = [f"{option.parent}={option.name}" for option in OPTIONS]
     metrics, _ = run(*chosen, "export=gathered", f"run_dir={tmp_path}/run")
     assert metrics["name"] == "tiny-peak-spread-random-row_scale-2x4"
-    assert verify(tmp_path / "run" / "export").passed
+    assert verify(tmp_path / "run" / "export")["passed"]
 
 
 @pytest.mark.usefixtures("package")
@@ -134,7 +134,7 @@ def test_the_family_folds(tmp_path: Path) -> None:
     words += ("permutation.constraint=foldable", "export=folded", f"run_dir={tmp_path}/run")
     metrics, directory = run(*words)
     assert sum(metrics["moved_channels"].values()) > 0
-    assert verify(directory / "export").passed
+    assert verify(directory / "export")["passed"]
 
 
 def test_the_tree_in_contributing_has_the_files_of_the_package() -> None:

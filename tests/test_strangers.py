@@ -139,7 +139,7 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
             total = sum(scores[path].sum(0) for path in group.members)
             assert torch.equal(orders[group.name], total.argsort(stable=True))
     if settings.export.form != "none":
-        assert verify(directory / "export").passed
+        assert verify(directory / "export")["passed"]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_an_entry_point_that_gives_no_family_is_one_line(
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")
     (described / "entry_points.txt").write_text(f"[permllm.families]\nstablelm = {entry}\n")
-    families._from_a_package.cache_clear()
+    families.family_of_a_package.cache_clear()
     with pytest.raises(ConfigError, match=re.escape(message)):
-        families.family_named("stablelm")
-    families._from_a_package.cache_clear()
+        families.family_of_a_package("stablelm")
+    families.family_of_a_package.cache_clear()

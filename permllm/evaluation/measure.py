@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,8 @@ from permllm.runtime.identity import digest_of
 
 # Values by the name of a text or a task; `scores` are the values of single windows or items.
 Results = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Perplexity on a text, or a task.
-
-    Attributes:
-        kind: `perplexity` or `tasks`, the key of its results in an evaluation.
-        key: text that determines the result, together with the model.
-        run: function that measures the model; its argument, `dense` or `sparse`, labels the
-            progress bar.
-    """
-
-    kind: str
-    key: str
-    run: Callable[[str], Results]
+# Function that measures a model; its argument, `dense` or `sparse`, labels the progress bar.
+Run = Callable[[str], Results]
 
 
 def evaluate(
@@ -59,33 +44,38 @@ def evaluate(
     evaluation, folder = record.evaluation, record.directory / EVALUATIONS
     others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
     with fp8_products(loaded.model) if settings.weights else nullcontext():
-        for measure in _measures(loaded, settings, evaluation):
+        for kind, key, run in _measures(loaded, settings, evaluation):
             measured = _part(evaluation, "measured", which)
-            if measure.key in measured:
+            if key in measured:
                 continue
-            results = _taken(others, measure, which) or _measured(loaded, measure, which)
+            results = _taken(others, kind, key, which) or _measured(loaded, kind, key, run, which)
             for name, values in results.items():
                 if scores := values.pop("scores", None):
-                    _part(evaluation, "scores", measure.kind, which)[name] = scores
-                _part(evaluation, measure.kind, which)[name] = values
-            measured[measure.key] = list(results)
+                    _part(evaluation, "scores", kind, which)[name] = scores
+                _part(evaluation, kind, which)[name] = values
+            measured[key] = list(results)
             record.save()
 
 
 def _measures(
     loaded: LoadedModel, settings: EvaluationConfig, evaluation: dict[str, Any]
-) -> Iterator[Measure]:
+) -> Iterator[tuple[str, str, Run]]:
+    """Yield the perplexity on each text, and each task.
+
+    Each has a kind (`perplexity` or `tasks`, the key of its results in an evaluation), a text that
+    determines the result together with the model, and its function.
+    """
     rounding = f"/{settings.weights}" if settings.weights else ""
     for named in perplexity_texts(settings.perplexity):
         _part(evaluation, "evaluated_texts")[named.name] = named.text.digest(calibration=False)
         windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
         key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}{rounding}"
         run = partial(_perplexity, loaded, settings, named.name, windows)
-        yield Measure("perplexity", key, run)
+        yield "perplexity", key, run
     for name in settings.tasks:
         asked = Path(name).name
         key = f"tasks/{asked}/{digest_of(evaluation['evaluation']['tasks'][asked])}{rounding}"
-        yield Measure("tasks", key, partial(_task, loaded, settings, name))
+        yield "tasks", key, partial(_task, loaded, settings, name)
 
 
 def _perplexity(
@@ -103,26 +93,26 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str
     return {task: values | {"asked": Path(name).name} for task, values in found.items()}
 
 
-def _measured(loaded: LoadedModel, measure: Measure, which: str) -> Results:
+def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) -> Results:
     if which != "dense":
-        return parallel.share(measure.run(which))
-    key = {
+        return parallel.share(run(which))
+    key_of_cache = {
         "model": loaded.identity,
         # Results of a GPU and of a CPU differ by rounding.
         "device": loaded.model.device.type,
         "tokenizer": tokenizer_digest(loaded.tokenizer),
-        "measure": measure.key,
+        "measure": key,
     }
-    return cached(measure.kind, key, lambda: measure.run(which))
+    return cached(kind, key_of_cache, lambda: run(which))
 
 
-def _taken(others: list[dict[str, Any]], measure: Measure, which: str) -> Results:
-    """Return results of other evaluations under the key of a measure; empty: there are none."""
+def _taken(others: list[dict[str, Any]], kind: str, key: str, which: str) -> Results:
+    """Return results of other evaluations under a key; empty: there are none."""
     results = {}
     for other in others:
-        for name in _part(other, "measured", which).get(measure.key, []):
-            scores = _part(other, "scores", measure.kind, which).get(name)
-            results[name] = other[measure.kind][which][name] | {"scores": scores}
+        for name in _part(other, "measured", which).get(key, []):
+            scores = _part(other, "scores", kind, which).get(name)
+            results[name] = other[kind][which][name] | {"scores": scores}
     return results
 
 

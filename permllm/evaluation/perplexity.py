@@ -52,9 +52,8 @@ def perplexity_windows(
             f"{named.name} has {len(tokens)} tokens, fewer than one window of "
             f"evaluation.perplexity.seqlen={config.seqlen}: take shorter windows, or another text"
         )
-    for limit in (named.text.max_windows, config.limit):
-        if limit is not None:
-            count = min(count, limit)
+    limits = (count, named.text.max_windows, config.limit)
+    count = min(limit for limit in limits if limit is not None)
     return begun(tokens[: count * piece].view(count, piece), first)
 
 

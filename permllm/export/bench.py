@@ -8,13 +8,13 @@ two libraries. A 6:8 weight is multiplied as three 2:4 windows.
 import argparse
 import copy
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.config import NMPattern
-from permllm.errors import ConfigError, check_positive, check_whole, first_line
+from permllm.errors import ConfigError, first_line
 from permllm.export.gathered import gathered_modules, leave_out_gathers
 from permllm.export.verify import stated_patterns
 from permllm.models.checkpoint import (
@@ -39,6 +39,7 @@ from permllm.runs.environment import hardware, versions
 from permllm.runs.tensors import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.terminal import Answer, terminal
+from permllm.runtime.values import SETTINGS, Count, Positive, validated
 from permllm.sparsity.windows import as_two_of_four, window_count
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
@@ -112,7 +113,7 @@ def _columns(columns: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     return inputs[0].index_select(-1, columns)
 
 
-@dataclass(frozen=True)
+@dataclass(config=SETTINGS, frozen=True)
 class Sizes:
     """Sizes of the measurements.
 
@@ -123,17 +124,10 @@ class Sizes:
         seconds: shortest time of a measurement, in seconds.
     """
 
-    batch_sizes: Sequence[int] = (1, 8)
-    prompt: int = 256
-    new_tokens: int = 16
-    seconds: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_whole("--prompt", self.prompt, 1)
-        check_whole("--new-tokens", self.new_tokens, 1)
-        for size in self.batch_sizes:
-            check_whole("--batch-sizes", size, 1)
-        check_positive("--seconds", self.seconds)
+    batch_sizes: list[Count]
+    prompt: Count
+    new_tokens: Count
+    seconds: Positive
 
 
 @torch.no_grad()
@@ -172,19 +166,18 @@ def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
 
-    def work() -> None:
-        """Decode tokens from a copy of the cache."""
+    def decode() -> None:
         token, used = tokens[:, -1:], copy.deepcopy(cache)
         for _ in range(new_tokens):
             token = model(input_ids=token, use_cache=True, **{name: used}).logits[:, -1:].argmax(-1)
 
-    return work
+    return decode
 
 
 def measure(
     folder: Path,
-    against: Path | None = None,
-    sizes: Sizes | None = None,
+    against: Path | None,
+    sizes: Sizes,
     device: str = "auto",
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -193,7 +186,7 @@ def measure(
     Args:
         folder: folder of the checkpoint.
         against: folder of the dense model; None: the dense model is not measured.
-        sizes: sizes of the measurements; None: the defaults.
+        sizes: sizes of the measurements.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: dtype of the weights; None: the dtype of each checkpoint.
 
@@ -204,7 +197,7 @@ def measure(
         ConfigError: the machine lacks the device.
         DataError: a folder does not have a complete checkpoint.
     """
-    sizes, place = sizes or Sizes(), resolve_device(device)
+    place = resolve_device(device)
     asked = getattr(torch, dtype) if dtype else None
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
@@ -245,7 +238,8 @@ def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm bench`."""
     disable_progress_bar()
     set_verbosity_error()
-    sizes = Sizes(options.batch_sizes, options.prompt, options.new_tokens, options.seconds)
+    names = ("batch_sizes", "prompt", "new_tokens", "seconds")
+    sizes = validated(Sizes, {name: getattr(options, name) for name in names})
     report = measure(options.folder, options.against, sizes, options.device, options.dtype)
     return Answer(report, lambda: _show(report))
 

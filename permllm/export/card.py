@@ -19,23 +19,6 @@ _FORMS = {
 }
 
 
-def _serving(served: dict[str, int]) -> list[str]:
-    """Return how to serve the checkpoint with vLLM.
-
-    Args:
-        served: numbers of linears in vLLM: `sparse`, on its FP8 kernels for 2:4, and `all`.
-    """
-    return [
-        f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on FP8 "
-        "kernels for 2:4. The others stay in bfloat16. On an H100 or H200 (compute capability 9), "
-        "in this folder:",
-        "",
-        f"    {COMMAND}",
-        "",
-        f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
-    ]
-
-
 def model_notice(config: dict[str, Any]) -> str | None:
     """Return the notice that the dense model's terms demand for copies; None: they demand none.
 
@@ -64,18 +47,39 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
     groups = ("pruner", "permutation", "mask", "reconstruction")
     methods = ", ".join(f"{group} {config[group]['name']}" for group in groups)
-    lines = ["---", yaml.safe_dump(metadata | tags, sort_keys=False, width=math.inf).rstrip()]
-    lines += ["---", "", f"# {model['name']}, {summary['sparsity']} sparse", ""]
-    lines += [f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {methods}.", ""]
-    lines += [_FORMS[summary["form"]], ""]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata | tags, sort_keys=False, width=math.inf).rstrip(),
+        "---",
+        "",
+        f"# {model['name']}, {summary['sparsity']} sparse",
+        "",
+        f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {methods}.",
+        "",
+        _FORMS[summary["form"]],
+        "",
+    ]
     if notice := model_notice(config):
         lines += [f"{notice} The terms: {model['terms']}", ""]
     if summary.get("patterns"):
         lines += [f"Patterns of its linears: {patterns_text(metrics['sparsity'])}.", ""]
     if served := summary.get("served"):
-        lines += [*_serving(served), ""]
-    lines += ["| measure | dense | sparse |", "| --- | --- | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in result_rows(metrics)]
-    lines += ["", f"Weights: {summary['bytes'] / 1e6:.1f} MB, {summary['dtype']}."]
-    lines += [f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}."]
+        lines += [
+            f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on "
+            "FP8 kernels for 2:4. The others stay in bfloat16. On an H100 or H200 (compute "
+            "capability 9), in this folder:",
+            "",
+            f"    {COMMAND}",
+            "",
+            f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
+            "",
+        ]
+    lines += [
+        "| measure | dense | sparse |",
+        "| --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in result_rows(metrics)),
+        "",
+        f"Weights: {summary['bytes'] / 1e6:.1f} MB, {summary['dtype']}.",
+        f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.",
+    ]
     return "\n".join(lines) + "\n"

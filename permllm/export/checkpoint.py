@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic.dataclasses
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import set_verbosity_error
 
-from permllm.config import DTYPES, ModelConfig, NMPattern
-from permllm.errors import ConfigError, DataError, check_one_of, check_positive
+from permllm.config import Dtype, ModelConfig, NMPattern
+from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
-from permllm.export.fold import FORMS, StoredOrder, first_form, stored_order
+from permllm.export.fold import FORMS, Form, StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, write_gathered
-from permllm.export.serve import COMMAND, SERVERS, SETTINGS, check_serve, serving
+from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
 from permllm.models.selection import DENSE
@@ -37,6 +38,7 @@ from permllm.runs.files import (
     write_json,
 )
 from permllm.runs.tensors import Pruned, save_tensors
+from permllm.runtime import values
 from permllm.runtime.terminal import Answer
 
 log = logging.getLogger(__name__)
@@ -44,31 +46,21 @@ log = logging.getLogger(__name__)
 SUMMARY = "permllm.json"
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(config=values.SETTINGS, frozen=True)
 class Request:
     """Settings of an export, group `export`.
 
     Attributes:
-        form: one of `FORMS`; None: the first form that the permutations allow.
+        form: form of the checkpoint; None: the first form that the permutations allow.
         dtype: dtype of the weights; None: the model's dtype in the run.
         shard_gb: largest size of a file, in 10^9 bytes.
-        serve: one of `SERVERS`, for which a file of settings is written; None: no such file.
+        serve: server for which a file of settings is written; None: no such file.
     """
 
-    form: str | None = None
-    dtype: str | None = None
-    shard_gb: float = 5.0
-    serve: str | None = None
-
-    def check(self) -> None:
-        """Raise ConfigError unless all values are valid."""
-        if self.form is not None:
-            check_one_of("export.form", self.form, FORMS)
-        if self.dtype is not None:
-            check_one_of("export.dtype", self.dtype, DTYPES)
-        check_positive("export.shard_gb", self.shard_gb)
-        if self.serve is not None:
-            check_one_of("export.serve", self.serve, SERVERS)
+    form: Form | None = None
+    dtype: Dtype | None = None
+    shard_gb: values.Positive = 5.0
+    serve: Literal["vllm"] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,6 @@ def write_checkpoint(
     model: PrunedModel, request: Request, target: Path, replace: bool = False
 ) -> dict[str, Any]:
     """Write a pruned model; arguments, result and errors are as in `export_run`."""
-    request.check()
     if not replace:
         _check_free(target)
     with new_folder(target.resolve()) as scratch:
@@ -193,11 +184,13 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     form = request.form or first_form(groups, model.orders)
     stored = stored_order(form, source.skeleton, groups, model.orders)
     said = request.dtype or model.config["model"]["dtype"]
-    dtype, served = getattr(torch, said), None
+    dtype, files, served = getattr(torch, said), list[str](), dict[str, int]()
     if request.serve:
         there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
         check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
-        served = serving(groups, sparsity["pattern"], patterns)
+        settings, served = serving(groups, sparsity["pattern"], patterns)
+        write_json(folder / SETTINGS, settings)
+        files.append(SETTINGS)
     _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
     planned = {
@@ -209,11 +202,8 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
     made = partial(_made, model, stored, dtype, pruned)
-    files = write_shards(folder, planned, made, int(request.shard_gb * 1e9))
+    files += write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
-    if served is not None:
-        write_json(folder / SETTINGS, served.settings())
-        files += [SETTINGS]
     source.save_tokenizer(folder)
     summary = {
         "form": form,
@@ -225,7 +215,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         "shard_gb": request.shard_gb,
         "gathers": len(stored.gathers),
         "serve": request.serve,
-        **({"served": served.counts} if served else {}),
+        **({"served": served} if served else {}),
         "sha256": {name: file_sha256(folder / name) for name in files},
         "seconds": time.perf_counter() - started,
     }
@@ -248,9 +238,8 @@ def _made(
         tensor = model.weight(pruned[name], tensor)
     cast = tensor.to(dtype)
     if not all_finite(cast):
-        if not all_finite(tensor):
-            raise DataError(f"{name} holds values that are not finite")
-        raise DataError(f"{name} has values too large for {str(dtype).removeprefix('torch.')}")
+        its = str(dtype).removeprefix("torch.")
+        raise DataError(f"{name} holds values that are not finite in {its}")
     # Adding 0.0 turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
     return stored.apply(name, cast + 0.0 if name in pruned else cast)
 
@@ -301,7 +290,8 @@ def _write_settings(
 def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm export`."""
     set_verbosity_error()  # warnings of transformers are errors here
-    request = Request(options.form, options.dtype, options.shard_gb, options.serve)
+    given = {name: getattr(options, name) for name in ("form", "dtype", "shard_gb", "serve")}
+    request = values.validated(Request, given, "export")
     summary = export_run(options.run, request, options.to, options.dense)
     said = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "

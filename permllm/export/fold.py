@@ -13,6 +13,7 @@ inputs of the linear must be permuted in the same way:
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from permllm.models.head import head_path
 from permllm.permutation.foldable import RESIDUAL, foldable, local_order
 
 # In the order of preference of `permllm export`.
-FORMS = ("folded", "gathered", "simulate")
+Form = Literal["folded", "gathered", "simulate"]
+FORMS = get_args(Form)
 
 
 @dataclass
@@ -49,7 +51,7 @@ class StoredOrder:
         return tensor
 
 
-def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> str:
+def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> Form:
     """Return `folded` if all permutations fold, else `gathered`."""
     try:
         foldable([group for group in groups if group.name in orders], orders)
@@ -59,7 +61,7 @@ def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> str:
 
 
 def stored_order(
-    form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
+    form: Form, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
 ) -> StoredOrder:
     """Return the stored order of a model in one of the `FORMS`.
 
@@ -85,12 +87,10 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     family = family_of(model)
 
     def put_rows(paths: Iterable[str], order: Tensor) -> None:
-        """Permute the rows of weights and biases."""
         names = [f"{path}.{kind}" for path in paths for kind in ("weight", "bias")]
         stored.rows.update({name: order for name in names if name in parameters})
 
     def put_columns(paths: Iterable[str], order: Tensor) -> None:
-        """Permute the columns of weights."""
         stored.columns.update({f"{path}.weight": order for path in paths})
 
     stream = shared.get(RESIDUAL)

@@ -143,5 +143,8 @@ def _gather(
 def register() -> None:
     """Make gathered checkpoints known to transformers."""
     AutoConfig.register(_MODEL_TYPE, GatheredConfig, exist_ok=True)
-    model: Any = GatheredForCausalLM
-    AutoModelForCausalLM.register(GatheredConfig, model, exist_ok=True)
+    AutoModelForCausalLM.register(
+        GatheredConfig,
+        GatheredForCausalLM,  # type: ignore[arg-type]
+        exist_ok=True,
+    )

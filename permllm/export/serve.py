@@ -7,7 +7,7 @@ it loads them.
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from permllm.config import NMPattern
@@ -17,7 +17,6 @@ from permllm.models.selection import DENSE
 
 log = logging.getLogger(__name__)
 
-SERVERS = ("vllm",)
 SETTINGS = "torchao_sparse24.json"
 # Versions that read the file: vLLM by our reading of its code, torchao in a test.
 READERS = "vLLM 0.20.2 and 0.33.0, with torchao 0.18.0"
@@ -39,8 +38,8 @@ def _of_type(kind: str, data: Any, version: int | None = None) -> dict[str, Any]
 
 
 _BY_ROW = _of_type("PerRow", {"dim": -1}, 1)
-# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4, used if torchao is not installed.
-KEPT = _of_type(
+# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4.
+SPARSE = _of_type(
     "Float8DynamicActivationFloat8WeightConfig",
     {
         "activation_dtype": _of_type("torch.dtype", "float8_e4m3fn"),
@@ -60,50 +59,6 @@ KEPT = _of_type(
 )
 
 
-@dataclass(frozen=True)
-class Serving:
-    """Linears of a model as vLLM joins them, sparse and dense ones.
-
-    Attributes:
-        sparse: regular expression for the module paths that run on the FP8 kernels for 2:4.
-        dense: module paths that stay in bfloat16.
-        counts: numbers of linears in vLLM: `sparse`, on the kernels, and `all`.
-    """
-
-    sparse: str
-    dense: list[str]
-    counts: dict[str, int]
-
-    def settings(self) -> dict[str, Any]:
-        """Return the content of the file `SETTINGS`, made by torchao if it is installed."""
-        try:
-            return _by_torchao(self.sparse, self.dense)
-        except ImportError:  # torchao is missing, or older than the kernels
-            pass
-        by_name = {self.sparse: KEPT, **dict.fromkeys(self.dense)}
-        return _of_type(
-            "FqnToConfig", {"fqn_to_config": by_name, "module_fqn_to_config": by_name}, 1
-        )
-
-
-def _by_torchao(sparse: str, dense: Iterable[str]) -> dict[str, Any]:
-    for noisy in ("torchao", "torch.utils._pytree"):  # they warn that kernels for GPUs are missing
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    from torchao.core.config import config_to_dict
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        FqnToConfig,
-        PerRow,
-    )
-    from torchao.quantization.quantize_.workflows import Float8PackingFormat
-
-    config = Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow(), packing_format=Float8PackingFormat.SPARSE_2D_DATA_2D_METADATA
-    )
-    found: dict[str, Any] = config_to_dict(FqnToConfig({sparse: config, **dict.fromkeys(dense)}))
-    return found
-
-
 def check_serve(form: str, dtype: str, patterns: Collection[NMPattern]) -> None:
     """Raise ConfigError unless vLLM can serve a checkpoint of this form, dtype and N:M."""
     if not any(map(_two_of_four, patterns)):
@@ -120,18 +75,9 @@ def check_serve(form: str, dtype: str, patterns: Collection[NMPattern]) -> None:
         )
 
 
-@dataclass
-class _Linear:
-    """Linear in vLLM: path of its layer, paths of the joined linears, and their common size."""
-
-    prefix: str
-    channels: int
-    paths: list[str] = field(default_factory=list)
-    rows: int = 0
-    sparse: bool = True
-
-
-def serving(groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str, str]) -> Serving:
+def serving(
+    groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Find the linears of a model that vLLM runs on FP8 kernels for 2:4.
 
     Args:
@@ -139,44 +85,56 @@ def serving(groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str,
         pattern: N:M of linears that are not in `patterns`.
         patterns: N:M, or `dense`, by linear.
 
+    Returns:
+        The content of the file `SETTINGS`, and numbers of linears as vLLM joins them: `sparse`, on
+        the kernels, and `all`.
+
     Raises:
         ConfigError: no linear is 2:4 and of a suitable size.
     """
-    linears: dict[str, _Linear] = {}
-    for group in groups:
-        for path, rows in zip(group.members, group.rows, strict=True):
-            parent, _, name = path.rpartition(".")
-            served = f"{parent}.{_JOINED.get(name, name)}"
-            linear = linears.setdefault(served, _Linear(group.prefix, group.channels))
-            linear.paths.append(path)
-            linear.rows += rows
-            its = patterns.get(path, pattern)
-            linear.sparse &= its != DENSE and _two_of_four(NMPattern.parse(its))
-    kinds, layers = dict[str, None](), ""
-    dense, unfit, count = list[str](), list[str](), 0
-    for name, linear in linears.items():
-        names = dict.fromkeys([name, *linear.paths])
-        fits = linear.rows % _ROWS == linear.channels % _CHANNELS == 0
-        if linear.sparse and fits:
-            layers = linear.prefix.rstrip(".").rpartition(".")[0]
-            kinds |= dict.fromkeys(re.escape(one.removeprefix(linear.prefix)) for one in names)
-            count += 1
+    kinds, layers, sparse = dict[str, None](), "", 0
+    dense, unfit = list[str](), list[str]()
+    linears = [(group, name, rows) for group in groups for name, rows in _joined(group).items()]
+    for group, name, rows in linears:
+        its = [patterns.get(path, pattern) for path in rows]
+        pruned = all(text != DENSE and _two_of_four(NMPattern.parse(text)) for text in its)
+        names = dict.fromkeys([name, *rows])
+        if pruned and sum(rows.values()) % _ROWS == group.channels % _CHANNELS == 0:
+            layers = group.prefix.rstrip(".").rpartition(".")[0]
+            kinds |= dict.fromkeys(re.escape(one.removeprefix(group.prefix)) for one in names)
+            sparse += 1
         else:
             dense += names
-            unfit += [name] * linear.sparse
-    if not count:
+            unfit += [name] * pruned
+    if not sparse:
         raise ConfigError(
             f"export.serve=vllm: the kernels need rows divisible by {_ROWS} and channels divisible "
             f"by {_CHANNELS}, and no 2:4 linear of this model has both; leave export.serve out"
         )
     if unfit:
-        log.warning(
-            "vLLM runs %s of %s linears as dense ones, such as %s: its kernels need rows divisible "
-            "by %s and channels divisible by %s; keep_dense=[...] would leave them unpruned",
-            *(len(unfit), len(linears), unfit[0], _ROWS, _CHANNELS),
-        )
-    sparse = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(kinds)})"
-    return Serving(sparse, dense, {"sparse": count, "all": len(linears)})
+        _warn(len(unfit), len(linears), unfit[0])
+    expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(kinds)})"
+    by_name = {expression: SPARSE, **dict.fromkeys(dense)}
+    both = {"fqn_to_config": by_name, "module_fqn_to_config": by_name}
+    return _of_type("FqnToConfig", both, 1), {"sparse": sparse, "all": len(linears)}
+
+
+def _joined(group: ChannelGroup) -> dict[str, dict[str, int]]:
+    """Return the linears of a group as vLLM joins them: C_out of each member by its path."""
+    joined: dict[str, dict[str, int]] = {}
+    for path, rows in zip(group.members, group.rows, strict=True):
+        parent, _, name = path.rpartition(".")
+        joined.setdefault(f"{parent}.{_JOINED.get(name, name)}", {})[path] = rows
+    return joined
+
+
+@cache  # because a run finds the linears before it prunes, and again when it writes the checkpoint
+def _warn(unfit: int, linears: int, example: str) -> None:
+    log.warning(
+        "vLLM runs %s of %s linears as dense ones, such as %s: its kernels need rows divisible "
+        "by %s and channels divisible by %s; keep_dense=[...] would leave them unpruned",
+        *(unfit, linears, example, _ROWS, _CHANNELS),
+    )
 
 
 def _two_of_four(pattern: NMPattern) -> bool:

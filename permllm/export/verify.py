@@ -2,8 +2,8 @@
 
 import argparse
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,57 +23,30 @@ _SEQUENCES, _LENGTH = 4, 64
 _SHOWN = 20
 
 
-@dataclass
-class LayerReport:
-    """Check of a weight that should be sparse.
-
-    Attributes:
-        name: name of the tensor.
-        pattern: expected N:M.
-        zeros: share of zeros.
-        violations: number of groups of M with more than N nonzeros, in stored order.
-    """
-
-    name: str
-    pattern: str
-    zeros: float
-    violations: int
-
-
-@dataclass
-class Report:
-    """Result of the check of a checkpoint.
-
-    Attributes:
-        passed: True: every linear has its expected N:M, and the difference of logits is finite.
-        problems: a line for each problem.
-        pattern: expected N:M of linears without a pattern of their own.
-        zeros: share of zeros in all weights that should be sparse.
-        layers: checks of these weights.
-        dense: names of the linears' weights that the export states to be dense.
-        bytes: size of all files with weights.
-        checksums: True: the files were compared with the sha256 that an export states.
-        difference: difference of logits from another checkpoint's; None: it was not measured.
-    """
-
-    passed: bool
-    problems: list[str]
-    pattern: str
-    zeros: float
-    layers: list[LayerReport]
-    dense: list[str]
-    bytes: int
-    checksums: bool
-    difference: dict[str, float] | None
-
-
-def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None = None) -> Report:
+def verify(
+    folder: Path, pattern: NMPattern | None = None, against: Path | None = None
+) -> dict[str, Any]:
     """Check a checkpoint that transformers can load, an export of PermLLM or any other.
 
     Args:
         folder: folder of the checkpoint.
         pattern: expected N:M of every linear; None: the N:M that an export states, else 2:4.
         against: folder of a checkpoint whose logits are compared; None: none are.
+
+    Returns:
+        Plain values:
+
+        - `passed`: every linear has its expected N:M, and the difference of logits is finite;
+        - `problems`: a line for each problem;
+        - `pattern`: expected N:M of linears without a pattern of their own;
+        - `zeros`: share of zeros in all weights that should be sparse;
+        - `layers`: for each of these weights its `name`, its expected `pattern`, its share of
+          `zeros`, and `violations`, the number of groups of M with more than N nonzeros in stored
+          order;
+        - `dense`: names of the linears' weights that the export states to be dense;
+        - `bytes`: size of all files with weights;
+        - `checksums`: the files were compared with the sha256 that an export states;
+        - `difference`: difference of logits (`logits_difference`); None: it was not measured.
 
     Raises:
         ConfigError: the model has no known linears, or M does not divide the channels.
@@ -90,29 +63,36 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
         weight = linear_at(model, path).weight
         check_divides(its, weight.shape[1], path)
         found = int((weight == 0).sum())
-        zeros, size, share = zeros + found, size + weight.numel(), found / weight.numel()
-        layers.append(LayerReport(f"{path}.weight", str(its), share, violations(weight, None, its)))
+        zeros, size = zeros + found, size + weight.numel()
+        layers.append(
+            {
+                "name": f"{path}.weight",
+                "pattern": str(its),
+                "zeros": found / weight.numel(),
+                "violations": violations(weight, None, its),
+            }
+        )
     problems = [
-        f"{layer.name} has {layer.violations} groups that are not {layer.pattern}"
+        f"{layer['name']} has {layer['violations']} groups that are not {layer['pattern']}"
         for layer in layers
-        if layer.violations
+        if layer["violations"]
     ]
     every = {path for group in channel_groups(model) for path in group.members}
     del model
     difference = logits_difference(folder, against) if against else None
     if difference and not all(map(math.isfinite, difference.values())):
         problems.append(f"the difference of its logits from those of {against} is not finite")
-    return Report(
-        passed=not problems,
-        problems=problems,
-        pattern=str(pattern or (summary["sparsity"] if summary else "2:4")),
-        zeros=zeros / max(size, 1),
-        layers=layers,
-        dense=sorted(f"{path}.weight" for path in every - stated.keys()),
-        bytes=sum(file.stat().st_size for file in weight_files(folder)),
-        checksums=summary is not None,
-        difference=difference,
-    )
+    return {
+        "passed": not problems,
+        "problems": problems,
+        "pattern": str(pattern or (summary["sparsity"] if summary else "2:4")),
+        "zeros": zeros / max(size, 1),
+        "layers": layers,
+        "dense": sorted(f"{path}.weight" for path in every - stated.keys()),
+        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+        "checksums": summary is not None,
+        "difference": difference,
+    }
 
 
 def stated_patterns(
@@ -168,28 +148,29 @@ def work(options: argparse.Namespace) -> Answer:
     set_verbosity_error()  # the report has what transformers warns of
     pattern = NMPattern.parse(options.pattern, "--pattern") if options.pattern else None
     report = verify(options.folder, pattern, options.against)
-    return Answer(asdict(report), lambda: _show(options.folder, report), 0 if report.passed else 1)
+    code = 0 if report["passed"] else 1
+    return Answer(report, lambda: _show(options.folder, report), code)
 
 
-def _show(folder: Path, report: Report) -> None:
-    verdict = "passed" if report.passed else "FAILED"
-    lines = [f"{verdict}: {folder}, {report.pattern} in stored order"]
-    lines += [f"- {problem}" for problem in report.problems[:_SHOWN]]
-    if len(report.problems) > _SHOWN:
-        lines.append(f"- and {len(report.problems) - _SHOWN} more")
-    bad = sum(layer.violations for layer in report.layers)
+def _show(folder: Path, report: dict[str, Any]) -> None:
+    verdict = "passed" if report["passed"] else "FAILED"
+    lines = [f"{verdict}: {folder}, {report['pattern']} in stored order"]
+    lines += [f"- {problem}" for problem in report["problems"][:_SHOWN]]
+    if len(report["problems"]) > _SHOWN:
+        lines.append(f"- and {len(report['problems']) - _SHOWN} more")
+    bad = sum(layer["violations"] for layer in report["layers"])
     lines.append(
-        f"{len(report.layers)} weights, {report.zeros:.2%} zeros, {bad} violations, "
-        f"{report.bytes / 1e6:.1f} MB on disk"
+        f"{len(report['layers'])} weights, {report['zeros']:.2%} zeros, {bad} violations, "
+        f"{report['bytes'] / 1e6:.1f} MB on disk"
     )
-    if report.dense:
-        lines.append(f"dense according to {SUMMARY}: {', '.join(report.dense)}")
-    if found := report.difference:
+    if report["dense"]:
+        lines.append(f"dense according to {SUMMARY}: {', '.join(report['dense'])}")
+    if found := report["difference"]:
         lines.append(
             f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, "
             f"KL {found['kl']:.2e} nats, the same next token at {found['agreement']:.2%}"
         )
-    if report.checksums:
+    if report["checksums"]:
         lines.append("files compared with their sha256")
     else:
         lines.append("files not compared with a sha256: the folder states none")

@@ -34,7 +34,6 @@ def attention_in_float32(device: torch.device) -> Iterator[None]:
         mask: Tensor | None,
         **options: Any,
     ) -> Any:
-        """Call the attention of transformers with float32 inputs."""
         if mask is not None and mask.is_floating_point():  # a bool mask stays as it is
             mask = mask.float()
         with products_as_they_are(query):

@@ -4,6 +4,7 @@ transformers fills a tensor that is missing or has another shape with random val
 integers to floats without their scales. It says so only in its loading report.
 """
 
+import copy
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,17 +90,13 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files from which transformers reads the weights of a folder.
 
     Raises:
-        DataError: the folder has no weights, or lacks a file that its index names.
+        DataError: the folder has no weights, or its index is damaged.
     """
     for index, single in WEIGHTS:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            files = [folder / name for name in indexed_files(folder / index)]
-            for file in files:
-                if not file.is_file():
-                    raise DataError(f"{folder} lacks {file.name}, which its index names")
-            return files
+            return [folder / name for name in indexed_files(folder / index)]
     raise DataError(f"{folder} has no weights: {' or '.join(single for _, single in WEIGHTS)}")
 
 
@@ -131,7 +128,6 @@ def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
     places = {name: file for file in files for name in tensor_formats(file)}
 
     def read(name: str) -> Tensor:
-        """Read a tensor from its file."""
         return load_tensor(places[name], name)
 
     for name, source in (model.all_tied_weights_keys or {}).items():
@@ -200,6 +196,28 @@ def head_of_its_own(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
+def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
+    """Build a model on the meta device from its config, with a separate head if it has one.
+
+    Raises:
+        ConfigError: the model has other tensors than its config makes.
+    """
+    config = copy.deepcopy(model.config)
+    # A model from a GGUF file keeps this entry, although its weights are floats.
+    vars(config).pop("quantization_config", None)
+    if head_of_its_own(model):
+        config.tie_word_embeddings = False
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    if odd := sorted(_shapes(model) ^ _shapes(skeleton)):
+        raise ConfigError(f"the model has other tensors than its config makes: {odd[0][0]}")
+    return skeleton
+
+
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+
+
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Return the number of tokens in a model's vocabulary: the rows of its embedding."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
@@ -235,10 +253,9 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
     read_config(folder)
-    formats = _formats(weight_files(folder))
+    files = weight_files(folder)
+    formats = {name: form for file in files for name, form in _formats(file).items()}
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_json(generation)  # because transformers ignores a damaged one
@@ -264,14 +281,10 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _formats(files: list[Path]) -> dict[str, str]:
-    """Return the dtype of each tensor by name; raise DataError where a file is damaged."""
-    formats: dict[str, str] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            formats |= tensor_formats(file)
-            continue
-        with transformers_reads(file):
-            tensors = torch.load(file, map_location="meta", weights_only=True)
-            formats |= {name: str(tensor.dtype) for name, tensor in tensors.items()}
-    return formats
+def _formats(file: Path) -> dict[str, str]:
+    """Return the dtype of each tensor of a file by name; raise DataError if it is damaged."""
+    if file.suffix == ".safetensors":
+        return tensor_formats(file)
+    with transformers_reads(file):
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: str(tensor.dtype) for name, tensor in tensors.items()}

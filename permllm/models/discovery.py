@@ -112,7 +112,6 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     calls, names = _Calls(), {module: name for name, module in model.named_modules()}
 
     def reads(module: nn.Module, args: Any) -> None:
-        """Record the call of a module and the input of a linear."""
         calls.order.append(names[module])
         if isinstance(module, nn.Linear):
             if names[module] in calls.read:
@@ -120,12 +119,10 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
             calls.read[names[module]] = args[0]
 
     def writes(module: nn.Module, args: Any, output: Any) -> None:
-        """Record the output of a linear."""
         if isinstance(module, nn.Linear):
             calls.written[names[module]] = output, output._version
 
     def returns(module: nn.Module, args: Any, output: Any) -> None:
-        """Record the kind of a decoder layer's output."""
         calls.tuples = isinstance(output, tuple)
 
     leaves = [module for module in names if not list(module.children())]

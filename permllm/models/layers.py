@@ -5,9 +5,8 @@ They are recorded: for one forward, stand-ins take the places of the layers, rec
 and return their input.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +23,14 @@ from permllm.runtime.precision import products_in
 _SHARE_OF_FREE = 1 / 8
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """Inputs of the decoder layers of a model for one batch of tokens.
-
-    Attributes:
-        hidden: input of the first layer, `(batch, tokens, hidden)`, in the model's dtype.
-        kwargs: keyword arguments of each layer; layers share tensors.
-    """
-
-    hidden: Tensor
-    kwargs: list[dict[str, Any]]
-
-
 @torch.no_grad()
-def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
-    """Embed tokens, int64 `(batch, tokens)`, and record the arguments of each decoder layer."""
+def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Embed tokens, int64 `(batch, tokens)`, and record the arguments of each decoder layer.
+
+    Returns:
+        The input of the first layer, `(batch, tokens, hidden)`, in the model's dtype, and the
+        keyword arguments of each layer; layers share tensors.
+    """
     layers, tuples = decoder_layers(model), family_of(model).tuples
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
@@ -57,13 +48,12 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
         # Without the head, whose logits would cost much more than the embedding.
         body: Any = model.base_model
         body(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    return LayerInputs(hidden[0], kwargs)
+    return hidden[0], kwargs
 
 
 @contextmanager
-def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[None]:
+def replaced_forwards(layers: list[nn.Module] | nn.ModuleList, forward: Any) -> Iterator[None]:
     """Replace the forward of each of these modules inside the context."""
-    layers = list(layers)
     before = [vars(layer).get("forward") for layer in layers]  # a compiled forward, for example
     for layer in layers:
         layer.forward = forward
@@ -131,22 +121,17 @@ class LayerStream:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
         for position, batch in enumerate(tokens.split(batch_size)):
-            inputs = layer_inputs(model, batch)
-            self._kwargs.setdefault(len(batch), inputs.kwargs)
+            hidden, kwargs = layer_inputs(model, batch)
+            self._kwargs.setdefault(len(batch), kwargs)
             if not position:
-                self._states = _room_for(len(tokens), inputs.hidden)
-            self._hidden[position].copy_(inputs.hidden)
-
-    @property
-    def _hidden(self) -> tuple[Tensor, ...]:
-        """Return the states batch by batch."""
-        return self._states.split(self._batch_size)
+                self._states = _room_for(len(tokens), hidden)
+            self._states.split(batch_size)[position].copy_(hidden)
 
     def forward(self, index: int) -> Iterator[Tensor]:
         """Yield the outputs of a layer on the device, batch by batch, without advancing."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
-            for hidden in self._hidden:
+            for hidden in self._states.split(self._batch_size):
                 kwargs = self._kwargs[len(hidden)][index]
                 with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
                     output = run_layer(layer, hidden.to(self._device), kwargs)

@@ -113,7 +113,6 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         own = dict(model.named_parameters())
         place(model, Sharded(model, device, lambda name: own[name].data))
         _outside_to(model, device)
-    _check_vocabulary(called, model, tokenizer)
     with placement_of(model).whole():
         check_runs(called, model)
     check_layers(called, model)
@@ -133,7 +132,7 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
     if config.source == "local":
         return _without_values(config, Path(config.path or ""))
     if config.source == "hub" and not config.architecture:
-        folder = hub_snapshot(_hub_name(config), config.revision, ["config.json"])
+        folder = hub_snapshot(config.hub_name or "", config.revision, ["config.json"])
         return _without_values(config, folder)
     return _on_meta(config, _architecture(config))
 
@@ -166,9 +165,10 @@ def generation_of(folder: Path) -> GenerationConfig:
 def folder_identity(config: ModelConfig, folder: Path) -> str:
     """Return `LoadedModel.identity` of the model in its `dense_folder`, without loading it."""
     if config.source == "wheel":
-        identity = wheel_model(config).identity
+        model = wheel_model(config)
+        identity = f"{model.package}:{model.sha256}"
     elif config.source == "hub":
-        identity = f"hub:{_hub_name(config)}:{folder.name}"  # the folder's name is the commit
+        identity = f"hub:{config.hub_name}:{folder.name}"  # the folder's name is the commit
     else:
         identity = _digest_of_files(folder)
     return f"{identity}:{config.dtype}"
@@ -183,11 +183,10 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
     placement = placement_of(model)
     with placement.whole():
         whole = model(input_ids=tokens, use_cache=False).logits
-    inputs = layer_inputs(model, tokens)
-    hidden = inputs.hidden
-    for index, kwargs in enumerate(inputs.kwargs):
+    hidden, kwargs = layer_inputs(model, tokens)
+    for index, own in enumerate(kwargs):
         with placement.layer(index) as layer:
-            hidden = run_layer(layer, hidden, kwargs)
+            hidden = run_layer(layer, hidden, own)
     if not close(Head(model).logits(after_layers(model, hidden)), whole):
         layers = family_of(model).layers
         raise ConfigError(
@@ -238,7 +237,6 @@ def _random(
     with torch.random.fork_rng(devices=[]), transformers_reads(config.name):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-    check_values(config.name, model)
     identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}:{config.dtype}"
     return model, ByT5Tokenizer(extra_ids=0), identity
 
@@ -300,18 +298,6 @@ def _outside_to(model: nn.Module, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def _check_vocabulary(
-    what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    # Some models lack added tokens, which ordinary texts do not have.
-    own = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    largest, known = max(own, default=-1), vocabulary_of(model)
-    if largest >= known:
-        raise DataError(
-            f"{what}: its tokenizer has tokens up to {largest}, and the model only 0 to {known - 1}"
-        )
-
-
 def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES):
@@ -320,16 +306,9 @@ def _digest_of_files(folder: Path) -> str:
     return f"local:{digest.hexdigest()}"
 
 
-def _hub_name(config: ModelConfig) -> str:
-    name = config.hub_name or config.name
-    if Path(name).is_dir():
-        raise ConfigError(f"model.hub_name={name} is a folder; use model=local model.path={name}")
-    return name
-
-
 def _hub_folder(config: ModelConfig) -> Path:
     """Download a hub model, all files from one commit, with the weights that transformers reads."""
-    name = _hub_name(config)
+    name = config.hub_name or ""
     folder = hub_snapshot(name, config.revision, _SETTINGS)
     _without_values(config, folder)
     for index, single in WEIGHTS:

@@ -1,6 +1,5 @@
 """Dense model from which a pruned model is written, one tensor at a time."""
 
-import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
-from permllm.errors import ConfigError
-from permllm.models.checkpoint import Read, check_checkpoint, head_of_its_own, tensor_reader
+from permllm.models.checkpoint import Read, check_checkpoint, skeleton_like, tensor_reader
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model
 
 _TOKENIZER_FILES = (
@@ -66,7 +64,6 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
             dtype = getattr(torch, config.dtype)
 
             def read(name: str) -> Tensor:
-                """Read a tensor in the model's dtype."""
                 tensor = reader(name)
                 # Copied, because the tensor would keep the file in memory.
                 return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
@@ -84,28 +81,6 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
         loaded.identity,
         lambda name: state[name].cpu(),
     )
-
-
-def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the model on the meta device from its config, with a separate head if it has one.
-
-    Raises:
-        ConfigError: the model has other tensors than its config makes.
-    """
-    config = copy.deepcopy(model.config)
-    # A model that was unpacked by `from_pretrained(gguf_file=...)` keeps this entry.
-    vars(config).pop("quantization_config", None)
-    if head_of_its_own(model):
-        config.tie_word_embeddings = False
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    if odd := sorted(_shapes(model) ^ _shapes(skeleton)):
-        raise ConfigError(f"the model has other tensors than its config makes: {odd[0][0]}")
-    return skeleton
-
-
-def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -26,7 +26,6 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
     failed = False
 
     def attempt(*arguments: Any) -> T | None:
-        """Return the result of `fast`, or None."""
         nonlocal failed
         if failed:
             return None
@@ -47,16 +46,12 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
 
     @cache
     def compiled_once() -> Callable[..., T]:
-        """Return the compiled function."""
         # With duck shapes, sizes that are equal by chance in the first call cost a second
         # compilation.
         settings: Any = torch.fx.experimental._config  # type: ignore[attr-defined]
-        options = settings.patch(use_duck_shape=False)
-        found: Callable[..., T] = options(torch.compile(function, dynamic=True))
-        return found
+        return settings.patch(use_duck_shape=False)(torch.compile(function, dynamic=True))
 
     def fast(*arguments: Any) -> T:
-        """Return the result of the compiled function."""
         return compiled_once()(*arguments)
 
     attempt = attempted(fast, otherwise)

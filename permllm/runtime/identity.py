@@ -30,15 +30,11 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     `temperature` come from the permutation; a permutation without them does not use them.
     """
     identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
-    if "inputs" in identity:
-        inputs = identity["inputs"] or {}
-        identity["inputs"] = _without(
-            inputs, [key for key in inputs if key.startswith("evaluation.")]
-        )
-    if isinstance(identity.get("model"), Mapping):
-        identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
-        if str(identity["model"].get("device")).startswith("cuda:"):  # the GPU does not matter
-            identity["model"]["device"] = "cuda"
+    inputs = identity["inputs"]
+    identity["inputs"] = _without(inputs, [key for key in inputs if key.startswith("evaluation.")])
+    identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
+    if str(identity["model"].get("device")).startswith("cuda:"):  # the GPU does not matter
+        identity["model"]["device"] = "cuda"
     if "keep_dense" in identity:  # the order of the names does not matter
         identity["keep_dense"] = sorted(identity["keep_dense"])
     permutation = dict(identity.get("permutation") or {})

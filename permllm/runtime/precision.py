@@ -83,8 +83,7 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
 
 def recomputed(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function, and call it again in backward instead of keeping its activations."""
-    found: Result = checkpoint(function, *args, use_reentrant=False, context_fn=_modes)
-    return found
+    return checkpoint(function, *args, use_reentrant=False, context_fn=_modes)
 
 
 def _modes() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:

@@ -1,11 +1,13 @@
 """Types of the values of settings, and the error for a value that is not valid."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from permllm.errors import ConfigError
+
+T = TypeVar("T")
 
 # Configuration of every class of settings.
 SETTINGS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -49,6 +51,23 @@ Texts = Annotated[Any, BeforeValidator(_texts)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 # Values by index of a layer or name of a module, sorted by name.
 ByName = Annotated[dict[str, Any], BeforeValidator(_patterns)]
+
+
+def validated(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
+    """Return an object of a class of settings.
+
+    Args:
+        kind: the class, a dataclass of pydantic.
+        given: values of its fields.
+        prefix: as in `refused`.
+
+    Raises:
+        ConfigError: pydantic refuses a value.
+    """
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise refused(error, given, prefix) from error
 
 
 def refused(error: ValidationError, given: Mapping[str, Any], prefix: str = "") -> ConfigError:

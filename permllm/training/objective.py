@@ -190,9 +190,9 @@ class Objective:
         samples = len(batch.tokens)
         if batch.inputs is not None and samples in self._kwargs:
             return batch.inputs, self._kwargs[samples]
-        found = layer_inputs(self.problem.model, batch.tokens)
-        self._kwargs[samples] = found.kwargs
-        return (found.hidden if batch.inputs is None else batch.inputs), found.kwargs
+        hidden, kwargs = layer_inputs(self.problem.model, batch.tokens)
+        self._kwargs[samples] = kwargs
+        return (hidden if batch.inputs is None else batch.inputs), kwargs
 
     def _recompute(self, hidden: Tensor) -> bool:
         """Tell whether backward recomputes each layer."""

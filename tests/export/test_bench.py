@@ -24,7 +24,7 @@ from tests.export.pruned import load, logits, make_run, relative, variant_model
 from tests.models.test_bad_checkpoints import WEIGHTS
 
 CUDA = torch.device("cuda")
-FEW = Sizes(batch_sizes=(1, 2), prompt=8, new_tokens=2, seconds=1e-3)
+FEW = Sizes(batch_sizes=[1, 2], prompt=8, new_tokens=2, seconds=1e-3)
 
 
 def test_the_command_measures_on_a_cpu(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +44,7 @@ def test_the_command_measures_on_a_cpu(exports: Path, capsys: pytest.CaptureFixt
     assert call("bench", words) == 0
     assert "missing: 2:4 products need an NVIDIA GPU" in capsys.readouterr().out
     assert call("bench", [*words, "--prompt", "0"]) == 1
-    assert "--prompt=0" in capsys.readouterr().err
+    assert "prompt=0: must be at least 1" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

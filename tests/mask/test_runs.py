@@ -44,7 +44,7 @@ def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(
     assert read_json(directory / "metrics.json") == metrics
     assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
     assert metrics["seconds"]["mask"] > 0
-    assert verify(directory / "export").passed
+    assert verify(directory / "export")["passed"]
     assert [line["mask_flips"] > 0 for line in history(directory)] == [True]
 
 

@@ -53,15 +53,16 @@ def test_attention_that_gradients_go_through_is_not_rounded_on_a_cpu(mask: str) 
 
 def test_a_layer_that_is_recomputed_in_backward_attends_as_it_did() -> None:
     model = tiny_model("llama").requires_grad_(False)
-    inputs, layer = layer_inputs(model, torch.randint(0, 50, (2, 12))), decoder_layers(model)[0]
+    states, kwargs = layer_inputs(model, torch.randint(0, 50, (2, 12)))
+    layer = decoder_layers(model)[0]
     found = []
     for again in (False, True):
-        hidden = inputs.hidden.clone().requires_grad_()
+        hidden = states.clone().requires_grad_()
         with products_in(torch.bfloat16, CPU):
             if again:
-                output = checkpoint(run_layer, layer, hidden, inputs.kwargs[0], use_reentrant=False)
+                output = checkpoint(run_layer, layer, hidden, kwargs[0], use_reentrant=False)
             else:
-                output = run_layer(layer, hidden, inputs.kwargs[0])
+                output = run_layer(layer, hidden, kwargs[0])
             output.float().square().mean().backward()
         assert hidden.grad is not None
         found.append(hidden.grad)
