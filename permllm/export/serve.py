@@ -38,8 +38,8 @@ def _of_type(kind: str, data: Any, version: int | None = None) -> dict[str, Any]
 
 
 _BY_ROW = _of_type("PerRow", {"dim": -1}, 1)
-# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4.
-SPARSE = _of_type(
+# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4, used if torchao is not installed.
+KEPT = _of_type(
     "Float8DynamicActivationFloat8WeightConfig",
     {
         "activation_dtype": _of_type("torch.dtype", "float8_e4m3fn"),
@@ -114,9 +114,24 @@ def serving(
     if unfit:
         _warn(len(unfit), len(linears), unfit[0])
     expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(kinds)})"
-    by_name = {expression: SPARSE, **dict.fromkeys(dense)}
+    by_name = {expression: _for_kernels(), **dict.fromkeys(dense)}
     both = {"fqn_to_config": by_name, "module_fqn_to_config": by_name}
     return _of_type("FqnToConfig", both, 1), {"sparse": sparse, "all": len(linears)}
+
+
+def _for_kernels() -> dict[str, Any]:
+    """Return the settings of the kernels, made by torchao if it is installed."""
+    for noisy in ("torchao", "torch.utils._pytree"):  # they warn that kernels for GPUs are missing
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        from torchao.core.config import config_to_dict
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+        from torchao.quantization.quantize_.workflows import Float8PackingFormat
+    except ImportError:  # torchao is missing, or older than the kernels
+        return KEPT
+    packing = Float8PackingFormat.SPARSE_2D_DATA_2D_METADATA
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), packing_format=packing)
+    return dict(config_to_dict(config))
 
 
 def _joined(group: ChannelGroup) -> dict[str, dict[str, int]]:

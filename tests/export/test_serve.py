@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from permllm.cli import call
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
-from permllm.export.serve import COMMAND, SETTINGS, SPARSE, serving
+from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
 from permllm.job import export_request, run
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
@@ -73,7 +74,7 @@ def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
     for names, weight in served(tmp_path / "out"):
         sparse = violations(weight, None, TWO_OF_FOUR) == 0
         multiplied += sparse
-        wanted = SPARSE if sparse else None
+        wanted = KEPT if sparse else None
         assert [chosen(settings, name) for name in names] == [wanted] * len(names)
     assert summary["served"] == {"sparse": multiplied, "all": 12}
     assert multiplied == 12 - 4
@@ -85,20 +86,21 @@ def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
     assert f"\n    {COMMAND}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_torchao_reads_the_settings_and_writes_the_same(tmp_path: Path) -> None:
+def test_torchao_writes_and_reads_the_kept_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = pytest.importorskip("torchao.core.config")
-    export_run(qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",)), VLLM, tmp_path / "out")
-    kept = read_json(tmp_path / "out" / SETTINGS)
-    config = core.config_from_dict(kept)
-    assert core.config_to_dict(config) == kept
+    run = qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",))
+    export_run(run, VLLM, tmp_path / "by-torchao")
+    theirs = read_json(tmp_path / "by-torchao" / SETTINGS)
+    config = core.config_from_dict(theirs)
+    assert core.config_to_dict(config) == theirs
     ((sparse, settings), *dense) = config.fqn_to_config.items()
     assert settings.packing_format.name == "SPARSE_2D_DATA_2D_METADATA"
     assert {settings.weight_dtype, settings.activation_dtype} == {torch.float8_e4m3fn}
-    torchao = pytest.importorskip("torchao.quantization")
-    theirs = torchao.Float8DynamicActivationFloat8WeightConfig(
-        granularity=torchao.PerRow(), packing_format=settings.packing_format
-    )
-    assert core.config_to_dict(theirs) == SPARSE
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+    export_run(run, VLLM, tmp_path / "kept")
+    assert read_json(tmp_path / "kept" / SETTINGS) == theirs
     names = [f"model.layers.1.mlp.{name}_proj" for name in ("gate_up", "gate", "up", "down")]
     assert [name for name, settings in dense if settings is None] == names
     assert re.fullmatch(sparse.removeprefix("re:"), "model.layers.10.self_attn.qkv_proj")
@@ -113,7 +115,7 @@ def test_sizes_that_the_kernels_do_not_take_stay_dense(
     assert summary["served"] == {"sparse": 6, "all": 12}
     settings = read_json(tmp_path / "out" / SETTINGS)
     for names, weight in served(tmp_path / "out"):
-        assert (chosen(settings, names[0]) == SPARSE) == (weight.shape[1] % 128 == 0)
+        assert (chosen(settings, names[0]) == KEPT) == (weight.shape[1] % 128 == 0)
         serving(channel_groups(load(tmp_path / "out")), "2:4", {})
     assert caplog.text.count("6 of 12 linears") == 1
 
@@ -173,7 +175,7 @@ def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     model = meta_model(config(f"model={name}").model)
     settings, counts = serving(channel_groups(model), "2:4", {})
     assert counts["sparse"] == counts["all"] > 0
-    assert list(settings["_data"]["fqn_to_config"].values()) == [SPARSE]
+    assert list(settings["_data"]["fqn_to_config"].values()) == [KEPT]
 
 
 def test_the_command_writes_the_settings(
