@@ -112,7 +112,7 @@ def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]
         if device.type == "cpu":
             taken, beside = taken + beside, 0
         lacking = [
-            f"{size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}"
+            f"{size / 1e9:.1f} GB, more than {FITS:.0%} of the {has / 1e9:.1f} GB free on {place}"
             for place, size, has in ((device, taken, free), ("the host", beside, host))
             if size > FITS * has
         ]
