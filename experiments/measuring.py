@@ -148,3 +148,9 @@ def draw_picture(file: Path, draw: Callable[[Any], None]) -> None:
         _, axes = pyplot.subplots(figsize=(7, 4.5))
         draw(axes)
     print(f"picture   {file}")
+
+
+def check_whole(key: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")

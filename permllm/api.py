@@ -312,6 +312,8 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
         )
     elif not texts or not all(isinstance(document, str) for document in texts):
         raise ConfigError("texts: expected at least one document, a str each, or a name")
+    elif isinstance(texts, str) and len(texts.split()) > 1:
+        raise ConfigError("texts: expected a list of documents, or the name of a text")
 
 
 def _composed(

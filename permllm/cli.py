@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from permllm.errors import (
     SHORT_ERRORS,
+    ConfigError,
     DataError,
     InUseError,
     PermLLMError,
@@ -49,6 +50,8 @@ from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from permllm.config import RunConfig
 
 log = logging.getLogger("permllm.cli")
 
@@ -293,7 +296,7 @@ class Session:
                 sweep.outcome_file().unlink(missing_ok=True)  # the same sweep may have run before
             with parallel.in_step():
                 config = parallel.on_main(lambda: read_config(sweep.place(composed)))
-                config.method = _method_as_chosen(config.method)
+                _compare_with_choices(config)
                 skipped = not config.force and is_finished(
                     run_directory(config), config.evaluation_identity
                 )
@@ -361,17 +364,24 @@ class Session:
                 print(f"error: {error}", file=sys.stderr)
 
 
-def _method_as_chosen(method: str | None) -> str | None:
-    """Return the method to record: None, with a warning, where other options replace its own."""
+def _compare_with_choices(config: RunConfig) -> None:
+    """Set `method` to None, with a warning, where other options replace its own.
+
+    Raises ConfigError if the `name` of a method, which names its runs, is not its option.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from permllm.pruning.composition import replaced_options
 
     chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    for group in ("pruner", "permutation", "mask", "reconstruction"):
+        name = getattr(config, group).get("name")
+        if name != chosen.get(group, name):
+            raise ConfigError(f"{group}={chosen[group]}: its `name` is {name}; expected the same")
+    method = config.method
     if method and (replaced := replaced_options(method, chosen)):
         log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
-        return None
-    return method
+        config.method = None
 
 
 def objective(metrics: dict[str, Any]) -> float:

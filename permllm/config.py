@@ -43,7 +43,6 @@ from permllm.runtime.values import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-DTYPES = get_args(Dtype)
 Placement = Literal["device", "sharded", "host", "disk"]
 PLACEMENTS = get_args(Placement)  # the fastest first
 # Models of the package index; the first is the default.
@@ -267,6 +266,8 @@ class RunConfig:
         assert self.patterns  # raises ConfigError if a pattern is not valid
         if self.plan_on and not self.plan:
             raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
+        if "/" in self.name:
+            raise ConfigError(f"name={self.name!r} names a directory: expected no slash")
         if self.model.terms and not self.model.accept_terms and not self.plan:
             raise ConfigError(
                 f"model={self.model.name} has terms that you must accept: read "

@@ -57,12 +57,6 @@ def everything_wanted() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1" and SHORT_ERRORS not in os.environ
 
 
-def check_whole(key: str, value: Any, least: int) -> None:
-    """Raise ConfigError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")
-
-
 def check_positive(key: str, value: Any) -> None:
     """Raise ConfigError unless `value` is a finite number above zero."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:

@@ -267,7 +267,7 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
         ({"texts": WINDOWS} | DISTILL, "texts: got 2 windows of tokens, expected 3"),
         ({"texts": WINDOWS, "calibration__seqlen": 7}, "calibration.seqlen: "),
         ({"texts": "nowhere"}, "calibration/nowhere"),
-        ({"texts": "A document."}, "calibration/A document."),
+        ({"texts": "A document."}, "texts: "),
         ({"texts": [1, 2]}, "texts: "),
         ({"tokenizer": None}, "tokenizer: "),
         ({"tokenizer": "gpt2"}, "tokenizer: "),

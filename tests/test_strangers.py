@@ -28,6 +28,7 @@ from permllm.sparsity.calibrate import calibrate_dense
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
+from tests.conftest import run_command
 from tests.test_config import composed
 
 SEARCH = "hydra.searchpath=[pkg://strange.conf]"
@@ -161,6 +162,7 @@ def test_an_order_that_is_no_permutation_is_refused(
 @pytest.mark.parametrize(
     ("returned", "error", "reason"),
     [
+        ("(1, weight).column", ConfigError, "are a Parameter"),
         ("(1, statistics[Largest].value)", ConfigError, r"are column \(32,\)"),
         ("(1, weight - 9)", ConfigError, "are negative"),
         ("(1, weight * float('nan'))", TrainingError, "q_proj is not finite"),
@@ -190,6 +192,17 @@ def test_a_class_that_is_no_pruner_says_why(
     file.write_text(file.read_text().replace(before, after))
     with pytest.raises(ConfigError, match=rf"^pruner.*{reason}"):
         run("pruner=largest", "plan=true")
+
+
+def test_an_option_that_says_it_is_another_one_is_refused(package: Path, tmp_path: Path) -> None:
+    (package / "strange" / "conf" / "pruner" / "copied.yaml").write_text(
+        FILES["conf/pruner/largest.yaml"].replace("largest", "ria")
+    )
+    words = ("model=tiny", SEARCH, "permutation=none", "logger=none", "pruner=copied")
+    words += ("pruner._target_=strange.pruning.LargestInput",)
+    found = run_command(*words, cwd=tmp_path, fresh=True, PYTHONPATH=str(package))
+    assert (found.returncode, found.stderr.count("error: ")) == (1, 1)
+    assert "error: pruner=copied: its `name` is ria" in found.stderr
 
 
 def test_python_finds_options_of_somebody_else(package: Path) -> None:

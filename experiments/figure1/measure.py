@@ -18,11 +18,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.measuring import main
+from experiments.measuring import check_whole, main
 from permllm.config import NMPattern, RunConfig, check_divides
 from permllm.data.texts import calibration_text
 from permllm.data.windows import calibration_tokens
-from permllm.errors import ConfigError, check_whole
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.load import load_model

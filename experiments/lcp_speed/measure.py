@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.measuring import main
+from experiments.measuring import check_whole, main
 from permllm.config import NMPattern, RunConfig
-from permllm.errors import ConfigError, check_whole
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.permutation.foldable import shared_orders

@@ -21,9 +21,8 @@ from torch.sparse import to_sparse_semi_structured
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.measuring import main
+from experiments.measuring import check_whole, main
 from permllm.config import NMPattern, RunConfig
-from permllm.errors import check_whole
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model

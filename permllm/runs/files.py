@@ -23,11 +23,11 @@ PERMUTATIONS, MASKS = "permutations.safetensors", "masks.safetensors"
 # Folders: weights and pruned layers, with one file for each layer, and the exported checkpoint.
 WEIGHTS, PRUNED_LAYERS, EXPORT = "weights", "pruned_layers", "export"
 CHECKPOINT, MASK_CHECKPOINT = "lcp_checkpoint.pt", "mask_checkpoint.pt"
-DISTILL_CHECKPOINT, BEST_SO_FAR = "distill_checkpoint.pt", "best_so_far.safetensors"
+DISTILL_CHECKPOINT = "distill_checkpoint.pt"
 # Files of loggers: the folder of TensorBoard, and the id of the W&B run.
 TENSORBOARD, WANDB_ID = OF_LOGGERS = "tensorboard", ".wandb-id"
 # Files that only an unfinished run needs.
-UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
+UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, PRUNED_LAYERS)
 RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
 
 # Usual name, and suffix, of a file of records, which has one run in each line.

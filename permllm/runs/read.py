@@ -143,7 +143,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         if job.directory and Path(job.directory).is_dir():
             folders.append(Path(job.directory))
         else:
-            reason = job.reason or f"{job.directory} is gone"
+            reason = job.reason or f"its directory {job.directory or ''} is gone"
             found.notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
     for folder in folders:

@@ -114,6 +114,9 @@ class Table:
         grouped = self.frame.groupby("row")[[*self.kinds]]
         whole = grouped.count().eq(grouped.size(), axis=0)
         self.means, self.deviations = grouped.mean().where(whole), grouped.std().where(whole)
+        some = (grouped.count().gt(0) & ~whole).any()
+        if some.any():
+            self.notes.append(f"some seeds of a row lack {', '.join(some.index[some])}")
         self.dense = self._shared_dense()
         patterns = any(name.startswith(("sparsity", "keep_dense")) for name in self.settings)
         if not patterns and self.means[_ZEROS].map("{:.2%}".format).nunique() == 1:

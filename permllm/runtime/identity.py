@@ -30,9 +30,9 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     `temperature` come from the permutation; a permutation without them does not use them.
     """
     identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
-    inputs = identity["inputs"]
+    inputs = identity.get("inputs") or {}
     identity["inputs"] = _without(inputs, [key for key in inputs if key.startswith("evaluation.")])
-    identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
+    identity["model"] = _without(identity.get("model") or {}, _NOT_OF_THE_MODEL)
     if str(identity["model"].get("device")).startswith("cuda:"):  # the GPU does not matter
         identity["model"]["device"] = "cuda"
     if "keep_dense" in identity:  # the order of the names does not matter

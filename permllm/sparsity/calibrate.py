@@ -205,11 +205,11 @@ def member_factors(
     return found
 
 
-def _checked(
-    pruner: Pruner, path: str, weight: Tensor, factors: SaliencyFactors
-) -> SaliencyFactors:
+def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
     """Return the factors of a linear after a check; raise as `member_factors`."""
     given = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
+    if not isinstance(factors, SaliencyFactors):
+        raise ConfigError(f"{given} are a {type(factors).__name__}; expected SaliencyFactors")
     (rows, channels), column, row = weight.shape, factors.column, factors.row
     terms = 1 if row is None else len(column)
     fits = column.shape in ((terms, channels), (rows, channels))

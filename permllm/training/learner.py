@@ -5,7 +5,6 @@ A stage is a number of consecutive decoder layers that learn together.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -96,7 +95,3 @@ class Learner(ABC):
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
         """Return the measures of an epoch, at its end."""
         return {}
-
-    def write_best(self, directory: Path) -> str:
-        """Write the best result after a failure; return a hint how to use the file, or ""."""
-        return ""

@@ -183,10 +183,7 @@ class Training(Objective):
         self.problem.on_epoch(values)
 
     def _failure(self, moment: Moment, reason: str) -> TrainingError:
-        text = f"{self.name.upper()} stopped in epoch {moment.epoch + 1}: {reason}"
-        if self.problem.directory:
-            text += self.learner.write_best(self.problem.directory)
-        return TrainingError(text)
+        return TrainingError(f"{self.name.upper()} stopped in epoch {moment.epoch + 1}: {reason}")
 
     def _save(self) -> None:
         """Replace the checkpoint, on rank 0."""

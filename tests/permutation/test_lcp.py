@@ -10,7 +10,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import TrainingError
@@ -265,26 +264,17 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
             decoder_layers(model)[1].input_layernorm.weight.data[0] = float("nan")
 
     learning = problem(model, directory=tmp_path, on_epoch=break_layer)
-    with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 ") as caught:
+    with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 "):
         lcp(epochs=5).orders(learning)
     # The loss is read after backward, and still before the logits change.
     assert updates == {1, 2}
-    best = tmp_path / "best_so_far.safetensors"
-    assert str(best) in str(caught.value)
-    assert load_file(best).keys() == {group.name for group in channel_groups(model)}
     assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
 
 
-def test_a_measured_loss_that_is_not_finite_stops_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_measured_loss_that_is_not_finite_stops_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Objective, "mean", lambda self: float("nan"))
-    learning = problem(directory=tmp_path)
-    with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
-        lcp(epochs=1, last_layers=1).orders(learning)
-    # Also the groups that do not learn are in the file, so that it serves as permutation.path.
-    best = load_file(tmp_path / "best_so_far.safetensors")
-    assert best.keys() == {group.name for group in learning.groups}
+    with pytest.raises(TrainingError, match="epoch 1: the loss is not finite"):
+        lcp(epochs=1, last_layers=1).orders(problem())
 
 
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Learner of a stage's permutations, soft and hard, which it sets in the masked linears."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
-from permllm.permutation.foldable import SharedOrder, expanded
+from permllm.permutation.foldable import SharedOrder
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
-from permllm.runs.files import BEST_SO_FAR
-from permllm.runs.tensors import save_tensors
-from permllm.runtime import parallel
 from permllm.training.learner import Learner, Moment
 from permllm.training.masked_linear import MaskedLinear
 
@@ -142,15 +138,6 @@ class OrderLearner(Learner):
     @override
     def keep(self) -> None:
         self.best = {name: order.cpu() for name, order in self.present.items()}
-
-    @override
-    def write_best(self, directory: Path) -> str:
-        """Write the best permutations; return the settings that use the file."""
-        file = directory / BEST_SO_FAR
-        if parallel.rank() == 0:
-            save_tensors(file, expanded(self.shared, self.best))
-        use = f"permutation=from_file permutation.path={file}"
-        return f"; the best permutation so far is in {file} ({use})"
 
     @override
     def state(self) -> dict[str, Any]:
