@@ -5,9 +5,10 @@
 A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!--
 /view -->`, files are named from the document's folder. With --check nothing is written, and 1 is
 returned where a document is stale.
-"""
 
-from __future__ import annotations
+A view is a function with the document's folder as first argument. `records` are files of records,
+with spaces between them. `baseline` are settings of the row from which the gap is measured.
+"""
 
 import argparse
 import re
@@ -40,49 +41,31 @@ from scripts.memory_table import gigabytes, memory
 
 _BLOCK = re.compile(r"(<!-- view: ([^\n]*) -->\n).*?(<!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
-# Settings that tell methods apart in files of records.
-_OF_METHOD = (
-    *("pruner.name", "permutation.name", "permutation.constraint", "mask.name"),
-    *("reconstruction.name", "reconstruction.start"),
-)
-# `ablation`: groups with a column each; settings that make a result, but for endings of their keys.
-_COMPARED = ("pruner", "permutation", "reconstruction")
-_OF_RESULT = (
-    *("block_size", "compute_dtype", "calibration", "pruner", "permutation", "mask"),
-    "reconstruction",
-)
+_METHODS = ("pruner", "permutation", "mask", "reconstruction")
+# Settings that tell rows with other methods apart.
+_OF_METHODS = [f"{group}.name" for group in _METHODS]
+_OF_METHODS += ["permutation.constraint", "reconstruction.start"]
+# `ablation`: settings that make a result, but for these endings of their keys.
+_OF_RESULT = ("block_size", "compute_dtype", "calibration", *_METHODS)
 _LEFT_OUT = ("permutation.block_size", "compile", "path", "_target_")
 
 
-def table(
-    folder: Path,
-    records: str = RECORDS,
-    baseline: str = "",
-    columns: str = "",
-    measures: str = _SHOWN,
-    sort: str = "",
-) -> str:
+def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) -> str:
     """Return runs as `permllm results` shows them, and what they were measured with.
 
     With `sort` the rows follow the dense model's by this measure, the largest value first.
     """
-    found = _table(folder, records, baseline, columns, measures)
+    found = _table(folder, records, **shown)
     frame = cells(found)
     if sort:
         frame = _chosen(frame, found.means[sort].sort_values(ascending=False, kind="stable").index)
-    return _with_machine(frame, found.runs)
+    return f"{as_text(frame, 'md')}\n{machine(found.runs)}"
 
 
-def paper(
-    folder: Path,
-    table: str,
-    baseline: str,
-    recipe: str = "",
-    columns: str = "pruner,permutation",
-    measures: str = _SHOWN,
-) -> str:
+def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: str) -> str:
     """Return our runs, and a file of runs of the paper's `recipe`, beside one of its tables."""
-    found = _table(folder, RECORDS, baseline, columns, measures)
+    shown = {"columns": "pruner,permutation"} | shown
+    found = _table(folder, RECORDS, baseline, **shown)
     compared = beside(table, found)
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
@@ -93,16 +76,13 @@ def paper(
         _provenance(found.runs),
     ]
     if recipe:
-        of_recipe = _table(folder, recipe, columns=columns, measures=measures)
-        parts += ["The paper's recipe at the same budget:\n", render(of_recipe, "md")]
-    theirs = pd.DataFrame(published(table))
+        runs = render(_table(folder, recipe, **shown), "md")
+        parts += ["The paper's recipe at the same budget:\n", runs]
+    theirs = pd.DataFrame(published(table)).drop(columns="table")
     theirs["value"] = theirs["value"].map("{:g}".format)
-    keys = ["model", "sparsity", "method", "setting"]
-    across = theirs.pivot_table("value", keys, "metric", "first", fill_value="", sort=False)
-    # The rows are in the paper's order again.
-    across = theirs[keys].drop_duplicates().merge(across.reset_index())
-    parts += [f"The paper's {table.replace('table', 'table ')}:\n", as_text(across, "md")]
-    return "\n".join(parts)
+    by_metric = theirs.set_index([*theirs.columns.drop("value")])["value"].unstack(sort=False)
+    parts += [f"The paper's {table.replace('table', 'table ')}:\n"]
+    return "\n".join([*parts, as_text(by_metric.reset_index(), "md")])
 
 
 def frontier(
@@ -111,10 +91,6 @@ def frontier(
     """Return rows by the gap that they close, with minutes, processor and memory (`points`).
 
     Args:
-        folder: that of the document.
-        baseline: settings of the row from which the gap is measured.
-        records: the file of records.
-        columns: settings to show.
         methods: options of the group `method`, whose rows alone are shown, in the place of columns.
     """
     found = _gaps(folder, records, baseline, columns)
@@ -131,7 +107,7 @@ def frontier(
     }
     for name, values in costs.items():
         frame.insert(frame.columns.get_loc(GAP), name, ["", *values])
-    return _with_machine(frame, found.runs)
+    return f"{as_text(frame, 'md')}\n{machine(found.runs)}"
 
 
 def differences(folder: Path, baseline: str, columns: str, measures: str, records: str) -> str:
@@ -139,7 +115,7 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
     found = _table(folder, records, baseline, columns, measures)
     frame = found.labels[found.settings].copy()
     for name in [*found.measures]:
-        found.measures = [name]  # cells have changes for one measure
+        found.measures = [name]  # `cells` compares rows in one measure
         frame[name] = cells(found)["against the baseline"].to_numpy()[1:]
     return as_text(frame.drop(found.baseline), "md")
 
@@ -148,9 +124,6 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     """Return by need what to type, the gap that it closes, and the memory that `model` takes.
 
     Args:
-        folder: that of the document.
-        records: the file of records.
-        baseline: settings of the row from which the gap is measured.
         model: option of the group `model`.
         uses: what is typed by need, with `method=NAME` first.
     """
@@ -169,7 +142,6 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     All gaps are measured from the first method at 2:4.
 
     Args:
-        folder: that of the document.
         methods: options of the group `method`.
         records: files of records, which have them in both patterns.
     """
@@ -186,40 +158,38 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     frame = _chosen(cells(found), rows).drop(columns=found.settings)
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
     used = [found.runs[run] for row in rows for run in found.rows[row]]
-    return _with_machine(pd.DataFrame(costs, frame.index, names).join(frame), used)
+    frame = pd.DataFrame(costs, frame.index, names).join(frame)
+    return f"{as_text(frame, 'md')}\n{machine(used)}"
 
 
 def placements(folder: Path, records: str) -> str:
     """Return largest memory beside the plan, and fewest seconds beside `device`."""
     runs = _runs(folder, records, apart=True)
-    rows = [
-        {
-            "model": run.config["model"]["name"],
-            "method": method_of(run.config),
-            "placement": run.metrics["placement"],
-            "planned": run.metrics["planned_memory_bytes"] / 1e9,
-            "peak": run.metrics["peak_memory_bytes"] / 1e9,
-            "seconds": sum(run.metrics["seconds"].values()),
-        }
-        for run in runs
-    ]
-    groups = pd.DataFrame(rows).groupby(["model", "method", "placement"], sort=False)
-    found = groups.agg({"planned": "max", "peak": "max", "seconds": "min"})
-    found.insert(0, "runs", groups.size().astype(str))
-    found = found.reset_index("placement")
-    device = found["seconds"][found["placement"] == "device"]
-    others = found["seconds"].where(found["placement"] != "device")
-    beside_device = (others / device.reindex(found.index) - 1).map("{:+.0%}".format, "ignore")
-    found["beside device"] = beside_device.fillna("")
+    lines = pd.DataFrame(run.metrics for run in runs)
+    lines["model"] = [run.config["model"]["name"] for run in runs]
+    lines["method"] = [method_of(run.config) for run in runs]
+    lines["total"] = lines["seconds"].map(lambda seconds: sum(seconds.values()))
+    found = lines.groupby(["model", "method", "placement"], sort=False).agg(
+        runs=("total", "size"),
+        planned=("planned_memory_bytes", "max"),
+        peak=("peak_memory_bytes", "max"),
+        seconds=("total", "min"),
+    )
+    found = found.reset_index("placement").astype({"runs": str})
+    on_device = found["placement"] == "device"
+    device = found["seconds"][on_device].reindex(found.index)
+    change = found["seconds"].mask(on_device) / device - 1
+    found["beside device"] = change.map("{:+.0%}".format, "ignore").fillna("")
     found["seconds"] = found["seconds"].map("{:.0f}".format)
     for name in ("planned", "peak"):
-        found[name] = found[name].map("{:.2f} GB".format)
-    return _with_machine(found.reset_index(), runs)
+        found[name] = (found[name] / 1e9).map("{:.2f} GB".format)
+    return f"{as_text(found.reset_index(), 'md')}\n{machine(runs)}"
 
 
 def peers(folder: Path, theirs: str) -> str:
     """Return our base pruners beside their official implementations, the CSV file `theirs`."""
-    runs, found = _runs(folder, RECORDS), _csv(folder / theirs)
+    runs = _runs(folder, RECORDS)
+    found = pd.read_csv(folder / theirs, dtype=str, keep_default_na=False)
     ours = [
         (method, text, result["value"], f"`{evaluation['config_hash']}`" * (which == "sparse"))
         for run in runs
@@ -229,7 +199,7 @@ def peers(folder: Path, theirs: str) -> str:
     ]
     ours = pd.DataFrame(ours, columns=["method", "name", "ours", "records"]).drop_duplicates()
     found["name"] = found["text"].str.split("-test| ", regex=True).str[0]
-    found = found.merge(ours, on=["method", "name"])
+    found = found.merge(ours, "left", on=["method", "name"])
     found["text"] += ", " + found["windows"] + " windows of " + found["window"]
     source = (found["repository"] + " " + found["commit"]).str.strip() + ", " + found["note"]
     found["official implementation"] = source.str.strip(", ")
@@ -247,12 +217,10 @@ def landscape(folder: Path, theirs: str, reference: str, **ours: str) -> str:
     """Return published results, the CSV file `theirs`, by the share of the gap that they close.
 
     Args:
-        folder: that of the document.
-        theirs: the CSV file.
         reference: rows that measure the gap from this method are shown.
         ours: by file of records our methods, each with settings that tell its rows apart.
     """
-    found = _csv(folder / theirs)
+    found = pd.read_csv(folder / theirs, dtype=str, keep_default_na=False)
     found = found[found["reference_method"] == reference]
     numbers = (found[[name]].astype(float).T for name in ("perplexity", "reference", "dense"))
     found[GAP] = gap_closed(*numbers).iloc[0]
@@ -322,7 +290,7 @@ def _ablated(run: Run) -> dict[str, Any]:
     order = run.config["permutation"].get("path", "").rpartition("-")[2]
     settings = [f"the order of `{order}`"] if order else []
     (sparse,), (dense,) = (perplexity[which].values() for which in ("sparse", "dense"))
-    methods = {group: f"`{run.config[group]['name']}`" for group in _COMPARED}
+    methods = {group: f"`{run.config[group]['name']}`" for group in _METHODS}
     return methods | {
         "settings": ", ".join([*settings, *_differing(run)]),
         "perplexity": sparse["value"],
@@ -342,31 +310,27 @@ def _spread(values: pd.Series, digits: int) -> str:
 
 def _differing(run: Run) -> Iterator[str]:
     """Give what sets a run apart from `python run.py budget.epochs=3` with its methods."""
-    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in _COMPARED))
-    config = run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}
-    for key, value in _flat(config).items():
-        if value != usual.get(key):
+    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in _METHODS))
+    ours = flatten({group: run.config[group] for group in _OF_RESULT})
+    ours["compute_dtype"] = run.metrics.get("compute_dtype", "float32")
+    ours["permutation.loss"] = ours.get("permutation.loss") or "kl"
+    for key, value in ours.items():
+        if value != usual.get(key) and not key.endswith(_LEFT_OUT):
             yield f"{key.removeprefix('permutation.').removesuffix('.name')}={value}"
 
 
 @cache
 def _usual(*methods: str) -> dict[str, Any]:
     config: Any = OmegaConf.to_container(composed(["budget.epochs=3", *methods]), resolve=True)
-    return _flat(config | {"compute_dtype": "bfloat16"})
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that make a result, flat."""
-    flat = flatten({group: config[group] for group in _OF_RESULT})
-    flat["permutation.loss"] = flat.get("permutation.loss") or "kl"
-    return {key: value for key, value in flat.items() if not key.endswith(_LEFT_OUT)}
+    resolved = {"compute_dtype": "bfloat16", "permutation.loss": "kl"}
+    return flatten(config) | resolved | {"mask.name": "pruner"}
 
 
 def _settings_of(words: str) -> str:
     """Return the settings by which `Table.find` finds the row of `METHOD,name=value,...`."""
     method, *others = words.split(",", 1)
     config = composed([f"method={method}"])
-    said = {key.removesuffix(".name"): OmegaConf.select(config, key) for key in _OF_METHOD}
+    said = {key.removesuffix(".name"): OmegaConf.select(config, key) for key in _OF_METHODS}
     return ",".join([*(f"{name}={value}" for name, value in said.items() if value), *others])
 
 
@@ -387,7 +351,7 @@ def _runs(folder: Path, records: str, apart: bool = False) -> list[Run]:
 
 
 def _table(
-    folder: Path, records: str, baseline: str = "", columns: str = "", measures: str = ""
+    folder: Path, records: str, baseline: str = "", columns: str = "", measures: str = _SHOWN
 ) -> Table:
     """Return the table of files of records, with `columns` and `measures` as in `Table.show`."""
     found = Table(_runs(folder, records), baseline)
@@ -406,14 +370,6 @@ def _gaps(folder: Path, records: str, baseline: str, columns: str = "") -> Table
 def _chosen(frame: pd.DataFrame, rows: Iterable[int]) -> pd.DataFrame:
     """Return the dense model's cells, and those of some rows of a table in this order."""
     return frame.iloc[[0, *(row + 1 for row in rows)]]
-
-
-def _with_machine(frame: pd.DataFrame, runs: list[Run]) -> str:
-    return f"{as_text(frame, 'md')}\n{machine(runs)}"
-
-
-def _csv(file: Path) -> pd.DataFrame:
-    return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
 def _fastest(found: Table, row: int) -> Run:
