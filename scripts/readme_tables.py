@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def placements(folder: Path, records: str) -> str:
     on_device = found["placement"] == "device"
     device = found["seconds"][on_device].reindex(found.index)
     change = found["seconds"].mask(on_device) / device - 1
-    found["beside device"] = change.map("{:+.0%}".format, "ignore").fillna("")
+    found["beside device"] = change.map("{:+.0%}".format, "ignore").astype(object).fillna("")
     found["seconds"] = found["seconds"].map("{:.0f}".format)
     for name in ("planned", "peak"):
         found[name] = (found[name] / 1e9).map("{:.2f} GB".format)
@@ -266,40 +266,26 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
 
 def ablation(folder: Path, records: str) -> str:
     """Return rows by perplexity, the worst first, with what differs from a job without settings."""
-    lines = pd.DataFrame([_ablated(run) for run in _runs(folder, records, apart=True)])
-    keys = ["pruner", "permutation", "reconstruction", "settings", "processor"]
-    groups = lines.groupby(keys, sort=False)
-    found = pd.DataFrame(
-        {
-            "mean": groups["perplexity"].mean(),
-            "perplexity": groups["perplexity"].agg(_spread, digits=1),
-            "final loss": groups["final loss"].agg(_spread, digits=3),
-            "seconds": groups["seconds"].mean().map("{:.0f}".format),
-            "records": groups["records"].agg(", ".join),
-        }
-    )
+    runs = _runs(folder, records, apart=True)
+    of_runs = Table(runs)
+    (text,) = (name for name, kind in of_runs.kinds.items() if kind == "perplexity")
+    lines, methods = of_runs.frame, ["pruner", "permutation", "reconstruction"]
+    lines[methods] = "`" + lines[methods] + "`"
+    lines["settings"] = [", ".join(_differing(run)) for run in runs]
+    lines["processor"] = [_processor(run) for run in runs]
+    losses = [pd.Series(entry["measured_loss"] for entry in run.history) for run in runs]
+    lines["final loss"] = [of_run.astype(float).min() for of_run in losses]
+    lines["record"] = [f"`{run.directory.name.rpartition('-')[2]}`" for run in runs]
+    groups = lines.groupby([*methods, "settings", "processor"], sort=False)
+    found = groups[text].agg(mean="mean", perplexity=partial(_spread, digits=1))
+    found["final loss"] = groups["final loss"].agg(_spread, digits=3)
+    found["seconds"] = (60 * groups["minutes"].mean()).map("{:.0f}".format)
+    found["records"] = groups["record"].agg(", ".join)
     found = found.sort_values("mean", ascending=False, kind="stable").reset_index()
-    columns = [*keys[:4], "perplexity", "final loss", "seconds", "processor", "records"]
+    columns = ["settings", "perplexity", "final loss", "seconds", "processor", "records"]
+    dense = f"Dense: {of_runs.dense[text][0]:.1f}."
     seconds = "Seconds of calibration, learning and pruning on two cores."
-    return f"{as_text(found[columns], 'md')}\nDense: {lines['dense'].iloc[0]:.1f}. {seconds}"
-
-
-def _ablated(run: Run) -> dict[str, Any]:
-    """Return the cells of a run, with one perplexity."""
-    perplexity = run.metrics["perplexity"]
-    order = run.config["permutation"].get("path", "").rpartition("-")[2]
-    settings = [f"the order of `{order}`"] if order else []
-    (sparse,), (dense,) = (perplexity[which].values() for which in ("sparse", "dense"))
-    methods = {group: f"`{run.config[group]['name']}`" for group in _METHODS}
-    return methods | {
-        "settings": ", ".join([*settings, *_differing(run)]),
-        "perplexity": sparse["value"],
-        "dense": dense["value"],
-        "final loss": pd.Series([one["measured_loss"] for one in run.history], dtype=float).min(),
-        "seconds": 60 * pruning_minutes(run.metrics["seconds"]),
-        "processor": _processor(run),
-        "records": f"`{run.directory.name.rpartition('-')[2]}`",
-    }
+    return f"{as_text(found[methods + columns], 'md')}\n{dense} {seconds}"
 
 
 def _spread(values: pd.Series, digits: int) -> str:
@@ -310,6 +296,8 @@ def _spread(values: pd.Series, digits: int) -> str:
 
 def _differing(run: Run) -> Iterator[str]:
     """Give what sets a run apart from `python run.py budget.epochs=3` with its methods."""
+    if path := run.config["permutation"].get("path"):
+        yield f"the order of `{path.rpartition('-')[2]}`"
     usual = _usual(*(f"{group}={run.config[group]['name']}" for group in _METHODS))
     ours = flatten({group: run.config[group] for group in _OF_RESULT})
     ours["compute_dtype"] = run.metrics.get("compute_dtype", "float32")
