@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -37,25 +38,25 @@ def memory(folder: Path, models: str) -> str:
         models: names of models, separated by commas.
     """
     names = models.split(",")
-    shapes = {name: meta_model(read_config(composed([f"model={name}"])).model) for name in names}
-    rows = []
-    for words in _METHODS:
-        cells = (gigabytes(f"model={name} {words}", shapes[name]) for name in names)
-        rows.append([f"`{words}`", *cells])
-    return as_text(
-        pd.DataFrame(rows, columns=["GB on the device / with the layers on the host", *names]), "md"
-    )
+    rows = [[f"`{words}`", *(gigabytes(name, words) for name in names)] for words in _METHODS]
+    columns = ["GB on the device / with the layers on the host", *names]
+    return as_text(pd.DataFrame(rows, columns=columns), "md")
 
 
-def gigabytes(words: str, shape: PreTrainedModel | None = None) -> str:
+def gigabytes(name: str, words: str) -> str:
     """Return GB of a GPU for a job, and behind a slash GB with the layers on the host.
 
     Args:
-        words: what is typed after `run.py`, with spaces.
-        shape: the job's model without weights; None: made here.
+        name: option of the group `model`.
+        words: further words that are typed after `run.py`, with spaces.
     """
-    config = read_config(composed(words.split()))
-    model = shape or meta_model(config.model)
-    job = Footprint(config, model, methods_of(config), torch.device("cuda"))
+    config = read_config(composed([f"model={name}", *words.split()]))
+    job = Footprint(config, _shape(name), methods_of(config), torch.device("cuda"))
     places = (place for place in placements(job) if place in ("device", "host"))
     return " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in places)
+
+
+@cache
+def _shape(name: str) -> PreTrainedModel:
+    """Return a model without weights."""
+    return meta_model(read_config(composed([f"model={name}"])).model)
