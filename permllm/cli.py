@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 from permllm.errors import (
     SHORT_ERRORS,
-    ConfigError,
     DataError,
     InUseError,
     PermLLMError,
@@ -51,9 +50,6 @@ from permllm.runtime.version import __version__
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from permllm.config import RunConfig
-
-log = logging.getLogger("permllm.cli")
 
 # Commands with their line in --help and their module.
 COMMANDS = {
@@ -287,6 +283,7 @@ class Session:
 
         from permllm.config import read_config
         from permllm.job import run
+        from permllm.pruning.composition import compare_with_choices
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
         from permllm.runtime import parallel
@@ -296,7 +293,7 @@ class Session:
                 sweep.outcome_file().unlink(missing_ok=True)  # the same sweep may have run before
             with parallel.in_step():
                 config = parallel.on_main(lambda: read_config(sweep.place(composed)))
-                _compare_with_choices(config)
+                compare_with_choices(config)
                 skipped = not config.force and is_finished(
                     run_directory(config), config.evaluation_identity
                 )
@@ -362,26 +359,6 @@ class Session:
                 sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
             except DataError as error:  # the other jobs go on although the disk is full
                 print(f"error: {error}", file=sys.stderr)
-
-
-def _compare_with_choices(config: RunConfig) -> None:
-    """Set `method` to None, with a warning, where other options replace its own.
-
-    Raises ConfigError if the `name` of a method, which names its runs, is not its option.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    from permllm.pruning.composition import replaced_options
-
-    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    for group in ("pruner", "permutation", "mask", "reconstruction"):
-        name = getattr(config, group).get("name")
-        if name != chosen.get(group, name):
-            raise ConfigError(f"{group}={chosen[group]}: its `name` is {name}; expected the same")
-    method = config.method
-    if method and (replaced := replaced_options(method, chosen)):
-        log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
-        config.method = None
 
 
 def objective(metrics: dict[str, Any]) -> float:

@@ -431,7 +431,7 @@ def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
     table = table_of(tmp_path)
     assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
     assert cells(table)["rte acc (limited)"].tolist()[-1] == ""
-    assert table.notes == ["some seeds of a row lack rte acc"]
+    assert table.notes == ["some seeds of a row lack rte acc, rte acc_norm"]
 
 
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
