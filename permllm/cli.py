@@ -283,7 +283,7 @@ class Session:
 
         from permllm.config import read_config
         from permllm.job import run
-        from permllm.pruning.composition import compare_with_choices
+        from permllm.pruning.methods import compare_with_choices
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
         from permllm.runtime import parallel

@@ -1,6 +1,5 @@
 """Composition of the settings in `conf/` by Hydra."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -9,15 +8,11 @@ from typing import Any
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import RunConfig
 from permllm.errors import ConfigError, first_line
-
-log = logging.getLogger(__name__)
 
 # Hydra 1.4 has only one version base, and asks which classes settings may name. They may name any
 # class, because the user who starts the job writes the settings.
@@ -55,25 +50,6 @@ def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
 
 def _times(count: float | None, factor: float) -> int | None:
     return None if count is None else round(count * factor)
-
-
-def compare_with_choices(config: RunConfig) -> None:
-    """Compare the settings of a job with the options that were chosen on the command line.
-
-    `method` becomes None, with a warning, where other options replace those of the method.
-
-    Raises:
-        ConfigError: the `name` of a method, which names its runs, is not that of its option.
-    """
-    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    for group in ("pruner", "permutation", "mask", "reconstruction"):
-        name = getattr(config, group).get("name")
-        if name != chosen.get(group, name):
-            raise ConfigError(f"{group}={chosen[group]}: its `name` is {name}; expected the same")
-    method = config.method
-    if method and (replaced := replaced_options(method, chosen)):
-        log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
-        config.method = None
 
 
 def replaced_options(method: str, chosen: Mapping[str, str]) -> list[str]:

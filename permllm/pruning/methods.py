@@ -1,10 +1,12 @@
 """Methods of a job, checked before the job computes, and the problems that they learn from."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +18,7 @@ from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.base import Permutation
+from permllm.pruning.composition import replaced_options
 from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
@@ -25,6 +28,8 @@ from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
+
+log = logging.getLogger(__name__)
 
 # Groups, in the order in which their methods learn. Each has a key that its entries of the history
 # have, and entries of earlier groups do not.
@@ -128,6 +133,25 @@ def methods_of(config: RunConfig) -> Methods:
             "torchrun --nproc-per-node 2 run.py model.placement=sharded"
         )
     return methods
+
+
+def compare_with_choices(config: RunConfig) -> None:
+    """Compare the settings of a job with the options that were chosen on the command line.
+
+    `method` becomes None, with a warning, where other options replace those of the method.
+
+    Raises:
+        ConfigError: the `name` of a method, which names its runs, is not that of its option.
+    """
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    for group in METHODS:
+        name = getattr(config, group).get("name")
+        if name != chosen.get(group, name):
+            raise ConfigError(f"{group}={chosen[group]}: its `name` is {name}; expected the same")
+    method = config.method
+    if method and (replaced := replaced_options(method, chosen)):
+        log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
+        config.method = None
 
 
 def checked_groups(
