@@ -39,9 +39,9 @@ from permllm.runs.launched import first, take_gpu
 from permllm.runtime.terminal import (
     CONTINUES,
     Answer,
+    ending_signals,
     exit_code,
     run_tool,
-    scheduler_signals,
     silence,
     what_happened,
 )
@@ -204,6 +204,13 @@ def _hydra() -> None:
         raise SystemExit(f"error: {null}: {error}") from error
 
 
+def _of_a_launcher(error: Exception) -> bool:
+    """Tell if a launcher's package defines or raises an error, such as submitit without SLURM."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    modules = (type(error).__module__, str(frame.f_globals.get("__name__")))
+    return any(module.partition(".")[0] in _LAUNCHERS for module in modules)
+
+
 def _with_extra(said: str) -> str:
     """Return Hydra's error, or for a missing launcher or sweeper the extra that installs it."""
     missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
@@ -226,7 +233,7 @@ class Session:
     def of(self, main: Callable[[], Any]) -> int:
         """Run Hydra's main function, print the table of a sweep, and return the exit code."""
         try:
-            with scheduler_signals():
+            with ending_signals():
                 main()
             code = self.close()
             sys.stdout.flush()
@@ -243,7 +250,7 @@ class Session:
                 self.close()
             raise
         except Exception as error:
-            if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
+            if everything_wanted() or not _of_a_launcher(error):
                 raise
             # A launcher's process was killed or ran out of time. Its last lines may say why.
             code, said = 1, f"error: {type(error).__name__}: {str(error).strip()}\n"
@@ -274,7 +281,7 @@ class Session:
         parallel.start()
         if not first():
             logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages
-        with scheduler_signals():  # in a launcher's process too
+        with ending_signals():  # in a launcher's process too
             return self._run(composed)
 
     def _run(self, composed: DictConfig) -> float:

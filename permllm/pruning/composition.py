@@ -1,5 +1,6 @@
 """Composition of the settings in `conf/` by Hydra."""
 
+import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -19,6 +20,11 @@ from permllm.errors import ConfigError, first_line
 _ANY_CLASS: Any = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
 HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})
+
+
+# Ends of Hydra's messages: folders of the machine, and the advice to append a key, which no setting
+# here allows.
+_ADVICE = re.compile(r"Config search path:|To append to your ")
 
 
 def conf_directory() -> Path:
@@ -93,7 +99,7 @@ def composed(words: Sequence[str]) -> DictConfig:
 
 def refusal(error: Exception) -> str:
     """Return the message of an error of Hydra or OmegaConf, in one line."""
-    said = [str(error).partition("Config search path:")[0].strip()]
+    said = [_ADVICE.split(str(error))[0].strip()]
     if (override := getattr(error, "override", None)) and override not in said[0]:
         said.insert(0, override)
     if isinstance(error.__cause__, OmegaConfBaseException):

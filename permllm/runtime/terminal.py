@@ -101,21 +101,43 @@ def what_happened(error: KeyboardInterrupt) -> str:
     return "interrupted"
 
 
+# The interruption of this process. Python drops an exception that a handler raises in a callback of
+# the interpreter, for example while torch compiles, so that loops ask for it.
+_interruption: KeyboardInterrupt | None = None
+
+
+def raise_if_interrupted() -> None:
+    """Raise the interruption of a signal that has arrived; loops call it after each step."""
+    if _interruption is not None:
+        raise _interruption
+
+
 @contextmanager
-def scheduler_signals() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and SIGHUP, unless a launcher handles or nohup ignores them."""
+def ending_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGINT, and `Terminated` on SIGTERM and SIGHUP.
+
+    Signals that a launcher handles, or nohup ignores, stay as they are.
+    """
+    global _interruption
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     mine = []
     if threading.current_thread() is threading.main_thread():  # only it may set handlers
-        mine = [
-            number
-            for number in (signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) == signal.SIG_DFL
-        ]
+        mine = [number for number in usual if signal.getsignal(number) == usual[number]]
 
     def end(number: int, _: Any) -> None:
-        for other in mine:  # schedulers repeat signals, which must not stop the last writes
-            signal.signal(other, signal.SIG_IGN)
-        raise Terminated(number)
+        global _interruption
+        if number == signal.SIGINT:
+            _interruption = KeyboardInterrupt()
+        else:
+            for other in mine:  # schedulers repeat signals, which must not stop the last writes
+                if other != signal.SIGINT:
+                    signal.signal(other, signal.SIG_IGN)
+            _interruption = Terminated(number)
+        raise _interruption
 
     for number in mine:
         signal.signal(number, end)
@@ -123,4 +145,6 @@ def scheduler_signals() -> Iterator[None]:
         yield
     finally:
         for number in mine:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, usual[number])
+        if mine:
+            _interruption = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from pydantic import ValidationError
@@ -76,4 +77,13 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         raise refused(error, arguments, key) from error
     except TypeError as error:
+        parameters = signature(kind).parameters
+        unknown = [name for name in arguments if name not in parameters]
+        if unknown and not any(
+            parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()
+        ):
+            option = settings.get("name", target)
+            raise ConfigError(
+                f"{key}.{unknown[0]}={arguments[unknown[0]]}: {key}={option} has no such setting"
+            ) from error
         raise ConfigError(f"{key}: {first_line(error)}") from error

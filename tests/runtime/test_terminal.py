@@ -17,7 +17,13 @@ import pytest
 from permllm import job
 from permllm.cli import call
 from permllm.config import read_config
-from permllm.runtime.terminal import CONTINUES, Terminated, exit_code, scheduler_signals
+from permllm.runtime.terminal import (
+    CONTINUES,
+    Terminated,
+    ending_signals,
+    exit_code,
+    raise_if_interrupted,
+)
 from tests.conftest import ROOT
 from tests.test_config import composed
 
@@ -43,17 +49,35 @@ def test_a_schedulers_signal_ends_the_work_once(handlers: None, number: int, cod
         finally:
             os.kill(os.getpid(), number)  # while the record is written
 
-    with scheduler_signals(), pytest.raises(Terminated) as caught:
+    with ending_signals(), pytest.raises(Terminated) as caught:
         work()
     assert exit_code(caught.value) == code
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_python_drops_is_raised_on_demand(
+    handlers: None, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with ending_signals():
+        raise_if_interrupted()
+        Dropped()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            raise_if_interrupted()
+        assert exit_code(caught.value) == 128 + number
+    raise_if_interrupted()  # of the next command
 
 
 def test_handlers_of_others_stay_and_so_does_what_is_ignored(handlers: None) -> None:
     seen: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))  # of a launcher
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    with scheduler_signals():
+    with ending_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGHUP)
     assert seen == [signal.SIGTERM]
