@@ -21,7 +21,7 @@ from permllm.permutation.base import Permutation
 from permllm.pruning.composition import replaced_options
 from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
-from permllm.runs.loggers import RunLogger
+from permllm.runs.loggers import LEARNING, RunLogger
 from permllm.runtime import parallel
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.method import Method, instantiate
@@ -31,9 +31,6 @@ from permllm.training.settings import LearningSettings
 
 log = logging.getLogger(__name__)
 
-# Groups, in the order in which their methods learn. Each has a key that its entries of the history
-# have, and entries of earlier groups do not.
-_LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": "weights_learned"}
 # Base class of the methods of each group.
 METHODS = {
     "pruner": Pruner,
@@ -202,13 +199,17 @@ def learning_problem(
         target: dense output of the last layer for `tokens`, `(windows, tokens, hidden)`.
     """
     config, record, logger = job.config, job.record, job.logger
-    groups = list(_LINES)
-    steps = sum(_steps_of(job, before) for before in groups[: groups.index(group)])
-    earlier = [line for line in record.history if _LINES[group] not in line]
+    steps = sum(_steps_of(job, before) for before in LEARNING[: LEARNING.index(group)])
+    earlier = [line for line in record.history if line.get("group") != group]
 
     def on_epoch(values: dict[str, Any]) -> None:
-        record.write_history([*record.history, values])
-        logger.log_epoch(values, len(record.history))
+        line = {"group": group, **values}
+        record.write_history([*record.history, line])
+        logger.log_epoch(line, len(record.history))
+
+    def on_resume(epochs: list[dict[str, Any]]) -> None:
+        lines = [{"group": group, **values} for values in epochs]
+        record.write_history([*earlier, *lines])
 
     return LearningProblem(
         model=job.loaded.model,
@@ -221,9 +222,9 @@ def learning_problem(
         calibration_batch_size=config.calibration.batch_size,
         calibration=calibration,
         directory=record.directory,
-        on_step=lambda step, values: logger.log(values, steps + step),
+        on_step=lambda step, values: logger.log(group, values, steps + step),
         on_epoch=on_epoch,
-        on_resume=lambda epochs: record.write_history([*earlier, *epochs]),
+        on_resume=on_resume,
     )
 
 

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 # Overrides that name the sweep, or do not concern the result.
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
+# Groups of the settings whose methods may train, in the order in which they do.
+LEARNING = ("permutation", "mask", "reconstruction")
+_EPOCH = "epoch/"  # prefix of the measures of an epoch
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # limits of W&B
 _NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # characters that MLflow refuses
 # Without these MLflow sends data about its use, and waits minutes for a server that is down.
@@ -35,14 +38,26 @@ _MLFLOW = {
 class RunLogger:
     """Logger of one run. This base class drops all numbers."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log one training step. Steps count from 0 over all epochs and stages of layers."""
-        self._send("lcp/", values, step)
+    def log(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Log one training step of a method as `GROUP/NAME`.
 
-    def log_epoch(self, values: Mapping[str, Any], number: int) -> None:
-        """Log one line of `history.jsonl`. Lines count from 1; None is a value without measure."""
-        measured = {key: value for key, value in values.items() if value is not None}
-        self._send("epoch/", measured, number)
+        Args:
+            group: group of the method, one of `LEARNING`.
+            values: measures by name.
+            step: number of the step, from 0 over all methods, stages of layers and epochs.
+        """
+        self._send(f"{group}/", values, step)
+
+    def log_epoch(self, line: Mapping[str, Any], number: int) -> None:
+        """Log one line of `history.jsonl` as `epoch/GROUP/NAME`.
+
+        Args:
+            line: the group of the method, and measures; None is a value without measure.
+            number: number of the line, from 1.
+        """
+        measured = {key: value for key, value in line.items() if value is not None}
+        group = measured.pop("group")
+        self._send(f"{_EPOCH}{group}/", measured, number)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the final numbers, with slashes in their names."""
@@ -51,7 +66,7 @@ class RunLogger:
     def close(self, failed: bool) -> None:
         """End the run in the logger, as failed or finished."""
 
-    def _send(self, kind: str, values: Mapping[str, Any], number: int | None) -> None:
+    def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
         """Log values with a prefix for their names; `number` is the step or the line."""
 
 
@@ -62,26 +77,34 @@ class _WandB(RunLogger):
     """Run of Weights & Biases."""
 
     def __init__(self, run: Any) -> None:
-        self._run, self._step = run, -1
-        for kind, axis in (("lcp", "lcp/step"), ("epoch", "lcp/epoch")):
+        self._run = run
+        self._step = -1
+        for axis in ("step", "epoch"):
             run.define_metric(axis, hidden=True)
-            run.define_metric(f"{kind}/*", step_metric=axis)
-            run.define_metric(f"{kind}/loss", step_metric=axis, summary="min")
+        for group in LEARNING:
+            for prefix, axis in ((f"{group}/", "step"), (f"{_EPOCH}{group}/", "epoch")):
+                run.define_metric(f"{prefix}*", step_metric=axis)
+                run.define_metric(f"{prefix}loss", step_metric=axis, summary="min")
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
-    def _send(self, kind: str, values: Mapping[str, Any], number: Any) -> None:
-        if not kind:
+    def _send(self, prefix: str, values: Mapping[str, Any], number: Any) -> None:
+        if not prefix:
             self._run.summary.update(dict(values))
             return
+        # W&B numbers its rows. Steps have the even rows, and an epoch the row after its last step.
+        if prefix.startswith(_EPOCH):
+            axis = "epoch"
+            row = max(2 * self._step + 1, number)
+        else:
+            axis = "step"
+            self._step = number
+            row = 2 * number
         # A resumed run repeats steps. Their rows are known to W&B, which warns about each of them.
-        self._step = number if kind == "lcp/" else self._step
-        row = 2 * number if kind == "lcp/" else max(2 * self._step + 1, number)
         if row >= self._run.starting_step:
-            axis = {"lcp/step" if kind == "lcp/" else "lcp/epoch": number}
-            named = {f"{kind}{key}": value for key, value in values.items()}
-            self._run.log(axis | named, step=row, commit=True)
+            named = {f"{prefix}{key}": value for key, value in values.items()}
+            self._run.log({axis: number} | named, step=row, commit=True)
 
 
 class _Tracked(RunLogger):
@@ -94,10 +117,10 @@ class _Tracked(RunLogger):
         with suppress(Exception):  # the server may be gone
             self._end(failed)
 
-    def _send(self, kind: str, values: Mapping[str, Any], number: int | None) -> None:
+    def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
         if self._tracker is None:
             return
-        named = {_NOT_IN_A_KEY.sub("_", f"{kind}{key}"): value for key, value in values.items()}
+        named = {_NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value for key, value in values.items()}
         numbers = {key: value for key, value in named.items() if isinstance(value, int | float)}
         try:
             self._tracker.log(numbers, number)

@@ -82,7 +82,10 @@ class Learner(ABC):
         """Write the gradients of the `parameters`, after backward."""
 
     def flips(self) -> Tensor | None:
-        """Return the number of decisions that `begin` changed, on the device; None: uncounted."""
+        """Return the number of decisions that changed since the last step; None: uncounted.
+
+        The loop calls it once in each step. The number is a scalar on the device.
+        """
         return None
 
     def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:

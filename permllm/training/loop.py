@@ -14,6 +14,7 @@ from permllm.errors import DataError, TrainingError
 from permllm.runs.tensors import load_state, save_state
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_memory
+from permllm.runtime.terminal import raise_if_interrupted
 from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
@@ -94,6 +95,7 @@ class Training(Objective):
             shown = {key: f"{value:.4f}" for key, value in measures.items()}
             progress.set_postfix({"step": f"{self.done}/{self.steps}"} | shown, refresh=False)
             progress.update(_STEP)
+            raise_if_interrupted()
             if after is not None and time.perf_counter() > self._next_checkpoint:
                 self._save()
         self._end_of_epoch(moment, batches, math.fsum(seconds) / len(seconds))
@@ -191,7 +193,7 @@ class Training(Objective):
             return
         started = time.perf_counter()
         state = {
-            "window": self.stage.number,
+            "stage": self.stage.number,
             "step": self.done,
             "losses": self._losses,
             "history": self.history,
@@ -228,7 +230,10 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
         if path is None or not path.is_file():
             return None
         try:
-            return load_state(path, problem.device)
+            state = load_state(path, problem.device)
+            if "stage" not in state:
+                raise DataError(f"{path} is of another version of PermLLM")
+            return state
         except DataError as error:
             log.warning("%s: learning starts over", error)
             return None

@@ -38,8 +38,9 @@ class Course:
         self.problem = problem
         self.name, self.file = name, file
         self.state = read_checkpoint(problem, file)
-        past = self.state or {"window": 0, "history": []}
-        self._begin, self._history = past["window"], list(past["history"])
+        past = self.state or {"stage": 0, "history": []}
+        self._begin = past["stage"]
+        self._history = list(past["history"])
         problem.on_resume(list(self._history))
         # Streams of the dense and of the pruned layers, each beside the index of its next layer.
         self._dense: tuple[LayerStream, int] | None = None

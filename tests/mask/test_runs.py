@@ -11,6 +11,7 @@ import torch
 
 from permllm.data.windows import calibration_tokens
 from permllm.export.verify import verify
+from permllm.mask.learned import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import stages
@@ -83,6 +84,28 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert sum("mask_flips" in line for line in lines) == 2
     assert not list(directory.glob("*.pt"))
+
+
+def test_a_learner_without_measures_of_its_own_keeps_its_history_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupt learned masks of a package, whose lines have no key that we know."""
+    monkeypatch.setattr(MaskLearner, "epoch_values", lambda self, moment: {})
+    real = Training._epoch
+
+    def stop_in_the_second(self: Training, epoch: int, *rest: Any) -> None:
+        if self.name == "mask" and epoch == 1:
+            raise KeyboardInterrupt
+        real(self, epoch, *rest)
+
+    words = ("permutation.epochs=1", *BOTH)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_epoch", stop_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *words)
+    _, directory = run(tmp_path, *words)
+    lines = [(line["group"], line["epoch"]) for line in history(directory)]
+    assert lines == [("permutation", 1), ("mask", 1), ("mask", 2)]
 
 
 def test_each_method_learns_from_its_own_part_of_the_text(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from unittest.mock import Mock
 
 import pytest
@@ -18,16 +22,19 @@ from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, foldable, shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.logits import BlockLogits
+from permllm.permutation.lcp.learner import OrderLearner
+from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
+from permllm.runtime.terminal import ending_signals
 from permllm.training import loop
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
+from permllm.training.masked_linear import split_blocks
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
 from permllm.training.stages import Course
@@ -39,6 +46,7 @@ from tests.problems import (
     output_loss,
     problem,
     pruned,
+    random,
     same,
     states_of,
     tokens,
@@ -121,6 +129,59 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
     large, small = steps[1:]  # of five samples and of one
     assert epochs[1] == pytest.approx((5 * large + small) / 6, rel=1e-12)
     assert epochs[1] != pytest.approx((large + small) / 2, rel=1e-6)
+
+
+def test_flips_are_the_share_of_channels_that_moved_since_the_last_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    orders: list[Tensor] = []
+    real = OrderLearner.flips
+
+    def seen(learner: OrderLearner) -> Tensor:
+        orders.append(torch.cat([*learner.present.values()]).clone())
+        return real(learner)
+
+    monkeypatch.setattr(OrderLearner, "flips", seen)
+    flips: list[float] = []
+    learning = problem(on_step=lambda _, values: flips.append(values["flips"]))
+    lcp(init="random", learning_rate=0.05, epochs=3).orders(learning)  # two steps an epoch
+    assert len(flips) == 6
+    for step in range(1, 6):
+        moved = (orders[step] != orders[step - 1]).double().mean()
+        assert flips[step] == pytest.approx(float(moved))
+    assert min(flips[2], flips[4]) > 0  # the first steps of epochs
+
+
+def test_an_interruption_that_python_drops_ends_learning_after_the_step() -> None:
+    steps: list[int] = []
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_step(step: int, _: dict[str, float]) -> None:
+        steps.append(step)
+        Dropped()
+
+    with (
+        mock.patch.object(sys, "unraisablehook"),
+        ending_signals(),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        lcp(init="random", epochs=3).orders(problem(on_step=on_step))
+    assert steps == [0]
+
+
+def test_a_permutation_on_which_the_loss_does_not_depend_is_named() -> None:
+    logits = {
+        name: BlockLogits(torch.arange(4), split_blocks(4, 4), [random(1, 4, 4)])
+        for name in ("used", "unused")
+    }
+    stacks = [("used", 0), ("unused", 0)]
+    batch = SoftBatch(logits, stacks, temperature=1.0, halves=4)
+    batch.stand_ins[0].grad = random(1, 4, 4, seed=1)
+    with pytest.raises(TrainingError, match="unused"):
+        batch.backward()
 
 
 def test_the_progress_bar_says_how_long_steps_and_measurements_take(

@@ -77,14 +77,16 @@ def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], 
     assert config["run_directory"] == str(directory)
     assert config["config_hash"] == metrics["config_hash"]
     assert "logger" not in config
-    steps = [row for row in rows(of_run) if "lcp/step" in row]
-    assert [row["lcp/step"] for row in steps] == list(range(len(steps)))
-    names = {f"lcp/{name}" for name in ("loss", "temperature", "flips", "seconds")}
+    steps = [row for row in rows(of_run) if "step" in row]
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+    names = {f"permutation/{name}" for name in ("loss", "temperature", "flips", "seconds")}
     assert all(names <= set(row) for row in steps)
-    epochs = [row for row in rows(of_run) if "lcp/epoch" in row]
-    assert [row["lcp/epoch"] for row in epochs] == [1, 2, 3]
+    epochs = [row for row in rows(of_run) if "epoch" in row]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
     for row, entry in zip(epochs, read_lines(directory / "history.jsonl"), strict=True):
-        measured = {f"epoch/{key}": value for key, value in entry.items() if value is not None}
+        assert entry.pop("group") == "permutation"
+        known = {key: value for key, value in entry.items() if value is not None}
+        measured = {f"epoch/permutation/{key}": value for key, value in known.items()}
         assert {key: row[key] for key in row if key.startswith("epoch/")} == measured
     places = [row["_step"] for row in rows(of_run)]
     assert places == sorted(set(places))
@@ -180,15 +182,17 @@ def test_a_resumed_run_is_the_same_in_wandb(
     monkeypatch.setenv("WANDB_MODE", "offline")
     with suppress(KeyboardInterrupt), attempt(tmp_path) as logger:
         for step in range(3):
-            logger.log({"loss": 2.0 - step}, step)
+            logger.log("mask", {"loss": 2.0 - step}, step)
             if step == 1:
-                logger.log_epoch({"epoch": 1, "loss": 1.5, "measured_loss": None}, 1)
+                line = {"group": "mask", "epoch": 1, "loss": 1.5, "measured_loss": None}
+                logger.log_epoch(line, 1)
         raise KeyboardInterrupt
     time.sleep(1.1)  # folders are named by the second
     with attempt(tmp_path) as logger:
         for step in range(2, 4):
-            logger.log({"loss": 2.0 - step / 2}, step)
-        logger.log_epoch({"epoch": 2, "loss": 0.75, "measured_loss": 0.5}, 2)
+            logger.log("mask", {"loss": 2.0 - step / 2}, step)
+        line = {"group": "mask", "epoch": 2, "loss": 0.75, "measured_loss": 0.5}
+        logger.log_epoch(line, 2)
         logger.summary({"status": "finished"})
     of_runs = offline_runs(tmp_path)
     number = (tmp_path / "run" / WANDB_ID).read_text().strip()
@@ -206,9 +210,9 @@ def test_rows_that_wandb_has_are_not_sent_again() -> None:
     run.log = lambda values, step, commit: sent.append(step)
     logger = _WandB(run)
     for step in range(4):
-        logger.log({"loss": 1.0}, step)
+        logger.log("mask", {"loss": 1.0}, step)
         if step % 2:
-            logger.log_epoch({"loss": 1.0}, step // 2 + 1)
+            logger.log_epoch({"group": "mask", "loss": 1.0}, step // 2 + 1)
     assert sent == [4, 6, 7]
 
 
@@ -244,7 +248,7 @@ def mlflow_run(home: Path) -> tuple[Any, list[tuple[int, float]]]:
     client = import_module("mlflow").MlflowClient(tracking_uri=database)
     (experiment,) = [one for one in client.search_experiments() if one.name == "permllm"]
     (run,) = client.search_runs([experiment.experiment_id])
-    points = client.get_metric_history(run.info.run_id, "epoch/loss")
+    points = client.get_metric_history(run.info.run_id, "epoch/permutation/loss")
     return run, [(point.step, point.value) for point in points]
 
 
@@ -290,8 +294,8 @@ def test_force_is_a_new_run_for_the_loggers(
     assert not (directory / WANDB_ID).exists()
     assert not (directory / "tensorboard" / "events").exists()
     found = scalars(directory)
-    assert [step for step, _ in found["epoch/loss"]] == [1, 2, 3]
-    assert {"lcp/loss", "lcp/temperature", *numbers_of(metrics)} <= found.keys()
+    assert [step for step, _ in found["epoch/permutation/loss"]] == [1, 2, 3]
+    assert {"permutation/loss", "permutation/temperature", *numbers_of(metrics)} <= found.keys()
     assert read_json(directory / "metrics.json")["status"] == "finished"
 
 
@@ -300,12 +304,12 @@ def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with suppress(ZeroDivisionError), attempt(tmp_path, "logger=mlflow") as logger:
-        logger.log({"loss": float("nan"), "flips": 0.5}, 0)
+        logger.log("mask", {"loss": float("nan"), "flips": 0.5}, 0)
         logger.summary({"tasks/x(y)/acc,none": 0.5, "text": "words"})
         raise ZeroDivisionError
     run, _ = mlflow_run(tmp_path)
     assert run.info.status == "FAILED"
-    assert run.data.metrics.items() >= {"lcp/flips": 0.5, "tasks/x_y_/acc_none": 0.5}.items()
+    assert run.data.metrics.items() >= {"mask/flips": 0.5, "tasks/x_y_/acc_none": 0.5}.items()
 
 
 def test_without_mlflow_or_its_server_a_line_says_so(
@@ -314,7 +318,7 @@ def test_without_mlflow_or_its_server_a_line_says_so(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with attempt(tmp_path, "logger=mlflow") as logger:  # a server that is down costs no result
-        logger.log({"loss": 1.0}, 0)
+        logger.log("mask", {"loss": 1.0}, 0)
     assert "MLflow cannot be reached" in caplog.text
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError, match="logger=mlflow"), attempt(tmp_path, "logger=mlflow"):
@@ -326,8 +330,8 @@ def test_a_logger_that_fails_costs_the_curves_alone(
 ) -> None:
     writer = "torch.utils.tensorboard.SummaryWriter.add_scalar"
     with attempt(tmp_path, "logger=tensorboard") as logger:
-        logger.log({"loss": 1.0}, 0)
+        logger.log("mask", {"loss": 1.0}, 0)
         monkeypatch.setattr(writer, lambda *_, **__: 1 / 0)
         for step in range(1, 4):
-            logger.log({"loss": 1.0}, step)
+            logger.log("mask", {"loss": 1.0}, step)
     assert caplog.text.count("the logger fails (division by zero)") == 1

@@ -64,7 +64,8 @@ class OrderLearner(Learner):
         self._hard: dict[str, Tensor] = {}
         self._softs: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
-        self._before = self._at_epoch = self.present
+        # Permutations of the last step, and of the last epoch's end.
+        self._at_step = self._at_epoch = self.present
 
     @override
     def parameters(self) -> list[Tensor]:
@@ -74,7 +75,6 @@ class OrderLearner(Learner):
     @torch.no_grad()
     def begin(self, moment: Moment) -> None:
         """Make the soft and the hard permutations of a step."""
-        self._before = self.present
         self._batches = soft_batches(self.blocks, self.temperature(moment), self.halves)
         hards, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
         try:
@@ -113,8 +113,10 @@ class OrderLearner(Learner):
 
     @override
     def flips(self) -> Tensor:
-        """Return the number of channels that the last `begin` moved."""
-        return self._moved(self._before)
+        """Return the number of channels that moved since the last step."""
+        moved = self._moved(self._at_step)
+        self._at_step = self.present
+        return moved
 
     @override
     def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:
@@ -141,12 +143,21 @@ class OrderLearner(Learner):
 
     @override
     def state(self) -> dict[str, Any]:
-        orders = {"best": self.best, "present": self.present, "at_epoch": self._at_epoch}
-        return {"logits": self.logits.state_dict()} | orders
+        return {
+            "logits": self.logits.state_dict(),
+            "best": self.best,
+            "present": self.present,
+            "at_step": self._at_step,
+            "at_epoch": self._at_epoch,
+        }
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
+        def moved_here(key: str) -> dict[str, Tensor]:
+            return {name: order.to(self.device) for name, order in state[key].items()}
+
         self.best = {name: order.cpu() for name, order in state["best"].items()}
         self.logits.load_state_dict(state["logits"])
-        self.present = {name: order.to(self.device) for name, order in state["present"].items()}
-        self._at_epoch = {name: order.to(self.device) for name, order in state["at_epoch"].items()}
+        self.present = moved_here("present")
+        self._at_step = moved_here("at_step")
+        self._at_epoch = moved_here("at_epoch")

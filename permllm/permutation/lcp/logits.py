@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from permllm.errors import TrainingError
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.training.masked_linear import BlockStack
 
@@ -101,11 +102,20 @@ class SoftBatch:
         return dict(zip(self.stacks, values.split(self._counts), strict=True))
 
     def backward(self) -> None:
-        """Send the gradients of the stand-ins on to the logits."""
+        """Send the gradients of the stand-ins on to the logits.
+
+        Raises TrainingError if a stand-in has no gradient.
+        """
         logits = self._logits()
-        grads = [stand_in.grad for stand_in in self.stand_ins if stand_in.grad is not None]
-        found = logit_gradient(_joined(logits), self._temperature, self._potentials, _joined(grads))
-        torch.autograd.backward(logits, found.split(self._counts))
+        gradients = []
+        for (name, _), stand_in in zip(self.stacks, self.stand_ins, strict=True):
+            if stand_in.grad is None:
+                raise TrainingError(f"the loss does not depend on the permutation of {name}")
+            gradients.append(stand_in.grad)
+        of_logits = logit_gradient(
+            _joined(logits), self._temperature, self._potentials, _joined(gradients)
+        )
+        torch.autograd.backward(logits, of_logits.split(self._counts))
 
     def _logits(self) -> list[Tensor]:
         return [self._orders[name].effective(number) for name, number in self.stacks]
