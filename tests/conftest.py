@@ -147,6 +147,28 @@ def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _clean_checkout() -> Iterator[None]:
+    """Cache results although the checkout has changes, since it is being worked on."""
+    from permllm.runs import cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "git_commit", lambda: {"commit": "of a test", "dirty": False})
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _broken_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise the error of a kernel, instead of a warning and plain code."""
+    monkeypatch.setattr("permllm.runtime.compiling.everything_wanted", lambda: True)
+
+
+@pytest.fixture
+def kernels_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warn of a broken kernel and use plain code, as a run does."""
+    monkeypatch.setattr("permllm.runtime.compiling.everything_wanted", lambda: False)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):

@@ -35,7 +35,8 @@ _CHOSEN: list[str] = []
 def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
     """Return the values of `compute` from the cache, or compute and keep them.
 
-    All ranks get the values of rank 0.
+    All ranks get the values of rank 0. If the package has uncommitted changes, nothing is read or
+    kept, because its commit does not determine the result.
 
     Args:
         kind: name of the kind of result.
@@ -43,7 +44,10 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
             its libraries.
         compute: returns tensors by name, on the CPU, or plain values by name.
     """
-    software = {"versions": versions(), "commit": git_commit()}
+    commit = parallel.on_main(git_commit)
+    if commit is not None and commit["dirty"]:
+        return parallel.share(compute())
+    software = {"versions": versions(), "commit": commit}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     with ExitStack() as held:

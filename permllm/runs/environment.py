@@ -32,6 +32,8 @@ _PACKAGES = (
     "scipy",
 )
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+
 _NAME = r"(?:key|token|secret|password|passwd|credentials?)"
 # The patterns find the value of a key that looks like a secret, for a whole word and inside braces.
 # A switch such as add_bos_token=true is not a secret.
@@ -101,18 +103,29 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 @cache
-def git_commit() -> dict[str, Any] | None:
-    """Return the commit of the package's checkout, and if it has changes; None: no checkout."""
+def git_commit(package: Path = _PACKAGE) -> dict[str, Any] | None:
+    """Return the commit of the project's checkout; None: the package lies outside of one.
+
+    `dirty`: the package has uncommitted changes or untracked files, or git cannot tell.
+    A repository that only contains an installation of the package does not count.
+    """
+    checkout = package.parent
+    project = checkout / "pyproject.toml"
+    # In a worktree or a submodule `.git` is a file.
+    if not (checkout / ".git").exists() or not project.is_file():
+        return None
+    if f'name = "{package.name}"' not in project.read_text(encoding="utf-8").splitlines():
+        return None
 
     def git(*arguments: str) -> str:
-        words = ["git", "-C", str(Path(__file__).parent), *arguments]
+        words = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        changes = git("status", "--porcelain", "--untracked-files=all", "--", str(package))
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or distrusts the folder
+        return {"commit": "unknown", "dirty": True}
 
 
 def _processor() -> str:

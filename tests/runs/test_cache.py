@@ -75,6 +75,19 @@ def test_an_unreadable_result_is_computed_again(cache: Path) -> None:
         assert cached("kind", {"a": 1}, compute) == {"x": torch.ones(1)}
 
 
+def test_changed_code_neither_reads_nor_keeps_results(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached("kind", {"a": 1}, lambda: {"x": 1})
+    changed = {"commit": "of a test", "dirty": True}
+    with monkeypatch.context() as patch:
+        patch.setattr("permllm.runs.cache.git_commit", lambda: changed)
+        assert cached("kind", {"a": 1}, lambda: {"x": 2}) == {"x": 2}
+        assert cached("kind", {"a": 2}, lambda: {"x": 3}) == {"x": 3}
+    assert cached("kind", {"a": 1}, refuse) == {"x": 1}
+    assert len([*(cache / "results").glob("kind-*.json")]) == 1
+
+
 def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise DataError("no space left to write it")
