@@ -50,13 +50,19 @@ class SparseGPT(Pruner):
             pattern: N:M of the permuted mask.
             mask: weights to keep, bool `(C_out, C_in)`, in original order. None: choose the mask
                 group by group from the weights corrected so far, by `w^2 / U_jj^2` with U the upper
-                Cholesky factor of `H^-1`.
+                Cholesky factor of `H^-1`. Weights of dead channels, whose inputs are all zero,
+                become zero first, as in the official code.
 
         Returns:
             The updated weight (dtype of `weight`, zeros are +0.0) and its mask, both in original
             order.
         """
-        w, inverse = weight[:, perm].float(), _inverse_hessian(statistics, self.damping)
+        inverse = _inverse_hessian(statistics, self.damping)
+        w = weight[:, perm].float()
+        if mask is None:
+            # Channels that are zero in the whole text need no weights, and groups should keep
+            # others. A given mask decides itself.
+            w[:, statistics[Gram].value.diagonal()[perm] == 0] = 0.0
         # The inverse of the permuted Hessian is the permuted inverse.
         upper = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
         keep = None if mask is None else mask[:, perm]

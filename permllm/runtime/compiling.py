@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.fx.experimental._config
 
-from permllm.errors import first_line
+from permllm.errors import everything_wanted, first_line
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]:
     """Return a function that calls `fast`, and after a failure always returns None.
+
+    With `HYDRA_FULL_ERROR=1` the failure is raised, because it may be a defect of `fast`.
 
     Args:
         fast: function that compiles at its first call and may then raise any error. Its result is
@@ -34,6 +36,8 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, its cache or a driver
+            if everything_wanted():
+                raise
             failed = True
             log.warning("%s: %s", otherwise, first_line(error)[:200])
             return None

@@ -68,6 +68,21 @@ def test_columns_are_pruned_as_by_elimination_from_the_inverse_hessian(
     torch.testing.assert_close(w * found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_weights_of_dead_channels_become_zero_first_as_in_the_official_code() -> None:
+    weight, inputs, _ = layer()
+    dead = torch.tensor([1, 2, 3, 8, 30])  # more than two of the first group
+    inputs[:, dead] = 0.0
+    perm = shuffled(32)
+    updated, mask = SparseGPT().update(weight, gram_of(inputs), perm, PATTERN)
+    assert not updated[:, dead].any()
+    zeroed = weight.double().clone()
+    zeroed[:, dead] = 0.0
+    hessian = hessian_of(inputs)[perm][:, perm]
+    expected, expected_mask = reference_update(zeroed[:, perm], hessian, PATTERN, None)
+    assert torch.equal(mask[:, perm], expected_mask)
+    torch.testing.assert_close(updated[:, perm], expected.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_columns_are_visited_and_n_m_holds_in_the_permuted_order() -> None:
     weight, inputs, statistics = layer()
     perm = shuffled(32)

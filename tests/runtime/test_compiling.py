@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from permllm import errors
 from permllm.runtime.compiling import attempted, compiled
 
 
+@pytest.mark.usefixtures("kernels_may_fail")
 def test_a_failure_is_one_warning_and_final(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[int] = []
 
@@ -31,6 +33,20 @@ def test_a_failure_is_one_warning_and_final(caplog: pytest.LogCaptureFixture) ->
         full()
 
 
+def test_a_failure_is_raised_for_somebody_who_wants_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("permllm.runtime.compiling.everything_wanted", errors.everything_wanted)
+    monkeypatch.delenv(errors.SHORT_ERRORS, raising=False)
+    failing = Mock(side_effect=RuntimeError("a defect of the kernel"))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    assert attempted(failing, "slower without")() is None
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(RuntimeError):
+        attempted(failing, "slower without")()
+
+
+@pytest.mark.usefixtures("kernels_may_fail")
 def test_without_a_compiler_the_function_itself_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Mock(side_effect=RuntimeError("no compiler found"))
     monkeypatch.setattr(torch, "compile", Mock(return_value=failing))
