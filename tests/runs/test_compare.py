@@ -163,6 +163,8 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
         ("nothing kept", "windows were not kept"),
         ("another tokenizer", "not the same windows"),
         ("another seed", "not the same seeds"),
+        # The digest of their text is the same.
+        ("other windows", "not the same windows"),
     ],
 )
 def test_what_is_not_the_same_has_no_interval(
@@ -176,6 +178,11 @@ def test_what_is_not_the_same_has_no_interval(
     if changed == "nothing kept":
         (file,) = (other / "evaluations").glob("*.json")
         write_json(file, read_json(file) | {"scores": {}})
+    if changed == "other windows":
+        for number, folder in enumerate(("lcp", "none")):
+            (file,) = (tmp_path / folder / "evaluations").glob("*.json")
+            keys = {f"perplexity/wikitext2/2048/{number}": ["wikitext2"]}
+            write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
     assert paired(*rows_of(tmp_path), PERPLEXITY)["over"] == reason
     assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
     assert "% [" not in capsys.readouterr().out
