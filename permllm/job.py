@@ -108,6 +108,9 @@ def _unfinished(
 ) -> None:
     """Run the stages of a run that are not finished."""
     check_tasks(config.evaluation)
+    products = compute_dtype(config.compute_dtype, getattr(torch, config.model.dtype), device)
+    if not record.pruned:
+        record.check_products(products)
     footprint = _footprint(config, methods, device)
     _check_shares(config, methods, record)
     parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
@@ -131,7 +134,7 @@ def _unfinished(
 
         parallel.on_main(open_logs)
         held.enter_context(half_products(getattr(torch, config.model.dtype), device))
-        _stages(config, methods, record, logger, device)
+        _stages(config, methods, record, logger, device, products)
 
 
 def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
@@ -192,6 +195,7 @@ def _stages(
     record: RunDirectory,
     logger: RunLogger,
     device: torch.device,
+    products: torch.dtype,
 ) -> None:
     seed_everything(config.seed, config.deterministic)
     reset_peak_memory(device)
@@ -209,7 +213,6 @@ def _stages(
         groups = checked_groups(config, methods, loaded.model)
         _check_perplexity_texts(config, loaded)
         windows = None if record.pruned else _calibration_windows(config, loaded)
-    products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
     with record.stage("evaluate dense", device):

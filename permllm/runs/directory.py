@@ -145,6 +145,7 @@ class RunDirectory(Record):
     def __init__(self, directory: Path, config: RunConfig) -> None:
         super().__init__()
         self.directory, self.finished = directory, False
+        self._written: set[str] = set()  # files of this process
         self.config: dict[str, Any] = json.loads(json.dumps(config.resolved))
         asked = json.loads(json.dumps(config.evaluation_identity))
         self.evaluation = {"evaluation": asked, "evaluation_hash": digest_of(asked)}
@@ -222,11 +223,19 @@ class RunDirectory(Record):
             return
         present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
         both = present.keys() | asked.keys()
-        if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
+        differing = sorted(key for key in both if present.get(key) != asked.get(key))
+        if differing == ["compute_dtype"] and self._meant_by_auto() == asked["compute_dtype"]:
+            self.config["compute_dtype"] = present["compute_dtype"]
+        elif differing:
             raise ConfigError(
                 f"{file} is of another run, whose {', '.join(differing[:5])} differ: choose "
                 "another run_dir"
             )
+
+    def _meant_by_auto(self) -> str | None:
+        """Return the dtype that `compute_dtype=auto` meant in the run; None: it has no metrics."""
+        file = self.directory / METRICS
+        return read_json(file).get("compute_dtype") if file.exists() else None
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
@@ -249,6 +258,22 @@ class RunDirectory(Record):
     def pruned(self) -> bool:
         """True: the model is pruned, so that only its evaluation may be missing."""
         return "sparsity" in self.metrics
+
+    def check_products(self, dtype: torch.dtype) -> None:
+        """Record the dtype of matrix products, which a run keeps to its end.
+
+        Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
+        depends on the machine.
+        """
+        here = str(dtype).removeprefix("torch.")
+        before = self.metrics.setdefault("compute_dtype", here)
+        if before != here:
+            raise ConfigError(
+                f"compute_dtype={self.config['compute_dtype']}: {self.directory} began with "
+                f"products in {before}, and here they would be in {here}: add "
+                f"compute_dtype={before} run_dir={self.directory} to continue it, or force=true to "
+                "run it again"
+            )
 
     def has(self, group: str) -> bool:
         """Tell if the run has the result of a group, `permutation` or `mask`."""
@@ -301,7 +326,8 @@ class RunDirectory(Record):
                 check_sha256(self.directory, name, stated[name])
             else:  # the earlier process ended after the file and before `metrics.json`
                 stated[name] = file_sha256(path)
-            noted.info("continuing with %s", name)
+            if name not in self._written:
+                noted.info("continuing with %s", name)
             return load(path)
 
         return parallel.on_main(read)
@@ -311,6 +337,7 @@ class RunDirectory(Record):
 
         def write() -> None:
             save(self.directory / name, value)
+            self._written.add(name)
             self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
             self.save()
 

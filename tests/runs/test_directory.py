@@ -22,7 +22,8 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.pruning import stages
 from permllm.runs.directory import RunDirectory, is_finished, run_directory
-from permllm.runs.files import read_json, read_lines
+from permllm.runs.files import read_json, read_lines, read_yaml
+from permllm.runtime import precision
 from permllm.runtime.identity import digest_of
 from tests.test_config import composed
 
@@ -106,8 +107,10 @@ def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> Non
     stops += [line_with("weights_learned"), (stages, "prune", lambda *_: True)]
     stops += [(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])]
     stops += [(job, "export_run", lambda *_: True)]
+    assert "continuing" not in (whole / "run.log").read_text()
     for owner, name, when in stops:
         directory = begun(tmp_path, EVERYTHING, owner, name, when)
+    assert "continuing with masks.safetensors" in (directory / "run.log").read_text()
     assert run(tmp_path, *EVERYTHING)[1] == directory
     assert differing(directory, results(whole)) == []
     assert not [*directory.glob("*.pt"), *directory.glob("pruned_layers")]
@@ -215,6 +218,31 @@ def test_a_directory_of_another_run_is_refused(cache: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="run_dir="):
         run(tmp_path, f"run_dir={tmp_path}/mine")
     assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+def test_a_run_does_not_continue_in_products_of_another_dtype(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("permutation=heuristic",)
+    expected = run(tmp_path / "whole", *words, "compute_dtype=bfloat16")[1]
+
+    def on_a_machine(multiplies: bool) -> None:
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: multiplies)
+
+    on_a_machine(True)
+    directory = begun(tmp_path, words, stages, "prune")
+    on_a_machine(False)
+    with pytest.raises(ConfigError, match=r"bfloat16.*float32.*compute_dtype=bfloat16.*force=true"):
+        run(tmp_path, *words)
+    with pytest.raises(ConfigError, match="compute_dtype"):
+        run(tmp_path, *words, "compute_dtype=float32", f"run_dir={directory}")
+    here = f"run_dir={directory}"
+    metrics, continued = run(tmp_path, *words, "compute_dtype=bfloat16", here)
+    assert (continued, metrics["compute_dtype"]) == (directory, "bfloat16")
+    assert read_yaml(directory / "config.yaml")["compute_dtype"] == "auto"
+    assert differing(directory, results(expected)) == []
+    assert run(tmp_path, *words)[0] == metrics  # it is finished
+    assert run(tmp_path, *words, "force=true")[0]["compute_dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
