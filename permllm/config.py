@@ -263,7 +263,7 @@ class RunConfig:
     inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.patterns  # raises ConfigError if a pattern is not valid
+        _ = self.patterns  # raises ConfigError if a pattern is not valid
         if self.plan_on and not self.plan:
             raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
         if "/" in self.name:

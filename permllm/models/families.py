@@ -253,8 +253,12 @@ def _discovered(model: Any) -> Family:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the decoder layers of a model, in order."""
-    layers = model.get_submodule(family_of(model).layers)
-    assert isinstance(layers, nn.ModuleList)
+    path = family_of(model).layers
+    layers = model.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(
+            f"layers={path!r} of the family is a {type(layers).__name__}; expected a ModuleList"
+        )
     return layers
 
 

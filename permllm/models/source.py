@@ -72,12 +72,11 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
             identity = folder_identity(config, folder)
             return DenseSource(skeleton, save, generation, identity, read)
     loaded = load_model(replace(config, placement="device", device="cpu"), seed)
-    state, generation_config = loaded.model.state_dict(), loaded.model.generation_config
-    assert generation_config is not None
+    state = loaded.model.state_dict()
     return DenseSource(
         skeleton_like(loaded.model),
         loaded.tokenizer.save_pretrained,
-        generation_config,
+        loaded.model.generation_config or GenerationConfig.from_model_config(loaded.model.config),
         loaded.identity,
         lambda name: state[name].cpu(),
     )

@@ -48,6 +48,11 @@ def placement_for(footprint: Footprint) -> Placement:
     return last
 
 
+def fits(footprint: Footprint) -> bool:
+    """Tell if the job fits in the memory with a placement that the settings allow."""
+    return _first_that_fits(footprint)[0] is not None
+
+
 def would_fit(footprint: Footprint) -> list[str]:
     """Return settings with which the job would fit, each with the memory that it needs."""
     found = []

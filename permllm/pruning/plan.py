@@ -7,7 +7,7 @@ from rich.table import Table
 
 from permllm.models.families import ChannelGroup
 from permllm.pruning.footprint import Footprint
-from permllm.pruning.placement import FITS, placement_for, placements
+from permllm.pruning.placement import FITS, fits, placement_for, placements
 from permllm.runtime.speed import speed_of
 from permllm.runtime.terminal import terminal
 
@@ -41,8 +41,8 @@ def print_plan(of: Footprint) -> None:
     console.print(_needs(of))
     where = f"{config.plan_on} with 16 cores" if config.plan_on else f"{of.device}, as measured now"
     console.print(
-        f"Estimates for {where}: memory within 15 %, minutes within a factor of two, without "
-        "downloads."
+        f"Estimates for {where}, without downloads. On CPUs memory was within 15 % of them, and "
+        "minutes within a factor of two. No GPU has confirmed them."
     )
 
 
@@ -61,21 +61,22 @@ def _needs(of: Footprint) -> Table:
     speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     minutes = {name: of.minutes(name, speed) for name in names}
     card = Footprint(of.config, of.model, of.methods, torch.device("cuda"))
+    choice = "chosen" if fits(of) else "does not fit"
     title = "GB by stage and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
     for name in (*names, f"minutes, {chosen}"):
-        table.add_column(f"{name} (chosen)" if name == chosen else name, justify="right")
+        table.add_column(f"{name} ({choice})" if name == chosen else name, justify="right")
     for stage in needs[chosen].stages:
         sizes = (f"{needs[name].stages[stage] / 1e9:.2f}" for name in names)
         table.add_row(stage, *sizes, f"{minutes[chosen][stage]:.1f}")
     table.add_row("on the host", *(f"{needs[name].host / 1e9:.2f}" for name in names))
     table.add_row("peak", *(f"{needs[name].peak / 1e9:.2f}" for name in names))
-    table.add_row("a card of", *(_card(card.needs(name).device) for name in names))
+    table.add_row("on a GPU, a card of", *(_card(card.needs(name).device) for name in names))
     table.add_row("minutes", *(f"{sum(minutes[name].values()):.0f}" for name in (*names, chosen)))
     return table
 
 
 def _card(size: int) -> str:
     """Return the smallest card on which a job of `size` bytes fits."""
-    fits = (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS)
-    return next(fits, f"more than {_CARDS[-1]} GB")
+    suitable = (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS)
+    return next(suitable, f"more than {_CARDS[-1]} GB")

@@ -61,6 +61,19 @@ def test_the_plan_says_what_learns_together(
     assert unsaid not in printed
 
 
+def test_a_placement_that_does_not_fit_is_not_called_chosen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_host = planned("model=tiny", "plan=true", device="cpu")
+    print_plan(on_the_host)
+    assert "(chosen)" in capsys.readouterr().out
+    monkeypatch.setattr("permllm.pruning.placement.available_host_memory", lambda: 1000)
+    print_plan(on_the_host)
+    printed = capsys.readouterr().out
+    assert "(chosen)" not in printed
+    assert "(does not fit)" in printed
+
+
 def test_a_card_is_for_a_plan_alone() -> None:
     with pytest.raises(ConfigError, match="plan_on=h100"):
         config("model=tiny", "plan_on=h100")
