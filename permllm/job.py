@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from permllm.config import ExportConfig, RunConfig
+from permllm.data.hub import hub_snapshot
 from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
@@ -138,10 +139,12 @@ def _unfinished(
 
 
 def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
-    """Download the texts of the hub before the model, so that a missing text ends the job early.
+    """Download the texts of the hub before the weights, so that a missing text ends the job early.
 
-    Raises DataError if a text is not available.
+    Raises DataError if the model or a text is not available. Without the hub it names the model.
     """
+    if config.model.source == "hub":
+        hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
     for named in perplexity_texts(config.evaluation.perplexity):
         if isinstance(named.text, HubText):
             named.text.digest(calibration=False)

