@@ -31,7 +31,8 @@ _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 FP8 = " in fp8"
 # Groups of methods, with the option that does nothing.
 METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
-_FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
+# With "z" a mean that rounding leaves just below zero is shown without a minus.
+_FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)

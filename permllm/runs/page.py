@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from permllm.runs.compare import Comparison
 from permllm.runs.plots import MINUTES, drawn_measure, points
-from permllm.runs.render import cells
+from permllm.runs.render import cells, sources
 from permllm.runs.table import Table
 
 _FRAME = """<!doctype html>
@@ -29,7 +29,7 @@ body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; p
 <h1>PermLLM: pruned models side by side</h1>
 <p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p>
 <ul>{notes}</ul>
-<h2>Quality over minutes</h2>{quality}
+<h2>Quality over minutes</h2><p>Bars are the ± of the table.</p>{quality}
 <h2>Table</h2>{itables}{table}
 </body></html>
 """
@@ -55,7 +55,8 @@ def page(
     Raises:
         ConfigError: no row has the measure.
     """
-    every = filter(None, [*notes, *table.notes, paper.note if paper else ""])
+    frame = cells(table, paper)
+    every = filter(None, [*notes, *table.notes, paper.note if paper else "", *sources(frame)])
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
@@ -64,7 +65,7 @@ def page(
         notes="".join(f"<li>{escape(note)}</li>" for note in every),
         quality=_quality(table, drawn_measure(table, measure)),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
-        table=_table(cells(table, paper), len(table.settings)),
+        table=_table(frame, len(table.settings)),
     )
 
 

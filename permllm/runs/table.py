@@ -172,10 +172,10 @@ class Table:
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         closed = pd.DataFrame(math.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
-            dense = self.seeds(row, [f"{DENSE}{name}" for name in perplexities])
-            here, begun = self.seeds(row, perplexities), self.seeds(start, perplexities)
+            here, base = self.seeds(row, perplexities), self.seeds(start, perplexities)
+            dense = self.seeds(start, [f"{DENSE}{name}" for name in perplexities])
             dense = dense.set_axis(perplexities, axis=1)
-            closed.loc[self.rows[row]] = gap_closed(here, begun, dense).to_numpy()
+            closed.loc[self.rows[row]] = gap_closed(here, base, dense).to_numpy()
         closed = closed.dropna(axis=1, how="all")
         if closed.empty:
             return []
@@ -341,19 +341,19 @@ class Table:
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
     """Return the gap closed of each run: `(ln start - ln here) / (ln start - ln end)`.
 
-    The denominator is the mean over the seeds. A run is measured from the unpermuted model with its
-    seed, if every seed has one, or else from their mean. The gap is NaN if a perplexity is not
+    `ln start` and `ln end` are means over all seeds of the unpermuted row, so that each run is
+    measured from one number for each text, whatever its seed. The gap is NaN if a perplexity is not
     finite, or if the unpermuted model is as good as the dense one.
 
     Args:
         here: perplexities of the runs, seeds by texts.
-        start: perplexities of the unpermuted model, seeds by texts.
-        end: perplexities of the dense model, seeds by texts.
+        start: perplexities of the unpermuted row, seeds by texts.
+        end: perplexities of the dense model in the runs of the unpermuted row, seeds by texts.
     """
     here, start, end = np.log(here), np.log(start), np.log(end)
-    whole = start.mean(skipna=False) - end.mean(skipna=False)
-    own = start.reindex(here.index) if set(here.index) == set(start.index) else start.mean()
-    closed = (own - here) / whole.where((whole > 0) & np.isfinite(whole))
+    base = start.mean(skipna=False)
+    whole = base - end.mean(skipna=False)
+    closed = (base - here) / whole.where((whole > 0) & np.isfinite(whole))
     closed.loc[:, ~np.isfinite(closed).all()] = math.nan
     return closed
 

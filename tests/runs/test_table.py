@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from permllm.cli import call
@@ -17,7 +18,7 @@ from permllm.errors import ConfigError
 from permllm.runs.compare import Comparison, published
 from permllm.runs.files import read_lines, write_json
 from permllm.runs.read import collect
-from permllm.runs.render import cells, print_comparison, print_run, records, render
+from permllm.runs.render import as_text, cells, print_comparison, print_run, records
 from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
@@ -33,7 +34,7 @@ def table_of(folder: Path, baseline: str | None = None) -> Table:
 
 
 def shown(folder: Path) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(render(table_of(folder), "csv"))))
+    return list(csv.reader(io.StringIO(as_text(cells(table_of(folder)), "csv"))))
 
 
 def gaps(table: Table) -> dict[str, float]:
@@ -153,6 +154,39 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
 
 
+def test_each_uncertainty_that_is_shown_names_its_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nats = np.random.default_rng(0).normal(3.0, 0.5, 20)
+    runs = tmp_path / "runs"
+
+    def made(name: str, shift: float, **settings: Any) -> None:
+        texts = {"wikitext2": {"dense": nats, "sparse": nats + shift}}
+        make_run(runs / f"{name}{shift}", 0.0, evaluation(texts), permutation=name, **settings)
+
+    made("none", 1.0)
+    made("lcp", 0.5)
+
+    def noted(*words: str) -> list[str]:
+        assert call("results", [*words]) == 0
+        return capsys.readouterr().err.splitlines()
+
+    folder = str(runs)
+    assert noted(folder) == []
+    (of_windows,) = noted(folder, "--baseline", "permutation=none")
+    assert "bootstrap" in of_windows
+    assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [of_windows]
+    made("lcp", 0.6, seed=1)
+    (of_seeds,) = noted(folder)
+    assert "deviation over the seeds" in of_seeds
+    assert "standard error over the items" in of_seeds
+    file = tmp_path / "page.html"
+    assert call("report", [folder, "--to", str(file)]) == 0
+    assert of_seeds.removeprefix("note: ") in file.read_text(encoding="utf-8")
+    print_comparison(table_of(runs))
+    assert of_seeds.removeprefix("note: ") in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_infinite_values_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         for name in ("lcp", "none"):
@@ -173,13 +207,49 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     whole = start - math.log(10)
     row = table.find("permutation=lcp", "--baseline")
     assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
-    # Each seed has its own distance from the unpermuted model.
-    own = [math.log(40 / 20) / whole, math.log(50 / 24) / whole]
-    deviation = abs(own[0] - own[1]) / math.sqrt(2)
+    # Every seed is measured from the same number, so that the base adds no deviation of its own.
+    each = [(start - math.log(value)) / whole for value in (20, 24)]
+    deviation = abs(each[0] - each[1]) / math.sqrt(2)
     assert table.deviations.at[row, "gap closed"] == pytest.approx(deviation)
+    own = abs(math.log(40) - math.log(50)) / whole / math.sqrt(2)
+    unpermuted = table.find("permutation=none,mask=pruner", "--baseline")
+    assert table.means.at[unpermuted, "gap closed"] == pytest.approx(0.0, abs=1e-12)
+    assert table.shown(unpermuted, "gap closed") == f"0.00% ± {own:.2%}"
+    assert table.deviations.at[unpermuted, "gap closed"] == pytest.approx(own)
     mask = table.find("mask=score", "--baseline")
     assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
     assert table.measures[:2] == [PERPLEXITY, "gap closed"]
+
+
+def test_the_base_of_a_gap_is_one_number_whatever_seeds_a_row_has(tmp_path: Path) -> None:
+    base = {0: (150.0, 300.0), 1: (170.0, 360.0), 2: (158.0, 340.0)}
+    dense = (23.0, 46.0)
+    learned = {"same": (0, 1, 2), "fewer": (0, 1), "others": (7, 8), "single": (5,)}
+    values = {seed: (50.0 + 3 * seed, 120.0 - 2 * seed) for seed in (0, 1, 2, 5, 7, 8)}
+
+    def made(name: str, seed: int, sparse: tuple[float, float], **settings: Any) -> None:
+        texts = {
+            text: {"dense": dense[place], "sparse": sparse[place]}
+            for place, text in enumerate(("wikitext2", "c4"))
+        }
+        make_run(tmp_path / f"{name}{seed}", 0.0, evaluation(texts), seed=seed, **settings)
+
+    for seed, sparse in base.items():
+        made("none", seed, sparse, permutation="none")
+    for name, seeds in learned.items():
+        for seed in seeds:
+            made(name, seed, values[seed], permutation=name)
+    table = table_of(tmp_path)
+    start = np.log(np.array([*base.values()], np.float64)).mean(axis=0)
+    whole = start - np.log(np.array(dense, np.float64))
+    for name, seeds in learned.items():
+        here = np.log(np.array([values[seed] for seed in seeds], np.float64))
+        closed = ((start - here) / whole).mean(axis=1)
+        row = table.find(f"permutation={name}", "--baseline")
+        assert table.means.at[row, "gap closed"] == pytest.approx(closed.mean(), abs=1e-12)
+        if len(seeds) > 1:
+            deviation = math.sqrt(sum((closed - closed.mean()) ** 2) / (len(seeds) - 1))
+            assert table.deviations.at[row, "gap closed"] == pytest.approx(deviation, abs=1e-12)
 
 
 def test_a_baseline_has_the_same_settings_and_statistics_where_it_can(tmp_path: Path) -> None:
