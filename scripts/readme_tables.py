@@ -30,7 +30,6 @@ from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
 from permllm.runs.compare import published
 from permllm.runs.files import RECORDS, write_text
-from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.plots import points
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, beside, cells, machine, markdown, processor
@@ -167,7 +166,7 @@ def placements(folder: Path, records: str) -> str:
     runs = _runs(folder, records, apart=True)
     lines = pd.DataFrame(run.metrics for run in runs)
     lines["model"] = [run.config["model"]["name"] for run in runs]
-    lines["method"] = [method_of(run.config) for run in runs]
+    lines["method"] = [run.methods for run in runs]
     lines["total"] = lines["seconds"].map(lambda seconds: sum(seconds.values()))
     found = lines.groupby(["model", "method", "placement"], sort=False).agg(
         runs=("total", "size"),
@@ -258,7 +257,7 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
         **{name: " / ".join(map("{:.2f}".format, of)) for name, of in values.items()},
         GAP: found.means.at[row, GAP],
         "weights change": "yes" if metrics["sparsity"]["weights_changed"] else "no",
-        "cost": f"{pruning_minutes(metrics['seconds']):.1f} minutes; {processor(fastest)}, "
+        "cost": f"{fastest.minutes:.1f} minutes; {processor(fastest)}, "
         f"{hardware['threads']} threads, {metrics['compute_dtype']}",
         "source": f"[frontier](../frontier/README.md), seed {', '.join(seeds)}",
     }

@@ -11,7 +11,6 @@ import pandas as pd
 
 from permllm.errors import ConfigError, first_line
 from permllm.runs.files import MASKS
-from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.table import Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
@@ -87,17 +86,17 @@ def points(table: Table, measure: str) -> pd.DataFrame:
             table.means.at[row, measure]
         ):
             continue
-        fastest = table.runs[int(table.frame["minutes"][members].idxmin())].metrics
+        fastest = table.runs[int(table.frame["minutes"][members].idxmin())]
         alike = [
             metrics
             for metrics in (table.runs[run].metrics for run in members)
-            if metrics.get("compute_dtype") == fastest.get("compute_dtype")
+            if metrics.get("compute_dtype") == fastest.metrics.get("compute_dtype")
         ]
         pruner = f"{table.label(row, 'pruner')}, " * several
         lines[row] = {
             "name": names[row],
-            "method": pruner + method_of(table.first(row).config),
-            "minutes": pruning_minutes(fastest["seconds"]),
+            "method": pruner + table.first(row).methods,
+            "minutes": fastest.minutes,
             "value": table.means.at[row, measure],
             "error": table.error(row, measure) or 0.0,
             "memory": max(metrics["peak_memory_bytes"] for metrics in alike),

@@ -13,9 +13,7 @@ from permllm.runs.measures import (
     METHODS,
     Measure,
     column_names,
-    method_of,
     number,
-    pruning_minutes,
     setting_text,
 )
 from permllm.runs.read import Run
@@ -60,7 +58,7 @@ def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFram
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
         | {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
         | {name: measure.value for name, measure in found.items()}
-        | {"minutes": pruning_minutes(run.metrics["seconds"]), "directory": str(run.directory)}
+        | {"minutes": run.minutes, "directory": str(run.directory)}
         for run, found in zip(runs, measures, strict=True)
     )
 
@@ -157,7 +155,7 @@ class Table:
         for row, run in firsts.items():
             of_methods = (name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS)
             beside[row] = run.key("seed", *of_methods)
-        unpermuted = [row for row, run in firsts.items() if method_of(run.config) == "none"]
+        unpermuted = [row for row, run in firsts.items() if run.methods == "none"]
         found = {}
         for row in firsts:
             like = [start for start in unpermuted if beside[start] == beside[row]]

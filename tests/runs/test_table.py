@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from permllm.cli import call
 from permllm.errors import ConfigError
@@ -23,6 +24,7 @@ from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
 
+ABSENT = object()  # stands for a key that is not there
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 IN_TABLE_6 = {
     row.setting: row.value for row in published("table6") if row.metric == "wikitext2_ppl"
@@ -425,7 +427,16 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
         ("metrics.status", "running", "not finished (running); the same command continues it"),
         ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
-        ("config.model", None, "not as a run leaves it: "),
+        ("metrics.seconds", {"calibrate": "x"}, "not as a run leaves it: "),
+        ("metrics.seconds", ABSENT, "not as a run leaves it: 'seconds' is missing"),
+        ("metrics.peak_memory_bytes", ABSENT, "'metrics.peak_memory_bytes' is missing"),
+        ("config.model", None, "'config.model.name' is missing"),
+        ("config.model", ABSENT, "'config.model.name' is missing"),
+        ("config.seed", ABSENT, "'config.seed' is missing"),
+        ("config.sparsity", ABSENT, "'config.sparsity' is missing"),
+        ("config.permutation", ABSENT, "'config.permutation.name' is missing"),
+        ("config.pruner", {}, "'config.pruner.name' is missing"),
+        ("config.mask", "score", "not as a run leaves it: "),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
@@ -434,6 +445,8 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
     part, key = name.split(".")
     line = record(seed=1) | {"run": "bad"}
     line[part][key] = change
+    if change is ABSENT:
+        del line[part][key]
     folders, kept = tmp_path / "folders", tmp_path / "kept.jsonl"
     lines = [record() | {"run": "good"}, line]
     for one in lines:
@@ -444,8 +457,51 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
         printed = capsys.readouterr()
         (row,) = json.loads(printed.out)
         assert [Path(run).name for run in row["runs"]] == ["good"]
-        assert printed.err.startswith(f"note: skipped {where}: {said}")
+        assert printed.err.startswith(f"note: skipped {where}: ")
+        assert said in printed.err
         assert printed.err.count("\n") == 1
+        assert call("report", [str(place), "--to", str(tmp_path / "page.html")]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("key", ["run", "config", "metrics"])
+def test_a_line_without_a_part_of_a_record_takes_no_other_run_with_it(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = record(seed=1)
+    del bad[key]
+    kept = tmp_path / "kept.jsonl"
+    lines = [*(json.dumps(line) for line in (record(), bad, 7)), "[" * 100_000]
+    # Blank lines are no records, and count as lines of the file.
+    kept.write_text("\n".join([lines[0], "", "  ", *lines[1:], ""]))
+    assert call("results", [str(kept), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
+    notes = printed.err.splitlines()
+    assert [note.split(": ")[1] for note in notes] == [
+        f"skipped {kept}, line {number}" for number in (4, 5, 6)
+    ]
+    assert f"'{key}' is missing" in notes[0]
+
+
+def test_settings_that_were_cut_short_at_any_line_take_no_other_run_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    file = make_run(tmp_path / "bad", seed=1) / "config.yaml"
+    config = record(seed=1)["config"]
+    # The order in which a run writes them: `inputs` comes last.
+    ordered = {key: config[key] for key in sorted(config, key=lambda key: key == "inputs")}
+    text = yaml.safe_dump(ordered, sort_keys=False)
+    ends = [match.end() for match in re.finditer("\n", text)]
+    assert len(ends) > 15
+    for end in [0, *ends]:
+        file.write_text(text[:end])
+        assert call("results", [str(tmp_path), "--format", "json"]) == 0
+        printed = capsys.readouterr()
+        seeds = {seed for row in json.loads(printed.out) for seed in row["seeds"]}
+        assert seeds == ({0, 1} if end == len(text) else {0}), text[:end]
+        assert (str(tmp_path / "bad") in printed.err) == (end < len(text))
 
 
 @pytest.mark.parametrize(
