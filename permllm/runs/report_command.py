@@ -81,14 +81,17 @@ def work(options: argparse.Namespace) -> Answer:
     # The libraries for drawing take seconds to import.
     if file == options.to and file.suffix == ".html":
         from permllm.runs.page import page
+        from permllm.runs.plots import drawn_measure, undrawn
 
+        note(undrawn(table, drawn_measure(table, options.measure)))
         paper = beside(options.paper, table)
         write_text(file, page(table, found.notes, paper, options.measure))
     else:
-        from permllm.runs.plots import plot_cost, plot_curves, plot_masks
+        from permllm.runs.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
 
         note(table.notes)
         if options.to:
+            note(undrawn(table, drawn_measure(table, options.measure)))
             plot_cost(table, file, options.measure)
         elif options.curves:
             plot_curves(table, file)
