@@ -223,8 +223,9 @@ class RunDirectory(Record):
         present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
         both = present.keys() | asked.keys()
         if differing := sorted(key for key in both if present.get(key) != asked.get(key)):
+            differ = "differ" if len(differing) > 1 else "differs"
             raise ConfigError(
-                f"{file} is of another run, whose {', '.join(differing[:5])} differ: choose "
+                f"{file} is of another run, whose {', '.join(differing[:5])} {differ}: choose "
                 "another run_dir"
             )
 

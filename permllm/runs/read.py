@@ -160,11 +160,12 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             folders.append(Path(job.directory))
         else:
             reason = job.reason or f"its directory {job.directory or ''} is gone"
-            found.notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
+            what = "failed" if job.outcome == "failed" else "skipped"
+            found.notes.append(f"{what} {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
-    if not files:
+    if not files and not found.notes:
         raise ConfigError(_nothing_below(places))
     for where, read in (place for file in sorted(files) for place in _places(file)):
         try:
@@ -188,8 +189,8 @@ def _nothing_below(places: list[Path]) -> str:
     sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
     kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
     below = ", ".join(map(str, places))
-    if sweeps | kept:
-        there = ", ".join(map(str, sorted(sweeps | kept)))
+    if others := (sweeps | kept) - {*places}:
+        there = ", ".join(map(str, sorted(others)))
         return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
     return f"no runs below {below}: expected directories with a {METRICS}"
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -189,6 +190,14 @@ class Table:
             notes = [f"{gap}: the mean over {', '.join(of)}" for gap, of in self.gaps.items()]
             notes = notes or [f"{GAP}: no text is in all rows, so that there is no mean over texts"]
             self.gaps |= {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
+        if not self.one_start():
+            names = self.names()
+            rows = Counter(names[start] for start in self.starts.values())
+            measured = "; ".join(f"'{name}' (rows: {count})" for name, count in rows.items())
+            notes.append(
+                f"{GAP}: measured from {measured}; --baseline NAME=VALUE,... measures every row of "
+                "its model from one row"
+            )
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
             self.kinds[gap] = "share"

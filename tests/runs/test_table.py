@@ -549,6 +549,44 @@ def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "gone is gone" in said
 
 
+def test_a_sweep_whose_jobs_all_failed_gives_their_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweeps" / "table6"
+    reasons = ["no such model", "out of memory"]
+    for number, reason in enumerate(reasons):
+        job = {"overrides": [f"seed={number}"], "outcome": "failed", "reason": reason}
+        write_json(sweep / "jobs" / f"{number:04d}.json", job)
+    assert call("results", [str(sweep)]) == 1
+    said = capsys.readouterr().err
+    assert all(f"seed={number}: {reason}" in said for number, reason in enumerate(reasons))
+    assert str(sweep) not in said  # it is no advice to name the sweep again
+    for file in (sweep / "jobs").iterdir():
+        file.write_text("{}")
+    assert call("results", [str(sweep)]) == 1
+    assert "Name one of" not in capsys.readouterr().err
+
+
+def test_with_several_starts_a_note_says_from_which_row_each_gap_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "wanda", 40.0, permutation="none")
+    make_run(tmp_path / "lcp", 20.0)
+    assert call("results", [str(tmp_path)]) == 0
+    assert "--baseline" not in capsys.readouterr().err
+    make_run(tmp_path / "sparsegpt", 30.0, permutation="none", pruner={"name": "sparsegpt"})
+    assert call("results", [str(tmp_path)]) == 0
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "--baseline" in line)
+    # The number of rows that are measured from each start, itself among them.
+    assert re.findall(r"'([^']+)' \(rows: (\d+)\)", note) == [
+        ("sparsegpt, none", "1"),
+        ("wanda, none", "2"),
+    ]
+    words = [str(tmp_path), "--baseline", "pruner=wanda,permutation=none"]
+    assert call("results", words) == 0
+    assert "--baseline" not in capsys.readouterr().err
+
+
 def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
     for seed in range(3):
         texts = {"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}}
