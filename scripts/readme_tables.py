@@ -30,10 +30,9 @@ from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
 from permllm.runs.compare import published
 from permllm.runs.files import RECORDS, write_text
-from permllm.runs.measures import method_of, pruning_minutes
 from permllm.runs.plots import points
 from permllm.runs.read import Run, collect
-from permllm.runs.render import as_text, beside, cells, machine, processor, render
+from permllm.runs.render import as_text, beside, cells, machine, markdown, processor
 from permllm.runs.table import GAP, Table, gap_closed
 from permllm.runtime.terminal import run_tool
 from permllm.sparsity.windows import window_count
@@ -59,7 +58,7 @@ def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) ->
     frame = cells(found)
     if sort:
         frame = _chosen(frame, found.means[sort].sort_values(ascending=False, kind="stable").index)
-    return f"{as_text(frame, 'md')}\n{machine(found.runs)}"
+    return f"{markdown(frame)}\n{machine(found.runs)}"
 
 
 def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: str) -> str:
@@ -71,12 +70,12 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: st
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
     parts = [
         f"\n    {command}\n",
-        render(found, "md", compared),
+        markdown(cells(found, compared)),
         f"{compared.note} {gap} the dense model.\n",
         _provenance(found.runs),
     ]
     if recipe:
-        runs = render(_table(folder, recipe, **shown), "md")
+        runs = markdown(cells(_table(folder, recipe, **shown)))
         parts += ["The paper's recipe at the same budget:\n", runs]
     theirs = pd.DataFrame(published(table)).drop(columns="table")
     theirs["value"] = theirs["value"].map("{:g}".format)
@@ -107,7 +106,7 @@ def frontier(
     }
     for name, values in costs.items():
         frame.insert(frame.columns.get_loc(GAP), name, ["", *values])
-    return f"{as_text(frame, 'md')}\n{machine(found.runs)}"
+    return f"{markdown(frame)}\n{machine(found.runs)}"
 
 
 def differences(folder: Path, baseline: str, columns: str, measures: str, records: str) -> str:
@@ -117,7 +116,7 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
     for name in [*found.measures]:
         found.measures = [name]  # `cells` compares rows in one measure
         frame[name] = cells(found)["against the baseline"].to_numpy()[1:]
-    return as_text(frame.drop(found.baseline), "md")
+    return markdown(frame.drop(found.baseline))
 
 
 def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) -> str:
@@ -159,7 +158,7 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
     used = [found.runs[run] for row in rows for run in found.rows[row]]
     frame = pd.DataFrame(costs, frame.index, names).join(frame)
-    return f"{as_text(frame, 'md')}\n{machine(used)}"
+    return f"{markdown(frame)}\n{machine(used)}"
 
 
 def placements(folder: Path, records: str) -> str:
@@ -167,7 +166,7 @@ def placements(folder: Path, records: str) -> str:
     runs = _runs(folder, records, apart=True)
     lines = pd.DataFrame(run.metrics for run in runs)
     lines["model"] = [run.config["model"]["name"] for run in runs]
-    lines["method"] = [method_of(run.config) for run in runs]
+    lines["method"] = [run.methods for run in runs]
     lines["total"] = lines["seconds"].map(lambda seconds: sum(seconds.values()))
     found = lines.groupby(["model", "method", "placement"], sort=False).agg(
         runs=("total", "size"),
@@ -258,7 +257,7 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
         **{name: " / ".join(map("{:.2f}".format, of)) for name, of in values.items()},
         GAP: found.means.at[row, GAP],
         "weights change": "yes" if metrics["sparsity"]["weights_changed"] else "no",
-        "cost": f"{pruning_minutes(metrics['seconds']):.1f} minutes; {processor(fastest)}, "
+        "cost": f"{fastest.minutes:.1f} minutes; {processor(fastest)}, "
         f"{hardware['threads']} threads, {metrics['compute_dtype']}",
         "source": f"[frontier](../frontier/README.md), seed {', '.join(seeds)}",
     }
@@ -285,7 +284,7 @@ def ablation(folder: Path, records: str) -> str:
     columns = ["settings", "perplexity", "final loss", "seconds", "processor", "records"]
     dense = f"Dense: {of_runs.dense[text][0]:.1f}."
     seconds = "Seconds of calibration, learning and pruning on two cores."
-    return f"{as_text(found[methods + columns], 'md')}\n{dense} {seconds}"
+    return f"{markdown(found[methods + columns])}\n{dense} {seconds}"
 
 
 def _spread(values: pd.Series, digits: int) -> str:

@@ -73,14 +73,14 @@ def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Nu
     """Return the scores for `interval`, or the reason why there are none."""
     parts: list[Numbers] = []
     for text in table.gaps.get(name, [name]):
-        # Columns and runs of the two rows. A gap also needs those of their unpermuted and their
-        # dense models.
+        # Columns and runs of the two rows. A gap also needs those of their unpermuted rows, with
+        # the dense model, which have one mean for all seeds.
         asked = []
         for row in rows:
             asked.append((text, table.rows[row]))
             if name in table.gaps:
-                asked.append((text, table.rows[table.starts[row]]))
-                asked.append((f"{DENSE}{text}", table.rows[row]))
+                start = table.rows[table.starts[row]]
+                asked += [(text, start), (f"{DENSE}{text}", start)]
         found = [
             [value.scores if (value := table.values[run].get(one)) else {} for run in runs]
             for one, runs in asked

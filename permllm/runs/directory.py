@@ -227,8 +227,9 @@ class RunDirectory(Record):
         if differing == ["compute_dtype"] and self._meant_by_auto() == asked["compute_dtype"]:
             self.config["compute_dtype"] = present["compute_dtype"]
         elif differing:
+            differ = "differ" if len(differing) > 1 else "differs"
             raise ConfigError(
-                f"{file} is of another run, whose {', '.join(differing[:5])} differ: choose "
+                f"{file} is of another run, whose {', '.join(differing[:5])} {differ}: choose "
                 "another run_dir"
             )
 

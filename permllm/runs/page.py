@@ -11,8 +11,9 @@ from itables.javascript import generate_init_offline_itables_html
 from plotly.offline import get_plotlyjs
 
 from permllm.runs.compare import Comparison
-from permllm.runs.plots import MINUTES, drawn_measure, points
-from permllm.runs.render import cells
+from permllm.runs.measures import number
+from permllm.runs.plots import MINUTES, dense_lines, drawn_measure, points, undrawn
+from permllm.runs.render import cells, sources
 from permllm.runs.table import Table
 
 _FRAME = """<!doctype html>
@@ -29,7 +30,7 @@ body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; p
 <h1>PermLLM: pruned models side by side</h1>
 <p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p>
 <ul>{notes}</ul>
-<h2>Quality over minutes</h2>{quality}
+<h2>Quality over minutes</h2><p>Bars are the ± of the table.</p>{quality}
 <h2>Table</h2>{itables}{table}
 </body></html>
 """
@@ -55,16 +56,18 @@ def page(
     Raises:
         ConfigError: no row has the measure.
     """
-    every = filter(None, [*notes, *table.notes, paper.note if paper else ""])
+    frame, drawn = cells(table, paper), drawn_measure(table, measure)
+    every = [*notes, *table.notes, paper.note if paper else "", *sources(frame)]
+    every += undrawn(table, drawn)
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
         rows=len(table.rows),
         plotly=get_plotlyjs(),
-        notes="".join(f"<li>{escape(note)}</li>" for note in every),
-        quality=_quality(table, drawn_measure(table, measure)),
+        notes="".join(f"<li>{escape(note)}</li>" for note in every if note),
+        quality=_quality(table, drawn),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
-        table=_table(cells(table, paper), len(table.settings)),
+        table=_table(frame, len(table.settings)),
     )
 
 
@@ -124,9 +127,15 @@ def _quality(table: Table, measure: str) -> str:
         name="Pareto front",
         hoverinfo="skip",
     )
-    dense = f"; dense: {table.shown_dense(measure)}" if measure in table.dense else ""
-    form = ".0%" if table.kinds[measure] in ("accuracy", "share") else ""
-    figure.update_yaxes(title_text=escape(table.heading(measure) + dense), tickformat=form)
+    kind = table.kinds[measure]
+    for label, value in dense_lines(table, measure, found.index).items():
+        figure.add_hline(
+            value,
+            line={"dash": "dash", "width": 1, "color": "grey"},
+            annotation={"text": escape(f"{label}: {number(value, kind)}"), "showarrow": False},
+        )
+    form = ".0%" if kind in ("accuracy", "share") else ""
+    figure.update_yaxes(title_text=escape(table.heading(measure)), tickformat=form)
     figure.update_xaxes(title_text=MINUTES)
     return str(
         figure.to_html(

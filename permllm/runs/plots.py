@@ -4,15 +4,16 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
 from permllm.runs.files import MASKS
-from permllm.runs.measures import method_of, pruning_minutes
-from permllm.runs.table import Table
+from permllm.runs.table import DENSE, Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
 _CORNER = 64  # rows and channels of a mask that are drawn
@@ -72,7 +73,7 @@ def drawn_measure(table: Table, measure: str | None) -> str:
 def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of quality over minutes, by row.
 
-    Rows without the measure, and rows with `permutation=from_file`, have no point.
+    Some rows have no point (`undrawn`).
 
     Returns:
         `name` and `method` of the row; `minutes` of its fastest run, because other jobs on the
@@ -80,24 +81,23 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
         is as good in as few minutes.
     """
-    names, several = table.names(), table.labels["pruner"].nunique() > 1
+    names = table.names()
+    varying = [name for name in ("model", "pruner") if table.labels[name].nunique() > 1]
     lines = {}
     for row, members in enumerate(table.rows):
-        if table.label(row, "permutation") == "from_file" or not math.isfinite(
-            table.means.at[row, measure]
-        ):
+        if _why_undrawn(table, row, measure):
             continue
-        fastest = table.runs[int(table.frame["minutes"][members].idxmin())].metrics
+        fastest = table.runs[int(table.frame["minutes"][members].idxmin())]
         alike = [
             metrics
             for metrics in (table.runs[run].metrics for run in members)
-            if metrics.get("compute_dtype") == fastest.get("compute_dtype")
+            if metrics.get("compute_dtype") == fastest.metrics.get("compute_dtype")
         ]
-        pruner = f"{table.label(row, 'pruner')}, " * several
+        settings = [table.label(row, name) for name in varying]
         lines[row] = {
             "name": names[row],
-            "method": pruner + method_of(table.first(row).config),
-            "minutes": pruning_minutes(fastest["seconds"]),
+            "method": ", ".join([*settings, table.first(row).methods]),
+            "minutes": fastest.minutes,
             "value": table.means.at[row, measure],
             "error": table.error(row, measure) or 0.0,
             "memory": max(metrics["peak_memory_bytes"] for metrics in alike),
@@ -108,6 +108,46 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         ordered = found.assign(badness=sign * found["value"]).sort_values(["minutes", "badness"])
         found["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
     return found
+
+
+def undrawn(table: Table, measure: str) -> list[str]:
+    """Return a line for each reason why rows have no point, with the names of the rows."""
+    rows: dict[str, list[str]] = {}
+    for row, name in enumerate(table.names()):
+        if reason := _why_undrawn(table, row, measure):
+            rows.setdefault(reason, []).append(name)
+    return [f"not drawn, {reason}: {'; '.join(names)}" for reason, names in rows.items()]
+
+
+def _why_undrawn(table: Table, row: int, measure: str) -> str:
+    """Return the reason why a row has no point; empty: it has one."""
+    if table.label(row, "permutation") == "from_file":
+        return "because their minutes lack those of the permutation"
+    if not math.isfinite(table.means.at[row, measure]):
+        return f"because they have no finite {measure}"
+    return ""
+
+
+def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
+    """Return the dense model's value of a measure by the label of its line, a line for each model.
+
+    A model whose runs differ in this value, or lack it, has no line.
+
+    Args:
+        table: table of the runs.
+        measure: a measure of the table.
+        rows: rows with a point.
+    """
+    lines = {}
+    models = table.labels["model"].loc[rows]
+    for model, alike in models.groupby(models):
+        runs = [run for row in alike.index for run in table.rows[row]]
+        values = table.frame.reindex(columns=[f"{DENSE}{measure}"]).loc[runs].squeeze(axis=1)
+        # Machines differ in the order of sums.
+        if math.isfinite(values.iloc[0]) and np.isclose(values, values.iloc[0], rtol=1e-4).all():
+            label = "dense" if models.nunique() == 1 else f"dense, {model}"
+            lines[label] = float(values.iloc[0])
+    return lines
 
 
 def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
@@ -135,10 +175,10 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
         axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for method, some in methods:
             axis.scatter(some["minutes"], some["value"], some["area"], label=method, alpha=0.8)
-        if name in table.dense and math.isfinite(table.dense[name][0]):
-            axis.axhline(
-                table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense"
-            )
+        for style, (label, value) in zip(
+            cycle(("--", "-.", ":")), dense_lines(table, name, found.index).items()
+        ):
+            axis.axhline(value, linestyle=style, color="grey", linewidth=1, label=label)
         axis.margins(x=0.15, y=0.1)
         for one in [axis.xaxis, *[axis.yaxis] * (table.kinds[name] == "perplexity")]:
             axis.set(**{f"{one.axis_name}scale": "log"})

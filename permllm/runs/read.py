@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from permllm.runs.files import (
     read_yaml,
     write_text,
 )
-from permllm.runs.measures import Key, Measure, measured, plain
+from permllm.runs.measures import Key, Measure, measured, method_of, plain, pruning_minutes
 from permllm.runtime.identity import identity_of
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
+# Settings and metrics that tables and pictures read of every run.
+_READ = (
+    *("config.model.name", "config.sparsity", "config.pruner.name", "config.permutation.name"),
+    *("config.seed", "metrics.name", "metrics.peak_memory_bytes"),
+)
 # Beginning of an override that names a folder of the machine.
 _FOLDER = r"[\w.]*_?dir="
 # Errors that a record with a missing or wrong value causes.
-LACKS = (AttributeError, LookupError, TypeError, ValueError)
+LACKS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass
@@ -47,6 +53,8 @@ class Run:
         environment: content of `environment.json`; empty: there is no such file.
         history: one entry for each epoch of learning.
         identity: settings that determine the pruned model, as one level.
+        methods: text of the methods (`method_of`).
+        minutes: those of `pruning_minutes`.
         sparse: measures of the pruned model.
         dense: measures of the dense model.
     """
@@ -58,22 +66,30 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     identity: dict[str, Any] = field(init=False)
+    methods: str = field(init=False)
+    minutes: float = field(init=False)
     sparse: dict[Key, Measure] = field(init=False)
     dense: dict[Key, Measure] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the run and compute its identity and its measures.
+        """Check the run and compute all that tables read of it.
 
         Raises DataError if the run is not finished or has another version, and one of `LACKS` if a
-        value is missing.
+        value is missing or wrong, so that no table has to check a run again.
         """
         config, metrics = self.config, self.metrics
         if (version := metrics["schema_version"]) != SCHEMA_VERSION:
             raise DataError(f"schema_version={version}: expected {SCHEMA_VERSION}")
         if (status := metrics["status"]) != "finished":
             raise DataError(f"not finished ({status}); the same command continues it")
+        present = flatten({"config": config, "metrics": metrics})
+        for name in _READ:
+            if name not in present:
+                raise KeyError(name)
         flat = flatten(identity_of(config))
         self.identity = {key: value for key, value in flat.items() if key not in _NO_SETTING}
+        self.methods = method_of(config)
+        self.minutes = pruning_minutes(metrics["seconds"])
         model = str(config["model"]["name"])
         self.sparse = measured(metrics, self.evaluations, model, "sparse")
         self.dense = measured(metrics, self.evaluations, model, "dense")
@@ -144,17 +160,25 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             folders.append(Path(job.directory))
         else:
             reason = job.reason or f"its directory {job.directory or ''} is gone"
-            found.notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
+            what = "failed" if job.outcome == "failed" else "skipped"
+            found.notes.append(f"{what} {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
-    if not files:
+    if not files and not found.notes:
         raise ConfigError(_nothing_below(places))
-    for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
-        if apart:
-            found.runs.append(run)
+    for where, read in (place for file in sorted(files) for place in _places(file)):
+        try:
+            run = read()
+        except DataError as error:
+            found.notes.append(f"skipped {where}: {error}")
+        except LACKS as error:
+            found.notes.append(f"skipped {where}: {lacking(error)}")
         else:
-            found.add(run)
+            if apart:
+                found.runs.append(run)
+            else:
+                found.add(run)
     if not found.runs:
         raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
     return found
@@ -165,23 +189,25 @@ def _nothing_below(places: list[Path]) -> str:
     sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
     kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
     below = ", ".join(map(str, places))
-    if sweeps | kept:
-        there = ", ".join(map(str, sorted(sweeps | kept)))
+    if others := (sweeps | kept) - {*places}:
+        there = ", ".join(map(str, sorted(others)))
         return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
     return f"no runs below {below}: expected directories with a {METRICS}"
 
 
-def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
-    """Yield the finished runs of a file, and add a line to `notes` for each other run."""
-    lines = file.read_bytes().splitlines() if file.name != METRICS else [b""]
-    for number, line in enumerate(lines, 1):
-        where = Path(f"{file}, line {number}") if line else file.parent
-        try:
-            yield _of_line(file, line) if line else _of_directory(where)
-        except DataError as error:
-            notes.append(f"skipped {where}: {error}")
-        except LACKS as error:
-            notes.append(f"skipped {where}: {lacking(error)}")
+def _places(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
+    """Yield the place of each run of a file, and the function that reads it.
+
+    Args:
+        file: `metrics.json` of a run directory, or a file of records, whose blank lines are no
+            records.
+    """
+    if file.name == METRICS:
+        yield file.parent, partial(_of_directory, file.parent)
+        return
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if line.strip():
+            yield Path(f"{file}, line {number}"), partial(_of_line, file, line)
 
 
 def lacking(error: Exception) -> str:
@@ -192,6 +218,8 @@ def lacking(error: Exception) -> str:
 
 def _of_directory(directory: Path) -> Run:
     metrics, config = read_json(directory / METRICS), read_yaml(directory / CONFIG)
+    if "inputs" not in config:
+        raise DataError(f"{CONFIG} was cut short: it ends before `inputs`, the last of its keys")
     shown = metrics.get("evaluation_hash")
     evaluations = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
     evaluations.sort(key=lambda one: one["evaluation_hash"] != shown)
@@ -207,8 +235,8 @@ def _of_line(file: Path, text: bytes) -> Run:
         line["config"],
         line["metrics"],
         line.get("evaluations", []),
-        line.get("environment", {}),
-        line.get("history", []),
+        dict(line.get("environment", {})),
+        [dict(entry) for entry in line.get("history", [])],
     )
 
 

@@ -1,5 +1,6 @@
 """Tables of runs as text: with changes from a baseline and the paper's numbers, or printed."""
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,14 @@ from permllm.runs.table import Table
 from permllm.runtime.terminal import terminal
 
 FORMATS = ("md", "csv", "latex")
+INTERVAL = "95 % interval"
+# Patterns of marks in the cells of a table, and the source of the uncertainty behind each.
+_SOURCES = {
+    "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
+    "standard error over the items",
+    rf"\[[+-]|{INTERVAL}": f"a {INTERVAL} is that of a paired bootstrap over windows or items, of "
+    "scores averaged over the seeds",
+}
 
 
 def as_text(frame: pd.DataFrame, format: str, words: int = 0) -> str:
@@ -39,9 +48,16 @@ def as_text(frame: pd.DataFrame, format: str, words: int = 0) -> str:
     return "".join(f"| {line} |\n" for line in cells)
 
 
-def render(table: Table, format: str, paper: Comparison | None = None) -> str:
-    """Return a table in one of `FORMATS`; `paper` as in `cells`."""
-    return as_text(cells(table, paper), format, len(table.settings))
+def sources(frame: pd.DataFrame) -> list[str]:
+    """Return the sources of the uncertainties in a frame of texts, a line for each kind."""
+    text = frame.to_csv(index=False)
+    return [line for mark, line in _SOURCES.items() if re.search(mark, text)]
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame of texts as Markdown, with the lines of `sources` below it."""
+    below = "; ".join(sources(frame))
+    return as_text(frame, "md") + (f"\n{below[0].upper()}{below[1:]}.\n" if below else "")
 
 
 def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
@@ -156,9 +172,9 @@ def beside(name: str | None, table: Table) -> Comparison | None:
     return Comparison(published(name), *models) if name else None
 
 
-def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
-    """Return the result of `permllm.runs.compare.differences` for two rows in one of `FORMATS`."""
-    header = ["measure", *names, "difference", "95 % interval", "over"]
+def compared(found: list[dict[str, Any]], names: list[str]) -> pd.DataFrame:
+    """Return the texts of the result of `permllm.runs.compare.differences` for two rows."""
+    header = ["measure", *names, "difference", INTERVAL, "over"]
     lines = []
     for line in found:
         between = " to ".join(f"{end * 100:+.1f}" for end in line["interval"] or ())
@@ -167,7 +183,7 @@ def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
         lines.append(
             [line["measure"], line["first"], line["second"], difference, between, line["over"]]
         )
-    return as_text(pd.DataFrame(lines, columns=header), format, 1)
+    return pd.DataFrame(lines, columns=header)
 
 
 def machine(runs: Iterable[Run]) -> str:
@@ -248,6 +264,8 @@ def print_comparison(table: Table) -> None:
     names = [*["dense"] * bool(table.dense), *table.names()]
     rows = ([name, *(value or "-" for value in values)] for name, values in frame.items())
     _print_table("sparse models", ["", *names], rows, "right")
+    for line in sources(frame):
+        terminal().print(line, markup=False, highlight=False)
 
 
 def print_jobs(jobs: Sequence[tuple[str, str, str]]) -> None:

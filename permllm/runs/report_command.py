@@ -28,7 +28,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.runs.compare import TABLES
 from permllm.runs.files import write_text
 from permllm.runs.read import LACKS, Collection, Run
-from permllm.runs.render import beside, records, render
+from permllm.runs.render import beside, cells, markdown, records
 from permllm.runs.results_command import BASELINE, PAPER, PLACES, found_in, note
 from permllm.runs.table import Table
 from permllm.runtime.identity import evaluation_of
@@ -81,14 +81,17 @@ def work(options: argparse.Namespace) -> Answer:
     # The libraries for drawing take seconds to import.
     if file == options.to and file.suffix == ".html":
         from permllm.runs.page import page
+        from permllm.runs.plots import drawn_measure, undrawn
 
+        note(undrawn(table, drawn_measure(table, options.measure)))
         paper = beside(options.paper, table)
         write_text(file, page(table, found.notes, paper, options.measure))
     else:
-        from permllm.runs.plots import plot_cost, plot_curves, plot_masks
+        from permllm.runs.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
 
         note(table.notes)
         if options.to:
+            note(undrawn(table, drawn_measure(table, options.measure)))
             plot_cost(table, file, options.measure)
         elif options.curves:
             plot_curves(table, file)
@@ -125,7 +128,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
         )
     table = Table(found.runs)
     paper = beside(options.table, table)
-    text = render(table, "md", paper)
+    text = markdown(cells(table, paper))
     url = _published(table, text, options, entity) if options.publish else None
     note([paper.note] if paper and paper.note else [])
     shown = text if url is None else f"{text}{url}\n"

@@ -11,9 +11,19 @@ import argparse
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from permllm.runs.compare import TABLES, differences
 from permllm.runs.read import Collection, collect, keep_runs
-from permllm.runs.render import FORMATS, beside, compared, records, render
+from permllm.runs.render import (
+    FORMATS,
+    as_text,
+    beside,
+    cells,
+    compared,
+    records,
+    sources,
+)
 from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
@@ -56,11 +66,17 @@ def work(options: argparse.Namespace) -> Answer:
     note([*table.notes, *([paper.note] if paper and paper.note else [])])
     if options.compare:
         found = differences(table, *[table.find(text, "--compare") for text in options.compare])
-        text = "" if options.json else compared(found, options.compare, options.format)
-        return Answer(found, lambda: print(text, end=""))
+        return Answer(found, lambda: _show(compared(found, options.compare), options.format, 1))
     # Intervals take seconds, so that only one of the two forms is computed.
     lines = records(table, paper) if options.json else []
-    return Answer(lines, lambda: print(render(table, options.format, paper), end=""))
+    words = len(table.settings)
+    return Answer(lines, lambda: _show(cells(table, paper), options.format, words))
+
+
+def _show(frame: pd.DataFrame, format: str, words: int) -> None:
+    """Print a frame as `as_text` makes it, and the sources of its uncertainties on stderr."""
+    print(as_text(frame, format, words), end="")
+    note(sources(frame))
 
 
 def found_in(places: list[Path]) -> Collection:

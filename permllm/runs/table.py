@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,9 +14,7 @@ from permllm.runs.measures import (
     METHODS,
     Measure,
     column_names,
-    method_of,
     number,
-    pruning_minutes,
     setting_text,
 )
 from permllm.runs.read import Run
@@ -60,7 +59,7 @@ def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFram
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
         | {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
         | {name: measure.value for name, measure in found.items()}
-        | {"minutes": pruning_minutes(run.metrics["seconds"]), "directory": str(run.directory)}
+        | {"minutes": run.minutes, "directory": str(run.directory)}
         for run, found in zip(runs, measures, strict=True)
     )
 
@@ -157,7 +156,7 @@ class Table:
         for row, run in firsts.items():
             of_methods = (name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS)
             beside[row] = run.key("seed", *of_methods)
-        unpermuted = [row for row, run in firsts.items() if method_of(run.config) == "none"]
+        unpermuted = [row for row, run in firsts.items() if run.methods == "none"]
         found = {}
         for row in firsts:
             like = [start for start in unpermuted if beside[start] == beside[row]]
@@ -172,10 +171,10 @@ class Table:
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         closed = pd.DataFrame(math.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
-            dense = self.seeds(row, [f"{DENSE}{name}" for name in perplexities])
-            here, begun = self.seeds(row, perplexities), self.seeds(start, perplexities)
+            here, base = self.seeds(row, perplexities), self.seeds(start, perplexities)
+            dense = self.seeds(start, [f"{DENSE}{name}" for name in perplexities])
             dense = dense.set_axis(perplexities, axis=1)
-            closed.loc[self.rows[row]] = gap_closed(here, begun, dense).to_numpy()
+            closed.loc[self.rows[row]] = gap_closed(here, base, dense).to_numpy()
         closed = closed.dropna(axis=1, how="all")
         if closed.empty:
             return []
@@ -191,6 +190,14 @@ class Table:
             notes = [f"{gap}: the mean over {', '.join(of)}" for gap, of in self.gaps.items()]
             notes = notes or [f"{GAP}: no text is in all rows, so that there is no mean over texts"]
             self.gaps |= {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
+        if not self.one_start():
+            names = self.names()
+            rows = Counter(names[start] for start in self.starts.values())
+            measured = "; ".join(f"'{name}' (rows: {count})" for name, count in rows.items())
+            notes.append(
+                f"{GAP}: measured from {measured}; --baseline NAME=VALUE,... measures every row of "
+                "its model from one row"
+            )
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
             self.kinds[gap] = "share"
@@ -341,19 +348,19 @@ class Table:
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
     """Return the gap closed of each run: `(ln start - ln here) / (ln start - ln end)`.
 
-    The denominator is the mean over the seeds. A run is measured from the unpermuted model with its
-    seed, if every seed has one, or else from their mean. The gap is NaN if a perplexity is not
+    `ln start` and `ln end` are means over all seeds of the unpermuted row, so that each run is
+    measured from one number for each text, whatever its seed. The gap is NaN if a perplexity is not
     finite, or if the unpermuted model is as good as the dense one.
 
     Args:
         here: perplexities of the runs, seeds by texts.
-        start: perplexities of the unpermuted model, seeds by texts.
-        end: perplexities of the dense model, seeds by texts.
+        start: perplexities of the unpermuted row, seeds by texts.
+        end: perplexities of the dense model in the runs of the unpermuted row, seeds by texts.
     """
     here, start, end = np.log(here), np.log(start), np.log(end)
-    whole = start.mean(skipna=False) - end.mean(skipna=False)
-    own = start.reindex(here.index) if set(here.index) == set(start.index) else start.mean()
-    closed = (own - here) / whole.where((whole > 0) & np.isfinite(whole))
+    base = start.mean(skipna=False)
+    whole = base - end.mean(skipna=False)
+    closed = (base - here) / whole.where((whole > 0) & np.isfinite(whole))
     closed.loc[:, ~np.isfinite(closed).all()] = math.nan
     return closed
 

@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from permllm.cli import call
 from permllm.config import flatten
 from permllm.errors import ConfigError
-from permllm.runs.plots import plot_masks, points
+from permllm.runs.plots import dense_lines, plot_masks, points
 from permllm.runs.read import collect
 from permllm.runs.report_command import as_run
 from permllm.runs.table import Table
-from tests.kept import THREE_RUNS, as_folder, make_run, record
+from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
 
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -73,6 +73,52 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     assert (lcp["minutes"], lcp["value"], lcp["memory"]) == (10.0, 21.0, 8)
     assert lcp["error"] == pytest.approx(2**0.5)
     assert found["front"].to_dict() == {"none": True, "heuristic": False, "lcp": True}
+
+
+def test_rows_without_a_point_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs" / "lcp", 20.0)
+    make_run(tmp_path / "runs" / "none", 40.0, permutation="none")
+    make_run(tmp_path / "runs" / "from_file", 20.0, permutation="from_file")
+    make_run(tmp_path / "runs" / "infinite", float("inf"), permutation="other")
+    texts = evaluation({"another text": {"dense": 8.0, "sparse": 30.0}})
+    make_run(tmp_path / "runs" / "unlike", 0.0, texts, permutation="heuristic", model="another")
+    page, png = tmp_path / "page.html", tmp_path / "a.png"
+    for file in (page, png):
+        assert call("report", [str(tmp_path / "runs"), "--to", str(file)]) == 0
+        notes = [line for line in capsys.readouterr().err.splitlines() if "not drawn" in line]
+        left_out = {frozenset(line.rpartition(": ")[2].split("; ")) for line in notes}
+        smollm = "smollm2-135m, "
+        assert left_out == {
+            frozenset([f"{smollm}from_file"]),
+            frozenset([f"{smollm}other", "another, heuristic"]),
+        }
+        if file == page:
+            text = file.read_text(encoding="utf-8")
+            assert all(line.removeprefix("note: ") in text for line in notes)
+
+
+def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
+    for model, dense in (("a", 9.0), ("b", 12.0)):
+        for name, value in (("none", 40.0), ("lcp", 20.0)):
+            texts = {"wikitext2": {"dense": dense, "sparse": value}}
+            folder = tmp_path / model / name
+            make_run(folder, 0.0, evaluation(texts), permutation=name, model=model)
+    table = table_of(tmp_path)
+    assert table.dense == {}
+    both = dense_lines(table, PERPLEXITY, table.labels.index)
+    assert both == {"dense, a": 9.0, "dense, b": 12.0}
+    of_b = table.labels.index[table.labels["model"] == "b"]
+    assert dense_lines(table, PERPLEXITY, of_b) == {"dense": 12.0}
+    assert set(points(table, PERPLEXITY)["method"]) == {"a, none", "a, lcp", "b, none", "b, lcp"}
+    for file in ("page.html", "a.svg"):
+        assert call("report", [str(tmp_path), "--to", str(tmp_path / file)]) == 0
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert "dense, a" in text
+        assert "dense, b" in text
+    other = {"wikitext2": {"dense": 13.0, "sparse": 20.0}}
+    make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
+    table = table_of(tmp_path)
+    assert [*dense_lines(table, PERPLEXITY, table.labels.index)] == ["dense, a"]
 
 
 def test_pictures_have_the_format_of_a_suffix(

@@ -10,18 +10,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.runs.compare import Comparison, published
 from permllm.runs.files import read_lines, write_json
 from permllm.runs.read import collect
-from permllm.runs.render import cells, print_comparison, print_run, records, render
+from permllm.runs.render import as_text, cells, print_comparison, print_run, records
 from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
 
+ABSENT = object()  # stands for a key that is not there
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 IN_TABLE_6 = {
     row.setting: row.value for row in published("table6") if row.metric == "wikitext2_ppl"
@@ -33,7 +36,7 @@ def table_of(folder: Path, baseline: str | None = None) -> Table:
 
 
 def shown(folder: Path) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(render(table_of(folder), "csv"))))
+    return list(csv.reader(io.StringIO(as_text(cells(table_of(folder)), "csv"))))
 
 
 def gaps(table: Table) -> dict[str, float]:
@@ -153,6 +156,39 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
 
 
+def test_each_uncertainty_that_is_shown_names_its_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nats = np.random.default_rng(0).normal(3.0, 0.5, 20)
+    runs = tmp_path / "runs"
+
+    def made(name: str, shift: float, **settings: Any) -> None:
+        texts = {"wikitext2": {"dense": nats, "sparse": nats + shift}}
+        make_run(runs / f"{name}{shift}", 0.0, evaluation(texts), permutation=name, **settings)
+
+    made("none", 1.0)
+    made("lcp", 0.5)
+
+    def noted(*words: str) -> list[str]:
+        assert call("results", [*words]) == 0
+        return capsys.readouterr().err.splitlines()
+
+    folder = str(runs)
+    assert noted(folder) == []
+    (of_windows,) = noted(folder, "--baseline", "permutation=none")
+    assert "bootstrap" in of_windows
+    assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [of_windows]
+    made("lcp", 0.6, seed=1)
+    (of_seeds,) = noted(folder)
+    assert "deviation over the seeds" in of_seeds
+    assert "standard error over the items" in of_seeds
+    file = tmp_path / "page.html"
+    assert call("report", [folder, "--to", str(file)]) == 0
+    assert of_seeds.removeprefix("note: ") in file.read_text(encoding="utf-8")
+    print_comparison(table_of(runs))
+    assert of_seeds.removeprefix("note: ") in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_infinite_values_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         for name in ("lcp", "none"):
@@ -173,13 +209,49 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     whole = start - math.log(10)
     row = table.find("permutation=lcp", "--baseline")
     assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
-    # Each seed has its own distance from the unpermuted model.
-    own = [math.log(40 / 20) / whole, math.log(50 / 24) / whole]
-    deviation = abs(own[0] - own[1]) / math.sqrt(2)
+    # Every seed is measured from the same number, so that the base adds no deviation of its own.
+    each = [(start - math.log(value)) / whole for value in (20, 24)]
+    deviation = abs(each[0] - each[1]) / math.sqrt(2)
     assert table.deviations.at[row, "gap closed"] == pytest.approx(deviation)
+    own = abs(math.log(40) - math.log(50)) / whole / math.sqrt(2)
+    unpermuted = table.find("permutation=none,mask=pruner", "--baseline")
+    assert table.means.at[unpermuted, "gap closed"] == pytest.approx(0.0, abs=1e-12)
+    assert table.shown(unpermuted, "gap closed") == f"0.00% ± {own:.2%}"
+    assert table.deviations.at[unpermuted, "gap closed"] == pytest.approx(own)
     mask = table.find("mask=score", "--baseline")
     assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
     assert table.measures[:2] == [PERPLEXITY, "gap closed"]
+
+
+def test_the_base_of_a_gap_is_one_number_whatever_seeds_a_row_has(tmp_path: Path) -> None:
+    base = {0: (150.0, 300.0), 1: (170.0, 360.0), 2: (158.0, 340.0)}
+    dense = (23.0, 46.0)
+    learned = {"same": (0, 1, 2), "fewer": (0, 1), "others": (7, 8), "single": (5,)}
+    values = {seed: (50.0 + 3 * seed, 120.0 - 2 * seed) for seed in (0, 1, 2, 5, 7, 8)}
+
+    def made(name: str, seed: int, sparse: tuple[float, float], **settings: Any) -> None:
+        texts = {
+            text: {"dense": dense[place], "sparse": sparse[place]}
+            for place, text in enumerate(("wikitext2", "c4"))
+        }
+        make_run(tmp_path / f"{name}{seed}", 0.0, evaluation(texts), seed=seed, **settings)
+
+    for seed, sparse in base.items():
+        made("none", seed, sparse, permutation="none")
+    for name, seeds in learned.items():
+        for seed in seeds:
+            made(name, seed, values[seed], permutation=name)
+    table = table_of(tmp_path)
+    start = np.log(np.array([*base.values()], np.float64)).mean(axis=0)
+    whole = start - np.log(np.array(dense, np.float64))
+    for name, seeds in learned.items():
+        here = np.log(np.array([values[seed] for seed in seeds], np.float64))
+        closed = ((start - here) / whole).mean(axis=1)
+        row = table.find(f"permutation={name}", "--baseline")
+        assert table.means.at[row, "gap closed"] == pytest.approx(closed.mean(), abs=1e-12)
+        if len(seeds) > 1:
+            deviation = math.sqrt(sum((closed - closed.mean()) ** 2) / (len(seeds) - 1))
+            assert table.deviations.at[row, "gap closed"] == pytest.approx(deviation, abs=1e-12)
 
 
 def test_a_baseline_has_the_same_settings_and_statistics_where_it_can(tmp_path: Path) -> None:
@@ -355,7 +427,16 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
         ("metrics.status", "running", "not finished (running); the same command continues it"),
         ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
-        ("config.model", None, "not as a run leaves it: "),
+        ("metrics.seconds", {"calibrate": "x"}, "not as a run leaves it: "),
+        ("metrics.seconds", ABSENT, "not as a run leaves it: 'seconds' is missing"),
+        ("metrics.peak_memory_bytes", ABSENT, "'metrics.peak_memory_bytes' is missing"),
+        ("config.model", None, "'config.model.name' is missing"),
+        ("config.model", ABSENT, "'config.model.name' is missing"),
+        ("config.seed", ABSENT, "'config.seed' is missing"),
+        ("config.sparsity", ABSENT, "'config.sparsity' is missing"),
+        ("config.permutation", ABSENT, "'config.permutation.name' is missing"),
+        ("config.pruner", {}, "'config.pruner.name' is missing"),
+        ("config.mask", "score", "not as a run leaves it: "),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
@@ -364,6 +445,8 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
     part, key = name.split(".")
     line = record(seed=1) | {"run": "bad"}
     line[part][key] = change
+    if change is ABSENT:
+        del line[part][key]
     folders, kept = tmp_path / "folders", tmp_path / "kept.jsonl"
     lines = [record() | {"run": "good"}, line]
     for one in lines:
@@ -374,8 +457,51 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
         printed = capsys.readouterr()
         (row,) = json.loads(printed.out)
         assert [Path(run).name for run in row["runs"]] == ["good"]
-        assert printed.err.startswith(f"note: skipped {where}: {said}")
+        assert printed.err.startswith(f"note: skipped {where}: ")
+        assert said in printed.err
         assert printed.err.count("\n") == 1
+        assert call("report", [str(place), "--to", str(tmp_path / "page.html")]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("key", ["run", "config", "metrics"])
+def test_a_line_without_a_part_of_a_record_takes_no_other_run_with_it(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = record(seed=1)
+    del bad[key]
+    kept = tmp_path / "kept.jsonl"
+    lines = [*(json.dumps(line) for line in (record(), bad, 7)), "[" * 100_000]
+    # Blank lines are no records, and count as lines of the file.
+    kept.write_text("\n".join([lines[0], "", "  ", *lines[1:], ""]))
+    assert call("results", [str(kept), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
+    notes = printed.err.splitlines()
+    assert [note.split(": ")[1] for note in notes] == [
+        f"skipped {kept}, line {number}" for number in (4, 5, 6)
+    ]
+    assert f"'{key}' is missing" in notes[0]
+
+
+def test_settings_that_were_cut_short_at_any_line_take_no_other_run_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    file = make_run(tmp_path / "bad", seed=1) / "config.yaml"
+    config = record(seed=1)["config"]
+    # The order in which a run writes them: `inputs` comes last.
+    ordered = {key: config[key] for key in sorted(config, key=lambda key: key == "inputs")}
+    text = yaml.safe_dump(ordered, sort_keys=False)
+    ends = [match.end() for match in re.finditer("\n", text)]
+    assert len(ends) > 15
+    for end in [0, *ends]:
+        file.write_text(text[:end])
+        assert call("results", [str(tmp_path), "--format", "json"]) == 0
+        printed = capsys.readouterr()
+        seeds = {seed for row in json.loads(printed.out) for seed in row["seeds"]}
+        assert seeds == ({0, 1} if end == len(text) else {0}), text[:end]
+        assert (str(tmp_path / "bad") in printed.err) == (end < len(text))
 
 
 @pytest.mark.parametrize(
@@ -421,6 +547,44 @@ def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "skipped seed=1: out of memory" in said
     assert "gone is gone" in said
+
+
+def test_a_sweep_whose_jobs_all_failed_gives_their_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweeps" / "table6"
+    reasons = ["no such model", "out of memory"]
+    for number, reason in enumerate(reasons):
+        job = {"overrides": [f"seed={number}"], "outcome": "failed", "reason": reason}
+        write_json(sweep / "jobs" / f"{number:04d}.json", job)
+    assert call("results", [str(sweep)]) == 1
+    said = capsys.readouterr().err
+    assert all(f"seed={number}: {reason}" in said for number, reason in enumerate(reasons))
+    assert str(sweep) not in said  # it is no advice to name the sweep again
+    for file in (sweep / "jobs").iterdir():
+        file.write_text("{}")
+    assert call("results", [str(sweep)]) == 1
+    assert "Name one of" not in capsys.readouterr().err
+
+
+def test_with_several_starts_a_note_says_from_which_row_each_gap_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "wanda", 40.0, permutation="none")
+    make_run(tmp_path / "lcp", 20.0)
+    assert call("results", [str(tmp_path)]) == 0
+    assert "--baseline" not in capsys.readouterr().err
+    make_run(tmp_path / "sparsegpt", 30.0, permutation="none", pruner={"name": "sparsegpt"})
+    assert call("results", [str(tmp_path)]) == 0
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "--baseline" in line)
+    # The number of rows that are measured from each start, itself among them.
+    assert re.findall(r"'([^']+)' \(rows: (\d+)\)", note) == [
+        ("sparsegpt, none", "1"),
+        ("wanda, none", "2"),
+    ]
+    words = [str(tmp_path), "--baseline", "pruner=wanda,permutation=none"]
+    assert call("results", words) == 0
+    assert "--baseline" not in capsys.readouterr().err
 
 
 def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
