@@ -170,8 +170,6 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(
         ("nothing kept", "windows were not kept"),
         ("another tokenizer", "not the same windows"),
         ("another seed", "not the same seeds"),
-        # The digest of their text is the same.
-        ("other windows", "not the same windows"),
     ],
 )
 def test_what_is_not_the_same_has_no_interval(
@@ -185,14 +183,25 @@ def test_what_is_not_the_same_has_no_interval(
     if changed == "nothing kept":
         (file,) = (other / "evaluations").glob("*.json")
         write_json(file, read_json(file) | {"scores": {}})
-    if changed == "other windows":
-        for number, folder in enumerate(("lcp", "none")):
-            (file,) = (tmp_path / folder / "evaluations").glob("*.json")
-            keys = {f"perplexity/wikitext2/2048/{number}": ["wikitext2"]}
-            write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
     assert paired(*rows_of(tmp_path), PERPLEXITY)["over"] == reason
     assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
     assert "% [" not in capsys.readouterr().out
+
+
+def test_other_windows_of_a_text_are_another_column_within_a_model(tmp_path: Path) -> None:
+    nats, tasks = drawn(0)
+    for number, permutation in enumerate(("lcp", "none", "heuristic")):
+        folder = scored(tmp_path / permutation, nats, tasks, permutation=permutation)
+        (file,) = (folder / "evaluations").glob("*.json")
+        keys = {f"perplexity/wikitext2/2048/{number}": ["wikitext2"]}
+        if permutation != "heuristic":  # as in a record of version 1
+            write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
+    expected = {PERPLEXITY, f"{PERPLEXITY}, windows 0", f"{PERPLEXITY}, windows 1"}
+    names = {name for name in Table(collect([tmp_path]).runs).kinds if "perplexity" in name}
+    assert names == expected
+    scored(tmp_path / "heuristic", nats, tasks, permutation="heuristic", model="another")
+    one = Table(collect([tmp_path / "lcp", tmp_path / "heuristic"]).runs)
+    assert {name for name in one.kinds if "perplexity" in name} == {PERPLEXITY}
 
 
 def test_the_command_compares_two_rows_and_all(
