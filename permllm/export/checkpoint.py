@@ -23,6 +23,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, Form, StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, write_gathered
+from permllm.export.rope import legacy_rope
 from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
@@ -285,6 +286,9 @@ def _write_settings(
         raise ConfigError(f"transformers cannot save the model's settings: {reason}") from error
     if stored.gathers:
         write_gathered(folder, config, stored.gathers)
+    else:  # transformers 4 loads no gathered checkpoint
+        file = folder / "config.json"
+        write_json(file, read_json(file) | legacy_rope(config))
 
 
 def work(options: argparse.Namespace) -> Answer:
