@@ -24,8 +24,9 @@ COMMAND = (
     "vllm serve . --quantization torchao --dtype bfloat16 --hf-overrides "
     f'\'{{"quantization_config_file": "{SETTINGS}"}}\''
 )
-# torchao's kernels need multiples of these numbers, because metadata comes in tiles of this size.
-_ROWS, _CHANNELS = 64, 128
+# torchao 0.18.0's kernels need multiples of these numbers. Metadata comes in tiles of 64 rows and
+# 128 channels. Tiles may be padded along the channels since torchao 0.16, but not along the rows.
+_ROWS, _CHANNELS = 64, 32
 # Names of linears that vLLM joins, and the names of the joined linears.
 _JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
 _JOINED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")

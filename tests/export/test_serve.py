@@ -106,16 +106,20 @@ def test_torchao_writes_and_reads_the_kept_settings(
     assert re.fullmatch(sparse.removeprefix("re:"), "model.layers.10.self_attn.qkv_proj")
 
 
+# Sizes of which the kernels take those of two linears in each layer: 160 is no multiple of 64 rows,
+# 400 none of 32 channels, and 2 * 400 none of 64 rows.
+@pytest.mark.parametrize("sizes", [(160, 384), (192, 400)])
 def test_sizes_that_the_kernels_do_not_take_stay_dense(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sizes: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = qwen3(tmp_path, hidden_size=192)  # 64 rows, and 128 channels do not divide it
+    run = qwen3(tmp_path, hidden_size=sizes[0], intermediate_size=sizes[1])
     with caplog.at_level(logging.WARNING):
         summary = export_run(run, VLLM, tmp_path / "out")
     assert summary["served"] == {"sparse": 6, "all": 12}
     settings = read_json(tmp_path / "out" / SETTINGS)
     for names, weight in served(tmp_path / "out"):
-        assert (chosen(settings, names[0]) == KEPT) == (weight.shape[1] % 128 == 0)
+        rows, channels = weight.shape
+        assert (chosen(settings, names[0]) == KEPT) == (rows % 64 == 0 and channels % 32 == 0)
         serving(channel_groups(load(tmp_path / "out")), "2:4", {})
     assert caplog.text.count("6 of 12 linears") == 1
 
@@ -127,7 +131,7 @@ def test_sizes_that_the_kernels_do_not_take_stay_dense(
         ({"constraint": "free"}, Request(None, "bfloat16", serve="vllm"), "permutation.constraint"),
         ({}, Request("simulate", "bfloat16", serve="vllm"), "export=folded"),
         ({}, Request("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
-        ({"hidden_size": 96, "intermediate_size": 96}, VLLM, "export.serve"),
+        ({"hidden_size": 80, "intermediate_size": 80}, VLLM, "export.serve"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
@@ -163,14 +167,18 @@ def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wan
 
 
 def test_sizes_are_refused_before_a_job_begins(cache: Path, tmp_path: Path) -> None:
-    words = ("permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm")
+    words = ["permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm"]
+    words += ["model.architecture.hidden_size=48"]
     config = read_config(composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words))
     with pytest.raises(ConfigError, match="serve=vllm"):
         run(config)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b"])
+REAL = ("llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b", "smollm2-135m")
+
+
+@pytest.mark.parametrize("name", REAL)
 def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     model = meta_model(config(f"model={name}").model)
     settings, counts = serving(channel_groups(model), "2:4", {})
