@@ -189,9 +189,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     if request.serve:
         there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
         check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
-        settings, served = serving(groups, sparsity["pattern"], patterns)
-        write_json(folder / SETTINGS, settings)
-        files.append(SETTINGS)
+        serving(source.skeleton, sparsity["pattern"], patterns)  # first, because it may fail
     _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
     planned = {
@@ -202,9 +200,14 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     }
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
-    made = partial(_made, model, stored, dtype, pruned)
+    zero_rows = set[str]()
+    made = partial(_made, model, stored, dtype, pruned, zero_rows)
     files += write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
+    if request.serve:
+        settings, served = serving(source.skeleton, sparsity["pattern"], patterns, zero_rows)
+        write_json(folder / SETTINGS, settings)
+        files.append(SETTINGS)
     source.save_tokenizer(folder)
     summary = {
         "form": form,
@@ -229,9 +232,23 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
 
 
 def _made(
-    model: PrunedModel, stored: StoredOrder, dtype: torch.dtype, pruned: dict[str, str], name: str
+    model: PrunedModel,
+    stored: StoredOrder,
+    dtype: torch.dtype,
+    pruned: dict[str, str],
+    zero_rows: set[str],
+    name: str,
 ) -> Tensor:
-    """Return a tensor as it is stored; `pruned` has the paths of pruned linears by weight name."""
+    """Return a tensor as it is stored.
+
+    Args:
+        model: the pruned model.
+        stored: stored order of the tensors.
+        dtype: dtype of the stored weights.
+        pruned: paths of the pruned linears by the name of their weight.
+        zero_rows: the path of a pruned linear is added if its weight has a row of zeros.
+        name: name of the tensor.
+    """
     tensor = model.source.read(name)
     if not tensor.is_floating_point():
         return tensor
@@ -241,8 +258,12 @@ def _made(
     if not all_finite(cast):
         its = str(dtype).removeprefix("torch.")
         raise DataError(f"{name} holds values that are not finite in {its}")
+    if name not in pruned:
+        return stored.apply(name, cast)
+    if not cast.any(-1).all():
+        zero_rows.add(pruned[name])
     # Adding 0.0 turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
-    return stored.apply(name, cast + 0.0 if name in pruned else cast)
+    return stored.apply(name, cast + 0.0)
 
 
 def write_shards(
