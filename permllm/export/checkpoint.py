@@ -4,6 +4,7 @@ Runs, the command `permllm export` and `permllm.save` use it.
 """
 
 import argparse
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import pydantic.dataclasses
 import torch
+from filelock import FileLock
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import set_verbosity_error
@@ -29,6 +31,7 @@ from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
+from permllm.runs.cache import cache_directory
 from permllm.runs.files import (
     CONFIG,
     METRICS,
@@ -134,11 +137,17 @@ def _model_of(directory: Path, dense: Path | None) -> PrunedModel:
 def write_checkpoint(
     model: PrunedModel, request: Request, target: Path, replace: bool = False
 ) -> dict[str, Any]:
-    """Write a pruned model; arguments, result and errors are as in `export_run`."""
-    if not replace:
-        _check_free(target)
-    with new_folder(target.resolve()) as scratch:
-        return _write(model, request, scratch)
+    """Write a pruned model; arguments, result and errors are as in `export_run`.
+
+    Processes that write the same target take turns, so that the first one gets it.
+    """
+    folder = target.resolve()
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    with FileLock(cache_directory() / f"export-{digest}.lock"):
+        if not replace:
+            _check_free(target)
+        with new_folder(folder) as scratch:
+            return _write(model, request, scratch)
 
 
 def _check_free(target: Path) -> None:

@@ -6,7 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import permllm
 from permllm.cli import call
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
+from permllm.export import checkpoint
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.export.gathered import ORDERS, leave_out_gathers
 from permllm.export.verify import verify
@@ -314,6 +318,35 @@ def test_bad_requests(
     with pytest.raises(ConfigError, match="not finished"):
         export_run(run, Request(), tmp_path / "other")
     assert not list(out.iterdir())
+
+
+def test_of_two_exports_to_one_folder_the_first_gets_it(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, together = exports / "of-folded" / "run", threading.Barrier(2)
+    writing: list[Path] = []
+
+    def slow(file: Path, tensors: dict[str, Any]) -> None:
+        writing.append(file)
+        assert len(writing) == 1
+        time.sleep(0.3)
+        save_tensors(file, tensors)
+        writing.remove(file)
+
+    def export(_: int) -> str:
+        together.wait()
+        try:
+            return str(export_run(run, Request("folded"), tmp_path / "out")["form"])
+        except ConfigError as error:
+            return str(error)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    with ThreadPoolExecutor() as threads:
+        outcomes = sorted(threads.map(export, range(2)), key=len)
+    assert outcomes[0] == "folded"
+    assert "not empty" in outcomes[1]
+    assert present_export(tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -> None:
