@@ -46,7 +46,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     model = config["model"]
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {"license": model["licence"]} if model.get("licence") else {}
-    metadata |= {"base_model": model["hub_name"]} if model["source"] == "hub" else {}
+    base_model = model.get("base_model") or model.get("hub_name")
+    metadata |= {"base_model": base_model} if base_model else {}
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
     groups = ("pruner", "permutation", "mask", "reconstruction")
     methods = ", ".join(f"{group} {config[group]['name']}" for group in groups)
