@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from permllm.config import Dtype, ModelConfig, NMPattern
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, Form, StoredOrder, first_form, stored_order
-from permllm.export.gathered import ORDERS, write_gathered
+from permllm.export.gathered import ORDERS, permuted_names, write_gathered
 from permllm.export.rope import legacy_rope
 from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
@@ -201,8 +200,9 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         serving(source.skeleton, sparsity["pattern"], patterns)  # first, because it may fail
     _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
+    names = permuted_names(groups, stored.gathers)
     planned = {
-        name: torch.empty_like(
+        names.get(name, name): torch.empty_like(
             state[name], dtype=dtype if state[name].is_floating_point() else None
         )
         for name in parameter_names(source.skeleton)
@@ -210,7 +210,12 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
     zero_rows = set[str]()
-    made = partial(_made, model, stored, dtype, pruned, zero_rows)
+    own = {stored_name: name for name, stored_name in names.items()}
+
+    def made(stored_name: str) -> Tensor:
+        name = own.get(stored_name, stored_name)
+        return _made(model, stored, dtype, pruned, zero_rows, name)
+
     files += write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
     if request.serve:

@@ -271,7 +271,7 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     prefix = f"{model.base_model_prefix}."  # old files leave it out
     own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
     for name, found in sorted(formats.items()):
-        weight = name.removeprefix(prefix) in own or name.endswith(".weight")
+        weight = name.removeprefix(prefix) in own or name.endswith("weight")
         if weight and found not in _FLOATING:
             kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
             wrong.append(f"has {name} as {found}: {kind}")

@@ -83,9 +83,13 @@ def test_another_tools_checkpoint_of_a_family_without_a_table(tmp_path: Path) ->
 
 
 # What is changed of an export: tensors of a file, settings of the config; and what is said of it.
+PERMUTED = UP.replace("weight", "permuted_weight")
+INTEGERS = torch.ones(64, 32, dtype=torch.int8)
 FEW = torch.arange(31, dtype=torch.int32)
 BAD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
-    "a linear is missing": ("gathered", WEIGHTS, {UP: None}, {}, UP),
+    "a linear is missing": ("folded", WEIGHTS, {UP: None}, {}, UP),
+    "a gathered linear is missing": ("gathered", WEIGHTS, {PERMUTED: None}, {}, UP),
+    "a linear of integers": ("gathered", WEIGHTS, {PERMUTED: INTEGERS}, {}, PERMUTED),
     "a stranger": ("gathered", WEIGHTS, {"x.weight": torch.zeros(2, 4)}, {}, "x.weight"),
     "an infinite head": ("folded", WEIGHTS, {HEAD: poisoned((259, 32), torch.inf)}, {}, HEAD),
     "settings that make NaN": ("folded", WEIGHTS, {}, {"rms_norm_eps": -1e30}, "logits"),
