@@ -152,8 +152,6 @@ def serving(
 
 def _for_kernels() -> dict[str, Any]:
     """Return the settings of the kernels, made by torchao if it is installed."""
-    for noisy in ("torchao", "torch.utils._pytree"):  # they warn that kernels for GPUs are missing
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         from torchao.core.config import config_to_dict
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow

@@ -241,8 +241,13 @@ def check_runs(what: object, model: PreTrainedModel) -> None:
 
 
 def check_dense(what: str, config: PreTrainedConfig) -> None:
-    """Raise ConfigError where a config belongs to a gathered checkpoint, which is pruned."""
-    if hasattr(config, "dense_type"):
+    """Raise ConfigError where a config belongs to a gathered checkpoint, which is pruned.
+
+    Args:
+        what: name of the model, for the error.
+        config: config of a checkpoint or of a loaded model.
+    """
+    if hasattr(config, "dense_config") or hasattr(config, "dense_type"):
         raise ConfigError(f"{what} is a gathered checkpoint of a pruned model; give the dense one")
 
 
