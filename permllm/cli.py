@@ -50,6 +50,10 @@ from permllm.runtime.version import __version__
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# transformers imports torchao where it is installed. Beside a torch for CPUs it warns that its
+# kernels for GPUs are missing.
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 # Commands with their line in --help and their module.
 COMMANDS = {
@@ -130,9 +134,12 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     """Check that a checkpoint is complete and N:M as it is stored, and compare its logits.
 
-    Every linear of the decoder layers must be N:M, or dense if the export says so. With --against
-    CHECKPOINT the logits of the two are compared: a folded or gathered export should match a
-    simulate export of the same run; the difference from the dense model is the effect of pruning.
+    Every linear of the decoder layers must be N:M, or dense if the export says so. An export in the
+    form simulate is N:M in permuted order only, so the zeros of its rows are counted instead.
+
+    With --against CHECKPOINT the logits of the two are compared: a folded or gathered export should
+    match a simulate export of the same run; the difference from the dense model is the effect of
+    pruning.
 
     Exit codes: 0: everything holds; 1: something does not; 2: the checkpoint is damaged.
     """

@@ -117,6 +117,7 @@ class ModelConfig:
     accept_terms: bool = False
     terms: str | None = None
     licence: str | None = None
+    base_model: str | None = None
     notice: str | None = None
 
     def __post_init__(self) -> None:

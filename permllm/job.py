@@ -99,8 +99,8 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
     model = meta_model(config.model)
     pruned = checked_groups(config, methods, model)
     if config.export.serve:
-        groups = channel_groups(model)
-        serving(groups, config.sparsity, differing_patterns(groups, pruned))
+        patterns = differing_patterns(channel_groups(model), pruned)
+        serving(model, config.sparsity, patterns)
     return Footprint(config, model, methods, device)
 
 

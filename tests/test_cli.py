@@ -24,10 +24,20 @@ from permllm.runs.files import write_text
 from permllm.runs.sweep import Outcome
 from permllm.runtime.terminal import Answer
 from permllm.runtime.version import __version__
-from tests.conftest import ROOT, run_command, run_module, run_python
+from tests.conftest import ROOT, run_command, run_module, run_python, tiny_model
 from tests.test_config import composed
 
 TINY = ("model=tiny", "logger=none")
+
+
+def test_a_command_does_not_print_the_warnings_of_torchao(tmp_path: Path) -> None:
+    """In an interpreter of its own, because transformers imports torchao once."""
+    pytest.importorskip("torchao")
+    tiny_model("llama").save_pretrained(tmp_path)
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    done = run_python("-m", "permllm", "verify", str(tmp_path), environment=environment, fresh=True)
+    assert done.stdout.startswith("FAILED")
+    assert done.stderr == ""
 
 
 def test_its_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ two libraries. A 6:8 weight is multiplied as three 2:4 windows.
 import argparse
 import copy
 import inspect
+import statistics
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -143,8 +144,11 @@ def _variant(
         tokens = tokens.to(model.device)
         # With the logits of the last token only, as in generation.
         prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
-        decode = _decode(model, tokens, sizes.new_tokens)
-        prefilled, decoded = (_measured(work, sizes.seconds) for work in (prefill, decode))
+        cache = {_name_of_cache(model): DynamicCache(config=model.config)}
+        prefill(**cache)
+        decode = partial(_decode, model, tokens[:, -1:], sizes.new_tokens)
+        prefilled = _measured(prefill, sizes.seconds)
+        decoded = _measured(decode, sizes.seconds, partial(copy.deepcopy, cache))
         speed.append(
             {
                 "batch": batch,
@@ -155,23 +159,31 @@ def _variant(
     return {"variant": name, "used": used, "speed": speed}
 
 
-def _measured(work: Callable[[], Any], seconds: float) -> float:
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=seconds).median)
+def _measured(
+    work: Callable[..., Any], seconds: float, fresh: Callable[[], dict[str, Any]] = dict
+) -> float:
+    """Return the median seconds of `work(**fresh())`, without those of `fresh`."""
+    timer = Timer(
+        "work(**state)",
+        "state = fresh()",
+        globals={"work": work, "fresh": fresh},
+        num_threads=torch.get_num_threads(),
+    )
+    times = list[float]()
+    while sum(times) < seconds:
+        times.append(timer.timeit(1).median)
+    return statistics.median(times)
 
 
-def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable[[], Any]:
-    cache = DynamicCache(config=model.config)
+def _name_of_cache(model: PreTrainedModel) -> str:
     # transformers renamed `past_key_values` to `cache` in 5.24.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
-    def decode() -> None:
-        token, used = tokens[:, -1:], copy.deepcopy(cache)
-        for _ in range(new_tokens):
-            token = model(input_ids=token, use_cache=True, **{name: used}).logits[:, -1:].argmax(-1)
 
-    return decode
+def _decode(model: PreTrainedModel, token: Tensor, new_tokens: int, **cache: DynamicCache) -> None:
+    """Decode tokens one by one after `token (batch, 1)`, and extend the cache."""
+    for _ in range(new_tokens):
+        token = model(input_ids=token, use_cache=True, **cache).logits[:, -1:].argmax(-1)
 
 
 def measure(

@@ -9,13 +9,16 @@ from permllm.export.serve import COMMAND, READERS, SETTINGS
 from permllm.runs.measures import patterns_text, result_rows
 from permllm.runtime.version import __version__
 
+# Versions of transformers with the same logits for a small random model of each family.
+_TRIED = "Tried with transformers 4.57.6 and 5.24.0."
 _FORMS = {
-    "simulate": "Its channels are in the dense model's order, so its stored weights are not N:M.",
+    "simulate": "Its channels are in the dense model's order, so its stored weights are not N:M. "
+    + _TRIED,
     "folded": "Its permutations are folded into the neighbouring weights. Its stored weights are "
-    "N:M, and transformers loads it like any other model.",
+    f"N:M, and transformers loads it like any other model. {_TRIED}",
     "gathered": "Its stored weights are N:M. It gathers activations where a permutation cannot be "
     "folded into neighbouring weights, so transformers loads it only after `import permllm.export` "
-    "from a checkout of PermLLM.",
+    "from a checkout of PermLLM. Tried with transformers 5.24.0.",
 }
 
 
@@ -43,7 +46,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     model = config["model"]
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {"license": model["licence"]} if model.get("licence") else {}
-    metadata |= {"base_model": model["hub_name"]} if model["source"] == "hub" else {}
+    base_model = model.get("base_model") or model.get("hub_name")
+    metadata |= {"base_model": base_model} if base_model else {}
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
     groups = ("pruner", "permutation", "mask", "reconstruction")
     methods = ", ".join(f"{group} {config[group]['name']}" for group in groups)

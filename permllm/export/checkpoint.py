@@ -4,16 +4,17 @@ Runs, the command `permllm export` and `permllm.save` use it.
 """
 
 import argparse
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic.dataclasses
 import torch
+from filelock import FileLock
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import set_verbosity_error
@@ -22,12 +23,14 @@ from permllm.config import Dtype, ModelConfig, NMPattern
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, Form, StoredOrder, first_form, stored_order
-from permllm.export.gathered import ORDERS, write_gathered
+from permllm.export.gathered import ORDERS, permuted_names, write_gathered
+from permllm.export.rope import legacy_rope
 from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
+from permllm.runs.cache import cache_directory
 from permllm.runs.files import (
     CONFIG,
     METRICS,
@@ -133,11 +136,17 @@ def _model_of(directory: Path, dense: Path | None) -> PrunedModel:
 def write_checkpoint(
     model: PrunedModel, request: Request, target: Path, replace: bool = False
 ) -> dict[str, Any]:
-    """Write a pruned model; arguments, result and errors are as in `export_run`."""
-    if not replace:
-        _check_free(target)
-    with new_folder(target.resolve()) as scratch:
-        return _write(model, request, scratch)
+    """Write a pruned model; arguments, result and errors are as in `export_run`.
+
+    Processes that write the same target take turns, so that the first one gets it.
+    """
+    folder = target.resolve()
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    with FileLock(cache_directory() / f"export-{digest}.lock"):
+        if not replace:
+            _check_free(target)
+        with new_folder(folder) as scratch:
+            return _write(model, request, scratch)
 
 
 def _check_free(target: Path) -> None:
@@ -188,22 +197,31 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     if request.serve:
         there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
         check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
-        settings, served = serving(groups, sparsity["pattern"], patterns)
-        write_json(folder / SETTINGS, settings)
-        files.append(SETTINGS)
+        serving(source.skeleton, sparsity["pattern"], patterns)  # first, because it may fail
     _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
+    names = permuted_names(groups, stored.gathers)
     planned = {
-        name: torch.empty_like(
+        names.get(name, name): torch.empty_like(
             state[name], dtype=dtype if state[name].is_floating_point() else None
         )
         for name in parameter_names(source.skeleton)
     }
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
-    made = partial(_made, model, stored, dtype, pruned)
+    zero_rows = set[str]()
+    own = {stored_name: name for name, stored_name in names.items()}
+
+    def made(stored_name: str) -> Tensor:
+        name = own.get(stored_name, stored_name)
+        return _made(model, stored, dtype, pruned, zero_rows, name)
+
     files += write_shards(folder, planned, made, int(request.shard_gb * 1e9))
     files += [ORDERS] if stored.gathers else []
+    if request.serve:
+        settings, served = serving(source.skeleton, sparsity["pattern"], patterns, zero_rows)
+        write_json(folder / SETTINGS, settings)
+        files.append(SETTINGS)
     source.save_tokenizer(folder)
     summary = {
         "form": form,
@@ -228,9 +246,23 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
 
 
 def _made(
-    model: PrunedModel, stored: StoredOrder, dtype: torch.dtype, pruned: dict[str, str], name: str
+    model: PrunedModel,
+    stored: StoredOrder,
+    dtype: torch.dtype,
+    pruned: dict[str, str],
+    zero_rows: set[str],
+    name: str,
 ) -> Tensor:
-    """Return a tensor as it is stored; `pruned` has the paths of pruned linears by weight name."""
+    """Return a tensor as it is stored.
+
+    Args:
+        model: the pruned model.
+        stored: stored order of the tensors.
+        dtype: dtype of the stored weights.
+        pruned: paths of the pruned linears by the name of their weight.
+        zero_rows: the path of a pruned linear is added if its weight has a row of zeros.
+        name: name of the tensor.
+    """
     tensor = model.source.read(name)
     if not tensor.is_floating_point():
         return tensor
@@ -240,8 +272,12 @@ def _made(
     if not all_finite(cast):
         its = str(dtype).removeprefix("torch.")
         raise DataError(f"{name} holds values that are not finite in {its}")
+    if name not in pruned:
+        return stored.apply(name, cast)
+    if not cast.any(-1).all():
+        zero_rows.add(pruned[name])
     # Adding 0.0 turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
-    return stored.apply(name, cast + 0.0 if name in pruned else cast)
+    return stored.apply(name, cast + 0.0)
 
 
 def write_shards(
@@ -285,6 +321,9 @@ def _write_settings(
         raise ConfigError(f"transformers cannot save the model's settings: {reason}") from error
     if stored.gathers:
         write_gathered(folder, config, stored.gathers)
+    else:  # transformers 4 loads no gathered checkpoint
+        file = folder / "config.json"
+        write_json(file, read_json(file) | legacy_rope(config))
 
 
 def work(options: argparse.Namespace) -> Answer:

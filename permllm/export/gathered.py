@@ -1,13 +1,14 @@
 """Gathered checkpoints, which transformers loads after `import permllm.export`.
 
-The weights are in `model.safetensors`, as for any model of the family. The permutations of modules'
-inputs are in `gathers.safetensors`; without them the logits would be wrong. To prevent that,
-`config.json` has a model type that only this module knows, and a text in the place of the width.
-It contains the dense model's config under `dense_config`.
+The weights are in `model.safetensors`. The permutations of modules' inputs are in
+`gathers.safetensors`; without them the logits would be wrong. To prevent that, `config.json` has a
+model type that only this module knows, and a text in the place of the width. It contains the dense
+model's config under `dense_config`. For a reader with a config of its own, the weights of linears
+whose inputs are gathered have names that no model knows.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
 from permllm.errors import DataError, printable
-from permllm.models.families import channel_groups
+from permllm.models.families import ChannelGroup, channel_groups
 from permllm.runs.files import write_json
 from permllm.runs.tensors import load_orders, save_tensors
 
@@ -30,6 +31,9 @@ _ORDER = "input_order"
 # install, because anyone could publish a package of that name.
 _HINT = "make a checkout of PermLLM importable and import permllm.export before loading this model"
 _MODEL_TYPE = f"N:M sparse with gathered inputs (arXiv 2510.10136): {_HINT}"
+# Name of a weight whose linear reads gathered inputs, and the pattern of such a name.
+_WEIGHT, _PERMUTED = "weight", "permuted_weight"
+_NAMES = {rf"\.{_PERMUTED}$": f".{_WEIGHT}"}
 # Arguments of `from_pretrained` about the place of a checkpoint's files.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -64,6 +68,7 @@ class GatheredForCausalLM:
             *args,
             config=dense.from_dict(config.dense_config),
             attn_implementation=config._attn_implementation,
+            key_mapping=_NAMES,
             **options,
         )
         place = {key: options[key] for key in _PLACE if options.get(key) is not None}
@@ -76,6 +81,21 @@ class GatheredForCausalLM:
             )
         _attach(loaded[0] if isinstance(loaded, tuple) else loaded, orders, file)
         return loaded
+
+
+def permuted_names(groups: Iterable[ChannelGroup], gathers: Collection[str]) -> dict[str, str]:
+    """Return the stored names of weights whose linears read gathered inputs, by weight name.
+
+    Args:
+        groups: all channel groups of the model.
+        gathers: paths of the modules whose input is gathered.
+    """
+    return {
+        f"{path}.{_WEIGHT}": f"{path}.{_PERMUTED}"
+        for group in groups
+        if any(group.prefix + reader in gathers for reader in group.table.readers)
+        for path in group.members
+    }
 
 
 def write_gathered(folder: Path, config: PreTrainedConfig, orders: Mapping[str, Tensor]) -> None:
@@ -125,8 +145,13 @@ def _attach(model: PreTrainedModel, orders: Mapping[str, Tensor], file: Path) ->
 
 
 def _save(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
-    type(model).save_pretrained(model, folder, **options)
     modules = gathered_modules(model)
+    names = permuted_names(channel_groups(model), modules.keys())
+    state = options.pop("state_dict", None) or model.state_dict()
+    renamed = {names.get(name, name): tensor for name, tensor in state.items()}
+    # transformers would apply `_NAMES` backwards, to every weight.
+    options |= {"state_dict": renamed, "save_original_format": False}
+    type(model).save_pretrained(model, folder, **options)
     orders = {path: module.get_buffer(_ORDER) for path, module in modules.items()}
     write_gathered(Path(folder), model.config, orders)
 

@@ -6,13 +6,16 @@ it loads them.
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup
+from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
 
 log = logging.getLogger(__name__)
@@ -24,8 +27,11 @@ COMMAND = (
     "vllm serve . --quantization torchao --dtype bfloat16 --hf-overrides "
     f'\'{{"quantization_config_file": "{SETTINGS}"}}\''
 )
-# torchao's kernels need multiples of these numbers, because metadata comes in tiles of this size.
-_ROWS, _CHANNELS = 64, 128
+# torchao 0.18.0's kernels need multiples of these numbers. Metadata comes in tiles of 64 rows and
+# 128 channels. Tiles may be padded along the channels since torchao 0.16, but not along the rows.
+_ROWS, _CHANNELS = 64, 32
+# Model types that vLLM runs through its Transformers backend.
+_THROUGH_TRANSFORMERS = ("olmo2", "smollm3")
 # Names of linears that vLLM joins, and the names of the joined linears.
 _JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
 _JOINED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
@@ -37,6 +43,8 @@ def _of_type(kind: str, data: Any, version: int | None = None) -> dict[str, Any]
     return {"_type": kind, **versions, "_data": data}
 
 
+# Least magnitude for the scale of a token. Without it torchao would make NaN of a token of zeros.
+_LEAST = 1e-12
 _BY_ROW = _of_type("PerRow", {"dim": -1}, 1)
 # Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4, used if torchao is not installed.
 KEPT = _of_type(
@@ -49,7 +57,7 @@ KEPT = _of_type(
         "mm_config": _of_type(
             "Float8MMConfig", {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False}, 1
         ),
-        "activation_value_lb": None,
+        "activation_value_lb": _LEAST,
         "activation_value_ub": None,
         "kernel_preference": _of_type("KernelPreference", "AUTO"),
         "set_inductor_config": True,
@@ -76,40 +84,63 @@ def check_serve(form: str, dtype: str, patterns: Collection[NMPattern]) -> None:
 
 
 def serving(
-    groups: Iterable[ChannelGroup], pattern: str, patterns: Mapping[str, str]
+    model: PreTrainedModel,
+    pattern: str,
+    patterns: Mapping[str, str],
+    zero_rows: AbstractSet[str] = frozenset(),
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Find the linears of a model that vLLM runs on FP8 kernels for 2:4.
 
     Args:
-        groups: all channel groups of the model.
+        model: the model; may be on the meta device.
         pattern: N:M of linears that are not in `patterns`.
         patterns: N:M, or `dense`, by linear.
+        zero_rows: linears whose weight has a row of zeros. The scale of such a row is 0, and its
+            product with any input NaN.
 
     Returns:
         The content of the file `SETTINGS`, and numbers of linears as vLLM joins them: `sparse`, on
         the kernels, and `all`.
 
     Raises:
-        ConfigError: no linear is 2:4 and of a suitable size.
+        ConfigError: vLLM cannot run this kind of model on the kernels, or no linear is 2:4, of a
+            suitable size and without a row of zeros.
     """
+    if (kind := model.config.model_type) in _THROUGH_TRANSFORMERS:
+        raise ConfigError(
+            f"export.serve=vllm: vLLM runs {kind} through its Transformers backend, whose "
+            "activations have three dimensions, and the kernels take two; leave export.serve out"
+        )
+    groups = channel_groups(model)
     kinds, layers, sparse = dict[str, None](), "", 0
-    dense, unfit = list[str](), list[str]()
+    dense, unfit, without_scale = list[str](), list[str](), list[str]()
     linears = [(group, name, rows) for group in groups for name, rows in _joined(group).items()]
     for group, name, rows in linears:
         its = [patterns.get(path, pattern) for path in rows]
         pruned = all(text != DENSE and _two_of_four(NMPattern.parse(text)) for text in its)
         names = dict.fromkeys([name, *rows])
-        if pruned and sum(rows.values()) % _ROWS == group.channels % _CHANNELS == 0:
+        fits = sum(rows.values()) % _ROWS == group.channels % _CHANNELS == 0
+        finite = zero_rows.isdisjoint(rows)
+        if pruned and fits and finite:
             layers = group.prefix.rstrip(".").rpartition(".")[0]
             kinds |= dict.fromkeys(re.escape(one.removeprefix(group.prefix)) for one in names)
             sparse += 1
         else:
             dense += names
-            unfit += [name] * pruned
+            if pruned and not fits:
+                unfit.append(name)
+            elif pruned:
+                without_scale.append(name)
+    if without_scale:
+        log.warning(
+            "vLLM runs %s as dense linears, because FP8 has no scale for a row of zeros",
+            ", ".join(without_scale),
+        )
     if not sparse:
         raise ConfigError(
             f"export.serve=vllm: the kernels need rows divisible by {_ROWS} and channels divisible "
-            f"by {_CHANNELS}, and no 2:4 linear of this model has both; leave export.serve out"
+            f"by {_CHANNELS} and no row of zeros, and no 2:4 linear of this model has all of this; "
+            "leave export.serve out"
         )
     if unfit:
         _warn(len(unfit), len(linears), unfit[0])
@@ -121,8 +152,6 @@ def serving(
 
 def _for_kernels() -> dict[str, Any]:
     """Return the settings of the kernels, made by torchao if it is installed."""
-    for noisy in ("torchao", "torch.utils._pytree"):  # they warn that kernels for GPUs are missing
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         from torchao.core.config import config_to_dict
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
@@ -130,7 +159,9 @@ def _for_kernels() -> dict[str, Any]:
     except ImportError:  # torchao is missing, or older than the kernels
         return KEPT
     packing = Float8PackingFormat.SPARSE_2D_DATA_2D_METADATA
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), packing_format=packing)
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), packing_format=packing, activation_value_lb=_LEAST
+    )
     return dict(config_to_dict(config))
 
 

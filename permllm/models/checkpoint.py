@@ -241,8 +241,13 @@ def check_runs(what: object, model: PreTrainedModel) -> None:
 
 
 def check_dense(what: str, config: PreTrainedConfig) -> None:
-    """Raise ConfigError where a config belongs to a gathered checkpoint, which is pruned."""
-    if hasattr(config, "dense_type"):
+    """Raise ConfigError where a config belongs to a gathered checkpoint, which is pruned.
+
+    Args:
+        what: name of the model, for the error.
+        config: config of a checkpoint or of a loaded model.
+    """
+    if hasattr(config, "dense_config") or hasattr(config, "dense_type"):
         raise ConfigError(f"{what} is a gathered checkpoint of a pruned model; give the dense one")
 
 
@@ -271,7 +276,7 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     prefix = f"{model.base_model_prefix}."  # old files leave it out
     own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
     for name, found in sorted(formats.items()):
-        weight = name.removeprefix(prefix) in own or name.endswith(".weight")
+        weight = name.removeprefix(prefix) in own or name.endswith("weight")
         if weight and found not in _FLOATING:
             kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
             wrong.append(f"has {name} as {found}: {kind}")

@@ -28,6 +28,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
     check_checkpoint,
+    check_dense,
     check_runs,
     check_values,
     close,
@@ -212,6 +213,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
             f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
         )
     actual = read_config(folder)
+    check_dense(str(folder), actual)
     for key, stated in config.architecture.items():
         found = getattr(actual, key, None)
         if found != stated:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from permllm.cli import call
 from permllm.config import NMPattern
@@ -121,6 +124,27 @@ def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> No
     tiny_model("gemma3_text").save_pretrained(tmp_path)
     (variant,) = measure(tmp_path, None, FEW, "cpu")["variants"]
     assert variant["speed"][0]["decode_tokens_a_second"] > 0
+
+
+def test_copies_of_the_cache_are_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    lengths: list[int] = []
+
+    class Slow(DynamicCache):
+        def __deepcopy__(self, memo: dict[int, Any]) -> DynamicCache:
+            time.sleep(1.0)
+            lengths.append(self.get_seq_length())
+            cache = DynamicCache()
+            cache.layers = copy.deepcopy(self.layers, memo)
+            return cache
+
+    monkeypatch.setattr(bench, "DynamicCache", Slow)
+    sizes = Sizes(batch_sizes=[1], prompt=8, new_tokens=2, seconds=1e-3)
+    (variant,) = measure(tmp_path, None, sizes, "cpu")["variants"]
+    assert set(lengths) == {8}  # each measurement begins after the prompt
+    assert variant["speed"][0]["decode_tokens_a_second"] > 2 / 1.0
 
 
 @pytest.mark.gpu

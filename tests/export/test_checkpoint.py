@@ -6,7 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
 
 import permllm
 from permllm.cli import call
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
+from permllm.export import checkpoint
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.export.gathered import ORDERS, leave_out_gathers
 from permllm.export.verify import verify
@@ -109,6 +113,25 @@ def test_a_gathered_model_is_saved_and_cached_with_its_orders(
         assert torch.equal(logits(one), logits(gathered))
     leave_out_gathers(whole)
     assert not torch.allclose(logits(whole), logits(gathered))
+
+
+def test_a_gathered_checkpoint_has_no_weights_for_another_config(
+    exports: Path, tmp_path: Path
+) -> None:
+    """As files of one folder read with the config of another, in several shards too."""
+    run = exports / "of-gathered" / "run"
+    export_run(run, Request("gathered", shard_gb=2e-5), tmp_path / "shards")
+    gathered = load(exports / "gathered")
+    assert torch.equal(logits(load(tmp_path / "shards")), logits(gathered))
+    gathered.save_pretrained(tmp_path / "again")
+    config = AutoConfig.from_pretrained(exports / "folded")
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")  # down_proj folds
+    for folder in (exports / "gathered", tmp_path / "shards", tmp_path / "again"):
+        options = {"config": config, "output_loading_info": True}
+        _, report = LlamaForCausalLM.from_pretrained(folder, **options)
+        lacking = {name.split(".", 3)[-1] for name in report["missing_keys"]}
+        assert {name.split(".")[1] for name in lacking} == set(names)
+        assert len(report["missing_keys"]) == len(names) * config.num_hidden_layers
 
 
 # A process in which this package cannot be imported.
@@ -204,7 +227,10 @@ def test_what_stays_dense_follows_orders_around_it(name: str, form: str, tmp_pat
     report, told = verify(tmp_path / "out"), read_json(run / "metrics.json")["sparsity"]["patterns"]
     assert report["passed"], report["problems"]
     assert report["dense"] == sorted(f"{path}.weight" for path in told if told[path] == "dense")
-    state = load_file(tmp_path / "out" / "model.safetensors")  # by hand, from the file alone
+    state = {  # by hand, from the file alone
+        name.replace(".permuted_weight", ".weight"): tensor
+        for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+    }
     assert all(bool((state[name] != 0).all()) for name in report["dense"])
     for layer in report["layers"]:
         assert layer["pattern"] == told.get(layer["name"].removesuffix(".weight"), "2:4")
@@ -314,6 +340,35 @@ def test_bad_requests(
     with pytest.raises(ConfigError, match="not finished"):
         export_run(run, Request(), tmp_path / "other")
     assert not list(out.iterdir())
+
+
+def test_of_two_exports_to_one_folder_the_first_gets_it(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, together = exports / "of-folded" / "run", threading.Barrier(2)
+    writing: list[Path] = []
+
+    def slow(file: Path, tensors: dict[str, Any]) -> None:
+        writing.append(file)
+        assert len(writing) == 1
+        time.sleep(0.3)
+        save_tensors(file, tensors)
+        writing.remove(file)
+
+    def export(_: int) -> str:
+        together.wait()
+        try:
+            return str(export_run(run, Request("folded"), tmp_path / "out")["form"])
+        except ConfigError as error:
+            return str(error)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    with ThreadPoolExecutor() as threads:
+        outcomes = sorted(threads.map(export, range(2)), key=len)
+    assert outcomes[0] == "folded"
+    assert "not empty" in outcomes[1]
+    assert present_export(tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from permllm.cli import call
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
+from permllm.evaluation.fp8 import rounded
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
 from permllm.job import export_request, run
-from permllm.models.families import channel_groups
+from permllm.models.families import linear_at
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
 from permllm.runs.files import read_json
@@ -40,8 +41,18 @@ JOINED = {
 }
 
 
-def qwen3(folder: Path, *arguments: Any, constraint: str = "foldable", **sizes: int) -> Path:
-    model = variant_model("qwen3", torch.bfloat16, **QWEN3 | sizes)
+def qwen3(
+    folder: Path,
+    *arguments: Any,
+    family: str = "qwen3",
+    constraint: str = "foldable",
+    zeros: dict[str, int] | None = None,
+    **sizes: int,
+) -> Path:
+    """Write a run of a model in which the rows `zeros` of linears, by path, are zero."""
+    model = variant_model(family, torch.bfloat16, **QWEN3 | sizes)
+    for path, row in (zeros or {}).items():
+        linear_at(model, path).weight[row] = 0
     return make_run(folder, model, constraint, *arguments)
 
 
@@ -106,28 +117,54 @@ def test_torchao_writes_and_reads_the_kept_settings(
     assert re.fullmatch(sparse.removeprefix("re:"), "model.layers.10.self_attn.qkv_proj")
 
 
+# Sizes of which the kernels take those of two linears in each layer: 160 is no multiple of 64 rows,
+# 400 none of 32 channels, and 2 * 400 none of 64 rows.
+@pytest.mark.parametrize("sizes", [(160, 384), (192, 400)])
 def test_sizes_that_the_kernels_do_not_take_stay_dense(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sizes: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = qwen3(tmp_path, hidden_size=192)  # 64 rows, and 128 channels do not divide it
+    run = qwen3(tmp_path, hidden_size=sizes[0], intermediate_size=sizes[1])
     with caplog.at_level(logging.WARNING):
         summary = export_run(run, VLLM, tmp_path / "out")
     assert summary["served"] == {"sparse": 6, "all": 12}
     settings = read_json(tmp_path / "out" / SETTINGS)
     for names, weight in served(tmp_path / "out"):
-        assert (chosen(settings, names[0]) == KEPT) == (weight.shape[1] % 128 == 0)
-        serving(channel_groups(load(tmp_path / "out")), "2:4", {})
+        rows, channels = weight.shape
+        assert (chosen(settings, names[0]) == KEPT) == (rows % 64 == 0 and channels % 32 == 0)
+        serving(load(tmp_path / "out"), "2:4", {})
     assert caplog.text.count("6 of 12 linears") == 1
+
+
+def test_a_row_of_zeros_keeps_its_linear_off_the_kernels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scale is the largest magnitude of a row by 448, so that a row of zeros would be 0 / 0."""
+    zeros = {"model.layers.0.self_attn.k_proj": 3, "model.layers.2.mlp.down_proj": 0}
+    run = qwen3(tmp_path, zeros=zeros)
+    with caplog.at_level(logging.WARNING):
+        summary = export_run(run, VLLM, tmp_path / "out")
+    left_out = ["model.layers.0.self_attn.qkv_proj", "model.layers.2.mlp.down_proj"]
+    settings, dense = read_json(tmp_path / "out" / SETTINGS), []
+    for names, weight in served(tmp_path / "out"):
+        finite = bool((weight.abs().amax(-1) / 448 > 0).all())
+        assert [chosen(settings, name) for name in names] == [KEPT if finite else None] * len(names)
+        dense += [] if finite else names[:1]
+    assert dense == left_out
+    assert summary["served"] == {"sparse": 10, "all": 12}
+    (said,) = [record.getMessage() for record in caplog.records if "zeros" in record.getMessage()]
+    assert all(name in said for name in left_out)
 
 
 @pytest.mark.parametrize(
     ("changed", "request_", "wanted"),
     [
+        ({"family": "smollm3", "num_hidden_layers": 2}, VLLM, "export.serve"),
+        ({"family": "olmo2"}, VLLM, "export.serve"),
         ({"pattern": NMPattern(4, 8)}, VLLM, "sparsity=2:4"),
         ({"constraint": "free"}, Request(None, "bfloat16", serve="vllm"), "permutation.constraint"),
         ({}, Request("simulate", "bfloat16", serve="vllm"), "export=folded"),
         ({}, Request("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
-        ({"hidden_size": 96, "intermediate_size": 96}, VLLM, "export.serve"),
+        ({"hidden_size": 80, "intermediate_size": 80}, VLLM, "export.serve"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
@@ -162,18 +199,25 @@ def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wan
         export_request(config, methods_of(config))
 
 
-def test_sizes_are_refused_before_a_job_begins(cache: Path, tmp_path: Path) -> None:
-    words = ("permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm")
+@pytest.mark.parametrize("changed", ["hidden_size=48", "model_type=olmo2"])
+def test_a_model_is_refused_before_its_job_begins(
+    changed: str, cache: Path, tmp_path: Path
+) -> None:
+    words = ["permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm"]
+    words += [f"model.architecture.{changed}"]
     config = read_config(composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words))
     with pytest.raises(ConfigError, match="serve=vllm"):
         run(config)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b"])
+REAL = ("llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b", "smollm2-135m")
+
+
+@pytest.mark.parametrize("name", REAL)
 def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     model = meta_model(config(f"model={name}").model)
-    settings, counts = serving(channel_groups(model), "2:4", {})
+    settings, counts = serving(model, "2:4", {})
     assert counts["sparse"] == counts["all"] > 0
     assert list(settings["_data"]["fqn_to_config"].values()) == [KEPT]
 
@@ -186,3 +230,85 @@ def test_the_command_writes_the_settings(
     assert call("export", words) == 0
     assert SETTINGS in capsys.readouterr().out
     assert read_json(tmp_path / "out" / SUMMARY)["serve"] == "vllm"
+
+
+# Two CUDA operators of torchao, as reference kernels for the CPU, with the checks of torchao 0.18.0
+# (`rowwise_scaled_linear_sparse_cutlass.cuh`). A byte of metadata has the places of four weights.
+
+
+def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights that 2:4 keeps, float8, and their places, uint8 with padded tiles."""
+    rows, channels = weight.shape
+    assert channels % 8 == 0
+    groups = weight.float().view(rows, -1, 4)
+    assert int((groups != 0).sum(-1).max()) <= 2
+    places = (groups != 0).int().topk(2).indices.sort().values
+    codes = (places * torch.tensor([1, 4])).sum(-1).view(rows, -1, 2)
+    meta = (codes * torch.tensor([1, 16])).sum(-1).to(torch.uint8)
+    padded = nn.functional.pad(meta, (0, -meta.shape[1] % 16, 0, -rows % 64))
+    return groups.gather(-1, places).view(rows, -1).to(weight.dtype), padded
+
+
+def multiplied(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    meta: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Multiply float8 activations `(tokens, channels)` by packed weights, with sums in float32."""
+    rows, half = weight.shape
+    assert x.dim() == 2
+    assert x_scale.shape == x.shape[:1]
+    assert x.shape[1] == 2 * half
+    assert x.shape[1] % 32 == rows % 8 == 0
+    assert meta.shape == (max(rows, 64), max(half // 4 + -(half // 4) % 16, 16))
+    codes = torch.stack([meta[:rows] % 16, meta[:rows] // 16], -1).view(rows, -1)[:, : half // 2]
+    places = torch.stack([codes % 4, codes // 4], -1).long()
+    dense = torch.zeros(*codes.shape, 4).scatter(-1, places, weight.float().view(*places.shape))
+    product = x.float() @ dense.view(rows, -1).T * x_scale[:, None] * scale
+    return (product if bias is None else product + bias.float()).to(out_dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torchao run its FP8 kernels for 2:4 on the CPU."""
+    workflow = "torchao.quantization.quantize_.workflows.float8"
+    of_weights = pytest.importorskip(f"{workflow}.float8_sparse_2x4_2d_data_2d_metadata_tensor")
+    quantization = pytest.importorskip("torchao.quantization.quant_api")
+    monkeypatch.setattr(of_weights, "is_sm_at_least_90", lambda: True)
+    monkeypatch.setattr(quantization, "_check_hardware_support", lambda granularity: None)
+    with torch.library._scoped_library("torchao", "IMPL") as library:
+        library.impl("to_sparse_semi_structured_cutlass_sm9x_f8", packed, "CPU")
+        library.impl("rowwise_scaled_linear_sparse_cutlass_f8f8", multiplied, "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("kernels")
+def test_torchao_multiplies_as_the_evaluation_in_fp8_does(tmp_path: Path) -> None:
+    """With joined linears, and sizes that only just fit: 192 and 416 are multiples of 64 and 32."""
+    from torchao.core.config import config_from_dict
+    from torchao.quantization import quantize_
+
+    run = qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",), hidden_size=192, intermediate_size=416)
+    export_run(run, VLLM, tmp_path / "out")
+    model, expected = load(tmp_path / "out"), {}
+    settings = read_json(tmp_path / "out" / SETTINGS)
+    for (path, *_), weight in served(tmp_path / "out"):
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent).add_module(name, nn.Linear(*weight.T.shape, bias=False))
+        model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+        states = torch.randn(5, weight.shape[1]).bfloat16()
+        states[3] = 0  # a token of zeros
+        if chosen(settings, path) is not None:
+            expected[path] = states, rounded(states) @ rounded(weight).T
+    assert len(expected) == 12 - 2
+    quantize_(model, config_from_dict(settings), filter_fn=None)
+    for path, (states, product) in expected.items():
+        linear = model.get_submodule(path)
+        torch.testing.assert_close(linear(states), product.bfloat16())
+        with pytest.raises(AssertionError):
+            linear(states[None])
+    assert type(model.get_submodule("model.layers.1.mlp.down_proj").weight) is nn.Parameter

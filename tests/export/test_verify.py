@@ -21,6 +21,7 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.checkpoint import SUMMARY, Request, export_run
 from permllm.export.gathered import ORDERS
 from permllm.export.verify import verify
+from permllm.runs.files import file_sha256
 from tests.export.pruned import change_metrics, load, logits, make_run, variant_model
 from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite
 
@@ -37,7 +38,7 @@ def test_the_command_says_its_verdict(exports: Path, capsys: pytest.CaptureFixtu
         assert (code, said[0].split()[0]) == (0, "passed:")
         assert "14 weights, 50.00% zeros, 0 violations" in said[1]
         assert said[-1] == "files compared with their sha256"
-    code, said = command(str(exports / "simulate"))
+    code, said = command(str(exports / "simulate"), "--pattern", "2:4")
     assert (code, said[0].split()[0]) == (1, "FAILED:")
     against = ["--against", str(exports / "simulate"), "--json"]
     code, said = command(str(exports / "folded"), *against)
@@ -53,12 +54,34 @@ def test_the_command_says_its_verdict(exports: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_original_order_fails_with_counted_violations(exports: Path) -> None:
-    report, state = verify(exports / "simulate"), load_file(exports / "simulate" / WEIGHTS)
+    report = verify(exports / "simulate", NMPattern(2, 4))
+    state = load_file(exports / "simulate" / WEIGHTS)
     for layer in report["layers"]:
         groups = (state[layer["name"]] != 0).view(-1, 4)
         assert layer["violations"] == sum(int(sum(group) > 2) for group in groups.tolist())
     assert len(report["problems"]) == sum(layer["violations"] > 0 for layer in report["layers"]) > 0
     assert not report["passed"]
+
+
+def test_the_original_order_passes_by_the_zeros_of_its_rows(
+    exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(exports / "simulate", tmp_path / "out")
+    assert call("verify", [str(folder)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("passed:")
+    assert "simulate" in said[1]
+    assert len(said) == 4
+    weight = load_file(folder / WEIGHTS)[UP]
+    zero = int((weight[3] == 0).nonzero()[0])
+    weight[3, zero] = 1.0
+    rewrite(folder, {UP: weight})
+    summary = json.loads((folder / SUMMARY).read_text())
+    summary["sha256"][WEIGHTS] = file_sha256(folder / WEIGHTS)
+    (folder / SUMMARY).write_text(json.dumps(summary))
+    report = verify(folder)
+    assert (report["passed"], report["by_row"]) == (False, True)
+    assert [problem.split()[:3] for problem in report["problems"]] == [[UP, "has", "1"]]
 
 
 def test_another_tools_checkpoint_of_a_family_without_a_table(tmp_path: Path) -> None:
@@ -83,9 +106,13 @@ def test_another_tools_checkpoint_of_a_family_without_a_table(tmp_path: Path) ->
 
 
 # What is changed of an export: tensors of a file, settings of the config; and what is said of it.
+PERMUTED = UP.replace("weight", "permuted_weight")
+INTEGERS = torch.ones(64, 32, dtype=torch.int8)
 FEW = torch.arange(31, dtype=torch.int32)
 BAD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
-    "a linear is missing": ("gathered", WEIGHTS, {UP: None}, {}, UP),
+    "a linear is missing": ("folded", WEIGHTS, {UP: None}, {}, UP),
+    "a gathered linear is missing": ("gathered", WEIGHTS, {PERMUTED: None}, {}, UP),
+    "a linear of integers": ("gathered", WEIGHTS, {PERMUTED: INTEGERS}, {}, PERMUTED),
     "a stranger": ("gathered", WEIGHTS, {"x.weight": torch.zeros(2, 4)}, {}, "x.weight"),
     "an infinite head": ("folded", WEIGHTS, {HEAD: poisoned((259, 32), torch.inf)}, {}, HEAD),
     "settings that make NaN": ("folded", WEIGHTS, {}, {"rms_norm_eps": -1e30}, "logits"),

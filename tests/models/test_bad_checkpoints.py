@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertModel, ByT5Tokenizer
+from transformers import AutoConfig, BertConfig, BertModel, ByT5Tokenizer
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
+from permllm.export.gathered import write_gathered
 from permllm.models.checkpoint import transformers_reads
-from permllm.models.load import load_model
+from permllm.models.load import load_model, meta_model
 from tests.conftest import tiny_config, tiny_model
 
 Tensors, Settings = dict[str, Any], dict[str, Any]
@@ -77,6 +79,13 @@ BROKEN: dict[str, tuple[Any, Settings, str]] = {
     "a norm that makes NaN": ({}, {"rms_norm_eps": -1e30}, "logits are not finite"),
     "fewer tokens than the tokenizer's": (HALF, {"vocab_size": 200}, "tokens up to 258, .* 199"),
 }
+
+
+def test_a_gathered_checkpoint_is_refused_as_a_pruned_model(folder: Path) -> None:
+    write_gathered(folder, AutoConfig.from_pretrained(folder), {})
+    for read in (load_model, lambda config, seed: meta_model(config)):
+        with pytest.raises(ConfigError, match=f"{re.escape(str(folder))} is a gathered"):
+            read(local(folder), 0)
 
 
 @pytest.mark.parametrize("name", BROKEN)

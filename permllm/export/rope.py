@@ -1,0 +1,35 @@
+"""Rotary embedding of a model in the keys of `config.json` that transformers 4 reads.
+
+transformers 5 writes `rope_parameters`. transformers 4 ignores this key without a warning and takes
+the defaults of its own, so that its logits would be wrong.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Model types for which transformers 4 expects the older `type` in the place of `rope_type`.
+_TYPE = ("olmo2", "phi3")
+
+
+def legacy_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the keys for transformers 4; empty: the model has no rotary embedding.
+
+    transformers 5 reads these keys too, and `rope_scaling` before `rope_parameters`.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope = dict(parameters.get("full_attention", parameters))
+    if "rope_theta" not in rope:
+        return {}
+    keys = {"rope_theta": rope.pop("rope_theta")}
+    if "sliding_attention" in parameters:
+        keys["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        keys["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if rope["rope_type"] == "default":
+        return keys
+    if config.model_type in _TYPE:
+        rope["type"] = rope.pop("rope_type")
+    if config.model_type == "phi3":  # it has this length at the top, and no fourth key here
+        rope.pop("original_max_position_embeddings", None)
+    return keys | {"rope_scaling": rope}
