@@ -3,17 +3,24 @@
 A model passes masks and rotary embeddings to its layers, and families differ in these arguments.
 They are recorded: for one forward, stand-ins take the places of the layers, record their arguments
 and return their input.
+
+Most models compute the arguments from the shape of a batch alone, such as a causal mask and the
+rotary embedding of each position. Batches of one shape may then share the arguments. If a model
+computes arguments from the tokens (`arguments_depend_on_tokens`), each batch needs its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from permllm.models.attention import attention_in_float32
+from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.offload import placement_of
 from permllm.runtime.memory import free_memory
@@ -21,6 +28,10 @@ from permllm.runtime.precision import products_in
 
 # Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
+# Shape of the two windows of tokens whose arguments are compared.
+_COMPARED = (2, 8)
+# Results of `arguments_depend_on_tokens`.
+_DEPEND: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -49,6 +60,36 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
         body: Any = model.base_model
         body(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     return hidden[0], kwargs
+
+
+def arguments_depend_on_tokens(model: nn.Module) -> bool:
+    """Tell whether two batches of one shape give a model's layers different arguments.
+
+    The arguments of two random batches are compared, once for a model.
+    """
+    if model not in _DEPEND:
+        vocabulary = vocabulary_of(cast(PreTrainedModel, model))
+        # A generator of its own, so that a job draws the same numbers as without the comparison.
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
+        others = (tokens + 1) % vocabulary  # each token differs
+        _DEPEND[model] = not _equal(layer_inputs(model, tokens)[1], layer_inputs(model, others)[1])
+    return _DEPEND[model]
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Tell whether two arguments, or values nested in arguments, are equal."""
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, Tensor):
+        return torch.equal(value, other)
+    if isinstance(value, Mapping):
+        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
+    if isinstance(value, list | tuple):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return bool(value == other)
 
 
 @contextmanager
@@ -116,13 +157,19 @@ class LayerStream:
         self._layers = decoder_layers(model)
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
+        self._model = model
+        self._tokens = tokens
         self._batch_size = batch_size
-        # Arguments by size of the batch, because the last batch may be smaller.
+        # Arguments that batches share, by size of the batch, because the last may be smaller. Where
+        # arguments depend on the tokens, those of all batches could take more memory than the
+        # states. There the model computes them again for each layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
+        shares = not arguments_depend_on_tokens(model)
         for position, batch in enumerate(tokens.split(batch_size)):
             hidden, kwargs = layer_inputs(model, batch)
-            self._kwargs.setdefault(len(batch), kwargs)
+            if shares:
+                self._kwargs.setdefault(len(batch), kwargs)
             if not position:
                 self._states = _room_for(len(tokens), hidden)
             self._states.split(batch_size)[position].copy_(hidden)
@@ -131,11 +178,22 @@ class LayerStream:
         """Yield the outputs of a layer on the device, batch by batch, without advancing."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
-            for hidden in self._states.split(self._batch_size):
-                kwargs = self._kwargs[len(hidden)][index]
+            batches = zip(
+                self._tokens.split(self._batch_size),
+                self._states.split(self._batch_size),
+                strict=True,
+            )
+            for tokens, hidden in batches:
+                kwargs = self._arguments(tokens)[index]
                 with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
                     output = run_layer(layer, hidden.to(self._device), kwargs)
                 yield output
+
+    def _arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
+        """Return the keyword arguments of each layer for a batch."""
+        if len(tokens) in self._kwargs:
+            return self._kwargs[len(tokens)]
+        return layer_inputs(self._model, tokens)[1]
 
     def advance(self, index: int) -> None:
         """Replace the states by the outputs of a layer with its present weights."""
