@@ -23,6 +23,7 @@ from permllm.models.attention import attention_in_float32
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.offload import placement_of
+from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory
 from permllm.runtime.precision import products_in
 
@@ -136,7 +137,8 @@ class LayerStream:
     """Hidden states of many windows, which advance through the decoder one layer at a time.
 
     Between two layers the states stay on a GPU that has room for them, else on the host. Batches go
-    to the device one at a time.
+    to the device one at a time. Under torchrun each rank has the states of its share of the
+    windows, and all ranks advance together.
 
     Args:
         model: the model; the constructor runs its embedding.
@@ -144,6 +146,7 @@ class LayerStream:
         batch_size: windows per forward.
         compute_dtype: dtype of matrix products (`permllm.runtime.precision`); None: the dtype that
             the caller has set.
+        dealt: False: this rank has all of the windows, because the caller has dealt them.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class LayerStream:
         tokens: Tensor,
         batch_size: int,
         compute_dtype: torch.dtype | None = None,
+        dealt: bool = True,
     ) -> None:
         self._placement = placement_of(model)
         self._layers = decoder_layers(model)
@@ -160,40 +164,47 @@ class LayerStream:
         self._model = model
         self._tokens = tokens
         self._batch_size = batch_size
+        indices = torch.arange(len(tokens))
+        if dealt:
+            portions = parallel.portions(indices, batch_size)
+        else:
+            portions = [(part, len(part)) for part in indices.split(batch_size)]
+        self._dealt = dealt
+        # Windows of this rank in each of its batches.
+        self._windows = [part for part, counted in portions if counted]
         # Arguments that batches share, by size of the batch, because the last may be smaller. Where
         # arguments depend on the tokens, those of all batches could take more memory than the
         # states. There the model computes them again for each layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
         shares = not arguments_depend_on_tokens(model)
-        for position, batch in enumerate(tokens.split(batch_size)):
-            hidden, kwargs = layer_inputs(model, batch)
+        for position, (part, counted) in enumerate(portions):
+            # A rank without windows embeds one, whose states have the shape of the others.
+            hidden, kwargs = layer_inputs(model, tokens[part])
             if shares:
-                self._kwargs.setdefault(len(batch), kwargs)
+                self._kwargs.setdefault(len(part), kwargs)
             if not position:
-                self._states = _room_for(len(tokens), hidden)
-            self._states.split(batch_size)[position].copy_(hidden)
+                self._states = _room_for(sum(map(len, self._windows)), hidden)
+            if counted:
+                self._states.split(batch_size)[position].copy_(hidden)
 
     def forward(self, index: int) -> Iterator[Tensor]:
         """Yield the outputs of a layer on the device, batch by batch, without advancing."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
-            batches = zip(
-                self._tokens.split(self._batch_size),
-                self._states.split(self._batch_size),
-                strict=True,
-            )
-            for tokens, hidden in batches:
-                kwargs = self._arguments(tokens)[index]
+            states = self._states.split(self._batch_size)
+            for position, windows in enumerate(self._windows):
+                hidden = states[position]
+                kwargs = self._arguments(windows)[index]
                 with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
                     output = run_layer(layer, hidden.to(self._device), kwargs)
                 yield output
 
-    def _arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
-        """Return the keyword arguments of each layer for a batch."""
-        if len(tokens) in self._kwargs:
-            return self._kwargs[len(tokens)]
-        return layer_inputs(self._model, tokens)[1]
+    def _arguments(self, windows: Tensor) -> list[dict[str, Any]]:
+        """Return the keyword arguments of each layer for a batch, int64 `(windows,)`."""
+        if len(windows) in self._kwargs:
+            return self._kwargs[len(windows)]
+        return layer_inputs(self._model, self._tokens[windows])[1]
 
     def advance(self, index: int) -> None:
         """Replace the states by the outputs of a layer with its present weights."""
@@ -210,8 +221,16 @@ class LayerStream:
             self.advance(index)
 
     def states(self) -> Tensor:
-        """Return the states, `(windows, tokens, hidden)` on the host; advancing overwrites them."""
-        return self._states.cpu()
+        """Return the states of all windows, `(windows, tokens, hidden)` on the host, in all ranks.
+
+        Advancing may overwrite them.
+        """
+        own = self._states.cpu()
+        if not self._dealt or parallel.world_size() == 1:
+            return own
+        count = len(self._tokens)
+        windows = torch.cat([torch.arange(0), *self._windows])
+        return parallel.joined(own, windows, count)
 
 
 def _room_for(windows: int, batch: Tensor) -> Tensor:
