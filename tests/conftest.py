@@ -188,17 +188,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_command(
-    *overrides: str, cwd: Path, fresh: bool = False, **environment: str
+    *overrides: str,
+    cwd: Path,
+    fresh: bool = False,
+    program: Path = ROOT / "run.py",
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """`python run.py OVERRIDES` as a person would type it, with `cwd` as the working directory.
 
     Args:
         fresh: in an interpreter of its own, for what is read where something is imported; else in a
             fork (`tests.commands`).
+        program: another script than `run.py`.
     """
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     variables |= {"PERMLLM_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"} | environment
-    return run_python(str(ROOT / "run.py"), *overrides, cwd=cwd, environment=variables, fresh=fresh)
+    return run_python(str(program), *overrides, cwd=cwd, environment=variables, fresh=fresh)
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

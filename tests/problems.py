@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from permllm.config import NMPattern, RunConfig, read_config
 from permllm.mask.base import Mask
-from permllm.models.families import ChannelGroup, channel_groups
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.layers import LayerStream
 from permllm.models.load import LoadedModel
 from permllm.permutation.base import Identity
@@ -122,6 +124,46 @@ def states_of(model: nn.Module, layers: int = 2) -> Tensor:
     for index in range(layers):
         stream.advance(index)
     return stream.states()
+
+
+class _ScaledLayer(LlamaDecoderLayer):
+    """Decoder layer that multiplies the values that it adds to the states by an argument."""
+
+    def forward(self, hidden_states: Tensor, scale: Any = None, **kwargs: Any) -> Tensor:
+        while not isinstance(scale, Tensor):
+            scale = scale[1] if isinstance(scale, tuple) else scale["scale"]
+        return hidden_states.lerp(super().forward(hidden_states, **kwargs), scale)
+
+
+def model_with_scales(argument: Callable[[Tensor], Any] = lambda scale: scale) -> Any:
+    """Return a random Llama whose layers multiply what they add to the states of each token.
+
+    The model computes the scales of the tokens from their ids, and passes them to each layer.
+
+    Args:
+        argument: makes the argument of the layers from the scales, `(windows, tokens, 1)`.
+    """
+    model: Any = tiny_model("llama")
+
+    def with_scales(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        scales = kwargs["input_ids"].unsqueeze(2) / 259
+        return args, kwargs | {"scale": argument(scales)}
+
+    for layer in decoder_layers(model):
+        layer.__class__ = _ScaledLayer
+    model.model.register_forward_pre_hook(with_scales, with_kwargs=True)
+    return model
+
+
+def outputs_of_layers(model: nn.Module, windows: Tensor) -> list[Tensor]:
+    """Return the outputs of all decoder layers in the forward of the whole model."""
+    found: list[Tensor] = []
+    with ExitStack() as hooks:
+        for layer in decoder_layers(model):
+            hook = layer.register_forward_hook(lambda _, __, output: found.append(output))
+            hooks.enter_context(hook)
+        model(input_ids=windows, use_cache=False)
+    return found
 
 
 def output_loss(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> float:

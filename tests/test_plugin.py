@@ -22,6 +22,7 @@ from permllm.export.verify import verify
 from permllm.models import families
 from permllm.pruning.reconstruction import PrunedLinear
 from permllm.runs.tensors import load_masks
+from permllm.runtime import parallel
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.statistics import InputStatistics
@@ -92,6 +93,26 @@ def test_all_options_run_together(tmp_path: Path) -> None:
     metrics, _ = run(*chosen, "export=gathered", f"run_dir={tmp_path}/run")
     assert metrics["name"] == "tiny-peak-spread-random-row_scale-2x4"
     assert verify(tmp_path / "run" / "export")["passed"]
+
+
+@pytest.mark.usefixtures("package")
+def test_the_peak_of_all_ranks_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = instantiate("pruner", of_group("pruner=peak"))
+    inputs = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    (kind,) = pruner.statistics
+    ranks = [InputStatistics(8, "cpu", pruner.statistics) for _ in inputs]
+    for statistics, of_rank in zip(ranks, inputs, strict=True):
+        statistics.update(of_rank)
+    peak, other = ranks[0][kind], ranks[1][kind].value
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+
+    def all_reduce(tensor: torch.Tensor, kind: object) -> None:
+        assert kind == torch.distributed.ReduceOp.MAX
+        tensor.copy_(torch.maximum(tensor, other))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    peak.all_reduce()
+    assert torch.equal(peak.value, inputs.abs().amax((0, 1)))
 
 
 @pytest.mark.usefixtures("package")

@@ -40,6 +40,7 @@ FILES = {
 
         import torch
 
+        from permllm.runtime import parallel
         from permllm.sparsity.calibrate import Pruner
         from permllm.sparsity.saliency import SaliencyFactors
         from permllm.sparsity.statistics import InputStatistic
@@ -51,6 +52,9 @@ FILES = {
 
             def update(self, rows):
                 self.value = torch.maximum(self.value, rows.abs().amax(0).to(self.value))
+
+            def all_reduce(self):
+                parallel.all_reduce([self.value], "max")
 
 
         @dataclass(frozen=True)

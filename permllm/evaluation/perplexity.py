@@ -134,7 +134,7 @@ def _streamed_states(
     model: PreTrainedModel, batches: Sequence[Tensor], label: str
 ) -> Iterator[Tensor]:
     """Yield the same as `_states`, after all windows have gone through one layer, then the next."""
-    stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]))
+    stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]), dealt=False)
     stream.to_the_end(label)
     for hidden in stream.states().split(len(batches[0])):
         yield after_layers(model, hidden.to(batches[0].device))

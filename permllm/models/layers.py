@@ -3,24 +3,36 @@
 A model passes masks and rotary embeddings to its layers, and families differ in these arguments.
 They are recorded: for one forward, stand-ins take the places of the layers, record their arguments
 and return their input.
+
+Most models compute the arguments from the shape of a batch alone, such as a causal mask and the
+rotary embedding of each position. Batches of one shape may then share the arguments. If a model
+computes arguments from the tokens (`arguments_depend_on_tokens`), each batch needs its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from permllm.models.attention import attention_in_float32
+from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.offload import placement_of
+from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory
 from permllm.runtime.precision import products_in
 
 # Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
+# Shape of the two windows of tokens whose arguments are compared.
+_COMPARED = (2, 8)
+# Results of `arguments_depend_on_tokens`.
+_DEPEND: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -49,6 +61,36 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
         body: Any = model.base_model
         body(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     return hidden[0], kwargs
+
+
+def arguments_depend_on_tokens(model: nn.Module) -> bool:
+    """Tell whether two batches of one shape give a model's layers different arguments.
+
+    The arguments of two random batches are compared, once for a model.
+    """
+    if model not in _DEPEND:
+        vocabulary = vocabulary_of(cast(PreTrainedModel, model))
+        # A generator of its own, so that a job draws the same numbers as without the comparison.
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
+        others = (tokens + 1) % vocabulary  # each token differs
+        _DEPEND[model] = not _equal(layer_inputs(model, tokens)[1], layer_inputs(model, others)[1])
+    return _DEPEND[model]
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Tell whether two arguments, or values nested in arguments, are equal."""
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, Tensor):
+        return torch.equal(value, other)
+    if isinstance(value, Mapping):
+        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
+    if isinstance(value, list | tuple):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return bool(value == other)
 
 
 @contextmanager
@@ -95,7 +137,8 @@ class LayerStream:
     """Hidden states of many windows, which advance through the decoder one layer at a time.
 
     Between two layers the states stay on a GPU that has room for them, else on the host. Batches go
-    to the device one at a time.
+    to the device one at a time. Under torchrun each rank has the states of its share of the
+    windows, and all ranks advance together.
 
     Args:
         model: the model; the constructor runs its embedding.
@@ -103,6 +146,7 @@ class LayerStream:
         batch_size: windows per forward.
         compute_dtype: dtype of matrix products (`permllm.runtime.precision`); None: the dtype that
             the caller has set.
+        dealt: False: this rank has all of the windows, because the caller has dealt them.
     """
 
     def __init__(
@@ -111,31 +155,56 @@ class LayerStream:
         tokens: Tensor,
         batch_size: int,
         compute_dtype: torch.dtype | None = None,
+        dealt: bool = True,
     ) -> None:
         self._placement = placement_of(model)
         self._layers = decoder_layers(model)
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
+        self._model = model
+        self._tokens = tokens
         self._batch_size = batch_size
-        # Arguments by size of the batch, because the last batch may be smaller.
+        indices = torch.arange(len(tokens))
+        if dealt:
+            portions = parallel.portions(indices, batch_size)
+        else:
+            portions = [(part, len(part)) for part in indices.split(batch_size)]
+        self._dealt = dealt
+        # Windows of this rank in each of its batches.
+        self._windows = [part for part, counted in portions if counted]
+        # Arguments that batches share, by size of the batch, because the last may be smaller. Where
+        # arguments depend on the tokens, those of all batches could take more memory than the
+        # states. There the model computes them again for each layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._states = torch.empty(0)
-        for position, batch in enumerate(tokens.split(batch_size)):
-            hidden, kwargs = layer_inputs(model, batch)
-            self._kwargs.setdefault(len(batch), kwargs)
+        shares = not arguments_depend_on_tokens(model)
+        for position, (part, counted) in enumerate(portions):
+            # A rank without windows embeds one, whose states have the shape of the others.
+            hidden, kwargs = layer_inputs(model, tokens[part])
+            if shares:
+                self._kwargs.setdefault(len(part), kwargs)
             if not position:
-                self._states = _room_for(len(tokens), hidden)
-            self._states.split(batch_size)[position].copy_(hidden)
+                self._states = _room_for(sum(map(len, self._windows)), hidden)
+            if counted:
+                self._states.split(batch_size)[position].copy_(hidden)
 
     def forward(self, index: int) -> Iterator[Tensor]:
         """Yield the outputs of a layer on the device, batch by batch, without advancing."""
         dtype = self._compute_dtype
         with self._placement.layer(index) as layer:
-            for hidden in self._states.split(self._batch_size):
-                kwargs = self._kwargs[len(hidden)][index]
+            states = self._states.split(self._batch_size)
+            for position, windows in enumerate(self._windows):
+                hidden = states[position]
+                kwargs = self._arguments(windows)[index]
                 with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
                     output = run_layer(layer, hidden.to(self._device), kwargs)
                 yield output
+
+    def _arguments(self, windows: Tensor) -> list[dict[str, Any]]:
+        """Return the keyword arguments of each layer for a batch, int64 `(windows,)`."""
+        if len(windows) in self._kwargs:
+            return self._kwargs[len(windows)]
+        return layer_inputs(self._model, self._tokens[windows])[1]
 
     def advance(self, index: int) -> None:
         """Replace the states by the outputs of a layer with its present weights."""
@@ -152,8 +221,16 @@ class LayerStream:
             self.advance(index)
 
     def states(self) -> Tensor:
-        """Return the states, `(windows, tokens, hidden)` on the host; advancing overwrites them."""
-        return self._states.cpu()
+        """Return the states of all windows, `(windows, tokens, hidden)` on the host, in all ranks.
+
+        Advancing may overwrite them.
+        """
+        own = self._states.cpu()
+        if not self._dealt or parallel.world_size() == 1:
+            return own
+        count = len(self._tokens)
+        windows = torch.cat([torch.arange(0), *self._windows])
+        return parallel.joined(own, windows, count)
 
 
 def _room_for(windows: int, batch: Tensor) -> Tensor:

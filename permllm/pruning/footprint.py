@@ -108,10 +108,11 @@ class Footprint:
         permutation, mask = methods.permutation, methods.mask
         self.orders = permutation.plan(self.groups, self.layers) if permutation.learned else None
         self.masks = mask.plan(self.groups, self.layers) if mask.learned else None
-        self.text = config.calibration.samples * config.calibration.seqlen
+        # Tokens that a rank has of the calibration text and of a text for perplexity. WikiText-2's
+        # test text has about 300,000.
+        self.text = config.calibration.samples * config.calibration.seqlen / self.ranks
         texts = config.evaluation.perplexity
-        # In tokens; WikiText-2's test text has about 300,000.
-        self.measured = texts.limit * texts.seqlen if texts.limit else 300_000
+        self.measured = (texts.limit * texts.seqlen if texts.limit else 300_000) / self.ranks
 
     def streams(self, placement: str) -> bool:
         """Tell whether layers are copied to the device one at a time."""
@@ -126,7 +127,7 @@ class Footprint:
             weights += (min(self.layers, at_once) * self.a_layer - self.all_layers) * self.item
         if placement == "sharded":
             weights += self.all_layers * self.item // self.ranks
-        stages = {name: weights + stage.memory for name, stage in self._stages(streams).items()}
+        stages = {name: weights + stage.memory for name, stage in self._stages(placement).items()}
         device, host = max(stages.values()), self._beside(placement, streams)
         peak = device + host + host_memory() if self.on_a_host else device
         return Needs(stages, device, host, peak)
@@ -134,7 +135,7 @@ class Footprint:
     def minutes(self, placement: str, speed: Speed) -> dict[str, float]:
         """Return the minutes of each stage in a placement."""
         streams, found = self.streams(placement), {}
-        for name, stage in self._stages(streams).items():
+        for name, stage in self._stages(placement).items():
             seconds = stage.seconds + stage.moved / speed.moved
             seconds += stage.products / speed.rates[self.products]
             seconds += stage.single / speed.rates[torch.float32]
@@ -144,9 +145,10 @@ class Footprint:
             found[name] = seconds / 60
         return found
 
-    def _stages(self, streams: bool) -> dict[str, Stage]:
+    def _stages(self, placement: str) -> dict[str, Stage]:
         """Return the stages of the job, from the first to the last."""
-        methods, dense = self.methods, self.config.calibration.statistics == "dense"
+        streams, methods = self.streams(placement), self.methods
+        dense = self.config.calibration.statistics == "dense"
         permutation, mask = methods.permutation, methods.mask
         reconstruction, forward = methods.reconstruction, 2 * self.all_layers * self.text
         found = {"weights": Stage(0, seconds=_START + self.parameters * self.item / _LOADED)}
@@ -157,7 +159,9 @@ class Footprint:
             found["search"] = self._search(permutation)
         if getattr(mask, "statistics", ()):
             memory, gram = self._statistics(mask)
-            found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, 4 * gram)
+            # Each rank searches for itself. That takes as long as three Grams of the whole text.
+            products = (1 + 3 * self.ranks) * gram
+            found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, products)
         if self.orders and self.orders.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
             found["learn"] = self._learns(permutation, self.orders, 4, streams)
@@ -171,7 +175,7 @@ class Footprint:
             plan = LearningPlan([range(self.layers)], kept)
             found["learn weights"] = self._learns(reconstruction, plan, waiting, streams)
         found["prune"] = self._prune(forward * (2 if dense and not methods.change_weights else 4))
-        return found | self._evaluations()
+        return found | self._evaluations(placement)
 
     def _prune(self, forward: float) -> Stage:
         """Return the stage that prunes; its forwards take `forward` operations."""
@@ -254,7 +258,7 @@ class Footprint:
         moved = tokens * (a_token * self.layers * share * _KEPT + words * _WORD) + steps * of_step
         return Stage(memory, products, 0, moved, _START, (1 + 2 * steps) * share)
 
-    def _evaluations(self) -> dict[str, Stage]:
+    def _evaluations(self, placement: str) -> dict[str, Stage]:
         """Return the stages of perplexity and tasks, for the dense and the pruned model."""
         config = self.config.evaluation
         texts, batch = config.perplexity, config.lm_eval.batch_size
@@ -278,18 +282,22 @@ class Footprint:
             sequences, tokens = sequences + count, tokens + count * mean * shots
             longest = max(longest, most * shots)
         # Logits of a batch and their logarithms.
-        memory, batches = batch * longest * self.vocabulary * 2 * self.item, 2 * sequences / batch
-        of_tasks = Stage(memory, tokens * half, tokens * single, 0, _BATCH * batches, batches)
+        memory = batch * longest * self.vocabulary * 2 * self.item
+        # With parts of layers, each rank runs all items.
+        share = 1 if placement == "sharded" else self.ranks
+        batches, tokens_of_rank = 2 * sequences / batch / share, tokens / share
+        products = tokens_of_rank * half, tokens_of_rank * single
+        of_tasks = Stage(memory, *products, 0, _BATCH * batches, batches)
         return {"perplexity": measured, "tasks": of_tasks}
 
     def _beside(self, placement: str, streams: bool) -> int:
         """Return the bytes on the host, in addition to the device's."""
         config, of_layers = self.config, self.all_layers * self.item
-        # Targets of all windows, and two streams of states.
-        windows = config.calibration.samples + config.further
-        beside = 3 * windows * config.calibration.seqlen * self.hidden * self.item
+        # Targets of all windows, and this rank's states of two streams.
+        tokens = (config.calibration.samples + config.further) * config.calibration.seqlen
+        beside = ceil((1 + 2 / self.ranks) * tokens) * self.hidden * self.item
         if placement != "device" and config.evaluation.perplexity.names:  # states of a text
-            beside = max(beside, self.measured * self.hidden * self.item)
+            beside = max(beside, ceil(self.measured) * self.hidden * self.item)
         learns = self.orders or self.masks
         if self.on_a_host and not streams and learns and config.model.source != "random":
             # Pages of mapped files, in addition to the weights in the layout for learning.

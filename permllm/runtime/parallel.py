@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,17 +74,42 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
     return found if len(found) == math.ceil(largest / at_once) else [*found, (samples[:1], 0)]
 
 
-def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks, with the same bits in all ranks."""
+def all_reduce(tensors: Iterable[Tensor], kind: Literal["sum", "max"] = "sum") -> None:
+    """Replace each tensor by its sum or maximum over the ranks, with the same bits in all ranks."""
     for tensor in tensors if world_size() > 1 else ():
         next(_EXCHANGES)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX)
 
 
 def reduce(tensor: Tensor, to: int) -> None:
     """Replace a tensor in rank `to` by its sum over the ranks; the others must not read it."""
     next(_EXCHANGES)
     dist.reduce(tensor, to)
+
+
+def joined(rows: Tensor, indices: Tensor, count: int) -> Tensor:
+    """Return the rows of all ranks on the host, in all ranks.
+
+    Args:
+        rows: rows of this rank, `(rows, ...)`. Rank 0 has the dtype of the result, because a rank
+            without rows may not know it.
+        indices: places of these rows in the result, int64 `(rows,)`. Each place is in one rank.
+        count: number of rows in all ranks.
+    """
+    result = torch.zeros(count, *rows.shape[1:], dtype=share(rows.dtype))
+    result[indices] = rows.to(result)
+    all_reduce([result.view(torch.uint8)])  # each byte is zero in all ranks but one
+    return result
+
+
+def gathered(value: Value) -> list[Value]:
+    """Return the values of all ranks, in all ranks; they can be pickled."""
+    if world_size() == 1:
+        return [value]
+    next(_EXCHANGES)
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def share(value: Value) -> Value:

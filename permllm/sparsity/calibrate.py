@@ -247,7 +247,10 @@ def collecting(
     kinds: Iterable[type[InputStatistic]],
     norm_tokens: int = 1,
 ) -> Iterator[dict[str, InputStatistics]]:
-    """Sum statistics of the inputs of each group, by its name, while layers run."""
+    """Sum statistics of the inputs of each group, by its name, while layers run.
+
+    They are complete after the context, when the ranks have combined those of their windows.
+    """
     device, found = next(model.parameters()).device, {}
     with ExitStack() as hooks:
         for group in groups:
@@ -257,3 +260,5 @@ def collecting(
             hook = linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
             hooks.enter_context(hook)
         yield found
+    for sums in found.values():
+        sums.all_reduce()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from permllm.runtime import parallel
+
 
 class InputStatistic(ABC):
     """Base of the statistics: sums over the inputs of a channel group.
@@ -25,6 +27,14 @@ class InputStatistic(ABC):
     def update(self, rows: Tensor) -> None:
         """Add activations, `(tokens, C_in)`, float32 or wider."""
 
+    def all_reduce(self) -> None:
+        """Combine the statistics of all ranks, which have read different windows.
+
+        The tensors among the attributes are summed. A class whose tensors are no sums overrides
+        this.
+        """
+        parallel.all_reduce(value for value in vars(self).values() if isinstance(value, Tensor))
+
     @staticmethod
     def memory(channels: int) -> int:
         """Return the bytes for a group of `channels`, with tensors that methods derive from it."""
@@ -36,7 +46,7 @@ class Norm(InputStatistic):
 
     def __init__(self, channels: int, device: torch.device | str, norm_tokens: int) -> None:
         self._norm_tokens = norm_tokens
-        self._tokens = 0
+        self._tokens = torch.zeros((), dtype=torch.float64)
         self._square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self._dtype = torch.float32
 
@@ -53,7 +63,8 @@ class Norm(InputStatistic):
 
         Its dtype is float32, or the wider dtype of the activations.
         """
-        return (self._square_sum / max(self._tokens / self._norm_tokens, 1)).sqrt().to(self._dtype)
+        count = (self._tokens / self._norm_tokens).clamp_min(1)
+        return (self._square_sum / count).sqrt().to(self._dtype)
 
 
 class Gram(InputStatistic):
@@ -116,6 +127,14 @@ class InputStatistics:
         self.tokens += rows.shape[0]
         for statistic in self._held.values():
             statistic.update(rows)
+
+    def all_reduce(self) -> None:
+        """Combine the statistics of all ranks, which have read different windows."""
+        tokens = torch.tensor(self.tokens)
+        parallel.all_reduce([tokens])
+        self.tokens = int(tokens)
+        for statistic in self._held.values():
+            statistic.all_reduce()
 
     def derived(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return a value that depends on all inputs; it is computed once for the whole group."""

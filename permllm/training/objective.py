@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permllm.models.families import ChannelGroup
-from permllm.models.layers import layer_inputs, run_layer
+from permllm.models.layers import arguments_depend_on_tokens, layer_inputs, run_layer
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, to_device
@@ -121,7 +121,8 @@ class Objective:
         tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
         self._distance = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
         self._samples = Batches(problem.tokens, stage.target, stage.inputs, self.device)
-        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by the number of windows
+        # Arguments of the layers that batches share, by the number of windows.
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
         # Backward would otherwise hold the weights of all layers. None: the first step decides.
         self._recomputes = True if self._placement.streams else settings.activation_checkpointing
 
@@ -191,7 +192,8 @@ class Objective:
         if batch.inputs is not None and samples in self._kwargs:
             return batch.inputs, self._kwargs[samples]
         hidden, kwargs = layer_inputs(self.problem.model, batch.tokens)
-        self._kwargs[samples] = kwargs
+        if not arguments_depend_on_tokens(self.problem.model):
+            self._kwargs[samples] = kwargs
         return (hidden if batch.inputs is None else batch.inputs), kwargs
 
     def _recompute(self, hidden: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
@@ -20,6 +22,7 @@ from permllm.models.load import load_model
 from permllm.runtime.identity import task_digest
 from tests.conftest import tiny_model
 from tests.hub.repositories import write_model
+from tests.runtime.test_parallel import ranks
 from tests.test_config import config
 
 BOS = 1
@@ -57,6 +60,104 @@ def test_a_rank_beside_the_first_of_its_machine_has_no_results(
     few = TaskConfig(limit=2)
     model = tiny_model("llama")
     assert run_task(model, ByT5Tokenizer(extra_ids=0), tasks["sums"], few, LMEvalConfig()) == {}
+
+
+# Two random examples for each item, which depend on the items before.
+DRAWN = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{train: {folder}/train.json, test: {folder}/test.json}}
+training_split: train
+fewshot_split: train
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+OF_KIND = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": ["red", "blue"],
+        "doc_to_target": "label",
+    },
+    "generation": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+}
+# Prints the results of tasks, and the number of items that this rank has answered.
+MEASURE = """
+import json, sys
+from pathlib import Path
+import datasets
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import ByT5Tokenizer
+from permllm.config import LMEvalConfig, TaskConfig
+from permllm.evaluation import lm_eval
+from permllm.runtime import parallel
+from tests.conftest import tiny_model
+datasets.config.HF_DATASETS_CACHE = "datasets"
+manager = TaskManager(include_defaults=False, include_path=str(Path(sys.argv[1]).parent))
+lm_eval.task_manager = lambda few: manager
+answered = set()
+for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+    def noted(self, requests, *arguments, answer=getattr(HFLM, kind), **keywords):
+        answered.update((request.task_name, request.doc_id) for request in requests)
+        return answer(self, requests, *arguments, **keywords)
+    setattr(HFLM, kind, noted)
+parallel.start()
+model = tiny_model("llama")
+results = {}
+for file in sys.argv[1:]:
+    few = TaskConfig(num_fewshot=0 if "rolling" in file else 2, limit=5)
+    results |= lm_eval.run_task(model, ByT5Tokenizer(extra_ids=0), file, few, LMEvalConfig())
+results = parallel.share(results)
+parallel.stop()
+print(json.dumps([results, len(answered)]))
+"""
+
+
+def test_ranks_that_share_the_items_of_tasks_give_the_results_of_one_process(
+    tmp_path: Path,
+) -> None:
+    rows = [{"question": f"What is {n}?", "label": n % 2, "answer": str(n)} for n in range(9)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text("\n".join(json.dumps(row) for row in rows))
+    files = []
+    for kind, definition in OF_KIND.items():
+        common = yaml.safe_load(DRAWN.format(name=f"my-{kind}", folder=tmp_path))
+        files.append(tmp_path / f"{kind}.yaml")
+        files[-1].write_text(yaml.safe_dump(common | definition))
+    program = tmp_path / "measure.py"
+    program.write_text(MEASURE)
+    words = [str(file) for file in files]
+    found = []
+    for processes in (1, 3):
+        done = ranks(tmp_path, *words, processes=processes, program=program)
+        assert [one.returncode for one in done] == [0] * processes, done
+        found.append([json.loads(one.stdout.splitlines()[-1]) for one in done])
+    ((alone, count),), together = found
+    assert count == 3 * 5
+    # Items 0 and 3, 1 and 4, and 2 of each task.
+    assert [answered for _, answered in together] == [3 * 2, 3 * 2, 3]
+    for results, _ in together:
+        assert results.keys() == alone.keys()
+        for task, values in alone.items():
+            for key in ("n", "num_fewshot", "limited", "split"):
+                assert results[task][key] == values[key]
+            for key in ("metrics", "stderr"):
+                assert results[task][key] == pytest.approx(values[key])
+            scores, expected = results[task]["scores"], values["scores"]
+            assert (scores["items"], scores["digest"]) == (expected["items"], expected["digest"])
+            for metric, of_items in expected["metrics"].items():
+                assert scores["metrics"][metric] == pytest.approx(of_items)
 
 
 def test_layers_that_wait_elsewhere_come_with_each_batch(tasks: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from permllm.pruning.footprint import Footprint
 from permllm.pruning.methods import methods_of
 from permllm.pruning.placement import placement_for
 from permllm.runtime import parallel
+from permllm.runtime.speed import Speed
 from permllm.training.losses import chunk_of
 from tests.conftest import ROOT, run_command, run_python
 from tests.test_config import config
@@ -68,6 +70,25 @@ def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPa
     alone, one = learns(8), learns(1)
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
     assert learns(8) == one < alone
+
+
+def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So slow that the time of a start does not count.
+    speed = Speed({torch.bfloat16: 1e9, torch.float32: 1e9}, math.inf)
+
+    def minutes(placement: str) -> dict[str, float]:
+        words = ("model=llama-2-7b", "permutation=none", "evaluation.tasks=[rte]")
+        return planned(*words).minutes(placement, speed)
+
+    alone = minutes("device")
+    monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    together = minutes("device")
+    for stage in ("calibrate", "prune", "perplexity", "tasks"):
+        assert together[stage] == pytest.approx(alone[stage] / 4, rel=1e-2)
+    # A forward of the whole model joins the parts of each layer, so that all ranks have all items.
+    assert minutes("sharded")["tasks"] == pytest.approx(alone["tasks"], rel=1e-2)
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:

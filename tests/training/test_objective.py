@@ -1,4 +1,4 @@
-"""Memory of a decoder layer for backward: the estimate against what autograd saves."""
+"""Loss of a stage; memory of a decoder layer for backward against what autograd saves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from permllm.mask.learned import ScoreMask
 from permllm.models.families import channel_groups
 from permllm.permutation.base import Identity
-from permllm.training.objective import kept_a_token
+from permllm.training.learner import Learner, Stage
+from permllm.training.objective import Objective, kept_a_token
+from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
-from tests.problems import lcp, problem, tokens
+from tests.problems import lcp, model_with_scales, outputs_of_layers, problem, random, tokens
 
 # In the proportion of LLaMA's.
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}
@@ -54,3 +56,30 @@ def test_a_layer_keeps_what_is_estimated(learns: str, dtype: torch.dtype) -> Non
     groups = channel_groups(tiny_model("llama", **SIZES))
     a_token = kept_a_token(groups, 96, dtype.itemsize, gathers=learns == "masks")
     assert 0.8 <= saved / (a_token * dtype.itemsize) <= 1.05
+
+
+class NothingLearns(Learner):
+    """Learner that leaves the dense layers as they are."""
+
+    def parameters(self) -> list[Tensor]:
+        return [torch.zeros(1, requires_grad=True)]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_the_loss_is_that_of_the_whole_model_if_arguments_depend_on_the_tokens() -> None:
+    model = model_with_scales()
+    learning = problem(model, samples=tokens(5))
+    learning.calibration_batch_size = 2
+    settings = LearningSettings(batch_size=2, layers_per_stage=1)
+    states = outputs_of_layers(model, tokens(5))
+    target = random(*states[1].shape).float()
+    objective = Objective(
+        settings, learning, Stage(1, range(1, 2), states[0], target), NothingLearns()
+    )
+    similarity = torch.nn.functional.cosine_similarity(states[1].double(), target.double(), dim=2)
+    assert objective.mean() == pytest.approx(float((1 - similarity).mean()), rel=1e-6)

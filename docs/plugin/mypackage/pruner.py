@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permllm.runtime import parallel
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistic, InputStatistics
@@ -25,6 +26,10 @@ class Peak(InputStatistic):
     def update(self, rows: Tensor) -> None:
         """Add activations, `(tokens, C_in)`, float32 or wider."""
         self.value = torch.maximum(self.value, rows.abs().amax(0).float())
+
+    def all_reduce(self) -> None:
+        """Take the maximum over the ranks, instead of the sum."""
+        parallel.all_reduce([self.value], "max")
 
 
 @dataclass(frozen=True)
