@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from permllm.command import run_tool
 
-from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.pruning.composition import composed, refusal
-from permllm.runs.cache import choose_cache
-from permllm.runs.environment import environment
-from permllm.runs.files import SCHEMA_VERSION, write_text
-from permllm.runs.plots import picture
+from permllm.report.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything
-from permllm.runtime.identity import digest_of
-from permllm.runtime.terminal import run_tool
+from permllm.settings.composition import composed, refusal
+from permllm.settings.config import RunConfig, read_config
+from permllm.settings.identity import digest_of
+from permllm.store.cache import choose_cache
+from permllm.store.environment import environment
+from permllm.store.files import SCHEMA_VERSION, write_text
 
 # Prefix of a script's own settings on the command line.
 _OWN = "measure."

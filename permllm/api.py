@@ -17,30 +17,30 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
-from permllm.config import PerplexityConfig, read_config
 from permllm.data.texts import NamedText, Text, perplexity_texts
 from permllm.data.windows import calibration_tokens, windows_of
 from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.export.checkpoint import PrunedModel, Request, write_checkpoint
+from permllm.export.write import PrunedModel, Request, write_checkpoint
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_layers
 from permllm.models.source import DenseSource
-from permllm.pruning.composition import composed, conf_directory, replaced_options
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import prune_model
-from permllm.runs.directory import Record
-from permllm.runs.loggers import NO_LOGGER
-from permllm.runs.read import collect
-from permllm.runs.table import Table
+from permllm.report.read import collect
+from permllm.report.table import Table
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.runtime.values import validated
+from permllm.settings.composition import composed, conf_directory, replaced_options
+from permllm.settings.config import PerplexityConfig, read_config
+from permllm.settings.values import validated
+from permllm.store.directory import Record
+from permllm.store.loggers import NO_LOGGER
 
 Texts = str | Sequence[str] | Tensor
 

@@ -27,6 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from permllm.command import Answer, run_tool, silence
 from permllm.errors import (
     SHORT_ERRORS,
     DataError,
@@ -35,17 +36,9 @@ from permllm.errors import (
     everything_wanted,
     one_line,
 )
-from permllm.runs.launched import first, take_gpu
-from permllm.runtime.terminal import (
-    CONTINUES,
-    Answer,
-    ending_signals,
-    exit_code,
-    run_tool,
-    silence,
-    what_happened,
-)
+from permllm.runtime.signals import CONTINUES, ending_signals, exit_code, what_happened
 from permllm.runtime.version import __version__
+from permllm.store.launched import first, take_gpu
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,9 +51,9 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 # Commands with their line in --help and their module.
 COMMANDS = {
     "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
-    "results": ("make one table of many runs, or one file", "permllm.runs.results_command"),
-    "report": ("write a page or a picture of many runs", "permllm.runs.report_command"),
-    "export": ("write a run's pruned model as a checkpoint", "permllm.export.checkpoint"),
+    "results": ("make one table of many runs, or one file", "permllm.report.results_command"),
+    "report": ("write a page or a picture of many runs", "permllm.report.report_command"),
+    "export": ("write a run's pruned model as a checkpoint", "permllm.export.write"),
     "verify": ("check that a checkpoint is whole and N:M", "permllm.export.verify"),
     "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench"),
 }
@@ -110,7 +103,7 @@ def _answered(name: str, words: Sequence[str]) -> int:
             print(json.dumps({"error": one_line(error)}))
         raise
     if options.json:
-        from permllm.config import finite
+        from permllm.settings.config import finite
 
         print(json.dumps(finite(answer.value), indent=2, allow_nan=False, default=str))
     else:
@@ -186,7 +179,7 @@ def _hydra() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from permllm.pruning.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
+    from permllm.settings.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
 
     if not first():
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
@@ -276,8 +269,8 @@ class Session:
         import datasets
         import transformers
 
-        from permllm.pruning.composition import register_resolvers
         from permllm.runtime import parallel
+        from permllm.settings.composition import register_resolvers
 
         register_resolvers()  # a launcher's process starts here
         transformers.logging.set_verbosity_error()
@@ -295,12 +288,12 @@ class Session:
         """Run a job and keep its outcome."""
         import torch
 
-        from permllm.config import read_config
         from permllm.job import run
         from permllm.pruning.methods import compare_with_choices
-        from permllm.runs import sweep
-        from permllm.runs.directory import is_finished, run_directory
         from permllm.runtime import parallel
+        from permllm.settings.config import read_config
+        from permllm.store import sweep
+        from permllm.store.directory import is_finished, run_directory
 
         try:
             if sweep.sweeping() and first():
@@ -340,14 +333,14 @@ class Session:
 
     def close(self) -> int:
         """Print the tables of a sweep of several jobs, in rank 0, and return the exit code."""
-        from permllm.runs import sweep
+        from permllm.store import sweep
 
         folders = sweep.STARTED if first() else []
         jobs = [job for folder in folders for job in sweep.kept(folder)]
         if len(jobs) > 1:
-            from permllm.runs.read import collect
-            from permllm.runs.render import print_comparison, print_jobs
-            from permllm.runs.table import Table
+            from permllm.report.read import collect
+            from permllm.report.render import print_comparison, print_jobs
+            from permllm.report.table import Table
 
             finished = [Path(job.directory) for job in jobs if job.directory]
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
@@ -363,7 +356,7 @@ class Session:
 
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
         """Keep the outcome of a job of a sweep, in rank 0."""
-        from permllm.runs import sweep
+        from permllm.store import sweep
 
         if not first():
             return
@@ -381,7 +374,7 @@ def objective(metrics: dict[str, Any]) -> float:
     With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
     task too infinity.
     """
-    from permllm.runs.measures import average_accuracy
+    from permllm.report.measures import average_accuracy
 
     texts = metrics.get("perplexity", {}).get("sparse", {})
     found = [float(values["value"]) for values in texts.values()]

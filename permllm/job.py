@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.config import ExportConfig, RunConfig
 from permllm.data.hub import hub_snapshot
 from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
@@ -17,26 +16,20 @@ from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, serving
+from permllm.export.write import Request, export_run, present_export
 from permllm.models.families import channel_groups
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
 from permllm.models.selection import differing_patterns
-from permllm.pruning.footprint import Footprint
+from permllm.planning.footprint import Footprint
+from permllm.planning.placement import placement_for
+from permllm.planning.plan import print_plan
 from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
-from permllm.pruning.placement import placement_for
-from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import prune_model
-from permllm.runs import sweep
-from permllm.runs.cache import choose_cache
-from permllm.runs.directory import RunDirectory, job_log, run_directory
-from permllm.runs.environment import environment
-from permllm.runs.files import ENVIRONMENT, EXPORT, LOG, write_json
-from permllm.runs.loggers import NO_LOGGER, RunLogger, open_logger
-from permllm.runs.measures import flat_figures
-from permllm.runs.render import print_run
+from permllm.report.measures import flat_figures
+from permllm.report.render import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.memory import (
@@ -46,6 +39,13 @@ from permllm.runtime.memory import (
     return_freed_memory,
 )
 from permllm.runtime.precision import compute_dtype, half_products
+from permllm.settings.config import ExportConfig, RunConfig
+from permllm.store import sweep
+from permllm.store.cache import choose_cache
+from permllm.store.directory import RunDirectory, job_log, run_directory
+from permllm.store.environment import environment
+from permllm.store.files import ENVIRONMENT, EXPORT, LOG, write_json
+from permllm.store.loggers import NO_LOGGER, RunLogger, open_logger
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from permllm.config import read_config
 from permllm.models.load import meta_model
-from permllm.pruning.composition import composed
-from permllm.pruning.footprint import Footprint
+from permllm.planning.footprint import Footprint
+from permllm.planning.placement import placements
 from permllm.pruning.methods import methods_of
-from permllm.pruning.placement import placements
-from permllm.runs.render import as_text
+from permllm.report.render import as_text
+from permllm.settings.composition import composed
+from permllm.settings.config import read_config
 
 _METHODS = [
     "method=wanda",

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.permutation.heuristic import heuristic_order
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.sinkhorn import normalize
-from permllm.runs.plots import picture
+from permllm.report.plots import picture
+from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask, saliency_sum
 
 _PATTERN = NMPattern(2, 4)

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from permllm.config import ModelConfig, read_config  # noqa: E402
-from permllm.export.checkpoint import write_shards  # noqa: E402
+from permllm.export.write import write_shards  # noqa: E402
 from permllm.models.checkpoint import parameter_names  # noqa: E402
 from permllm.models.load import meta_model  # noqa: E402
-from permllm.pruning.composition import composed  # noqa: E402
+from permllm.settings.composition import composed  # noqa: E402
+from permllm.settings.config import ModelConfig, read_config  # noqa: E402
 
 
 def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:

@@ -25,17 +25,18 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from permllm.config import NMPattern, flatten
+from permllm.command import run_tool
+
 from permllm.errors import ConfigError, DataError
-from permllm.pruning.composition import composed
-from permllm.runs.compare import published
-from permllm.runs.files import RECORDS, write_text
-from permllm.runs.plots import points
-from permllm.runs.read import Run, collect
-from permllm.runs.render import as_text, beside, cells, machine, markdown, processor
-from permllm.runs.table import GAP, Table, gap_closed
-from permllm.runtime.terminal import run_tool
-from permllm.sparsity.windows import window_count
+from permllm.report.compare import published
+from permllm.report.plots import points
+from permllm.report.read import Run, collect
+from permllm.report.render import as_text, beside, cells, machine, markdown, processor
+from permllm.report.table import GAP, Table, gap_closed
+from permllm.settings.composition import composed
+from permllm.settings.config import NMPattern, flatten
+from permllm.sparsity.two_of_four import window_count
+from permllm.store.files import RECORDS, write_text
 from scripts.memory_table import gigabytes, memory
 
 _BLOCK = re.compile(r"(<!-- view: ([^\n]*) -->\n).*?(<!-- /view -->)", re.DOTALL)

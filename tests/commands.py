@@ -26,7 +26,7 @@ _IMPORTED = [
     "matplotlib.figure",
     "permllm.job",
     "permllm.cli",
-    "permllm.export.checkpoint",
+    "permllm.export.write",
     "wandb",
 ]
 

@@ -128,7 +128,7 @@ def together(file: str) -> str | None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _resolvers() -> None:
-    from permllm.pruning.composition import register_resolvers
+    from permllm.settings.composition import register_resolvers
 
     register_resolvers()
 
@@ -136,7 +136,7 @@ def _resolvers() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this session alone, but for downloads: kept results would hide a change."""
-    from permllm.runs.cache import cache_directory
+    from permllm.store.cache import cache_directory
 
     downloads, private = cache_directory(), tmp_path_factory.mktemp("cache")
     for name in ("wheels", "models"):
@@ -150,7 +150,7 @@ def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _clean_checkout() -> Iterator[None]:
     """Cache results although the checkout has changes, since it is being worked on."""
-    from permllm.runs import cache
+    from permllm.store import cache
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "git_commit", lambda: {"commit": "of a test", "dirty": False})

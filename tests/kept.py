@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from permllm.runs.files import write_json, write_text
-from permllm.runtime.identity import digest_of
+from permllm.settings.identity import digest_of
+from permllm.store.files import write_json, write_text
 from tests.conftest import ROOT
 
 EXPERIMENTS = ROOT / "experiments"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from permllm.config import NMPattern, RunConfig, read_config
 from permllm.mask.base import Mask
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.layers import LayerStream
@@ -20,19 +19,22 @@ from permllm.models.load import LoadedModel
 from permllm.permutation.base import Identity
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.temperature import Linear
+from permllm.pruner.base import Pruner
+from permllm.pruner.magnitude import Magnitude
+from permllm.pruner.ria import RIA
+from permllm.pruner.sparsegpt import SparseGPT
+from permllm.pruner.wanda import Wanda
+from permllm.pruning.calibration import calibrate_dense
 from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.methods import Job, Methods
-from permllm.pruning.reconstruction import NoReconstruction
-from permllm.pruning.ria import RIA
-from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.wanda import Magnitude, Wanda
-from permllm.runs.directory import Record
-from permllm.runs.loggers import NO_LOGGER
-from permllm.sparsity.calibrate import Pruner, calibrate_dense
+from permllm.reconstruction.base import NoReconstruction
+from permllm.settings.config import NMPattern, RunConfig, read_config
+from permllm.store.directory import Record
+from permllm.store.loggers import NO_LOGGER
 from permllm.training.losses import cosine_loss
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA}
 PRUNERS["sparsegpt"] = SparseGPT

@@ -23,10 +23,10 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.verify import verify
 from permllm.job import run
 from permllm.models.families import linear_at
-from permllm.runs.files import read_lines
-from permllm.runs.tensors import load_masks, load_orders
+from permllm.store.files import read_lines
+from permllm.store.tensors import load_masks, load_orders
 from tests.conftest import ROOT, tiny_model
-from tests.test_config import config
+from tests.settings.test_config import config
 
 TEXT = (ROOT / "permllm" / "data" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}

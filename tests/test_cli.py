@@ -16,16 +16,16 @@ import torch
 
 from permllm import cli, job
 from permllm.cli import COMMANDS, Session, call, main
-from permllm.config import RunConfig, read_config
+from permllm.command import Answer
 from permllm.errors import DataError
-from permllm.export.checkpoint import Request, export_run
-from permllm.runs.environment import environment
-from permllm.runs.files import write_text
-from permllm.runs.sweep import Outcome
-from permllm.runtime.terminal import Answer
+from permllm.export.write import Request, export_run
 from permllm.runtime.version import __version__
+from permllm.settings.config import RunConfig, read_config
+from permllm.store.environment import environment
+from permllm.store.files import write_text
+from permllm.store.sweep import Outcome
 from tests.conftest import ROOT, run_command, run_module, run_python, tiny_model
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 TINY = ("model=tiny", "logger=none")
 
@@ -91,7 +91,7 @@ def test_json_has_no_infinity(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = Answer({"a": [float("inf"), float("nan"), 1.5]}, lambda: None)
-    monkeypatch.setattr("permllm.runs.results_command.work", lambda _: answer)
+    monkeypatch.setattr("permllm.report.results_command.work", lambda _: answer)
     assert call("results", ["x", "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found == {"a": [None, None, 1.5]}
@@ -315,9 +315,9 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     with pytest.raises(ZeroDivisionError):
         Session().job(composed(*TINY))
     jobs: list[Outcome] = []
-    monkeypatch.setattr("permllm.runs.sweep.sweeping", lambda: True)
-    monkeypatch.setattr("permllm.runs.sweep.outcome_file", lambda: tmp_path / "outcome.json")
-    monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
+    monkeypatch.setattr("permllm.store.sweep.sweeping", lambda: True)
+    monkeypatch.setattr("permllm.store.sweep.outcome_file", lambda: tmp_path / "outcome.json")
+    monkeypatch.setattr("permllm.store.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.
     assert [session.job(composed(*TINY)) for _ in range(2)] == [math.inf] * 2

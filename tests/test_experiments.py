@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from permllm.config import RunConfig, flatten, read_config
 from permllm.pruning.methods import methods_of
-from permllm.runs.compare import Comparison, published
+from permllm.report.compare import Comparison, published
+from permllm.settings.config import RunConfig, flatten, read_config
 from tests.conftest import ROOT, run_command
 
 CONF = ROOT / "conf"

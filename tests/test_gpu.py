@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from permllm import job
-from permllm.config import read_config
 from permllm.permutation.lcp.assignment import harden
+from permllm.settings.config import read_config
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.elementwise import Piece
 from permllm.training.kernels import EAGER, ON_GPU
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from permllm import job
-from permllm.config import read_config
 from permllm.data.texts import TEXTS, perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
@@ -25,11 +24,12 @@ from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model, meta_model
 from permllm.pruning.methods import checked_groups, methods_of
-from permllm.runs.files import read_json
-from permllm.runs.measures import flat_figures
-from permllm.runs.tensors import load_masks, violations
-from permllm.runtime.terminal import Terminated
-from tests.test_config import composed
+from permllm.report.measures import flat_figures
+from permllm.runtime.signals import Terminated
+from permllm.settings.config import read_config
+from permllm.store.files import read_json
+from permllm.store.tensors import load_masks, violations
+from tests.settings.test_config import composed
 
 BUILTIN = TEXTS["builtin"]
 TENSORS = ("permutations.safetensors", "masks.safetensors")
@@ -213,7 +213,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr("permllm.runs.tensors.save_file", full)
+    monkeypatch.setattr("permllm.store.tensors.save_file", full)
     with pytest.raises(DataError, match="No space left"):
         run(tmp_path, "permutation=none")
     (directory,) = (tmp_path / "runs").iterdir()

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file
 
 from permllm import job
-from permllm.config import NMPattern, read_config
 from permllm.export.verify import verify
 from permllm.models import families
-from permllm.pruning.reconstruction import PrunedLinear
-from permllm.runs.tensors import load_masks
+from permllm.reconstruction.base import PrunedLinear
 from permllm.runtime import parallel
+from permllm.settings.config import NMPattern, read_config
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.statistics import InputStatistics
+from permllm.store.tensors import load_masks
 from tests.conftest import ROOT
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 PLUGIN = ROOT / "docs" / "plugin"
 CONF = PLUGIN / "mypackage" / "conf"

@@ -16,20 +16,20 @@ from transformers import ByT5Tokenizer
 
 import permllm
 from permllm import job
-from permllm.config import read_config
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, TrainingError
 from permllm.export.verify import verify
 from permllm.models import families
 from permllm.models.families import channel_groups
 from permllm.models.load import load_model
-from permllm.runs.tensors import load_masks
-from permllm.sparsity.calibrate import calibrate_dense
+from permllm.pruning.calibration import calibrate_dense
+from permllm.settings.config import read_config
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
+from permllm.store.tensors import load_masks
 from tests.conftest import run_command
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 SEARCH = "hydra.searchpath=[pkg://strange.conf]"
 
@@ -41,7 +41,7 @@ FILES = {
         import torch
 
         from permllm.runtime import parallel
-        from permllm.sparsity.calibrate import Pruner
+        from permllm.pruning.calibration import Pruner
         from permllm.sparsity.saliency import SaliencyFactors
         from permllm.sparsity.statistics import InputStatistic
 
@@ -184,7 +184,7 @@ def test_a_saliency_that_is_none_is_refused(
     ("before", "after", "reason"),
     [
         ("def factors", "def factor", "abstract"),
-        ("(Pruner)", "", "expected a subclass of permllm.sparsity.calibrate.Pruner"),
+        ("(Pruner)", "", "expected a subclass of permllm.pruner.base.Pruner"),
         ("import torch", "import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
         ("power: int", "powers: int", "unexpected keyword argument 'power'"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.runs.files import read_json
+from permllm.store.files import read_json
 from tests.conftest import ROOT, run_python
 
 

@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import check_whole, main
-from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.layers import layer_inputs, run_layer
@@ -33,12 +32,13 @@ from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.logits import soft_batches
 from permllm.permutation.lcp.temperature import Constant
-from permllm.runs.environment import hardware
-from permllm.runs.files import CHECKPOINT
+from permllm.planning.speed import clock
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
-from permllm.runtime.speed import clock
+from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.saliency import SaliencyFactors, saliency
+from permllm.store.environment import hardware
+from permllm.store.files import CHECKPOINT
 from permllm.training.kernels import chosen_kernels
 from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training

@@ -22,11 +22,11 @@ from torch.sparse import to_sparse_semi_structured
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import check_whole, main
-from permllm.config import NMPattern, RunConfig
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
-from permllm.runtime.speed import interleaved
+from permllm.planning.speed import interleaved
+from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.nm import nm_mask
 
 _PATTERN = NMPattern(2, 4)

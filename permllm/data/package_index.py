@@ -14,8 +14,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from permllm.errors import DataError
-from permllm.runs.cache import cache_directory
-from permllm.runs.files import file_sha256, new_folder
+from permllm.store.cache import cache_directory
+from permllm.store.files import file_sha256, new_folder
 
 log = logging.getLogger(__name__)
 

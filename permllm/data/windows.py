@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from permllm.config import CalibrationConfig
 from permllm.data.texts import NamedText, calibration_text
 from permllm.errors import ConfigError, DataError
-from permllm.runs.cache import cached
 from permllm.runtime import parallel
+from permllm.settings.config import CalibrationConfig
+from permllm.store.cache import cached
 
 # Characters of the largest text that is tokenised as a whole. WikiText-2's training text has 11
 # million.

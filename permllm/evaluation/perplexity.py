@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permllm.config import PerplexityConfig
 from permllm.data.texts import NamedText
 from permllm.data.windows import all_tokens, begun, bos_of
 from permllm.errors import DataError
@@ -19,6 +18,7 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.layers import LayerStream
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
+from permllm.settings.config import PerplexityConfig
 
 
 def perplexity_windows(

@@ -24,7 +24,7 @@ from torch.utils.benchmark import Timer
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.config import NMPattern
+from permllm.command import Answer, terminal
 from permllm.errors import ConfigError, first_line
 from permllm.export.gathered import gathered_modules, leave_out_gathers
 from permllm.export.verify import stated_patterns
@@ -36,12 +36,12 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import linear_at
-from permllm.runs.environment import hardware, versions
-from permllm.runs.tensors import violations
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.terminal import Answer, terminal
-from permllm.runtime.values import SETTINGS, Count, Positive, validated
-from permllm.sparsity.windows import as_two_of_four, window_count
+from permllm.settings.config import NMPattern
+from permllm.settings.values import SETTINGS, Count, Positive, validated
+from permllm.sparsity.two_of_four import as_two_of_four, window_count
+from permllm.store.environment import hardware, versions
+from permllm.store.tensors import violations
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
 _TWO_OF_FOUR = NMPattern(2, 4)

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from permllm.export.serve import COMMAND, READERS, SETTINGS
-from permllm.runs.measures import patterns_text, result_rows
+from permllm.report.measures import patterns_text, result_rows
 from permllm.runtime.version import __version__
 
 # Versions of transformers with the same logits for a small random model of each family.

@@ -22,8 +22,8 @@ from transformers.utils.hub import cached_file
 
 from permllm.errors import DataError, printable
 from permllm.models.families import ChannelGroup, channel_groups
-from permllm.runs.files import write_json
-from permllm.runs.tensors import load_orders, save_tensors
+from permllm.store.files import write_json
+from permllm.store.tensors import load_orders, save_tensors
 
 ORDERS = "gathers.safetensors"
 _ORDER = "input_order"

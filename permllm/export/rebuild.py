@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
-from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
-from permllm.runs.files import METRICS, read_json
-from permllm.runs.tensors import Pruned
+from permllm.settings.config import NMPattern
+from permllm.store.files import METRICS, read_json
+from permllm.store.tensors import Pruned
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
+from permllm.settings.config import NMPattern
 
 log = logging.getLogger(__name__)
 

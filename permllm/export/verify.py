@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.config import NMPattern, check_divides
+from permllm.command import Answer, terminal
 from permllm.errors import ConfigError, DataError
-from permllm.export.checkpoint import SUMMARY, read_summary
+from permllm.export.write import SUMMARY, read_summary
 from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import recorded_groups
-from permllm.runs.files import file_sha256
-from permllm.runs.tensors import violations
-from permllm.runtime.terminal import Answer, terminal
+from permllm.settings.config import NMPattern, check_divides
+from permllm.store.files import file_sha256
+from permllm.store.tensors import violations
 
 _SEQUENCES, _LENGTH = 4, 64
 _SHOWN = 20

@@ -10,21 +10,21 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.config import RunConfig
 from permllm.mask.base import LearnedMask
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
-from permllm.runs.files import MASK_CHECKPOINT
-from permllm.runs.tensors import PackedMasks, packed_mask, unpacked_mask
-from permllm.runtime.values import SETTINGS, Count, Whole
+from permllm.settings.config import RunConfig
+from permllm.settings.values import SETTINGS, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
+from permllm.store.files import MASK_CHECKPOINT
+from permllm.store.tensors import PackedMasks, packed_mask, unpacked_mask
+from permllm.training.course import Course
 from permllm.training.learner import Learner, Moment
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import FreeScores, LowRankScores, Scores
 from permllm.training.settings import LearningPlan, LearningSettings
-from permllm.training.stages import Course
 from permllm.training.stand_ins import kernels_for, learning_scores
 
 

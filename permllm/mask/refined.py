@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern
 from permllm.mask.base import FoundMask
 from permllm.models.families import linear_at
 from permllm.models.layers import LayerStream
-from permllm.runs.tensors import PackedMasks
 from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import by_layer, collecting
+from permllm.settings.config import NMPattern
+from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram
+from permllm.store.tensors import PackedMasks
 from permllm.training.problem import LearningProblem
 
 # Channels in a block. An exchange updates the products with H in its own block at once; the other

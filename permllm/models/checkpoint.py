@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
-from permllm.runs.files import read_json
-from permllm.runs.tensors import load_tensor, tensor_formats
+from permllm.store.files import read_json
+from permllm.store.tensors import load_tensor, tensor_formats
 
 # Index of several files, and name of a single file, in the order in which transformers looks.
 WEIGHTS = (

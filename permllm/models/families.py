@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from permllm.config import NMPattern
 from permllm.errors import ConfigError, first_line
 from permllm.models.discovery import structure_of
+from permllm.settings.config import NMPattern
 
 # Dtypes of weights that can be pruned.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

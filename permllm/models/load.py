@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
 from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
@@ -47,6 +46,7 @@ from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, place, placement_of
 from permllm.runtime.devices import resolve_device
+from permllm.settings.config import ModelConfig
 
 # Files of a hub repository without weights: config, tokenizer and indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.models.families import decoder_layers, family_of
-from permllm.runs.tensors import load_tensor
 from permllm.runtime.memory import to_device
+from permllm.store.tensors import load_tensor
 
 Change = Callable[[Tensor], Tensor]
 Mask = Callable[[], Tensor]

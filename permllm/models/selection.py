@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup, channel_groups
+from permllm.settings.config import NMPattern, RunConfig
 
 DENSE = "dense"
 """Pattern of a linear that was not pruned, in records."""

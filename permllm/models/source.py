@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from permllm.config import ModelConfig
 from permllm.models.checkpoint import Read, check_checkpoint, skeleton_like, tensor_reader
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model
+from permllm.settings.config import ModelConfig
 
 _TOKENIZER_FILES = (
     "tokenizer*",

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
-from permllm.runs.tensors import is_permutation
+from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.method import Method
+from permllm.store.tensors import is_permutation
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningPlan
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.base import Constraint
-from permllm.training.masked_linear import BlockStack, split_blocks
+from permllm.settings.config import NMPattern
+from permllm.sparsity.blocks import BlockStack, split_blocks
 
 RESIDUAL = "residual_stream"
 

@@ -6,14 +6,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.base import LocalPermutation
 from permllm.permutation.foldable import foldable
-from permllm.runs.files import PERMUTATIONS
-from permllm.runs.tensors import load_orders
-from permllm.runtime.values import SETTINGS
+from permllm.settings.config import NMPattern, RunConfig
+from permllm.settings.values import SETTINGS
+from permllm.store.files import PERMUTATIONS
+from permllm.store.tensors import load_orders
 from permllm.training.problem import LearningProblem
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from permllm.config import NMPattern, RunConfig
 from permllm.models.families import ChannelGroup
 from permllm.models.offload import placement_of
 from permllm.permutation.base import Constraint, LocalPermutation
@@ -30,7 +29,8 @@ from permllm.permutation.foldable import SharedOrder, check_segments, expanded, 
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import free_memory
-from permllm.runtime.values import SETTINGS
+from permllm.settings.config import NMPattern, RunConfig
+from permllm.settings.values import SETTINGS
 from permllm.sparsity.nm import nm_mask, saliency_sum
 from permllm.training.problem import LearningProblem
 

@@ -14,10 +14,17 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.permutation.base import checked_order
+from permllm.pruning.calibration import member_factors
 from permllm.pruning.methods import Job, learning_problem, windows_for
-from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
-from permllm.runs.files import PRUNED_LAYERS, layer_file
-from permllm.runs.tensors import (
+from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
+from permllm.runtime import parallel
+from permllm.runtime.precision import products_in
+from permllm.sparsity.collecting import by_layer, collecting
+from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
+from permllm.sparsity.saliency import SaliencyFactors, saliency
+from permllm.sparsity.statistics import InputStatistics
+from permllm.store.files import PRUNED_LAYERS, layer_file
+from permllm.store.tensors import (
     PrunedLayer,
     load_layer,
     load_tensor,
@@ -26,12 +33,6 @@ from permllm.runs.tensors import (
     violations,
     weight_name,
 )
-from permllm.runtime import parallel
-from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import by_layer, collecting, member_factors
-from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
-from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.sparsity.statistics import InputStatistics
 
 
 @dataclass

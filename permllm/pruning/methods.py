@@ -10,7 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permllm.config import RunConfig, check_divides, windows_learned_from
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
@@ -18,14 +17,15 @@ from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.base import Permutation
-from permllm.pruning.composition import replaced_options
-from permllm.pruning.reconstruction import Reconstruction
-from permllm.runs.directory import Record
-from permllm.runs.loggers import LEARNING, RunLogger
+from permllm.pruner.base import Pruner
+from permllm.reconstruction.base import Reconstruction
 from permllm.runtime import parallel
-from permllm.sparsity.calibrate import Pruner
+from permllm.settings.composition import replaced_options
+from permllm.settings.config import RunConfig, check_divides, windows_learned_from
 from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
+from permllm.store.directory import Record
+from permllm.store.loggers import LEARNING, RunLogger
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 

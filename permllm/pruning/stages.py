@@ -14,12 +14,13 @@ from permllm.errors import ConfigError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_order
+from permllm.pruning.calibration import DenseCalibration, shared_calibration, shared_target
 from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.methods import Job, learning_problem, windows_for
-from permllm.runs.files import MASKS, PERMUTATIONS, WEIGHTS, layer_file
-from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import DenseCalibration, by_layer, shared_calibration, shared_target
+from permllm.sparsity.collecting import by_layer
+from permllm.store.files import MASKS, PERMUTATIONS, WEIGHTS, layer_file
+from permllm.store.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from permllm.errors import PermLLMError, everything_wanted, one_line
-from permllm.runtime.terminal import CONTINUES
+from permllm.runtime.signals import CONTINUES
 
 Value = TypeVar("Value")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from permllm.config import RunConfig
 from permllm.errors import ConfigError, first_line
-from permllm.runtime.values import refused
+from permllm.settings.config import RunConfig
+from permllm.settings.values import refused
 
 
 class Method:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
+from permllm.settings.config import NMPattern
 
 # Pairwise comparisons take M (M - 1) / 2 vectorised operations. A stable sort is faster for a
 # larger M.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern
 from permllm.runtime.compiling import attempted, compiled
+from permllm.settings.config import NMPattern
 from permllm.training.elementwise import (
     Piece,
     joining,

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from permllm.errors import DataError, TrainingError
-from permllm.runs.tensors import load_state, save_state
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_memory
-from permllm.runtime.terminal import raise_if_interrupted
+from permllm.runtime.signals import raise_if_interrupted
+from permllm.store.tensors import load_state, save_state
 from permllm.training.learner import Learner, Moment, Stage
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem

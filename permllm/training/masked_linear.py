@@ -36,53 +36,21 @@ All products have one dtype: that of the weights, or autocast's inside of
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from permllm.config import NMPattern
 from permllm.runtime import parallel
 from permllm.runtime.precision import product, product_dtype, products_as_they_are
+from permllm.settings.config import NMPattern
+from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.saliency import saliency
 from permllm.training.elementwise import Piece
 from permllm.training.kernels import EAGER, Kernels
 from permllm.training.scores import Scores
 from permllm.training.settings import StraightThrough
-
-
-@dataclass(frozen=True)
-class BlockStack:
-    """Stack of `count` blocks of `size` consecutive positions, from position `start` on."""
-
-    start: int
-    count: int
-    size: int
-
-
-def split_blocks(channels: int, block_size: int, segment: int | None = None) -> list[BlockStack]:
-    """Split positions into blocks; the remainder of each segment becomes one smaller block.
-
-    If M divides all three numbers, M also divides the smaller block, so that no group of M crosses
-    a block.
-
-    Args:
-        channels: C, the number of positions.
-        block_size: B.
-        segment: no block crosses a multiple of this number, which divides C; None: C.
-    """
-    segment = segment or channels
-    block_size = min(block_size, segment)
-    count, rest = divmod(segment, block_size)
-    if not rest:
-        return [BlockStack(0, channels // block_size, block_size)]
-    stacks = []
-    for start in range(0, channels, segment):
-        stacks.append(BlockStack(start, count, block_size))
-        stacks.append(BlockStack(start + count * block_size, 1, rest))
-    return stacks
 
 
 class MaskedLinear(nn.Module):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.config import NMPattern
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
+from permllm.settings.config import NMPattern
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 
 

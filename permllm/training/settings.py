@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError
-from permllm.runtime.values import SETTINGS, Amount, Count, Positive, Whole
+from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
 StraightThrough = Literal["swap", "hard", "soft"]

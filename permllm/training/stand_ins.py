@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
+from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.kernels import Kernels, chosen_kernels
-from permllm.training.masked_linear import BlockStack, MaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningSettings, StraightThrough

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from permllm.config import ModelConfig
 from permllm.data import package_index as wheels
 from permllm.data.package_index import Wheel, wheel_file
 from permllm.errors import DataError
 from permllm.models import from_package_index as from_wheel
 from permllm.models.load import dense_folder
+from permllm.settings.config import ModelConfig
 
 MEMBER = "some_data/weights.bin"
 

@@ -18,13 +18,13 @@ from pyarrow import parquet
 from transformers import ByT5Tokenizer
 
 from permllm import job
-from permllm.config import CalibrationConfig, PerplexityConfig, read_config
 from permllm.data.texts import TEXTS, BoolQPassages, TextFile, calibration_text, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
+from permllm.settings.config import CalibrationConfig, PerplexityConfig, read_config
 from tests.conftest import ROOT
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 KEY = "evaluation.perplexity.data_files"

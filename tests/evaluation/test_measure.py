@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from permllm.config import RunConfig, read_config
 from permllm.evaluation import measure
 from permllm.evaluation.lm_eval import task_label
 from permllm.evaluation.measure import evaluate
 from permllm.models.load import LoadedModel, load_model
-from permllm.runs.directory import RunDirectory
-from permllm.runtime.identity import digest_of
-from tests.test_config import composed, config
+from permllm.settings.config import RunConfig, read_config
+from permllm.settings.identity import digest_of
+from permllm.store.directory import RunDirectory
+from tests.settings.test_config import composed, config
 
 FP8 = "evaluation.weights=fp8"
 VALUES = {"metrics": {"acc,none": 0.5}, "n": 2, "scores": {"items": [0, 1]}}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from permllm.config import PerplexityConfig
 from permllm.data.texts import TEXTS, perplexity_texts
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models import head
+from permllm.settings.config import PerplexityConfig
 from tests.conftest import tiny_model
 
 BUILTIN = TEXTS["builtin"]

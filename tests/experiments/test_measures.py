@@ -13,9 +13,9 @@ from torch import Tensor
 from experiments.figure1.measure import Layer, swaps
 from experiments.lcp_speed.measure import DensePermutedLinear
 from experiments.measuring import add_record
-from permllm.config import NMPattern
-from permllm.runs.files import read_lines
+from permllm.settings.config import NMPattern
 from permllm.sparsity.saliency import SaliencyFactors
+from permllm.store.files import read_lines
 from tests.conftest import run_python
 from tests.kept import EXPERIMENTS
 

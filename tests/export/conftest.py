@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.export.checkpoint import Request, export_run, present_export
+from permllm.export.write import Request, export_run, present_export
 from tests.export.pruned import make_run, variant_model
 
 

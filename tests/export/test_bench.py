@@ -14,14 +14,14 @@ from torch import nn
 from transformers import DynamicCache
 
 from permllm.cli import call
-from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.export import bench
 from permllm.export.bench import BACKENDS, Sizes, measure, use_backend, what_is_missing
-from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import stated_patterns
+from permllm.export.write import Request, export_run
 from permllm.models.families import channel_groups, linear_at
-from permllm.runs.tensors import violations
+from permllm.settings.config import NMPattern
+from permllm.store.tensors import violations
 from tests.conftest import tiny_model
 from tests.export.pruned import load, logits, make_run, relative, variant_model
 from tests.models.test_bad_checkpoints import WEIGHTS

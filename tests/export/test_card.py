@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from permllm.export.card import model_card
-from tests.test_config import config
+from tests.settings.test_config import config
 
 GEMMA = ("google/gemma-3-270m", "gemma")
 BASES = {

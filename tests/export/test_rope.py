@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from permllm.export.checkpoint import Request, export_run
-from permllm.runs.files import read_json, write_json
+from permllm.export.write import Request, export_run
+from permllm.store.files import read_json, write_json
 from tests.export.pruned import load, logits, make_run, variant_model
 
 LLAMA3: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from permllm.cli import call
-from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.evaluation.fp8 import rounded
-from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
+from permllm.export.write import SUMMARY, Request, export_run, present_export
 from permllm.job import export_request, run
 from permllm.models.families import linear_at
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
-from permllm.runs.files import read_json
-from permllm.runs.tensors import violations
+from permllm.settings.config import NMPattern, read_config
+from permllm.store.files import read_json
+from permllm.store.tensors import violations
 from tests.export.pruned import TWO_OF_FOUR, load, make_run, variant_model
-from tests.test_config import composed, config
+from tests.settings.test_config import composed, config
 
 # Sizes that the kernels take, of joined linears too.
 QWEN3 = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 3}

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import permllm
 from permllm.cli import call
-from permllm.config import NMPattern
 from permllm.errors import ConfigError, DataError, PermLLMError
-from permllm.export.checkpoint import SUMMARY, Request, export_run
 from permllm.export.gathered import ORDERS
 from permllm.export.verify import verify
-from permllm.runs.files import file_sha256
+from permllm.export.write import SUMMARY, Request, export_run
+from permllm.settings.config import NMPattern
+from permllm.store.files import file_sha256
 from tests.export.pruned import change_metrics, load, logits, make_run, variant_model
 from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite
 

@@ -19,21 +19,21 @@ import lm_eval as installed
 from huggingface_hub import constants
 from lm_eval.tasks import TaskManager
 
-from permllm import config as settings
 from permllm import job
-from permllm.config import CalibrationConfig, ModelConfig, PerplexityConfig
 from permllm.data.texts import HubText, calibration_text, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import PermLLMError
 from permllm.evaluation import lm_eval
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.models.load import load_model
-from permllm.pruning.composition import register_resolvers
-from permllm.runs.cache import tensor_digest
+from permllm.settings import config as settings
+from permllm.settings.composition import register_resolvers
+from permllm.settings.config import CalibrationConfig, ModelConfig, PerplexityConfig
+from permllm.store.cache import tensor_digest
 from tests.conftest import FAMILY_SETTINGS
 from tests.hub.repositories import model_name, write_model
 from tests.hub.server import GRANTED, KNOWN
-from tests.test_config import composed
+from tests.settings.test_config import composed
 
 SAMPLING = {"c4": "documents", "pile": "documents", "wikitext2": "overlapping"}
 OUTCOMES: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import zstandard
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from permllm.runs.cache import tensor_digest
+from permllm.store.cache import tensor_digest
 from tests.conftest import FAMILY_SETTINGS, ROOT
 from tests.hub.repositories import GLUE, WIKITEXT, model_name, write_repositories
 from tests.hub.server import Hub, Repository

@@ -14,8 +14,8 @@ from permllm.mask.learned import LowRankMask, ScoreMask
 from permllm.models.families import linear_at
 from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
+from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruning.layerwise import Found
-from permllm.pruning.sparsegpt import SparseGPT
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training import loop
 from permllm.training.loop import Training

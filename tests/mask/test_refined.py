@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
+from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import Found
-from permllm.pruning.wanda import Wanda
+from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
 from tests.mask.test_mask import ordered, pruners

@@ -15,10 +15,10 @@ from permllm.mask.learned import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import stages
-from permllm.runs.files import read_json
+from permllm.store.files import read_json
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
-from tests.test_config import config
+from tests.settings.test_config import config
 from tests.test_job import run
 
 LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, BertConfig, BertModel, ByT5Tokenizer
 
-from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.gathered import write_gathered
 from permllm.models.checkpoint import transformers_reads
 from permllm.models.load import load_model, meta_model
+from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_config, tiny_model
 
 Tensors, Settings = dict[str, Any], dict[str, Any]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from permllm.config import ModelConfig
 from permllm.errors import ConfigError
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import load_model, meta_model
 from permllm.runtime.devices import resolve_device
+from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_bad_checkpoints import local
 

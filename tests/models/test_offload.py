@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from permllm import job
-from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
 from permllm.models.families import decoder_layers, linear_at
@@ -26,9 +25,10 @@ from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
 from permllm.models.offload import Offloaded, placement_of
 from permllm.models.source import dense_source
+from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_model
 from tests.models.test_bad_checkpoints import local
-from tests.test_config import config
+from tests.settings.test_config import config
 
 PLACEMENTS = ("host", "disk")
 

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE, differing_patterns, pruned_groups, recorded_groups
+from permllm.settings.config import NMPattern
 from tests.conftest import tiny_model
 
 PATTERN = NMPattern(2, 4)

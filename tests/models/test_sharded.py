@@ -15,7 +15,7 @@ from permllm.pruning.methods import methods_of
 from permllm.runtime import parallel
 from tests.models.test_offload import saved
 from tests.runtime.test_parallel import check_equal, ranks
-from tests.test_config import config
+from tests.settings.test_config import config
 
 # The shares of 13 and of 4 samples differ between three ranks, and two of them have none of the
 # last batch.

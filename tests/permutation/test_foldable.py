@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.selection import pruned_groups
@@ -18,6 +17,7 @@ from permllm.permutation.foldable import (
     shared_orders,
 )
 from permllm.permutation.heuristic import heuristic_order, segments_of
+from permllm.settings.config import NMPattern
 from tests.conftest import FAMILY_SETTINGS, tiny_model
 from tests.problems import PATTERN, problem
 

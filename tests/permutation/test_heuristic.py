@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.permutation import heuristic
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import (
@@ -23,6 +22,7 @@ from permllm.permutation.heuristic import (
     segments_of,
     sums_of_larger,
 )
+from permllm.settings.config import NMPattern
 from tests.problems import PATTERN, problem, random, shuffled
 
 

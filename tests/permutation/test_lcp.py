@@ -14,6 +14,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from permllm.runtime.signals import ending_signals
+from permllm.sparsity.blocks import split_blocks
 from torch import Tensor
 
 from permllm.errors import TrainingError
@@ -22,22 +24,20 @@ from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, foldable, shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
+from permllm.permutation.lcp.order_learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
+from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import Found
-from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
-from permllm.runtime.terminal import ending_signals
 from permllm.training import loop
+from permllm.training.course import Course
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
-from permllm.training.masked_linear import split_blocks
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
-from permllm.training.stages import Course
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,

@@ -13,23 +13,23 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
-from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.lcp.lcp import LCP
 from permllm.pruning.methods import Job, learning_problem, methods_of
 from permllm.pruning.stages import calibrate
-from permllm.runs.directory import Record
-from permllm.runs.loggers import NO_LOGGER
+from permllm.settings.config import RunConfig
 from permllm.sparsity.method import instantiate
+from permllm.store.directory import Record
+from permllm.store.loggers import NO_LOGGER
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Moment, Stage
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.problems import straight_through, tokens
-from tests.test_config import config
+from tests.settings.test_config import config
 
 BATCH = torch.tensor([0, 2, 5])
 EPOCHS = 4

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from permllm.reconstruction.obs import OBS
 from torch import nn
 
-from permllm.config import NMPattern
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.selection import pruned_groups
 from permllm.permutation.base import Identity
 from permllm.permutation.foldable import foldable
 from permllm.permutation.heuristic import Heuristic
-from permllm.pruning.distill import Distill
+from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import Found, PrunedModel
-from permllm.pruning.sparsegpt import OBS
-from permllm.pruning.wanda import Wanda
+from permllm.reconstruction.distill import Distill
+from permllm.settings.config import NMPattern
 from permllm.training.losses import cosine_loss
 from tests.conftest import tiny_model
 from tests.problems import PRUNERS, check_others, lcp, problem, pruned, states_of

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from permllm.sparsity.blocks import BlockStack
 from torch import Tensor
 
 from permllm.permutation.lcp import assignment
@@ -14,7 +15,6 @@ from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.runtime import parallel
-from permllm.training.masked_linear import BlockStack
 from tests.problems import random, sinkhorn
 
 

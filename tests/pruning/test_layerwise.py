@@ -13,10 +13,10 @@ from torch import Tensor
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
+from permllm.pruner.sparsegpt import SparseGPT
+from permllm.pruner.wanda import Wanda
+from permllm.pruning.calibration import calibrate_dense
 from permllm.pruning.layerwise import Found
-from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.wanda import Wanda
-from permllm.sparsity.calibrate import calibrate_dense
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from tests.conftest import tiny_model

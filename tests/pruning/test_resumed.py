@@ -9,23 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
 from permllm.permutation.base import LocalPermutation
 from permllm.permutation.heuristic import Heuristic
+from permllm.pruner.sparsegpt import SparseGPT
+from permllm.pruner.wanda import Wanda
+from permllm.pruning.calibration import calibrate_dense
 from permllm.pruning.layerwise import Found, PrunedModel
-from permllm.pruning.sparsegpt import OBS, SparseGPT
-from permllm.pruning.wanda import Wanda
-from permllm.runs.directory import Record, RunDirectory
-from permllm.runs.files import PRUNED_LAYERS
-from permllm.sparsity.calibrate import calibrate_dense
+from permllm.reconstruction.obs import OBS
+from permllm.settings.config import NMPattern
+from permllm.store.directory import Record, RunDirectory
+from permllm.store.files import PRUNED_LAYERS
 from tests.conftest import tiny_model
 from tests.models.test_offload import saved, settings
 from tests.problems import Interrupt, pruned, same, tokens
-from tests.test_config import config
+from tests.settings.test_config import config
 
 Attempt = tuple[torch.nn.Module, PrunedModel]
 

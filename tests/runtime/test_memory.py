@@ -13,7 +13,7 @@ from tests.conftest import ROOT, run_python
 STAGES = f"""
 import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-from permllm.runs.directory import Record
+from permllm.store.directory import Record
 from permllm.runtime.memory import host_memory, keep_freed_memory
 keep_freed_memory()
 progress, cpu = Record(), torch.device("cpu")

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from permllm import job
 from permllm.errors import ConfigError
-from permllm.runs.directory import RunDirectory, run_directory
-from permllm.runs.files import read_json
-from permllm.runs.launched import share_gpus
-from permllm.runs.sweep import kept
-from permllm.runs.tensors import load_masks
 from permllm.runtime import parallel
-from permllm.runtime.terminal import CONTINUES
+from permllm.runtime.signals import CONTINUES
+from permllm.store.directory import RunDirectory, run_directory
+from permllm.store.files import read_json
+from permllm.store.launched import share_gpus
+from permllm.store.sweep import kept
+from permllm.store.tensors import load_masks
 from permllm.training import loop as training
 from tests.conftest import ROOT, run_command
-from tests.test_config import config
+from tests.settings.test_config import config
 
 TINY = ("model=tiny", "model.dtype=float64", "logger=none")
 # Batches of 4, 4, 4 and 3 samples: unequal shares.

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from permllm.sparsity.blocks import split_blocks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from permllm.config import NMPattern
 from permllm.models.head import Head
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.runtime import precision
@@ -20,10 +20,11 @@ from permllm.runtime.precision import (
     products_in,
     recomputed,
 )
+from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.losses import head_divergence
-from permllm.training.masked_linear import MaskedLinear, split_blocks
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import Scores
 from tests.conftest import tiny_model
 from tests.problems import CPU, sinkhorn

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.runs.sweep import kept
+from permllm.store.sweep import kept
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permllm.config import NMPattern
 from permllm.errors import ConfigError
-from permllm.runs.tensors import PackedMasks, violations
+from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask, ranks_of, saliency_sum
+from permllm.store.tensors import PackedMasks, violations
 from tests.problems import random, shuffled
 
 PATTERNS = [(2, 4), (1, 2), (5, 16), (8, 32)]

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from permllm.pruner.magnitude import Magnitude
 from torch import Tensor
 
-from permllm.pruning.ria import RIA
-from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.wanda import Magnitude, Wanda
+from permllm.pruner.ria import RIA
+from permllm.pruner.sparsegpt import SparseGPT
+from permllm.pruner.wanda import Wanda
 from permllm.sparsity.saliency import SaliencyFactors, saliency, saliency_t
 from permllm.sparsity.statistics import Gram, InputStatistics, Norm
 from tests.problems import random, shuffled

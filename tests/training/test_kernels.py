@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
+from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.elementwise import Piece

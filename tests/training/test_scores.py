@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from permllm.config import NMPattern
 from permllm.runtime.precision import products_in
+from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.masked_linear import MaskedLinear

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.permutation.base import LocalPermutation
+from permllm.settings.config import NMPattern
 
 
 class Spread(LocalPermutation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
+from permllm.reconstruction.base import PrunedLinear, Reconstruction
 from permllm.sparsity.statistics import Gram
 
 

@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import RunConfig
 from permllm.errors import ConfigError, check_positive
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import Constraint, LearnedPermutation
@@ -27,18 +26,20 @@ from permllm.permutation.foldable import (
     shared_orders,
 )
 from permllm.permutation.heuristic import heuristic_orders
-from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
-from permllm.runs.files import CHECKPOINT
-from permllm.runtime.values import SETTINGS, Amount, Count, Whole
+from permllm.permutation.lcp.order_learner import OrderLearner, members
+from permllm.settings.config import RunConfig
+from permllm.settings.values import SETTINGS, Amount, Count, Whole
+from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import permuted_nm_mask
+from permllm.store.files import CHECKPOINT
+from permllm.training.course import Course
 from permllm.training.kernels import Kernels
 from permllm.training.learner import Moment, Stage
-from permllm.training.masked_linear import BlockStack, MaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningPlan, LearningSettings, StraightThrough
-from permllm.training.stages import Course
 from permllm.training.stand_ins import StandIns, kernels_for, learning_orders
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from permllm.errors import TrainingError
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
-from permllm.training.masked_linear import BlockStack
+from permllm.sparsity.blocks import BlockStack
 
 
 class BlockLogits(nn.Module):

@@ -7,7 +7,7 @@ import math
 
 from pydantic.dataclasses import dataclass
 
-from permllm.runtime.values import SETTINGS, Positive
+from permllm.settings.values import SETTINGS, Positive
 
 
 @dataclass(frozen=True, config=SETTINGS)

@@ -1,0 +1,198 @@
+"""Calibration of the dense model; all jobs with the same model, text and pruner share it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.errors import ConfigError, TrainingError
+from permllm.models.checkpoint import all_finite
+from permllm.models.families import ChannelGroup, channel_groups, linear_at
+from permllm.models.layers import LayerStream, last_states
+from permllm.models.load import LoadedModel
+from permllm.pruner.base import Pruner
+from permllm.sparsity.collecting import by_layer, collecting
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.sparsity.statistics import InputStatistics
+from permllm.store.cache import cached, tensor_digest
+
+
+@dataclass
+class DenseCalibration:
+    """Result of the calibration pass through the dense model.
+
+    Attributes:
+        factors: saliency factors of every linear, by module path, on the CPU.
+        target: target of learning, the output of the last decoder layer, `(windows, tokens,
+            hidden)` on the host.
+    """
+
+    factors: dict[str, SaliencyFactors]
+    target: Tensor
+
+
+def calibrate_dense(
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    pruner: Pruner,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
+    norm_tokens: int = 1,
+) -> DenseCalibration:
+    """Return the saliency factors of all linears of the dense model, and the target of learning.
+
+    Args:
+        model: dense model of a known family.
+        groups: all its channel groups.
+        tokens: int64 `(windows, tokens)`.
+        pruner: pruner that makes the factors; only one layer's statistics are in memory.
+        batch_size: windows in a forward.
+        compute_dtype: dtype of the model's matrix products; None: dtype of its weights.
+        norm_tokens: as in `InputStatistics`.
+    """
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    factors: dict[str, SaliencyFactors] = {}
+    for index, members in by_layer(model, groups, "calibrate"):
+        with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
+            stream.advance(index)
+        for group in members:
+            found = member_factors(model, group, pruner, statistics[group.name])
+            factors |= {path: one.to("cpu") for path, one in found.items()}
+    return DenseCalibration(factors, stream.states())
+
+
+def shared_calibration(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    pruner: Pruner,
+    pruner_settings: Mapping[str, Any],
+    batch_size: int,
+    compute_dtype: torch.dtype,
+    norm_tokens: int = 1,
+) -> DenseCalibration:
+    """Return the result of `calibrate_dense` for all linears, from the cache if it has the result.
+
+    The target depends only on model and text, so jobs with another pruner find it in the cache.
+    `pruner_settings` are the settings of the pruner.
+    """
+
+    @cache  # one pass gives factors and target
+    def calibrated() -> DenseCalibration:
+        groups, how = channel_groups(loaded.model), (batch_size, compute_dtype, norm_tokens)
+        return calibrate_dense(loaded.model, groups, tokens, pruner, *how)
+
+    kept = partial(_kept, loaded, tokens, batch_size, compute_dtype)
+    # A third-party pruner is not cached, because the key has only the version of this package.
+    if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
+        packed = kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
+        factors = unpacked_factors(packed)
+    else:
+        factors = calibrated().factors
+    target = kept("target", {}, lambda: {"target": calibrated().target})["target"]
+    return DenseCalibration(factors, target)
+
+
+def shared_target(
+    loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
+) -> Tensor:
+    """Return the target of learning for more tokens, from the cache if it has the target."""
+    return _kept(
+        loaded,
+        tokens,
+        batch_size,
+        compute_dtype,
+        "target",
+        {},
+        lambda: {"target": last_states(loaded.model, tokens, batch_size, compute_dtype)},
+    )["target"]
+
+
+def _kept(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    batch_size: int,
+    compute_dtype: torch.dtype,
+    kind: str,
+    more: Mapping[str, Any],
+    compute: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Return tensors by name that depend on model, text and `more`, from the cache if possible.
+
+    Results of a model without an identity are not cached.
+    """
+    if not loaded.identity:
+        return compute()
+    identity = {
+        "model": loaded.identity,
+        "tokens": tensor_digest(tokens),
+        "batch_size": batch_size,
+        "compute_dtype": str(compute_dtype),
+        "device": loaded.model.device.type,
+    }
+    return cached(kind, identity | dict(more), compute)
+
+
+def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
+    """Return factors by module path as tensors by name, without loss."""
+    packed: dict[str, Tensor] = {}
+    for path, one in factors.items():
+        parts = {"power": torch.tensor(one.power), "column": one.column, "row": one.row}
+        packed |= {f"{path}/{name}": part for name, part in parts.items() if part is not None}
+    return packed
+
+
+def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
+    """Return the factors out of the result of `packed_factors`."""
+    paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
+    return {
+        path: SaliencyFactors(
+            int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row")
+        )
+        for path in paths
+    }
+
+
+def member_factors(
+    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
+) -> dict[str, SaliencyFactors]:
+    """Return the saliency factors of the linears of a group, by path.
+
+    Raises:
+        ConfigError: the pruner does not return valid factors.
+        TrainingError: the factors are not finite, perhaps because a float16 model overflows.
+    """
+    found = {}
+    for path in group.members:
+        weight = linear_at(model, path).weight
+        found[path] = _checked(pruner, path, weight, pruner.factors(weight, statistics))
+    return found
+
+
+def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
+    """Return the factors of a linear after a check; raise as `member_factors`."""
+    given = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
+    if not isinstance(factors, SaliencyFactors):
+        raise ConfigError(f"{given} are a {type(factors).__name__}; expected SaliencyFactors")
+    (rows, channels), column, row = weight.shape, factors.column, factors.row
+    terms = 1 if row is None else len(column)
+    fits = column.shape in ((terms, channels), (rows, channels))
+    if not fits or (row is not None and row.shape != (terms, rows)):
+        shapes = f"column {tuple(column.shape)}, row {row if row is None else tuple(row.shape)}"
+        raise ConfigError(
+            f"{given} are {shapes}; expected column (K, {channels}) and row (K, {rows}), or a "
+            f"score ({rows}, {channels}) and None"
+        )
+    for part in (column,) if row is None else (column, row):
+        if not all_finite(part):
+            raise TrainingError(
+                f"the saliency of {path} is not finite: are its inputs too large for "
+                f"{weight.dtype}, or its weights broken?"
+            )
+        if bool(part.amin() < 0):
+            raise ConfigError(f"{given} are negative; expected 0 or more")
+    return factors

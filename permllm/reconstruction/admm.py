@@ -1,0 +1,115 @@
+"""Least squares for kept weights by ADMM and conjugate gradients, as ALPS (arXiv 2406.07831)."""
+
+from functools import partial
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from permllm.errors import TrainingError
+from permllm.reconstruction.base import PrunedLinear, Reconstruction
+from permllm.settings.values import SETTINGS, Count, Positive
+from permllm.sparsity.statistics import Gram, InputStatistics
+
+# Penalty of ADMM for a Hessian with diagonal 1; the best for a few iterations before conjugate
+# gradients.
+_PENALTY = 0.3
+# An iteration of ADMM takes one matrix product and lowers the error fast at first. One of conjugate
+# gradients takes two products and converges.
+_ADMM_ITERATIONS = 4
+# Conjugate gradients stop if an iteration lowers the error by less than this share.
+_LEAST_GAIN = 1e-3
+
+
+@dataclass(frozen=True, config=SETTINGS)
+class ADMM(Reconstruction):
+    """Minimum of `||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`.
+
+    Channels are scaled so that the diagonal of `H = X^T X` is 1. Both ADMM and the preconditioner
+    of the conjugate gradients use `(H + penalty I)^-1`. No row ends with a larger error than the
+    pruned weights have at the start.
+    """
+
+    iterations: Count = 12
+    damping: Positive = 0.01
+    statistics = (Gram,)
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """Return the new weight. Raise TrainingError if the inputs are not finite."""
+        factors = partial(self._factors, pruned.statistics)
+        root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
+        dense, start = pruned.dense.float() * root, pruned.weight.float() * root
+        found = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations)
+        return torch.where(pruned.mask, found / root, 0.0).to(pruned.weight.dtype)
+
+    def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the root of the damped diagonal, the scaled Hessian, and ADMM's inverse."""
+        hessian = statistics[Gram].value / max(statistics.tokens, 1)
+        diagonal = hessian.diagonal().clone()
+        mean = diagonal.mean()
+        root = (diagonal + (self.damping * mean if mean > 0 else 1.0)).sqrt()
+        hessian.div_(root).div_(root[:, None]).fill_diagonal_(1.0)
+        factor, info = torch.linalg.cholesky_ex(hessian.clone().fill_diagonal_(1.0 + _PENALTY))
+        if info.any():
+            raise TrainingError("reconstruction=admm: the inputs of a linear are not finite")
+        return root, hessian, torch.cholesky_inverse(factor)
+
+
+def masked_least_squares(
+    dense: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, inverse: Tensor, iterations: int
+) -> Tensor:
+    """Return a `w` under the mask with a small error `(w - dense) hessian (w - dense)^T` a row.
+
+    Args:
+        dense: float `(C_out, C_in)`.
+        start: same shape, zero outside of the mask; no row ends with a larger error than it has.
+        mask: bool, same shape.
+        hessian: `(C_in, C_in)`, positive definite, with diagonal 1.
+        inverse: inverse of the Hessian plus ADMM's penalty on the diagonal.
+        iterations: largest number of conjugate gradient iterations.
+    """
+    mask = mask.to(dense.dtype)
+    target, before = dense @ hessian, start @ hessian
+    found = _admm(target, start, mask, inverse)
+    after = found @ hessian
+    worse = _error(start - dense, before - target) <= _error(found - dense, after - target)
+    found, product = torch.where(worse, start, found), torch.where(worse, before, after)
+    error = _error(found - dense, product - target).sum()
+    # Preconditioned conjugate gradients. Each row has its own step lengths, so that no step raises
+    # the error of a row.
+    residual = (target - product) * mask
+    conditioned = (residual @ inverse) * mask
+    direction, slope = conditioned, (residual * conditioned).sum(1, keepdim=True)
+    for _ in range(iterations):
+        curved = (direction @ hessian) * mask
+        length = _ratio(slope, (direction * curved).sum(1, keepdim=True))
+        found = found + length * direction
+        gain = (length * slope).sum()
+        error = error - gain
+        if gain <= _LEAST_GAIN * error:
+            break
+        residual = residual - length * curved
+        conditioned = (residual @ inverse) * mask
+        last, slope = slope, (residual * conditioned).sum(1, keepdim=True)
+        direction = conditioned + _ratio(slope, last) * direction
+    return found
+
+
+def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
+    """Return the weights after a few iterations of ridge solution, projection and scaled dual."""
+    kept, dual = start, torch.zeros_like(start)
+    for _ in range(_ADMM_ITERATIONS):
+        free = (target + _PENALTY * (kept - dual)) @ inverse
+        kept = (free + dual) * mask
+        dual = dual + free - kept
+    return kept
+
+
+def _error(difference: Tensor, product: Tensor) -> Tensor:
+    """Return the error of each row; `product` is `difference` times the Hessian."""
+    return (difference * product).sum(1, keepdim=True)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Return the ratio, or zero for a row that has converged."""
+    return torch.where(below > 0, above / below, 0.0)

@@ -1,0 +1,147 @@
+"""HTML page of runs that needs no network: quality over minutes, and the table."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import itables
+import pandas as pd
+import plotly.express as px
+from itables.javascript import generate_init_offline_itables_html
+from plotly.offline import get_plotlyjs
+
+from permllm.report.compare import Comparison
+from permllm.report.measures import number
+from permllm.report.plots import MINUTES, dense_lines, drawn_measure, points, undrawn
+from permllm.report.render import cells, sources
+from permllm.report.table import Table
+
+_FRAME = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'unsafe-inline' 'unsafe-eval' data: blob:">
+<title>PermLLM: {runs} runs</title><link rel="icon" href="data:,">
+<style>
+body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
+#table_wrapper {{ overflow-x: auto }}
+</style>
+<script>{plotly}</script></head><body>
+<h1>PermLLM: pruned models side by side</h1>
+<p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p>
+<ul>{notes}</ul>
+<h2>Quality over minutes</h2><p>Bars are the ± of the table.</p>{quality}
+<h2>Table</h2>{itables}{table}
+</body></html>
+"""
+# Cells such as "56.16% ± 2.00%" are sorted by their first number. Cells without one come last.
+_BY_NUMBER = """function (data, type) {
+  return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
+
+
+def page(
+    table: Table,
+    notes: list[str],
+    paper: Comparison | None = None,
+    measure: str | None = None,
+) -> str:
+    """Return the HTML of the page. Its security policy forbids it to load anything.
+
+    Args:
+        table: table of the runs.
+        notes: lines for the reader, in addition to those of the table.
+        paper: as in `cells`.
+        measure: measure to draw over minutes; None: the main measure.
+
+    Raises:
+        ConfigError: no row has the measure.
+    """
+    frame, drawn = cells(table, paper), drawn_measure(table, measure)
+    every = [*notes, *table.notes, paper.note if paper else "", *sources(frame)]
+    every += undrawn(table, drawn)
+    bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
+    return _FRAME.format(
+        runs=len(table.runs),
+        rows=len(table.rows),
+        plotly=get_plotlyjs(),
+        notes="".join(f"<li>{escape(note)}</li>" for note in every if note),
+        quality=_quality(table, drawn),
+        itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
+        table=_table(frame, len(table.settings)),
+    )
+
+
+def _table(frame: pd.DataFrame, words: int) -> str:
+    """Return the HTML of a frame, whose first columns, `words` of them, are no numbers."""
+    numbers: Any = {
+        "targets": [*range(words, frame.shape[1])],
+        "render": itables.JavascriptFunction(_BY_NUMBER),
+        "type": "num",
+    }
+    return str(
+        itables.to_html_datatable(
+            frame,
+            connected=False,
+            table_id="table",
+            paging=False,
+            showIndex=False,
+            order=[],
+            maxBytes=0,
+            # With its default layout itables hides the search box of a table with ten rows or less.
+            layout={"topStart": "search", "topEnd": None, "bottomStart": None, "bottomEnd": None},
+            columnDefs=[numbers],
+        )
+    )
+
+
+def _quality(table: Table, measure: str) -> str:
+    """Return the HTML of quality over minutes, with a point for each row; empty without points."""
+    found = points(table, measure)
+    if found.empty:
+        return ""
+    found["method"] = found["method"].map(escape)
+    found["text"] = [
+        f"{escape(one.name)}<br>{table.shown(row, measure)}<br>{one.minutes:.1f} min, "
+        f"{one.memory / 1e9:.2f} GB at the peak"
+        for row, one in zip(found.index, found.itertuples(index=False), strict=True)
+    ]
+    figure = px.scatter(
+        found,
+        x="minutes",
+        y="value",
+        error_y="error",
+        color="method",
+        hover_name="text",
+        size="memory",
+        log_x=True,
+        height=520,
+        template="plotly_white",
+    )
+    figure.update_traces(hovertemplate="%{hovertext}<extra></extra>")
+    front = found[found["front"]].sort_values("minutes")
+    figure.add_scatter(
+        x=front["minutes"],
+        y=front["value"],
+        mode="lines",
+        line={"shape": "hv", "dash": "dot", "color": "grey"},
+        name="Pareto front",
+        hoverinfo="skip",
+    )
+    kind = table.kinds[measure]
+    for label, value in dense_lines(table, measure, found.index).items():
+        figure.add_hline(
+            value,
+            line={"dash": "dash", "width": 1, "color": "grey"},
+            annotation={"text": escape(f"{label}: {number(value, kind)}"), "showarrow": False},
+        )
+    form = ".0%" if kind in ("accuracy", "share") else ""
+    figure.update_yaxes(title_text=escape(table.heading(measure)), tickformat=form)
+    figure.update_xaxes(title_text=MINUTES)
+    return str(
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            config={"displaylogo": False},
+            div_id="quality",
+        )
+    )

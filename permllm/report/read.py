@@ -1,0 +1,282 @@
+"""Reader of finished runs, in folders and in files of records, which have a run in each line."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from permllm.errors import ConfigError, DataError, first_line
+from permllm.report.measures import Key, Measure, measured, method_of, plain, pruning_minutes
+from permllm.settings.config import flatten
+from permllm.settings.identity import identity_of
+from permllm.store.files import (
+    CONFIG,
+    ENVIRONMENT,
+    EVALUATIONS,
+    HISTORY,
+    LINES,
+    METRICS,
+    RECORDS,
+    SCHEMA_VERSION,
+    read_json,
+    read_lines,
+    read_yaml,
+    write_text,
+)
+
+# Settings of a run that change no number.
+_NO_SETTING = ("name", "save_weights")
+# Settings and metrics that tables and pictures read of every run.
+_READ = (
+    *("config.model.name", "config.sparsity", "config.pruner.name", "config.permutation.name"),
+    *("config.seed", "metrics.name", "metrics.peak_memory_bytes"),
+)
+# Beginning of an override that names a folder of the machine.
+_FOLDER = r"[\w.]*_?dir="
+# Errors that a record with a missing or wrong value causes.
+LACKS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@dataclass
+class Run:
+    """Finished run.
+
+    Attributes:
+        directory: run directory; in a file of records the file and the name of the run.
+        config: resolved settings.
+        metrics: content of `metrics.json`.
+        evaluations: all evaluations of the run, that of `metrics.json` first.
+        environment: content of `environment.json`; empty: there is no such file.
+        history: one entry for each epoch of learning.
+        identity: settings that determine the pruned model, as one level.
+        methods: text of the methods (`method_of`).
+        minutes: those of `pruning_minutes`.
+        sparse: measures of the pruned model.
+        dense: measures of the dense model.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    environment: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    identity: dict[str, Any] = field(init=False)
+    methods: str = field(init=False)
+    minutes: float = field(init=False)
+    sparse: dict[Key, Measure] = field(init=False)
+    dense: dict[Key, Measure] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the run and compute all that tables read of it.
+
+        Raises DataError if the run is not finished or has another version, and one of `LACKS` if a
+        value is missing or wrong, so that no table has to check a run again.
+        """
+        config, metrics = self.config, self.metrics
+        if (version := metrics["schema_version"]) != SCHEMA_VERSION:
+            raise DataError(f"schema_version={version}: expected {SCHEMA_VERSION}")
+        if (status := metrics["status"]) != "finished":
+            raise DataError(f"not finished ({status}); the same command continues it")
+        present = flatten({"config": config, "metrics": metrics})
+        for name in _READ:
+            if name not in present:
+                raise KeyError(name)
+        flat = flatten(identity_of(config))
+        self.identity = {key: value for key, value in flat.items() if key not in _NO_SETTING}
+        self.methods = method_of(config)
+        self.minutes = pruning_minutes(metrics["seconds"])
+        model = str(config["model"]["name"])
+        self.sparse = measured(metrics, self.evaluations, model, "sparse")
+        self.dense = measured(metrics, self.evaluations, model, "dense")
+
+    def key(self, *spared: str) -> str:
+        """Return a text that is equal for runs with the same identity but for `spared` settings."""
+        kept = {key: value for key, value in self.identity.items() if key not in spared}
+        return json.dumps(kept, sort_keys=True, default=str)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the identity but the seed, by the names of the command line."""
+        found = {}
+        for key, value in self.identity.items():
+            name = plain(key.removesuffix(".name"))
+            if key != "seed":
+                found[name] = value
+            if key.startswith("inputs.") and value:
+                found[f"{name.removeprefix('inputs.')} (digest)"] = value[:8]
+        return found
+
+
+@dataclass
+class Collection:
+    """Runs that a reader has found.
+
+    Attributes:
+        runs: finished runs, one for each identity.
+        notes: a line for each run that is left out.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _keys: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, run: Run) -> None:
+        """Add a run, unless there is one with the same settings."""
+        there = self._keys.setdefault(run.key(), run.directory)
+        if there is run.directory:
+            self.runs.append(run)
+        else:
+            self.notes.append(
+                f"{run.directory} has the same settings as {there}: not counted again"
+            )
+
+
+def collect(places: Iterable[Path], apart: bool = False) -> Collection:
+    """Return every finished run in folders and in files of records, sorted by path.
+
+    The folder of a sweep gives the runs of its jobs. In folders only files of records with the name
+    `records.jsonl` are read.
+
+    Args:
+        places: folders and files.
+        apart: True: also return runs with the identity of another run.
+
+    Raises:
+        ConfigError: a place does not exist, or no place has a finished run.
+    """
+    from permllm.store.sweep import kept  # imports Hydra
+
+    places, found = list(places), Collection()
+    for place in places:
+        if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
+            raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
+    folders = [place for place in places if place.is_dir()]
+    for job in [job for place in folders for job in kept(place)]:
+        if job.directory and Path(job.directory).is_dir():
+            folders.append(Path(job.directory))
+        else:
+            reason = job.reason or f"its directory {job.directory or ''} is gone"
+            what = "failed" if job.outcome == "failed" else "skipped"
+            found.notes.append(f"{what} {' '.join(job.overrides)}: {reason}")
+    files = {place for place in places if place.is_file()}
+    for folder in folders:
+        files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
+    if not files and not found.notes:
+        raise ConfigError(_nothing_below(places))
+    for where, read in (place for file in sorted(files) for place in _places(file)):
+        try:
+            run = read()
+        except DataError as error:
+            found.notes.append(f"skipped {where}: {error}")
+        except LACKS as error:
+            found.notes.append(f"skipped {where}: {lacking(error)}")
+        else:
+            if apart:
+                found.runs.append(run)
+            else:
+                found.add(run)
+    if not found.runs:
+        raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
+    return found
+
+
+def _nothing_below(places: list[Path]) -> str:
+    """Return the message for places without a run, with the folders and files to name instead."""
+    sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
+    kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
+    below = ", ".join(map(str, places))
+    if others := (sweeps | kept) - {*places}:
+        there = ", ".join(map(str, sorted(others)))
+        return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
+    return f"no runs below {below}: expected directories with a {METRICS}"
+
+
+def _places(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
+    """Yield the place of each run of a file, and the function that reads it.
+
+    Args:
+        file: `metrics.json` of a run directory, or a file of records, whose blank lines are no
+            records.
+    """
+    if file.name == METRICS:
+        yield file.parent, partial(_of_directory, file.parent)
+        return
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if line.strip():
+            yield Path(f"{file}, line {number}"), partial(_of_line, file, line)
+
+
+def lacking(error: Exception) -> str:
+    """Return the message for an error of `LACKS`."""
+    missing = " is missing" if isinstance(error, KeyError) else ""
+    return f"not as a run leaves it: {first_line(error)}{missing}"
+
+
+def _of_directory(directory: Path) -> Run:
+    metrics, config = read_json(directory / METRICS), read_yaml(directory / CONFIG)
+    if "inputs" not in config:
+        raise DataError(f"{CONFIG} was cut short: it ends before `inputs`, the last of its keys")
+    shown = metrics.get("evaluation_hash")
+    evaluations = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
+    evaluations.sort(key=lambda one: one["evaluation_hash"] != shown)
+    environment = read_json(directory / ENVIRONMENT) if (directory / ENVIRONMENT).exists() else {}
+    history = read_lines(directory / HISTORY)
+    return Run(directory, config, metrics, evaluations, environment, history)
+
+
+def _of_line(file: Path, text: bytes) -> Run:
+    line = json.loads(text)
+    return Run(
+        file / line["run"],
+        line["config"],
+        line["metrics"],
+        line.get("evaluations", []),
+        dict(line.get("environment", {})),
+        [dict(entry) for entry in line.get("history", [])],
+    )
+
+
+def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
+    """Write runs to a file of records, without paths of the machine, and return their names.
+
+    A record has the values that tables need, without weights, permutations and masks. The file is
+    replaced.
+
+    Raises:
+        ConfigError: the file has another suffix, a run is not finished or not readable, two runs
+            have the same name, or there is no run.
+    """
+    found = collect(places, apart=True)
+    names = [run.directory.absolute().name for run in found.runs]  # Path(".").name is empty
+    (name, count), *_ = Counter(names).most_common(1)
+    wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
+    wrong += found.notes
+    wrong += [f"{count} of the runs have the name {name}"] * (count > 1)
+    if wrong:
+        raise ConfigError(f"--jsonl {file}: {wrong[0]}")
+    lines = dict(sorted(zip(names, map(_line, found.runs), strict=True)))
+    write_text(
+        file, "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
+    )
+    return [*lines]
+
+
+def _line(run: Run) -> dict[str, Any]:
+    """Return the values of a record but its name."""
+    of_machine = ("runs_dir", "run_dir", "paths")
+    config = {key: value for key, value in run.config.items() if key not in of_machine}
+    environment = dict(run.environment)
+    if "command" in environment:
+        words = environment["command"].split()
+        environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
+    optional = {"environment": environment, "history": run.history}
+    return {
+        "config": config,
+        "metrics": run.metrics,
+        "evaluations": run.evaluations,
+        **{key: value for key, value in optional.items() if value},
+    }

@@ -1,0 +1,187 @@
+"""Page or picture of many runs, or a table of the paper from the runs in W&B.
+
+permllm report runs --to report.html
+permllm report experiments/table1 --to result.png
+permllm report runs --curves curves.png
+permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
+permllm report --wandb permllm --table table6
+permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
+
+The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
+network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
+sets the format. --curves draws losses of learning; --masks draws the mask of one linear for each
+row.
+
+The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
+plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from permllm.command import Answer
+from permllm.errors import ConfigError, DataError
+from permllm.report.compare import TABLES
+from permllm.report.read import LACKS, Collection, Run
+from permllm.report.render import beside, cells, markdown, records
+from permllm.report.results_command import BASELINE, PAPER, PLACES, found_in, note
+from permllm.report.table import Table
+from permllm.settings.identity import evaluation_of
+from permllm.store.files import write_text
+
+# W&B writes numbers that JSON does not have as words.
+_WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add, written = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("places", nargs="*", type=Path, metavar="DIR", help=PLACES)
+    for option, what in {
+        "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
+        "--curves": "draw the losses of learning",
+        "--masks": "draw the mask of one linear for each row",
+    }.items():
+        written.add_argument(option, type=Path, metavar="FILE", help=what)
+    add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
+    add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
+    add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
+    add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
+    add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
+    add(
+        "--table",
+        choices=TABLES,
+        metavar="TABLE",
+        help="table of the paper for --wandb, such as table6",
+    )
+    add("--entity", help="user or team in W&B; default: yours")
+    add(
+        "--group",
+        action="append",
+        metavar="SWEEP",
+        help="sweep of the runs in W&B, * fits anything; can be repeated; default: the table's",
+    )
+    add("--publish", action="store_true", help="make a W&B report of the table")
+
+
+def work(options: argparse.Namespace) -> Answer:
+    """Write a file and return its path, or return a table from W&B."""
+    file = options.to or options.curves or options.masks
+    if options.wandb and options.table and not options.places and not file:
+        return _of_wandb(options)
+    if options.wandb or not options.places or not file:
+        raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
+    found = found_in(options.places)
+    table = Table(found.runs, options.baseline)
+    # The libraries for drawing take seconds to import.
+    if file == options.to and file.suffix == ".html":
+        from permllm.report.page import page
+        from permllm.report.plots import drawn_measure, undrawn
+
+        note(undrawn(table, drawn_measure(table, options.measure)))
+        paper = beside(options.paper, table)
+        write_text(file, page(table, found.notes, paper, options.measure))
+    else:
+        from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
+
+        note(table.notes)
+        if options.to:
+            note(undrawn(table, drawn_measure(table, options.measure)))
+            plot_cost(table, file, options.measure)
+        elif options.curves:
+            plot_curves(table, file)
+        else:
+            plot_masks(table, file, options.linear)
+    runs, size = len(table.runs), file.stat().st_size
+    answer = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
+    return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
+
+
+def _of_wandb(options: argparse.Namespace) -> Answer:
+    """Return the table of a project's runs, and the address of its W&B report."""
+    groups = options.group or [options.table, f"{options.table}-*"]
+    with _asking(f"W&B does not give the runs of {options.wandb}"):
+        import wandb
+
+        api = wandb.Api()
+        entity = options.entity or api.default_entity
+        project = f"{entity}/{options.wandb}" if entity else options.wandb
+        logged = list(api.runs(project, order="-created_at"))
+    found = Collection()
+    # The newest run comes first, and counts if the same run was done again with force=true.
+    for one in logged:
+        if any(fnmatchcase(one.group or "", pattern) for pattern in groups):
+            try:
+                found.add(as_run(one))
+            except (DataError, *LACKS) as error:  # perhaps a run of another program
+                found.notes.append(f"skipped {one.name} ({one.id}): {error}")
+    note(found.notes)
+    if not found.runs:
+        there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
+        raise ConfigError(
+            f"--group {' or '.join(groups)}: no finished run; groups are {there}, or * for all"
+        )
+    table = Table(found.runs)
+    paper = beside(options.table, table)
+    text = markdown(cells(table, paper))
+    url = _published(table, text, options, entity) if options.publish else None
+    note([paper.note] if paper and paper.note else [])
+    shown = text if url is None else f"{text}{url}\n"
+    return Answer({"rows": records(table, paper), "url": url}, lambda: print(shown, end=""))
+
+
+@contextmanager
+def _asking(failure: str) -> Iterator[None]:
+    """Raise DataError for an error of W&B."""
+    try:
+        yield
+    except Exception as error:  # some classes of W&B's errors are not public
+        raise DataError(f"{failure}: {error}") from error
+
+
+def as_run(logged: Any) -> Run:
+    """Convert a run of `wandb.Api`.
+
+    Raises DataError if it is not finished or not a run of this package.
+    """
+    if logged.state != "finished":
+        raise DataError(f"not finished ({logged.state})")
+    metrics: dict[str, Any] = {}
+    for name, value in dict(logged.summary_metrics).items():
+        place: Any = metrics
+        *folders, key = name.split("/")
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
+    missing = {"n": None, "num_fewshot": None, "split": None}  # W&B does not keep None
+    for tasks in metrics.get("tasks", {}).values():
+        for task, values in tasks.items():
+            tasks[task] = {"metrics": {}, "stderr": {}} | missing | values
+    config = {key: value for key, value in logged.config.items() if not key.startswith("_")}
+    directory = Path(config.pop("run_directory"))
+    del config["config_hash"]
+    metrics["evaluation"] = evaluation_of(config)
+    return Run(directory, config, metrics, [metrics], {"wandb_id": logged.id})
+
+
+def _published(table: Table, text: str, options: argparse.Namespace, entity: str | None) -> str:
+    """Save a W&B report with the table and a plot over minutes, and return its address."""
+    if not entity:
+        raise ConfigError("--publish needs --entity, because this W&B key has no default entity")
+    try:
+        wr = import_module("wandb_workspaces.reports.v2")
+        expr = import_module("wandb_workspaces.expr")
+    except ImportError as error:
+        raise ConfigError("--publish needs: pip install -e '.[wandb-report]'") from error
+    project, title = {"entity": entity, "project": options.wandb}, f"PermLLM, {options.table}"
+    ids = [run.environment["wandb_id"] for run in table.runs]
+    runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
+    plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
+    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[plot])]
+    with _asking("the report cannot be saved"):
+        return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

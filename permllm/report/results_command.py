@@ -1,0 +1,84 @@
+"""Table of runs, with a column for each setting that varies, and means over seeds.
+
+permllm results runs --baseline permutation=none
+permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
+
+With --jsonl the runs are written to a file of records instead, one run in each line. Commands read
+such a file like the run directories.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from permllm.command import Answer
+from permllm.report.compare import TABLES, differences
+from permllm.report.read import Collection, collect, keep_runs
+from permllm.report.render import FORMATS, as_text, beside, cells, compared, records, sources
+from permllm.report.table import Table
+
+PLACES = "run directories, folders with run directories, or files of records"
+BASELINE = "compare with the row that has these settings"
+PAPER = "show the paper's numbers beside ours, such as table6"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add, settings = parser.add_argument, "NAME=VALUE,..."
+    add("places", nargs="+", type=Path, metavar="DIR", help=PLACES)
+    add("--format", choices=(*FORMATS, "json"), default="md", help="json is the same as --json")
+    add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
+    add("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
+    add("--baseline", metavar=settings, help=BASELINE)
+    add("--paper", choices=TABLES, metavar="TABLE", help=PAPER)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=settings,
+        help="show only the differences of two rows, with bootstrap intervals",
+    )
+    instead.add_argument(
+        "--jsonl", type=Path, metavar="FILE.jsonl", help="write the runs to this file; no table"
+    )
+
+
+def work(options: argparse.Namespace) -> Answer:
+    """Return the table or the comparison of two rows, or write a file of records."""
+    if options.jsonl:
+        names = keep_runs(options.places, options.jsonl)
+        answer = {"file": str(options.jsonl), "runs": names}
+        return Answer(answer, lambda: print(f"{options.jsonl}: {len(names)} runs"))
+    options.json = options.json or options.format == "json"
+    table = Table(found_in(options.places).runs, options.baseline)
+    paper = beside(options.paper, table)
+    table.show(options.columns, options.measures)
+    note([*table.notes, *([paper.note] if paper and paper.note else [])])
+    if options.compare:
+        found = differences(table, *[table.find(text, "--compare") for text in options.compare])
+        return Answer(found, lambda: _show(compared(found, options.compare), options.format, 1))
+    # Intervals take seconds, so that only one of the two forms is computed.
+    lines = records(table, paper) if options.json else []
+    words = len(table.settings)
+    return Answer(lines, lambda: _show(cells(table, paper), options.format, words))
+
+
+def _show(frame: pd.DataFrame, format: str, words: int) -> None:
+    """Print a frame as `as_text` makes it, and the sources of its uncertainties on stderr."""
+    print(as_text(frame, format, words), end="")
+    note(sources(frame))
+
+
+def found_in(places: list[Path]) -> Collection:
+    """Return the runs in some places, and print notes on stderr. Errors as `collect`."""
+    found = collect(places)
+    note(found.notes)
+    return found
+
+
+def note(lines: list[str]) -> None:
+    """Print notes on stderr."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr)

@@ -1,1 +1,0 @@
-"""The run directory, the cache, loggers, sweeps; tables and pictures of many runs."""

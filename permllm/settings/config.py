@@ -1,0 +1,361 @@
+"""Typed settings of a run, and the hash of the run.
+
+`conf/config.yaml` explains each setting and has its default. The groups `pruner`, `permutation`,
+`temperature`, `mask` and `reconstruction` stay mappings. Each names a class (`_target_`); its other
+keys are the arguments of that class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from permllm.errors import ConfigError, first_line
+from permllm.settings.identity import (
+    digest_of,
+    evaluation_of,
+    identity_of,
+    input_digest,
+    is_task_file,
+    task_digest,
+)
+from permllm.settings.values import (
+    SETTINGS,
+    Arguments,
+    ByName,
+    Count,
+    Length,
+    Names,
+    Positive,
+    Texts,
+    Whole,
+    validated,
+)
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Placement = Literal["device", "sharded", "host", "disk"]
+PLACEMENTS = get_args(Placement)  # the fastest first
+# Models of the package index; the first is the default.
+WheelModel = Literal["smollm2-135m", "gemma3-270m"]
+WHEEL_MODELS = get_args(WheelModel)
+
+
+@dataclasses.dataclass(frozen=True)
+class NMPattern:
+    """N:M pattern: `n` of every `m` consecutive weights along the input channels are kept."""
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
+        """Parse `"N:M"`. Raises ConfigError, which names the setting `key`, for other values."""
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
+        if match is None or not 0 < int(match[1]) < int(match[2]):
+            raise ConfigError(
+                f"{key}={text!r}: expected N:M as a string with 0 < N < M, such as '2:4' or '4:8'"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
+    """Raise ConfigError unless M divides `channels`, the number of input channels of `where`."""
+    if channels % pattern.m:
+        raise ConfigError(
+            f"{pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}"
+        )
+
+
+def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Return nested values as one level, with joined keys and without empty mappings."""
+    flat: dict[str, Any] = {}
+    for key, part in values.items():
+        if isinstance(part, Mapping):
+            flat |= flatten(part, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = part
+    return flat
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None in nested values."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(config=SETTINGS)
+class ModelConfig:
+    """Group `model`."""
+
+    name: str
+    source: Literal["wheel", "hub", "local", "random"]
+    hub_name: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    wheel: WheelModel | None = None
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    placement: Placement | Literal["auto"] = "auto"
+    architecture: Arguments = dataclasses.field(default_factory=dict)
+    bos: bool = False
+    accept_terms: bool = False
+    terms: str | None = None
+    licence: str | None = None
+    base_model: str | None = None
+    notice: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.source == "hub" and not self.hub_name:
+            raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository on the hub")
+        if self.source == "local" and not self.path:
+            raise ConfigError("model=local needs model.path=DIR, a folder with a checkpoint")
+        if self.placement == "disk" and self.source == "random":
+            raise ConfigError(
+                f"model.placement=disk: model={self.name} is random and has no files; use host"
+            )
+
+
+@dataclass(config=SETTINGS)
+class CalibrationConfig:
+    """Group `calibration`."""
+
+    dataset: str
+    data_files: str | None = None
+    samples: Count = 128
+    seqlen: Length = 1024
+    batch_size: Count = 8
+    statistics: Literal["dense", "sequential"] = "dense"
+    sampling: Literal["disjoint", "documents", "overlapping"] = "disjoint"
+
+
+@dataclass(config=SETTINGS)
+class PerplexityConfig:
+    """Settings `evaluation.perplexity`."""
+
+    dataset: Texts
+    seqlen: Length
+    data_files: str | None = None
+    limit: Count | None = None
+    batch_tokens: Count = 2048
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the texts of `dataset`."""
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset or []
+
+
+@dataclass(config=SETTINGS)
+class TaskConfig:
+    """Settings of one task, `evaluation.tasks.NAME`."""
+
+    num_fewshot: Whole | None = None
+    limit: Count | None = None
+
+
+@dataclass(config=SETTINGS)
+class LMEvalConfig:
+    """Settings of all tasks, `evaluation.lm_eval`."""
+
+    limit: Count | None = None
+    batch_size: Count = 8
+    source: Literal["hub", "wheel"] = "hub"
+    add_bos_token: bool | None = None
+
+
+def _tasks(given: Any) -> Any:
+    """Return the settings of tasks by name; `given` may be names, also in one string."""
+    if isinstance(given, str):
+        given = [name.strip() for name in given.split(",") if name.strip()]
+    if given is None or isinstance(given, list):
+        return {name: TaskConfig() for name in given or []}
+    if not isinstance(given, dict):
+        raise ValueError("expected names, or {NAME: {num_fewshot: 5, limit: 100}}")
+    return {name: TaskConfig() if task is None else task for name, task in given.items()}
+
+
+@dataclass(config=SETTINGS)
+class EvaluationConfig:
+    """Group `evaluation`."""
+
+    perplexity: PerplexityConfig
+    tasks: Annotated[dict[str, TaskConfig], BeforeValidator(_tasks)] = dataclasses.field(
+        default_factory=dict
+    )
+    lm_eval: LMEvalConfig = dataclasses.field(default_factory=LMEvalConfig)
+    weights: Literal["fp8"] | None = None
+
+
+@dataclass(config=SETTINGS)
+class LoggerConfig:
+    """Group `logger`."""
+
+    name: Literal["auto", "wandb", "mlflow", "tensorboard", "none"]
+    project: str = "permllm"
+    group: str | None = None
+
+
+@dataclass(config=SETTINGS)
+class ExportConfig:
+    """Group `export`."""
+
+    form: Literal["none", "simulate", "folded", "gathered"] = "none"
+    dtype: Dtype | None = None
+    shard_gb: Positive = 5.0
+    serve: Literal["vllm"] | None = None
+
+
+@dataclass(config=SETTINGS)
+class PathsConfig:
+    """Folders, `paths`."""
+
+    runs_dir: str = "runs"
+    cache_dir: str | None = None
+    wandb_dir: str | None = None
+
+
+@dataclass(config=SETTINGS)
+class RunConfig:
+    """Settings of one job: one model, one method, one run directory."""
+
+    name: str
+    model: ModelConfig
+    calibration: CalibrationConfig
+    evaluation: EvaluationConfig
+    logger: LoggerConfig
+    pruner: dict[str, Any]
+    permutation: dict[str, Any]
+    temperature: dict[str, Any]
+    mask: dict[str, Any]
+    reconstruction: dict[str, Any]
+    sparsity: str
+    keep_dense: Names
+    sparsity_of: ByName
+    block_size: Count
+    compute_dtype: Literal["auto", "float32", "bfloat16"]
+    seed: Annotated[Whole, Field(le=2**32 - 1)]  # numpy accepts no larger seed
+    runs_dir: str
+    run_dir: str | None
+    force: bool
+    deterministic: bool
+    plan: bool
+    save_weights: bool
+    export: ExportConfig
+    protocol: str | None
+    method: str | None
+    budget: dict[str, int | None]
+    paths: PathsConfig
+    plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
+    inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _ = self.patterns  # raises ConfigError if a pattern is not valid
+        if self.plan_on and not self.plan:
+            raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
+        if "/" in self.name:
+            raise ConfigError(f"name={self.name!r} names a directory: expected no slash")
+        if self.model.terms and not self.model.accept_terms and not self.plan:
+            raise ConfigError(
+                f"model={self.model.name} has terms that you must accept: read "
+                f"{self.model.terms}, and give model.accept_terms=true if you accept them"
+            )
+
+    @property
+    def pattern(self) -> NMPattern:
+        """Pattern of `sparsity`."""
+        return NMPattern.parse(self.sparsity)
+
+    @property
+    def patterns(self) -> list[NMPattern]:
+        """Distinct patterns of `sparsity` and `sparsity_of`, that of `sparsity` first."""
+        others = (
+            NMPattern.parse(text, f"sparsity_of.{name}") for name, text in self.sparsity_of.items()
+        )
+        return list(dict.fromkeys([self.pattern, *others]))
+
+    @property
+    def further(self) -> int:
+        """Number of windows after the first `calibration.samples` that methods learn from."""
+        first = last = self.calibration.samples
+        for one in (self.permutation, self.mask, self.reconstruction):
+            last = max(last, windows_learned_from(one.get("samples"), one.get("skip"), first).stop)
+        return last - first
+
+    @cached_property  # because reading the files takes time
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values, with a digest of each file that they name (`inputs`)."""
+        files = {
+            "calibration.data_files": self.calibration.data_files,
+            "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,
+            "permutation.path": self.permutation.get("path"),
+            "model.path": self.model.path,
+        }
+        digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
+        digests |= {
+            f"evaluation.tasks.{name}": task_digest(Path(name))
+            for name in self.evaluation.tasks
+            if is_task_file(name)
+        }
+        return dataclasses.asdict(self) | {"inputs": digests}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Settings that determine the pruned model, as plain values."""
+        return identity_of(self.resolved)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hexadecimal digest of `identity`."""
+        return digest_of(self.identity)
+
+    @cached_property
+    def evaluation_identity(self) -> dict[str, Any]:
+        """Settings that determine how a model is evaluated, as plain values."""
+        return evaluation_of(self.resolved)
+
+
+def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Return the typed settings of settings that Hydra composed.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or its value is not valid.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
+        settings: Any = OmegaConf.create(plain)
+        budget = settings.get("budget") or {}
+        settings.budget = {
+            key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)
+        }
+        given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"
+        ) from error
+    return validated(RunConfig, given)
+
+
+def windows_learned_from(samples: int | None, skip: int | None, calibration: int) -> slice:
+    """Return the windows of the calibration text that a method learns from.
+
+    Args:
+        samples: number of windows to learn from; None: as many as for the statistics.
+        skip: number of windows before them; None: 0.
+        calibration: number of windows for the statistics, which are the first ones.
+    """
+    return slice(skip or 0, (skip or 0) + (samples or calibration))

@@ -1,0 +1,40 @@
+"""Split of an (M-2):M weight into overlapping 2:4 windows, for sparse tensor cores."""
+
+import torch
+from torch import Tensor
+
+from permllm.settings.config import NMPattern
+
+
+def window_count(pattern: NMPattern) -> int | None:
+    """Return the number of 2:4 windows in M channels, two channels apart; None: no split exists.
+
+    2:4 is one window, 6:8 are three. Each window has four channels, and 2:4 kernels multiply half
+    of them. So the product takes at least (M - 2) / M of the dense time.
+    """
+    return pattern.n // 2 if pattern.m % 2 == 0 and pattern.n == pattern.m - 2 else None
+
+
+def as_two_of_four(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+    """Split a weight into 2:4 windows, without rounding and with each value in one window.
+
+    A window takes the first two values that no earlier window has taken.
+
+    Args:
+        weight: `(C_out, C_in)`, N:M.
+        pattern: N:M, for which `window_count` is not None.
+
+    Returns:
+        The 2:4 weight `(C_out, 2 N C_in / M)`, and int64 `(2 N C_in / M,)`, the input channel of
+        each column.
+    """
+    blocks = weight.unflatten(1, (-1, pattern.m))
+    left, windows = blocks != 0, []
+    starts = range(0, pattern.m - 2, 2)
+    for window in (slice(start, start + 4) for start in starts):
+        taken = left[..., window] & (left[..., window].cumsum(-1) <= 2)
+        left[..., window] &= ~taken
+        windows.append(torch.where(taken, blocks[..., window], 0.0))
+    channels = torch.arange(weight.shape[1], device=weight.device).view(-1, pattern.m)
+    columns = torch.cat([channels[:, start : start + 4] for start in starts], dim=1)
+    return torch.cat(windows, dim=-1).flatten(1), columns.flatten()

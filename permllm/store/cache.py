@@ -1,0 +1,106 @@
+"""Cache of results that several jobs need.
+
+Jobs that run at the same time wait for the first one by a lock for each result. The cache directory
+can be deleted at any time; its results are then computed again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from permllm.errors import DataError
+from permllm.runtime import parallel
+from permllm.store.environment import git_commit, versions
+from permllm.store.files import read_json, write_json
+from permllm.store.tensors import load_tensors, save_tensors
+
+log = logging.getLogger(__name__)
+
+Values = TypeVar("Values", bound=Mapping[str, Any])
+
+_RESULTS = "results"
+# The folder of `paths.cache_dir`, if the job has one.
+_CHOSEN: list[str] = []
+
+
+def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
+    """Return the values of `compute` from the cache, or compute and keep them.
+
+    All ranks get the values of rank 0. If the package has uncommitted changes, nothing is read or
+    kept, because its commit does not determine the result.
+
+    Args:
+        kind: name of the kind of result.
+        key: plain values that determine the result, together with the versions of this package and
+            its libraries.
+        compute: returns tensors by name, on the CPU, or plain values by name.
+    """
+    commit = parallel.on_main(git_commit)
+    if commit is not None and commit["dirty"]:
+        return parallel.share(compute())
+    software = {"versions": versions(), "commit": commit}
+    text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
+    name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    with ExitStack() as held:
+
+        def kept() -> Values | None:
+            """Lock the result until it is written, and read it; None: it is not in the cache."""
+            file = cache_directory() / _RESULTS / name
+            file.parent.mkdir(exist_ok=True)
+            held.enter_context(FileLock(file.with_suffix(".lock")))
+            return _read(file)
+
+        values = parallel.on_main(kept)
+        if values is None:
+            values = parallel.share(compute())
+            parallel.on_main(lambda: _write(cache_directory() / _RESULTS / name, values))
+        return values
+
+
+def _read(file: Path) -> Any:
+    """Return a result; None: there is none, or it cannot be read."""
+    try:
+        if (tensors := file.with_suffix(".safetensors")).exists():
+            return load_tensors(tensors)
+        if (values := file.with_suffix(".json")).exists():
+            return read_json(values)
+    except DataError as error:
+        log.warning("%s: computing it again", error)
+    return None
+
+
+def _write(file: Path, values: Mapping[str, Any]) -> None:
+    try:
+        if all(isinstance(value, Tensor) for value in values.values()):
+            save_tensors(file.with_suffix(".safetensors"), values)
+        else:
+            write_json(file.with_suffix(".json"), values)
+    except DataError as error:  # the job has its result although the disk is full
+        log.warning("not kept for other jobs: %s", error)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256 of a CPU tensor's values, shape and dtype."""
+    head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(head + tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def choose_cache(folder: str | None) -> None:
+    """Use a folder as the cache directory from now on; None: the one of the environment."""
+    _CHOSEN[:] = [folder] if folder else []
+
+
+def cache_directory() -> Path:
+    """Return the chosen folder, or `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
+    path = Path(*_CHOSEN or [os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))])
+    path.mkdir(parents=True, exist_ok=True)
+    return path

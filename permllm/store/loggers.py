@@ -1,0 +1,244 @@
+"""Loggers of a run's numbers: Weights & Biases, MLflow, TensorBoard, or none."""
+
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+from accelerate.tracking import MLflowTracker, TensorBoardTracker
+from filelock import FileLock
+
+from permllm.errors import ConfigError, first_line
+from permllm.settings.config import RunConfig, flatten
+from permllm.store import sweep
+from permllm.store.files import TENSORBOARD, WANDB_ID, write_text
+
+log = logging.getLogger(__name__)
+
+# Overrides that name the sweep, or do not concern the result.
+_NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
+# Groups of the settings whose methods may train, in the order in which they do.
+LEARNING = ("permutation", "mask", "reconstruction")
+_EPOCH = "epoch/"  # prefix of the measures of an epoch
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # limits of W&B
+_NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # characters that MLflow refuses
+# Without these MLflow sends data about its use, and waits minutes for a server that is down.
+_MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+class RunLogger:
+    """Logger of one run. This base class drops all numbers."""
+
+    def log(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Log one training step of a method as `GROUP/NAME`.
+
+        Args:
+            group: group of the method, one of `LEARNING`.
+            values: measures by name.
+            step: number of the step, from 0 over all methods, stages of layers and epochs.
+        """
+        self._send(f"{group}/", values, step)
+
+    def log_epoch(self, line: Mapping[str, Any], number: int) -> None:
+        """Log one line of `history.jsonl` as `epoch/GROUP/NAME`.
+
+        Args:
+            line: the group of the method, and measures; None is a value without measure.
+            number: number of the line, from 1.
+        """
+        measured = {key: value for key, value in line.items() if value is not None}
+        group = measured.pop("group")
+        self._send(f"{_EPOCH}{group}/", measured, number)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Log the final numbers, with slashes in their names."""
+        self._send("", values, None)
+
+    def close(self, failed: bool) -> None:
+        """End the run in the logger, as failed or finished."""
+
+    def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
+        """Log values with a prefix for their names; `number` is the step or the line."""
+
+
+NO_LOGGER = RunLogger()
+
+
+class _WandB(RunLogger):
+    """Run of Weights & Biases."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._step = -1
+        for axis in ("step", "epoch"):
+            run.define_metric(axis, hidden=True)
+        for group in LEARNING:
+            for prefix, axis in ((f"{group}/", "step"), (f"{_EPOCH}{group}/", "epoch")):
+                run.define_metric(f"{prefix}*", step_metric=axis)
+                run.define_metric(f"{prefix}loss", step_metric=axis, summary="min")
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+    def _send(self, prefix: str, values: Mapping[str, Any], number: Any) -> None:
+        if not prefix:
+            self._run.summary.update(dict(values))
+            return
+        # W&B numbers its rows. Steps have the even rows, and an epoch the row after its last step.
+        if prefix.startswith(_EPOCH):
+            axis = "epoch"
+            row = max(2 * self._step + 1, number)
+        else:
+            axis = "step"
+            self._step = number
+            row = 2 * number
+        # A resumed run repeats steps. Their rows are known to W&B, which warns about each of them.
+        if row >= self._run.starting_step:
+            named = {f"{prefix}{key}": value for key, value in values.items()}
+            self._run.log({axis: number} | named, step=row, commit=True)
+
+
+class _Tracked(RunLogger):
+    """Run of a tracker of accelerate. After the first failure it logs nothing."""
+
+    def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
+        self._tracker, self._end = tracker, end
+
+    def close(self, failed: bool) -> None:
+        with suppress(Exception):  # the server may be gone
+            self._end(failed)
+
+    def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
+        if self._tracker is None:
+            return
+        named = {_NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value for key, value in values.items()}
+        numbers = {key: value for key, value in named.items() if isinstance(value, int | float)}
+        try:
+            self._tracker.log(numbers, number)
+        except Exception as error:  # of a database, a connection, a disk
+            self._tracker = None
+            log.warning("the logger fails (%s): nothing more is logged", first_line(error))
+
+
+@contextmanager
+def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
+    """Open the logger of the group `logger`, and close it at the end, also if the run fails."""
+    openers: dict[str, Callable[[RunConfig, Path], RunLogger]] = {
+        "none": lambda config, directory: NO_LOGGER,
+        "mlflow": _open_mlflow,
+        "tensorboard": _open_tensorboard,
+    }
+    logger = openers.get(config.logger.name, _open_wandb)(config, directory)
+    failed = True
+    try:
+        yield logger
+        failed = False
+    finally:
+        logger.close(failed)
+
+
+def described(config: RunConfig, directory: Path) -> dict[str, Any]:
+    """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
+    words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
+    group = (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME]
+    methods = {"pruner": config.pruner, "permutation": config.permutation}
+    if "epochs" in config.mask:
+        methods["mask"] = config.mask
+    tags = {group: str(method.get("name")) for group, method in methods.items()}
+    evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
+    return {
+        "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
+        "group": group or None,
+        "job_type": "learn" if "epochs" in {**config.permutation, **config.mask} else "prune",
+        "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
+        "config": config.identity | evaluated,
+        "where": {"run_directory": str(directory), "config_hash": config.hash},
+    }
+
+
+def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
+    """Open a run of W&B in the mode of `WANDB_MODE`, or else online.
+
+    Without a key the run is offline. With `logger=auto` there is no run then.
+    """
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else None)
+    except (wandb.errors.Error, OSError):  # W&B cannot check the key
+        mode = "offline"
+    if config.logger.name == "auto" and mode in (None, "disabled"):
+        return NO_LOGGER
+    # All jobs of a sweep write to one folder, so that one `wandb sync` finds them.
+    home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
+    home.mkdir(parents=True, exist_ok=True)
+    # Offline, each attempt leaves a folder with the same id. `wandb sync` sends them as one run.
+    file = directory / WANDB_ID
+    if not file.is_file():
+        write_text(file, f"{config.hash}-{secrets.token_hex(4)}\n")
+    told = described(config, directory)
+    run: dict[str, Any] = {
+        **{key: told[key] for key in ("name", "group", "job_type")},
+        "id": file.read_text().strip(),
+        "resume": "allow",
+        "dir": str(home),
+        "project": config.logger.project,
+        "config": told["config"] | told["where"],
+        "tags": [tag[:_LONGEST_TAG] for tag in told["tags"].values()],
+        "settings": wandb.Settings(silent=True, console="off"),
+    }
+    try:
+        return _WandB(wandb.init(mode=mode or "offline", **run))  # type: ignore[arg-type]
+    except wandb.errors.Error as error:  # `wandb sync` can send the run later
+        log.warning("W&B cannot be reached (%s): this run is kept offline", first_line(error))
+        return _WandB(wandb.init(mode="offline", **run))
+
+
+def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
+    PartialState(cpu=True)  # accelerate's trackers ask it if this is rank 0
+    tracker = TensorBoardTracker(TENSORBOARD, logging_dir=directory)
+    try:
+        tracker.start()
+    except ImportError as error:
+        raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
+    tracker.log({"config": f"```\n{described(config, directory)['config']}\n```"})
+    return _Tracked(tracker, lambda failed: tracker.finish())
+
+
+def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
+    """Open a run of MLflow, in `runs_dir/mlflow.db` or at `MLFLOW_TRACKING_URI`."""
+    os.environ.update(_MLFLOW | dict(os.environ))
+    home, run = Path(config.runs_dir).resolve(), described(config, directory)
+    home.mkdir(parents=True, exist_ok=True)
+    tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
+    for part in ("mlflow", "alembic"):  # they print a line for each table that they make
+        logging.getLogger(part).setLevel(logging.WARNING)
+    try:
+        import mlflow
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        mlflow.set_tracking_uri(place)
+        PartialState(cpu=True)
+        # The folder stays empty. Without it MLflow makes one in the working directory.
+        artifacts, name = (home / "mlartifacts").as_uri(), run["name"]
+        tracker = MLflowTracker(config.logger.project, artifacts, tags=tags, run_name=name)
+        with FileLock(home / ".mlflow.db.lock"):  # two jobs must not make the tables in parallel
+            tracker.start()
+        settings = flatten(run["config"]).items()
+        tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in settings})
+    except ModuleNotFoundError as error:
+        raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
+    except Exception as error:  # of a database, a connection, MLflow
+        log.warning("MLflow cannot be reached (%s): nothing is logged", first_line(error))
+        return NO_LOGGER
+    return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))

@@ -1,0 +1,135 @@
+"""Minutes that `plan=true` prints, and the settings that it names where nothing fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from permllm import job
+from permllm.errors import ConfigError
+from permllm.planning.placement import FITS, placement_for, would_fit
+from permllm.planning.plan import print_plan
+from permllm.planning.speed import CARDS, speed_of
+from permllm.settings.config import read_config
+from tests.conftest import ROOT
+from tests.planning.test_footprint import planned
+from tests.settings.test_config import composed, config
+
+PLAN = ("plan=true", "plan_on=h100")
+QWEN = "model=qwen2.5-7b"
+WOULD = ["mask=lowrank", "method=order-folded"]
+
+
+def minutes(*words: str, place: str = "device") -> dict[str, float]:
+    of = planned(*words, *PLAN)
+    return of.minutes(place, speed_of("h100", of.device, {of.products, of.dtype, torch.float32}))
+
+
+def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.run(config(QWEN, *PLAN, f"runs_dir={tmp_path}/runs")) is None
+    said = capsys.readouterr().out
+    for part in ("3584", "18944", "7615616512", "device (chosen)"):
+        assert part in said
+    assert "permutations learn 28 layers at a time, 28 in all" in said
+    assert not (tmp_path / "runs").exists()
+
+
+FOLDABLE = [QWEN, "permutation.constraint=foldable"]
+EIGHT = "permutation.layers_per_stage=8"
+STAYS = "residual_stream stays at its start"
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "unsaid"),
+    [
+        (["model=tiny"], "host", "disk"),  # a random model has no files
+        ([QWEN, EIGHT], "permutations learn 8 layers at a time, 28 in all", "residual"),
+        (FOLDABLE, "residual_stream", STAYS),
+        ([*FOLDABLE, EIGHT], STAYS, "learn 28"),
+    ],
+)
+def test_the_plan_says_what_learns_together(
+    words: list[str], said: str, unsaid: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_plan(planned(*words, *PLAN))
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert unsaid not in printed
+
+
+def test_a_placement_that_does_not_fit_is_not_called_chosen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_host = planned("model=tiny", "plan=true", device="cpu")
+    print_plan(on_the_host)
+    assert "(chosen)" in capsys.readouterr().out
+    monkeypatch.setattr("permllm.planning.placement.available_host_memory", lambda: 1000)
+    print_plan(on_the_host)
+    printed = capsys.readouterr().out
+    assert "(chosen)" not in printed
+    assert "(does not fit)" in printed
+
+
+def test_a_card_is_for_a_plan_alone() -> None:
+    with pytest.raises(ConfigError, match="plan_on=h100"):
+        config("model=tiny", "plan_on=h100")
+    settings = composed("model=tiny", "plan=true", "plan_on=h100")
+    for settings.plan_on in CARDS:
+        assert read_config(settings).plan_on == settings.plan_on
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "expected"),
+    [
+        ([QWEN], "learn", 1.2),
+        ([QWEN], "tasks", 5.5),
+        ([QWEN, "permutation=heuristic"], "search", 1.75),
+        (["model=llama-2-7b", "protocol=paper"], "learn", 13.0),
+        (["model=llama-2-7b", "pruner=sparsegpt", "permutation=none"], "prune", 2.0),
+    ],
+)
+def test_minutes_are_within_a_factor_of_two_of_a_detailed_estimate(
+    words: list[str], stage: str, expected: float
+) -> None:
+    assert expected / 2 < minutes(*words)[stage] < expected * 2
+
+
+def test_layers_that_come_in_each_batch_of_tasks_take_the_time_of_their_way() -> None:
+    on_host, on_device = (minutes(QWEN, place=place) for place in ("host", "device"))
+    assert on_host["tasks"] > 10 * on_device["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("words", "card", "named"),
+    [
+        ([QWEN, "method=folded-masks"], "rtx4090", ["mask=lowrank", "method=order-folded"]),
+        (
+            [QWEN, "permutation=none", "mask=score"],
+            "a100",
+            ["mask.layers_per_stage=4", "mask=lowrank", "method=order-folded"],
+        ),
+        (["model=llama-2-13b", "model.placement=device"], "rtx4090", ["model.placement=auto"]),
+    ],
+)
+def test_settings_that_would_fit_are_named_with_what_they_need(
+    words: list[str], card: str, named: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    of = planned(*words, "plan=true", f"plan_on={card}")
+    assert [line.partition(" would fit: ")[0] for line in would_fit(of)] == named
+    placement_for(of)
+    assert f"{named[0]} would fit: " in caplog.text
+
+
+def test_commands_of_the_readme_fit_the_cards_that_they_name() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = [line for line in lines if " GB GPU" in line and "run.py" in line]
+    assert len(lines) == 3
+    for line in lines:
+        command, _, comment = line.partition("#")
+        words = command.replace("model=hub model.hub_name=OWNER/NAME", "model=qwen2.5-7b")
+        needed = planned(*words.split("run.py ")[1].split()).needs("device").device
+        assert needed <= FITS * 1e9 * int(comment.partition(" GB GPU")[0].rpartition(" ")[2])

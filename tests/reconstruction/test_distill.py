@@ -1,0 +1,202 @@
+"""Distillation: its optimizer against Adam's formula, and one that is killed and continued."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer
+
+from permllm.data.windows import calibration_tokens
+from permllm.models.families import channel_groups, linear_at
+from permllm.pruner.magnitude import Magnitude
+from permllm.reconstruction.admm import ADMM
+from permllm.reconstruction.distill import Distill, KeptWeights
+from permllm.reconstruction.obs import OBS
+from permllm.runtime.precision import products_in
+from permllm.sparsity.statistics import Gram
+from permllm.store.directory import Record, RunDirectory
+from permllm.store.files import DISTILL_CHECKPOINT
+from permllm.training import loop as training
+from permllm.training import objective
+from permllm.training.learner import Moment, Stage
+from permllm.training.settings import LearningSettings
+from tests.conftest import tiny_model
+from tests.problems import CPU, problem, pruned, same, tokens
+from tests.settings.test_config import config
+
+STEPS, RATE = 7, 0.05
+
+
+def test_kept_weights_learn_as_adam_says() -> None:
+    """Go down `sum(weight^4 + weight)` of two linears."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64) for rows in (3, 5)]
+    masks = [torch.rand(rows, 8) < 0.5 for rows in (3, 5)]
+    for linear, mask in zip(linears, masks, strict=True):
+        linear.requires_grad_(False).weight.mul_(10 * mask)
+    before = [linear.weight.clone() for linear in linears]
+    learner = KeptWeights(linears, masks)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=RATE, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        with learner.gradients():
+            for linear in linears:
+                (linear.weight.pow(4).sum() + linear.weight.sum()).backward()
+        for linear in linears:
+            assert linear.weight.grad is None
+            assert not linear.weight.requires_grad
+        optimizer.step()
+        scheduler.step()
+        learner.begin(Moment(step, STEPS, 0, 1))
+    for weight, linear, kept in zip(before, linears, masks, strict=True):
+        mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+        for step in range(STEPS):
+            gradient = (4 * weight**3 + 1) * kept
+            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+            rate = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            corrected = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            weight = weight - rate * mean / (1 - 0.9 ** (step + 1)) / corrected
+        torch.testing.assert_close(linear.weight, weight, rtol=1e-9, atol=1e-12)
+        assert not linear.weight[~kept].any()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    paths = (path for group in channel_groups(model) for path in group.members)
+    return {path: linear_at(model, path).weight for path in paths}
+
+
+def distilled(directory: Path | None = None, **settings: Any) -> dict[str, Tensor]:
+    """Return the weights of a model that is pruned and distilled, in a run directory if given."""
+    model, record = tiny_model("llama"), Record()
+    if directory is not None:
+        record = RunDirectory(directory, config("model=tiny"))
+    record.metrics["status"] = "running"
+    kind = settings.pop("kind", Distill)
+    defaults: dict[str, Any] = {"epochs": 2, "batch_size": 2, "samples": 10}
+    made = kind(**defaults | {"learning_rate": 0.003} | settings)
+    pruned(model, Magnitude(), windows=tokens(10), record=record, reconstruction=made)
+    return weights_of(model)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Tensor]:
+    """Return what is learned without an interruption."""
+    return distilled()
+
+
+def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> None:
+    alive: list[object] = []
+
+    class Watching(Distill):
+        def network(self, network: Any) -> None:
+            alive.extend(one for one in gc.get_objects() if type(one) is Gram)
+
+    distilled(kind=Watching, start="admm")
+    assert not alive
+
+
+def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
+    whole: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write, step = training.save_state, 8  # of 10, in the second epoch
+
+    def write_and_stop(path: Path, state: Any) -> None:
+        write(path, state)
+        if state["scheduler"]["last_epoch"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_EVERY", 0.0)
+    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(training, "save_state", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        distilled(tmp_path)
+    with caplog.at_level("INFO"):
+        assert same(whole, distilled(tmp_path))
+    assert f"continuing after step {step} of 10" in caplog.text
+    # What is of something else, or broken, is not continued, and says so.
+    (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
+    monkeypatch.setattr(training, "_EVERY", math.inf)
+    monkeypatch.setattr(training, "save_state", lambda *_: None)
+    assert same(whole, distilled(tmp_path))
+    assert "learning starts over" in caplog.text
+
+
+@pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
+def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type) -> None:
+    found = []
+    for reconstruction in (Distill(start=start, learning_rate=1e-12, epochs=1), like()):  # type: ignore[arg-type]
+        model = tiny_model("llama", dtype=torch.float64)
+        pruned(model, Magnitude(), reconstruction=reconstruction)
+        found.append(weights_of(model))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> None:
+    words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16")
+    words += ("reconstruction=distill",)
+    whole, asked = config(*words), config(*words, "reconstruction.samples=7")
+    assert (whole.further, asked.further) == (0, 3)
+    assert config(*words, "reconstruction.samples=2").further == 0
+    assert config(*words, "reconstruction.skip=4").further == 4
+    assert config(*words, "reconstruction.skip=0").hash == whole.hash
+    assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
+    found = calibration_tokens(ByT5Tokenizer(extra_ids=0), asked.calibration, 0, further=3)
+    assert found.shape == (7, 16)
+
+
+def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recomputed = Mock(wraps=objective.recomputed)
+    monkeypatch.setattr(objective, "recomputed", recomputed)
+    kept = distilled(epochs=1)
+    assert not recomputed.called  # a tiny model needs little
+    monkeypatch.setattr(objective, "KEPT_ON_A_HOST", 0.0)
+    torch.testing.assert_close(distilled(epochs=1), kept)
+    assert recomputed.called
+
+
+def test_steps_go_through_the_samples_as_often_as_they_take(
+    whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert same(whole, distilled(epochs=1, steps=10))
+    seen: list[Tensor] = []
+    real = training.Training.step
+
+    def watched(self: training.Training, batch: Tensor, *more: Any) -> Any:
+        seen.append(batch)
+        return real(self, batch, *more)
+
+    monkeypatch.setattr(training.Training, "step", watched)
+    distilled(epochs=1, steps=7)
+    assert [len(batch) for batch in seen] == 7 * [2]
+    assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
+    assert len(torch.cat(seen[5:]).unique()) == 4
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> None:
+    learning = problem()
+    linears = [linear_at(learning.model, path) for path in learning.factors]
+    masks = [torch.rand(linear.weight.shape) < 0.5 for linear in linears]
+    weights, target = KeptWeights(linears, masks), learning.target
+    settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
+    stage, values = Stage(0, range(2), None, target), sum(int(mask.sum()) for mask in masks)
+    rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
+    with weights.gradients(), products_in(products, CPU):
+        loop = training.Training(settings, learning, stage, weights, "distill", "file")
+        # Gradients and two moments, then gradients alone.
+        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded
+        loop.step(torch.arange(2), Moment(0, 4, 0, 1))
+        assert loop._not_yet_taken(target) == 4 * values + rounded

@@ -1,0 +1,226 @@
+"""Differences between rows: intervals against computations of their own, in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from permllm.cli import call
+from permllm.report.compare import paired
+from permllm.report.read import collect
+from permllm.report.table import Table
+from permllm.store.files import read_json, write_json
+from tests.kept import evaluation, make_run
+
+PERPLEXITY = "wikitext2 perplexity (window 2048)"
+TASKS = ("rte", "piqa")
+HEADER = ["measure", "permutation=lcp", "permutation=none", "difference", "95 % interval", "over"]
+Numbers = NDArray[np.float64]
+
+
+def drawn(seed: int, shift: float = 0.0) -> tuple[Numbers, dict[str, Numbers]]:
+    """Return nats of windows, and scores of items by task."""
+    generator = np.random.default_rng(seed)
+    nats = np.abs(generator.normal(3.0 + shift, 0.4, 60))
+    sizes = zip(TASKS, (90, 100), strict=True)
+    return nats, {task: generator.integers(0, 2, items) * 1.0 for task, items in sizes}
+
+
+def scored(folder: Path, nats: Numbers, tasks: dict[str, Numbers], **settings: Any) -> Path:
+    texts = {"wikitext2": {"dense": nats / 2, "sparse": nats}}
+    return make_run(folder, 0.0, evaluation(texts, tasks), **settings)
+
+
+def rows_of(folder: Path) -> tuple[Table, int, int]:
+    table = Table(collect([folder]).runs)
+    return table, *(table.find(f"permutation={name}", "--compare") for name in ("lcp", "none"))
+
+
+def percentile_interval(difference: Numbers) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of paired differences, by a loop."""
+    drawn, size = np.random.default_rng(5), len(difference)
+    means = [difference[drawn.integers(size, size=size)].mean() for _ in range(10_000)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Any, Any]:
+    ours, theirs = drawn(0), drawn(1, shift=0.2)
+    scored(tmp_path / "lcp", *ours)
+    scored(tmp_path / "none", *theirs, permutation="none")
+    return tmp_path, ours, theirs
+
+
+def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
+    folder, ours, theirs = two
+    table = rows_of(folder)
+    samples = {f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS}
+    samples[PERPLEXITY] = ours[0] - theirs[0]
+    for name, difference in samples.items():
+        found = paired(*table, name)
+        assert found["interval"]
+        values = [found["difference"], *found["interval"]]
+        if name == PERPLEXITY:
+            values = [math.log1p(value) for value in values]
+        low, high = percentile_interval(difference)
+        assert values[0] == pytest.approx(difference.mean(), abs=1e-12)
+        # Ends of resampled intervals differ by what 10,000 resamples are worth.
+        assert values[1:] == pytest.approx((low, high), abs=0.04 * (high - low))
+        assert found == paired(*table, name)
+
+
+def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
+    folder, ours, theirs = two
+    found = paired(*rows_of(folder), "average acc")
+    assert found["interval"]
+    parts = [ours[1][task] - theirs[1][task] for task in TASKS]
+    assert found["difference"] == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
+    error = math.sqrt(sum(part.var() / len(part) for part in parts)) / len(parts)
+    half = (found["interval"][1] - found["interval"][0]) / 2
+    assert half == pytest.approx(1.96 * error, rel=0.05)
+    assert found["over"] == "190 items"
+
+
+def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
+    differences = []
+    for seed in range(3):
+        ours, theirs = drawn(10 + seed), drawn(20 + seed, shift=0.3)
+        scored(tmp_path / f"lcp{seed}", *ours, seed=seed)
+        scored(tmp_path / f"none{seed}", *theirs, permutation="none", seed=seed)
+        differences.append(ours[0] - theirs[0])
+    found = paired(*rows_of(tmp_path), PERPLEXITY)
+    assert found["interval"]
+    mean = np.mean(differences, axis=0)
+    assert math.log1p(found["difference"]) == pytest.approx(mean.mean(), abs=1e-12)
+    half = (math.log1p(found["interval"][1]) - math.log1p(found["interval"][0])) / 2
+    assert half == pytest.approx(1.96 * mean.std() / math.sqrt(len(mean)), rel=0.1)
+    assert found["over"] == "60 windows, seeds 0, 1, 2"
+
+
+SIZES = {"boolq-passages": 24, "wikitext2": 40, "sciq-support": 32}
+
+
+def nats_of(seed: int, shift: float) -> dict[str, dict[str, Numbers]]:
+    """Return nats of windows of the dense model, and by `shift` higher ones of the sparse one."""
+    found = {}
+    for place, (text, size) in enumerate(SIZES.items()):
+        dense = np.random.default_rng(place).normal(3.0, 0.5, size)
+        sparse = dense + np.random.default_rng(100 * seed + place).normal(shift, 0.2, size)
+        found[text] = {"dense": dense, "sparse": sparse}
+    return found
+
+
+@pytest.mark.parametrize("of_base", [2, 3])
+def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(
+    of_base: int, tmp_path: Path
+) -> None:
+    shifts = {"none": 2.0, "heuristic": 1.6, "lcp": 0.9}
+    seeds = {"none": of_base, "heuristic": 2, "lcp": 2}
+    made = {
+        name: [nats_of(3 * place + seed, shift + 0.1 * seed) for seed in range(seeds[name])]
+        for place, (name, shift) in enumerate(shifts.items())
+    }
+    for name, runs in made.items():
+        for seed, nats in enumerate(runs):
+            make_run(tmp_path / f"{name}{seed}", 0.0, evaluation(nats), permutation=name, seed=seed)
+    table = Table(collect([tmp_path]).runs)
+    rows = {table.label(row, "permutation"): row for row in range(3)}
+
+    def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
+        sparse = {row: [nats[text]["sparse"][of].mean() for nats in made[row]] for row in shifts}
+        here, start = np.mean(sparse[name]), np.mean(sparse["none"])
+        return float((start - here) / (start - made["none"][0][text]["dense"][of].mean()))
+
+    def mean_gap(generator: np.random.Generator | None) -> tuple[float, float]:
+        """Return the gap, and its difference from the heuristic's; None: of all windows."""
+        windows = {text: np.arange(size) for text, size in SIZES.items()}
+        if generator is not None:
+            windows = {text: generator.integers(size, size=size) for text, size in SIZES.items()}
+        gaps = [
+            [drawn_gap(row, t, of) for t, of in windows.items()] for row in ("lcp", "heuristic")
+        ]
+        one, other = (float(np.mean(of_row)) for of_row in gaps)
+        return one, one - other
+
+    gap, difference = mean_gap(None)
+    assert table.means.at[rows["lcp"], "gap closed"] == pytest.approx(gap, abs=1e-12)
+    generator = np.random.default_rng(7)
+    resampled = np.array([mean_gap(generator) for _ in range(3000)])
+    for other, value, column in (("none", gap, 0), ("heuristic", difference, 1)):
+        found = paired(table, rows["lcp"], rows[other], "gap closed")
+        assert found["difference"] == pytest.approx(value, abs=1e-12)
+        if seeds[other] != seeds["lcp"]:
+            assert (found["interval"], found["over"]) == (None, "not the same seeds")
+            continue
+        assert found["interval"]
+        low, high = np.quantile(resampled[:, column], [0.025, 0.975])
+        assert found["interval"] == pytest.approx([low, high], abs=0.06 * (high - low))
+        assert found["over"] == "96 windows of 3 texts, seeds 0, 1"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ("nothing kept", "windows were not kept"),
+        ("another tokenizer", "not the same windows"),
+        ("another seed", "not the same seeds"),
+    ],
+)
+def test_what_is_not_the_same_has_no_interval(
+    changed: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nats, tasks = drawn(0)
+    scored(tmp_path / "lcp", nats, tasks)
+    changes: Any = {"another seed": {"seed": 1}, "another tokenizer": {"model": "another"}}
+    settings = changes.get(changed, {})
+    other = scored(tmp_path / "none", nats + 0.1, tasks, permutation="none", **settings)
+    if changed == "nothing kept":
+        (file,) = (other / "evaluations").glob("*.json")
+        write_json(file, read_json(file) | {"scores": {}})
+    assert paired(*rows_of(tmp_path), PERPLEXITY)["over"] == reason
+    assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
+    assert "% [" not in capsys.readouterr().out
+
+
+def test_other_windows_of_a_text_are_another_column_within_a_model(tmp_path: Path) -> None:
+    nats, tasks = drawn(0)
+    for number, permutation in enumerate(("lcp", "none", "heuristic")):
+        folder = scored(tmp_path / permutation, nats, tasks, permutation=permutation)
+        (file,) = (folder / "evaluations").glob("*.json")
+        keys = {f"perplexity/wikitext2/2048/{number}": ["wikitext2"]}
+        if permutation != "heuristic":  # as in a record of version 1
+            write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
+    expected = {PERPLEXITY, f"{PERPLEXITY}, windows 0", f"{PERPLEXITY}, windows 1"}
+    names = {name for name in Table(collect([tmp_path]).runs).kinds if "perplexity" in name}
+    assert names == expected
+    scored(tmp_path / "heuristic", nats, tasks, permutation="heuristic", model="another")
+    one = Table(collect([tmp_path / "lcp", tmp_path / "heuristic"]).runs)
+    assert {name for name in one.kinds if "perplexity" in name} == {PERPLEXITY}
+
+
+def test_the_command_compares_two_rows_and_all(
+    two: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, ours, theirs = two
+    words = [str(folder), "--compare", "permutation=lcp", "permutation=none"]
+    assert call("results", words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == HEADER
+    expected = math.expm1(ours[0].mean() - theirs[0].mean())
+    (line,) = (line for line in lines if line.startswith(f"| {PERPLEXITY}"))
+    cells = line.strip("| ").split(" | ")
+    assert cells[3] == f"{expected * 100:+.1f}%"
+    low, high = (float(word.rstrip("%")) for word in cells[4].split(" to "))
+    assert low < expected * 100 < high
+    assert call("results", [*words, "--json"]) == 0
+    found = {line["measure"]: line for line in json.loads(capsys.readouterr().out)}
+    assert found[PERPLEXITY]["difference"] == pytest.approx(expected)
+    assert found["rte acc (limited)"]["over"] == "90 items"
+    assert call("results", [str(folder), "--baseline", "permutation=none"]) == 0
+    assert f"{expected * 100:+.1f}% [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out

@@ -1,0 +1,310 @@
+"""The page and the pictures of `permllm report`, and its tables from W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from permllm.cli import call
+from permllm.errors import ConfigError
+from permllm.report.plots import dense_lines, plot_masks, points
+from permllm.report.read import collect
+from permllm.report.report_command import as_run
+from permllm.report.table import Table
+from permllm.settings.config import flatten
+from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
+
+PERPLEXITY = "wikitext2 perplexity (window 2048)"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ERRANDS = ("background-networking", "component-update", "sync")
+# No window, no sandbox (containers have none), and none of the browser's own errands.
+ARGUMENTS = [
+    f"--{word}" for word in ("no-sandbox", "disable-gpu", *(f"disable-{name}" for name in ERRANDS))
+]
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def table_of(*folders: Path) -> Table:
+    return Table(collect(folders).runs)
+
+
+def write_masks(folder: Path, layers: int = 5, rows: int = 24, channels: int = 32) -> None:
+    """Write masks into a run directory."""
+    generator = np.random.default_rng(0)
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(layers)]
+    masks = {name: np.packbits(generator.random((rows, channels)) < 0.5) for name in names}
+    shapes = json.dumps({name: [rows, channels] for name in names})
+    save_file(masks, folder / "masks.safetensors", {"shapes": shapes})
+
+
+def test_rows_are_named_by_what_is_shown_of_them(tmp_path: Path) -> None:
+    assert table_of(THREE_RUNS).names() == ["none", "heuristic", "lcp"]
+    make_run(tmp_path / "a", block_size=32)
+    make_run(tmp_path / "b", permutation="none", mask={"name": "score"})
+    assert table_of(tmp_path).names() == ["none, score, block_size=64", "lcp, block_size=32"]
+
+
+def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
+    for seed in range(2):
+        seconds = {"load": 7.0, "permute": 570.0 + 120 * seed, "prune": 30.0, "evaluate": 999.0}
+        how: Any = {"seed": seed, "seconds": seconds, "peak_memory_bytes": 4 * (seed + 1)}
+        make_run(tmp_path / f"lcp{seed}", 20.0 + 2 * seed, **how)
+    make_run(tmp_path / "none", 40.0, permutation="none", seconds={"permute": 5.0})
+    make_run(tmp_path / "slow", 50.0, permutation="heuristic", seconds={"permute": 50.0})
+    make_run(tmp_path / "from_file", 20.0, permutation="from_file")
+    make_run(tmp_path / "infinite", float("inf"), permutation="other")
+    found = points(table_of(tmp_path), PERPLEXITY).set_index("name")
+    assert set(found.index) == {"lcp", "none", "heuristic"}
+    lcp = found.loc["lcp"]  # minutes are those of the faster seed
+    assert (lcp["minutes"], lcp["value"], lcp["memory"]) == (10.0, 21.0, 8)
+    assert lcp["error"] == pytest.approx(2**0.5)
+    assert found["front"].to_dict() == {"none": True, "heuristic": False, "lcp": True}
+
+
+def test_rows_without_a_point_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs" / "lcp", 20.0)
+    make_run(tmp_path / "runs" / "none", 40.0, permutation="none")
+    make_run(tmp_path / "runs" / "from_file", 20.0, permutation="from_file")
+    make_run(tmp_path / "runs" / "infinite", float("inf"), permutation="other")
+    texts = evaluation({"another text": {"dense": 8.0, "sparse": 30.0}})
+    make_run(tmp_path / "runs" / "unlike", 0.0, texts, permutation="heuristic", model="another")
+    page, png = tmp_path / "page.html", tmp_path / "a.png"
+    for file in (page, png):
+        assert call("report", [str(tmp_path / "runs"), "--to", str(file)]) == 0
+        notes = [line for line in capsys.readouterr().err.splitlines() if "not drawn" in line]
+        left_out = {frozenset(line.rpartition(": ")[2].split("; ")) for line in notes}
+        smollm = "smollm2-135m, "
+        assert left_out == {
+            frozenset([f"{smollm}from_file"]),
+            frozenset([f"{smollm}other", "another, heuristic"]),
+        }
+        if file == page:
+            text = file.read_text(encoding="utf-8")
+            assert all(line.removeprefix("note: ") in text for line in notes)
+
+
+def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
+    for model, dense in (("a", 9.0), ("b", 12.0)):
+        for name, value in (("none", 40.0), ("lcp", 20.0)):
+            texts = {"wikitext2": {"dense": dense, "sparse": value}}
+            folder = tmp_path / model / name
+            make_run(folder, 0.0, evaluation(texts), permutation=name, model=model)
+    table = table_of(tmp_path)
+    assert table.dense == {}
+    both = dense_lines(table, PERPLEXITY, table.labels.index)
+    assert both == {"dense, a": 9.0, "dense, b": 12.0}
+    of_b = table.labels.index[table.labels["model"] == "b"]
+    assert dense_lines(table, PERPLEXITY, of_b) == {"dense": 12.0}
+    assert set(points(table, PERPLEXITY)["method"]) == {"a, none", "a, lcp", "b, none", "b, lcp"}
+    for file in ("page.html", "a.svg"):
+        assert call("report", [str(tmp_path), "--to", str(tmp_path / file)]) == 0
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert "dense, a" in text
+        assert "dense, b" in text
+    other = {"wikitext2": {"dense": 13.0, "sparse": 20.0}}
+    make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
+    table = table_of(tmp_path)
+    assert [*dense_lines(table, PERPLEXITY, table.labels.index)] == ["dense, a"]
+
+
+def test_pictures_have_the_format_of_a_suffix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, png, svg = (str(tmp_path / name) for name in ("runs", "a.png", "a.svg"))
+    make_run(tmp_path / "runs" / "a", 20.0)
+    make_run(tmp_path / "runs" / "b", 30.0, permutation="none")
+    for option in ("--to", "--curves"):
+        assert call("report", [runs, option, png]) == 0
+        assert Image.open(png).format == "PNG"
+    assert call("report", [str(THREE_RUNS), "--to", svg, "--measure", "average acc"]) == 0
+    assert "average acc" in Path(svg).read_text()
+    for words, message in (
+        ("--to a.txt", "error: a.txt: "),
+        ("--to a.png --measure speed", "error: no row has speed"),
+        ("--to a.html --measure speed", "error: no row has speed"),
+        ("--masks a.png", "error: a.png: none of the runs has its masks.safetensors"),
+        ("", "error: expected DIR... and one of --to"),
+    ):
+        assert call("report", [runs, *words.split()]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_masks_are_those_of_the_run(tmp_path: Path) -> None:
+    write_masks(make_run(tmp_path / "a"))
+    table = table_of(tmp_path)
+    plot_masks(table, tmp_path / "masks.svg")
+    caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
+    assert caption in (tmp_path / "masks.svg").read_text()
+    with pytest.raises(ConfigError, match="--linear"):
+        plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
+
+
+def test_masks_that_cannot_be_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "masks.safetensors").write_bytes(b"\xff" * 100)
+    assert call("report", [str(run), "--masks", str(tmp_path / "masks.png")]) == 1
+    assert "masks.safetensors cannot be read: " in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None or not find_spec("playwright"):
+        leave = pytest.fail if os.environ.get("CI") else pytest.skip
+        leave("playwright or a Chromium is not installed: pip install -e '.[browser]'")
+    with import_module("playwright.sync_api").sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@contextmanager
+def opened(browser: Any, folder: Path) -> Iterator[Any]:
+    """Give the page in the browser, which says nothing and asks for nothing."""
+    file, said = folder.parent / "page.html", list[str]()
+    assert call("report", [str(folder), "--to", str(file)]) == 0
+    with browser.new_context(viewport={"width": 1280, "height": 844}) as context:
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: said.append(request.url))
+        page.goto(file.as_uri())
+        page.locator("#table_wrapper").wait_for()
+        yield page
+    assert [one for one in said if not one.startswith(("data:", "blob:"))] == [file.as_uri()]
+
+
+def column(page: Any, name: str) -> list[str]:
+    """Return the cells of a column of the table, top to bottom."""
+    names = [" ".join(text.split()) for text in page.locator("#table thead th").all_inner_texts()]
+    return page.locator(f"#table tbody tr > :nth-child({names.index(name) + 1})").all_inner_texts()
+
+
+def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> None:
+    values = (102.0, 42.0, 104.0, 48.0, float("inf"))
+    for size, value in enumerate(values, 10):
+        make_run(tmp_path / "runs" / str(size), value, block_size=size)
+    with opened(browser, tmp_path / "runs") as page:
+        header = page.locator("#table thead th").filter(has_text=PERPLEXITY).get_by_role("button")
+        up = [f"{value:.2f}" for value in sorted((10.0, *values))]  # the dense model's 10.00
+        for direction, expected in (("ascending", up), ("descending", up[::-1])):
+            header.click()
+            page.locator(f"th[aria-sort={direction}]").wait_for()
+            assert column(page, PERPLEXITY) == expected
+        page.get_by_label("Search").fill("13 48")
+        assert column(page, PERPLEXITY) == ["48.00"]
+        page.get_by_label("Search").fill("nothing like this")
+        assert "No matching records" in page.locator("#table tbody").inner_text()
+
+
+def test_a_point_says_what_it_is(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "lcp", 20.0, seconds={"permute": 60.0})
+    make_run(tmp_path / "runs" / "none", 40.0, permutation="none", seconds={"permute": 6.0})
+    with opened(browser, tmp_path / "runs") as page:
+        section = page.locator("#quality")
+        assert section.locator(".scatterlayer .point").count() == 2
+        section.locator(".scatterlayer .trace").last.scroll_into_view_if_needed()
+        section.locator(".scatterlayer .point").first.hover(force=True)
+        section.locator(".hoverlayer text").first.wait_for()
+        said = " ".join(section.locator(".hoverlayer text").all_text_contents())
+        assert ("1.0 min" if "lcp" in said else "0.1 min") in said
+
+
+def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:
+    for number, loss in enumerate(("kl", EVIL)):
+        as_folder(
+            record(20.0 + number, loss=loss, **{EVIL: number}), tmp_path / "runs" / str(number)
+        )
+    with opened(browser, tmp_path / "runs") as page:
+        assert " ".join(EVIL.split()) in [" ".join(text.split()) for text in column(page, "loss")]
+        assert page.locator("img").count() == 0
+
+
+def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
+    """Return a run of `wandb.Api` as the logger leaves it."""
+    metrics = {key: value for key, value in line["metrics"].items() if key != "evaluation"}
+    flat = flatten(metrics, "/") | {"step": 3, "minutes": 1.0}
+    flat = {key: "Infinity" if value == float("inf") else value for key, value in flat.items()}
+    evaluated = {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}
+    config = line["config"] | {"evaluation": evaluated, "config_hash": "0", "run_directory": name}
+    facts = {"id": name, "name": name, "group": "table1-1", "state": "finished"}
+    facts |= {"config": config, "summary_metrics": flat}
+    return SimpleNamespace(**facts | changed)
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """Return the runs that W&B has."""
+    runs: list[SimpleNamespace] = []
+    monkeypatch.setattr(
+        "wandb.Api", lambda: SimpleNamespace(default_entity="me", runs=lambda path, order: runs)
+    )
+    return runs
+
+
+def test_a_table_of_wandb_is_that_of_the_runs(
+    api: list[SimpleNamespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours: Any = {"model": "llama-2-7b"}
+    lines = [
+        record(12.0, **ours),
+        record(30.0, **ours),
+        record(float("inf"), permutation="none", **ours),
+    ]
+    api += [logged(line, f"run{number}") for number, line in enumerate(lines)]
+    api.reverse()  # the newest first
+    api.append(logged(record(seed=3), "crashed", state="crashed"))
+    api.append(logged(record(seed=4), "elsewhere", group="other"))
+    strange = logged(record(seed=5), "strange")
+    strange.config = {"learning_rate": 0.1}
+    api.append(strange)
+    assert call("report", ["--wandb", "permllm", "--table", "table1", "--json"]) == 0
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)["rows"]
+    found = {tuple(row["settings"].values()): row["measures"] for row in rows}
+    assert "note: skipped crashed (crashed): not finished (crashed)" in printed.err
+    assert "note: run0 has the same settings as run1: not counted again" in printed.err
+    assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]
+    assert "note: skipped strange" in printed.err
+    assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
+    assert (
+        "table2 or table2-*: no finished run; groups are other, table1-1" in capsys.readouterr().err
+    )
+
+
+def test_publishing_saves_a_report_with_the_table_and_the_gap_over_minutes(
+    api: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    api += [logged(record(12.0, model="llama-2-7b"), "run0")]
+    saved = []
+    url = "https://wandb.ai/me/permllm/reports/1"
+    monkeypatch.setattr(
+        "wandb_workspaces.reports.v2.Report.save",
+        lambda report: saved.append(report) or SimpleNamespace(url=url),
+    )
+    assert call("report", ["--wandb", "permllm", "--table", "table1", "--publish"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"{url}\n")
+    (report,) = saved
+    assert report.blocks[0].text in printed
+    assert [panel.y for panel in report.blocks[1].panels] == ["nats_above_dense"]
+    assert re.search("run0", str(report.blocks[1].runsets[0].filters))
+    assert as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0

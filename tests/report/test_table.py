@@ -1,0 +1,609 @@
+"""`permllm results`: columns and rows, formats, gaps, the paper's numbers, unreadable runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from permllm.cli import call
+from permllm.errors import ConfigError
+from permllm.report.compare import Comparison, published
+from permllm.report.read import collect
+from permllm.report.render import as_text, cells, print_comparison, print_run, records
+from permllm.report.table import Table
+from permllm.store.files import read_lines, write_json
+from tests.conftest import ROOT, run_python
+from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
+
+ABSENT = object()  # stands for a key that is not there
+PERPLEXITY = "wikitext2 perplexity (window 2048)"
+IN_TABLE_6 = {
+    row.setting: row.value for row in published("table6") if row.metric == "wikitext2_ppl"
+}
+
+
+def table_of(folder: Path, baseline: str | None = None) -> Table:
+    return Table(collect([folder]).runs, baseline)
+
+
+def shown(folder: Path) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(as_text(cells(table_of(folder)), "csv"))))
+
+
+def gaps(table: Table) -> dict[str, float]:
+    found = table.means["gap closed"].dropna() if table.gaps else {}
+    return {table.label(row, "permutation"): value for row, value in found.items()}
+
+
+def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, value in enumerate([20.0, 22.0, 24.0]):
+        make_run(tmp_path / f"a{seed}", value, seed=seed)
+    make_run(tmp_path / "b", 30.0, block_size=128)
+    header, *lines = shown(tmp_path)
+    assert header[:3] == ["block_size", "seeds", PERPLEXITY]
+    assert header[3:] == ["saliency retained", "output error", "seconds"]
+    assert [line[:3] for line in lines[1:]] == [["64", "3", "22.00 ± 2.00"], ["128", "1", "30.00"]]
+    assert lines[0][:3] == ["dense", "", "10.00"]
+    assert lines[2][3:] == ["60.00%", "0.1500", "5"]
+    print_comparison(table_of(tmp_path))
+    printed = capsys.readouterr().out
+    assert re.search("seeds .*3 .*1 ", printed)
+    assert "22.00 ± 2.00" in printed
+
+
+def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
+    for revision, value in (("a", 20.0), ("b", 30.0)):
+        inputs = {"calibration.data_files": revision * 20}
+        make_run(tmp_path / revision, value, model="mine", inputs=inputs)
+    found = [row[:2] for row in shown(tmp_path)]
+    assert found[0] == ["calibration.data_files (digest)", PERPLEXITY]
+    assert found[1:] == [["dense", "10.00"], ["aaaaaaaa", "20.00"], ["bbbbbbbb", "30.00"]]
+
+
+def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    line = record(15.0, keep_dense=["0"])
+    line["metrics"]["sparsity"]["of_model"] = 0.4375
+    as_folder(line, tmp_path / "c")
+    zeros = cells(table_of(tmp_path)).iloc[1:].set_index("keep_dense")["zeros"]
+    assert zeros.to_dict() == {"": "50.00%", "0": "43.75%"}
+
+
+def test_a_method_that_was_typed_stands_for_its_settings(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="none", method="wanda")
+    make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
+    assert shown(tmp_path)[0][:2] == ["method", PERPLEXITY]
+    table = table_of(tmp_path)
+    names = ("method=wanda", "permutation=none,mask=pruner")
+    assert len({table.find(name, "--baseline") for name in names}) == 1
+    make_run(tmp_path / "c", 19.0, method="masks", mask={"name": "score", "steps": 20})
+    assert "method" not in shown(tmp_path)[0]
+    table.show("permutation", "perplexity, acc_norm")
+    assert list(cells(table)) == ["permutation", PERPLEXITY]
+
+
+def test_accuracies_have_their_errors_and_a_mean_over_tasks_with_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = {"rte": 0.5, "piqa": 0.7, "a group": 0.0}
+    line = record(0.0, evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0}}, tasks))
+    for part in line["evaluations"][0]["tasks"].values():
+        part["a group"]["n"] = None
+    as_folder(line, tmp_path / "a")
+    found = dict(zip(*[shown(tmp_path)[place] for place in (0, 2)], strict=True))
+    assert found["rte acc (limited)"] == "50.00% ± 5.00%"
+    assert found["average acc (limited)"] == "60.00% ± 3.54%"
+    assert not [name for name in found if "acc_norm" in name]
+    table = table_of(tmp_path)
+    table.show(None, "rte acc_norm")
+    assert cells(table)["rte acc_norm (limited)"].tolist() == ["90.00%", "90.00%"]
+    print_run(table.runs[0].metrics | {"seconds": {"prune": 61.0}}, tmp_path)
+    printed = capsys.readouterr().out
+    assert re.search("average acc, limited to 64 items +│ 60.00% ± 3.54%", printed)
+    assert "1 min 01 s" in printed
+
+
+def test_evaluations_of_one_name_have_columns_of_their_own(tmp_path: Path) -> None:
+    first = evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0}})
+    other = evaluation({"wikitext2": {"dense": 9.0, "sparse": 19.0}}, bos=True)
+    make_run(tmp_path / "a", 0.0, first, other)
+    assert shown(tmp_path)[0][2:4] == [f"{PERPLEXITY}, with BOS", f"{PERPLEXITY}, without BOS"]
+
+
+def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", 40.0, permutation="none")
+    make_run(tmp_path / "lcp", 20.0)
+    found = cells(table_of(tmp_path, "permutation=none")).set_index("permutation")
+    against = {"dense": "", "none": "", "lcp": "-50.0%"}
+    assert found["against the baseline"].to_dict() == against
+    make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
+    for text, message in {
+        "block=3": "block is no column; valid are pruner, permutation",
+        "permutation=magic": "no row has permutation=magic; valid are lcp, none",
+        "permutation=lcp": "2 rows have these settings; they differ in pruner: add one",
+        "permutation=none,pruner=ria": "0 rows have these settings",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--baseline {text}: {message}"):
+            table_of(tmp_path).find(text, "--baseline")
+
+
+def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", 20.0)
+    make_run(tmp_path / "b", float("inf"), block_size=128)
+    printed = {}
+    for words in ("--format md", "--format latex", "--format json", "--json"):
+        assert call("results", [str(tmp_path), *words.split()]) == 0
+        printed[words] = capsys.readouterr().out
+    assert printed["--format md"].splitlines()[2].startswith("| dense | 10.00 |")
+    assert r"block\_size & wikitext2 perplexity (window 2048)" in printed["--format latex"]
+    assert r"60.00\% & 0.1500" in printed["--format latex"]
+    assert printed["--format json"] == printed["--json"]
+    found = json.loads(printed["--json"])
+    assert [one["measures"][PERPLEXITY]["mean"] for one in found] == [20.0, None]
+    assert found[0]["settings"] == {"block_size": "64"}
+    assert (found[0]["seeds"], found[0]["runs"]) == ([0], [str(tmp_path / "a")])
+    assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
+
+
+def test_each_uncertainty_that_is_shown_names_its_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nats = np.random.default_rng(0).normal(3.0, 0.5, 20)
+    runs = tmp_path / "runs"
+
+    def made(name: str, shift: float, **settings: Any) -> None:
+        texts = {"wikitext2": {"dense": nats, "sparse": nats + shift}}
+        make_run(runs / f"{name}{shift}", 0.0, evaluation(texts), permutation=name, **settings)
+
+    made("none", 1.0)
+    made("lcp", 0.5)
+
+    def noted(*words: str) -> list[str]:
+        assert call("results", [*words]) == 0
+        return capsys.readouterr().err.splitlines()
+
+    folder = str(runs)
+    assert noted(folder) == []
+    (of_windows,) = noted(folder, "--baseline", "permutation=none")
+    assert "bootstrap" in of_windows
+    assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [of_windows]
+    made("lcp", 0.6, seed=1)
+    (of_seeds,) = noted(folder)
+    assert "deviation over the seeds" in of_seeds
+    assert "standard error over the items" in of_seeds
+    file = tmp_path / "page.html"
+    assert call("report", [folder, "--to", str(file)]) == 0
+    assert of_seeds.removeprefix("note: ") in file.read_text(encoding="utf-8")
+    print_comparison(table_of(runs))
+    assert of_seeds.removeprefix("note: ") in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_infinite_values_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        for name in ("lcp", "none"):
+            make_run(tmp_path / f"{name}{seed}", float("inf"), seed=seed, permutation=name)
+    for words in ("--baseline permutation=none", "--compare permutation=none permutation=lcp"):
+        assert call("results", [str(tmp_path), *words.split()]) == 0
+        assert "inf ± nan" in capsys.readouterr().out
+    assert call("report", [str(tmp_path), "--to", str(tmp_path / "page.html")]) == 0
+
+
+def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path: Path) -> None:
+    for seed, (start, value) in enumerate([(40.0, 20.0), (50.0, 24.0)]):
+        make_run(tmp_path / f"none{seed}", start, permutation="none", seed=seed)
+        make_run(tmp_path / f"lcp{seed}", value, seed=seed)
+    make_run(tmp_path / "mask", 15.0, permutation="none", mask={"name": "score"}, seed=0)
+    table = table_of(tmp_path)
+    start, here = math.log(40 * 50) / 2, math.log(20 * 24) / 2
+    whole = start - math.log(10)
+    row = table.find("permutation=lcp", "--baseline")
+    assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
+    # Every seed is measured from the same number, so that the base adds no deviation of its own.
+    each = [(start - math.log(value)) / whole for value in (20, 24)]
+    deviation = abs(each[0] - each[1]) / math.sqrt(2)
+    assert table.deviations.at[row, "gap closed"] == pytest.approx(deviation)
+    own = abs(math.log(40) - math.log(50)) / whole / math.sqrt(2)
+    unpermuted = table.find("permutation=none,mask=pruner", "--baseline")
+    assert table.means.at[unpermuted, "gap closed"] == pytest.approx(0.0, abs=1e-12)
+    assert table.shown(unpermuted, "gap closed") == f"0.00% ± {own:.2%}"
+    assert table.deviations.at[unpermuted, "gap closed"] == pytest.approx(own)
+    mask = table.find("mask=score", "--baseline")
+    assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
+    assert table.measures[:2] == [PERPLEXITY, "gap closed"]
+
+
+def test_the_base_of_a_gap_is_one_number_whatever_seeds_a_row_has(tmp_path: Path) -> None:
+    base = {0: (150.0, 300.0), 1: (170.0, 360.0), 2: (158.0, 340.0)}
+    dense = (23.0, 46.0)
+    learned = {"same": (0, 1, 2), "fewer": (0, 1), "others": (7, 8), "single": (5,)}
+    values = {seed: (50.0 + 3 * seed, 120.0 - 2 * seed) for seed in (0, 1, 2, 5, 7, 8)}
+
+    def made(name: str, seed: int, sparse: tuple[float, float], **settings: Any) -> None:
+        texts = {
+            text: {"dense": dense[place], "sparse": sparse[place]}
+            for place, text in enumerate(("wikitext2", "c4"))
+        }
+        make_run(tmp_path / f"{name}{seed}", 0.0, evaluation(texts), seed=seed, **settings)
+
+    for seed, sparse in base.items():
+        made("none", seed, sparse, permutation="none")
+    for name, seeds in learned.items():
+        for seed in seeds:
+            made(name, seed, values[seed], permutation=name)
+    table = table_of(tmp_path)
+    start = np.log(np.array([*base.values()], np.float64)).mean(axis=0)
+    whole = start - np.log(np.array(dense, np.float64))
+    for name, seeds in learned.items():
+        here = np.log(np.array([values[seed] for seed in seeds], np.float64))
+        closed = ((start - here) / whole).mean(axis=1)
+        row = table.find(f"permutation={name}", "--baseline")
+        assert table.means.at[row, "gap closed"] == pytest.approx(closed.mean(), abs=1e-12)
+        if len(seeds) > 1:
+            deviation = math.sqrt(sum((closed - closed.mean()) ** 2) / (len(seeds) - 1))
+            assert table.deviations.at[row, "gap closed"] == pytest.approx(deviation, abs=1e-12)
+
+
+def test_a_baseline_has_the_same_settings_and_statistics_where_it_can(tmp_path: Path) -> None:
+    for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
+        how: Any = {"calibration": {"dataset": "c4", "statistics": statistics}}
+        make_run(tmp_path / f"none {statistics}", start, permutation="none", **how)
+        make_run(tmp_path / f"heuristic {statistics}", 20.0, permutation="heuristic", **how)
+    make_run(tmp_path / "kept", 12.0, keep_dense=["0"])
+    make_run(tmp_path / "another text", 12.0, inputs={"calibration.data_files": "digest"})
+    table = table_of(tmp_path)
+    rows = {table.first(row).directory.name: row for row in range(len(table.rows))}
+    found = {name: table.means.at[row, "gap closed"] for name, row in rows.items()}
+    assert found.pop("heuristic sequential") == pytest.approx(math.log(2) / math.log(4))
+    assert found.pop("heuristic dense") == pytest.approx(math.log(4) / math.log(8))
+    zero = {"none sequential": 0.0, "none dense": 0.0}
+    missing = {"kept": math.nan, "another text": math.nan}
+    assert found == pytest.approx(zero | missing, nan_ok=True)
+    assert not table.one_start()
+
+
+def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="heuristic")
+    make_run(tmp_path / "b", 20.0)
+    make_run(tmp_path / "c", 20.0, permutation="other", model="another")
+    assert "gap closed" not in table_of(tmp_path).measures
+    found = gaps(table_of(tmp_path, "permutation=heuristic"))
+    assert found == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
+    make_run(tmp_path / "d" / "none", 9.9, permutation="none")  # better than the dense model
+    make_run(tmp_path / "d" / "lcp", 10.1)
+    assert gaps(table_of(tmp_path / "d")) == {}
+
+
+def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -> None:
+    both = {"none": (40.0, 80.0), "lcp": (20.0, 20.0)}
+    for name, (first, second) in both.items():
+        sparse = {"wikitext2": first, "c4": second}
+        texts = {text: {"dense": 10.0, "sparse": value} for text, value in sparse.items()}
+        make_run(tmp_path / name, 0.0, evaluation(texts), permutation=name)
+    table = table_of(tmp_path)
+    alone = [math.log(2) / math.log(4), math.log(4) / math.log(8)]
+    assert gaps(table)["lcp"] == pytest.approx(sum(alone) / 2)
+    assert table.main() == "gap closed"
+    names = [f"{text} gap closed (window 2048)" for text in ("wikitext2", "c4")]
+    assert table.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *names]
+    found = table.means.loc[table.find("permutation=lcp", ""), names].tolist()
+    assert found == pytest.approx(alone)
+    assert table.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
+    make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
+    table = table_of(tmp_path)
+    assert gaps(table)["lcp"] == pytest.approx(alone[0])
+    assert table.notes[0] == f"gap closed: the mean over {PERPLEXITY}"
+    assert table.main() == PERPLEXITY
+
+
+def test_measures_by_fp8_stand_beside_the_others_with_a_gap_of_their_own(tmp_path: Path) -> None:
+    for name, sparse, rounded in (("none", 40.0, 44.0), ("lcp", 20.0, 22.0)):
+        plain, fp8 = (
+            evaluation({"wikitext2": {"dense": dense, "sparse": value}}, {"rte": 0.5})
+            for dense, value in ((10.0, sparse), (11.0, rounded))
+        )
+        fp8["evaluation"]["weights"], fp8["evaluation_hash"] = "fp8", "1"
+        make_run(tmp_path / name, 0.0, plain, fp8, permutation=name)
+    table = table_of(tmp_path)
+    row = table.means.loc[table.find("permutation=lcp", "")]
+    assert row[[PERPLEXITY, f"{PERPLEXITY} in fp8"]].tolist() == [20.0, 22.0]
+    assert row[["gap closed", "gap closed in fp8"]].tolist() == pytest.approx([0.5, 0.5])
+    assert table.dense[f"{PERPLEXITY} in fp8"][0] == 11.0
+    assert {"rte acc", "rte acc in fp8"} <= {*table.measures}
+
+
+def test_every_published_number_is_found_by_its_table() -> None:
+    lines = (ROOT / "permllm" / "runs" / "published.csv").read_text().splitlines()
+    assert sum(len(published(f"table{number}")) for number in range(1, 9)) == len(lines) - 1
+
+
+def test_the_papers_numbers_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", 9.5, model="llama-2-7b")
+    make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
+    paper = Comparison(published("table6"), "llama-2-7b")
+    for _, row in cells(table_of(tmp_path), paper).iloc[1:].iterrows():
+        theirs = IN_TABLE_6[f"block_size={row['block_size']}"]
+        assert row["paper, llama-2-7b"] == f"{theirs:.2f}"
+        assert row["difference"] == f"{float(row[PERPLEXITY]) - theirs:+.2f}"
+    assert call("results", [str(tmp_path), "--paper", "table6"]) == 0
+    assert "| paper, llama-2-7b | difference |" in capsys.readouterr().out
+
+
+def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 50.0, block_size=32)
+    make_run(tmp_path / "b", 40.0, block_size=64)
+    table = table_of(tmp_path, "block_size=32")
+    paper = Comparison(published("table6"), "smollm2-135m")
+    assert "llama-2-7b" in paper.note
+    row = cells(table, paper).iloc[2]
+    change = IN_TABLE_6["block_size=64"] / IN_TABLE_6["block_size=32"] - 1
+    assert row["against the baseline"] == "-20.0%"
+    assert row["paper, against its baseline"] == f"{change * 100:+.1f}%"
+    assert row["difference of the changes"] == f"{(-0.2 - change) * 100:+.1f}%"
+    found = records(table, paper)[1]["against_baseline"][PERPLEXITY]
+    assert (found["interval"], found["paper"]) == (None, change)
+    assert (found["ours"], found["difference"]) == pytest.approx((-0.2, -0.2 - change))
+
+
+def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone() -> None:
+    models = ("llama-2-7b", "opt-6.7b")
+    paper = Comparison(published("table1"), *models)
+    for row in published("table1"):
+        if row.method == "wanda" and row.model in models:
+            ours = record(permutation="none", model=row.model)["config"]
+            assert paper.value(ours, PERPLEXITY) == row.value
+    with pytest.raises(ConfigError, match="not smollm2-135m"):
+        Comparison(published("table1"), "llama-2-7b", "smollm2-135m")
+
+
+def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
+    settings = {"name": "lcp-paper", "sinkhorn_iterations": 5, "last_layers": None}
+    changes: list[dict[str, Any]] = [
+        {"block_size": 128},
+        {"permutation": settings | {"sinkhorn_iterations": 0}},
+        {"permutation": settings | {"last_layers": 6}},
+        {"permutation": settings | {"constraint": "foldable"}},
+        {"calibration": {"dataset": "pile"}},
+        {"reconstruction": {"name": "distill"}},
+        {"keep_dense": ["0"]},
+    ]
+    paper = Comparison(published("table1"), "llama-2-7b")
+    ours = record(model="llama-2-7b")["config"]
+    wanted = ("llama-2-7b", "permllm-wanda")
+    expected = [row.value for row in published("table1") if (row.model, row.method) == wanted]
+    assert paper.value(ours, PERPLEXITY) == expected[0]
+    assert paper.value(ours, "wikitext2 perplexity (window 256)") is None
+    assert {paper.value(ours | changed, PERPLEXITY) for changed in changes} == {None}
+
+
+def keep(*places: Path, to: Path) -> int:
+    return call("results", [*map(str, places), "--jsonl", str(to)])
+
+
+def test_kept_records_are_read_like_the_folders_that_they_are_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in read_lines(THREE_RUNS / "records.jsonl"):
+        as_folder(line, tmp_path / "folders" / line["run"])
+    assert keep(tmp_path / "folders", to=tmp_path / "kept" / "records.jsonl") == 0
+    capsys.readouterr()
+    tables = set()
+    for place in ("folders", "kept", "kept/records.jsonl", "."):
+        assert call("results", [str(tmp_path / place)]) == 0
+        tables.add(capsys.readouterr().out)
+    assert len(tables) == 1
+
+
+def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = record(runs_dir=str(tmp_path), paths={"cache_dir": str(tmp_path), "wandb_dir": "here"})
+    line["environment"] = {"command": f"run.py paths.cache_dir={tmp_path} seed=0"}
+    as_folder(line, tmp_path / "one" / "run")
+    as_folder(line, tmp_path / "two" / "run")
+    assert keep(tmp_path / "one", to=tmp_path / "kept.jsonl") == 0
+    assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
+    (kept,) = read_lines(tmp_path / "kept.jsonl")
+    assert kept["environment"]["command"] == "run.py seed=0"
+    assert keep(tmp_path / "one", tmp_path / "two", to=tmp_path / "kept.jsonl") == 1
+    assert "2 of the runs have the name run" in capsys.readouterr().err
+    assert keep(tmp_path / "one", to=tmp_path / "kept.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("metrics.schema_version", 2, "schema_version=2: expected 3"),
+        ("metrics.status", "running", "not finished (running); the same command continues it"),
+        ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
+        ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
+        ("metrics.seconds", {"calibrate": "x"}, "not as a run leaves it: "),
+        ("metrics.seconds", ABSENT, "not as a run leaves it: 'seconds' is missing"),
+        ("metrics.peak_memory_bytes", ABSENT, "'metrics.peak_memory_bytes' is missing"),
+        ("config.model", None, "'config.model.name' is missing"),
+        ("config.model", ABSENT, "'config.model.name' is missing"),
+        ("config.seed", ABSENT, "'config.seed' is missing"),
+        ("config.sparsity", ABSENT, "'config.sparsity' is missing"),
+        ("config.permutation", ABSENT, "'config.permutation.name' is missing"),
+        ("config.pruner", {}, "'config.pruner.name' is missing"),
+        ("config.mask", "score", "not as a run leaves it: "),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
+    name: str, change: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part, key = name.split(".")
+    line = record(seed=1) | {"run": "bad"}
+    line[part][key] = change
+    if change is ABSENT:
+        del line[part][key]
+    folders, kept = tmp_path / "folders", tmp_path / "kept.jsonl"
+    lines = [record() | {"run": "good"}, line]
+    for one in lines:
+        as_folder(one, folders / one["run"])
+    kept.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    for place, where in ((folders, folders / "bad"), (kept, f"{kept}, line 2")):
+        assert call("results", [str(place), "--format", "json"]) == 0
+        printed = capsys.readouterr()
+        (row,) = json.loads(printed.out)
+        assert [Path(run).name for run in row["runs"]] == ["good"]
+        assert printed.err.startswith(f"note: skipped {where}: ")
+        assert said in printed.err
+        assert printed.err.count("\n") == 1
+        assert call("report", [str(place), "--to", str(tmp_path / "page.html")]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("key", ["run", "config", "metrics"])
+def test_a_line_without_a_part_of_a_record_takes_no_other_run_with_it(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = record(seed=1)
+    del bad[key]
+    kept = tmp_path / "kept.jsonl"
+    lines = [*(json.dumps(line) for line in (record(), bad, 7)), "[" * 100_000]
+    # Blank lines are no records, and count as lines of the file.
+    kept.write_text("\n".join([lines[0], "", "  ", *lines[1:], ""]))
+    assert call("results", [str(kept), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
+    notes = printed.err.splitlines()
+    assert [note.split(": ")[1] for note in notes] == [
+        f"skipped {kept}, line {number}" for number in (4, 5, 6)
+    ]
+    assert f"'{key}' is missing" in notes[0]
+
+
+def test_settings_that_were_cut_short_at_any_line_take_no_other_run_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    file = make_run(tmp_path / "bad", seed=1) / "config.yaml"
+    config = record(seed=1)["config"]
+    # The order in which a run writes them: `inputs` comes last.
+    ordered = {key: config[key] for key in sorted(config, key=lambda key: key == "inputs")}
+    text = yaml.safe_dump(ordered, sort_keys=False)
+    ends = [match.end() for match in re.finditer("\n", text)]
+    assert len(ends) > 15
+    for end in [0, *ends]:
+        file.write_text(text[:end])
+        assert call("results", [str(tmp_path), "--format", "json"]) == 0
+        printed = capsys.readouterr()
+        seeds = {seed for row in json.loads(printed.out) for seed in row["seeds"]}
+        assert seeds == ({0, 1} if end == len(text) else {0}), text[:end]
+        assert (str(tmp_path / "bad") in printed.err) == (end < len(text))
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "config.yaml", "evaluations/0.json", "history.jsonl"]
+)
+@pytest.mark.parametrize("content", [b"\x00\xff", b"7", b"[" * 100_000])
+def test_a_file_of_garbage_takes_no_other_run_with_it(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    (make_run(tmp_path / "bad", seed=1) / name).write_bytes(content)
+    assert call("results", [str(tmp_path), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
+    (note,) = printed.err.splitlines()
+    assert f"{tmp_path / 'bad'}" in note
+
+
+def test_a_place_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = {"none": "expected a directory, or a file of records", "": "no runs below"}
+    for place, message in reasons.items():
+        assert call("results", [str(tmp_path / place)]) == 1
+        assert message in capsys.readouterr().err
+    sweep, kept = tmp_path / "sweeps" / "table6", tmp_path / "sweeps" / "mine.jsonl"
+    (sweep / "jobs").mkdir(parents=True)
+    for file in (sweep / "jobs" / "0000.json", kept):
+        file.write_text("{}")
+    assert call("results", [str(tmp_path)]) == 1
+    assert f"sweeps or files of records: {kept}, {sweep}\n" in capsys.readouterr().err
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    assert call("results", [str(tmp_path)]) == 0
+    assert "b has the same settings as" in capsys.readouterr().err
+
+
+def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = {"directory": str(make_run(tmp_path / "runs" / "a"))}
+    failed, gone = {"reason": "out of memory"}, {"directory": str(tmp_path / "gone")}
+    for number, job in enumerate((ran, failed, gone)):
+        words = {"overrides": [f"seed={number}"], "outcome": "x"}
+        write_json(tmp_path / f"sweep/jobs/{number:04d}.json", job | words)
+    assert call("results", [str(tmp_path / "sweep")]) == 0
+    said = capsys.readouterr().err
+    assert "skipped seed=1: out of memory" in said
+    assert "gone is gone" in said
+
+
+def test_a_sweep_whose_jobs_all_failed_gives_their_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweeps" / "table6"
+    reasons = ["no such model", "out of memory"]
+    for number, reason in enumerate(reasons):
+        job = {"overrides": [f"seed={number}"], "outcome": "failed", "reason": reason}
+        write_json(sweep / "jobs" / f"{number:04d}.json", job)
+    assert call("results", [str(sweep)]) == 1
+    said = capsys.readouterr().err
+    assert all(f"seed={number}: {reason}" in said for number, reason in enumerate(reasons))
+    assert str(sweep) not in said  # it is no advice to name the sweep again
+    for file in (sweep / "jobs").iterdir():
+        file.write_text("{}")
+    assert call("results", [str(sweep)]) == 1
+    assert "Name one of" not in capsys.readouterr().err
+
+
+def test_with_several_starts_a_note_says_from_which_row_each_gap_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "wanda", 40.0, permutation="none")
+    make_run(tmp_path / "lcp", 20.0)
+    assert call("results", [str(tmp_path)]) == 0
+    assert "--baseline" not in capsys.readouterr().err
+    make_run(tmp_path / "sparsegpt", 30.0, permutation="none", pruner={"name": "sparsegpt"})
+    assert call("results", [str(tmp_path)]) == 0
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "--baseline" in line)
+    # The number of rows that are measured from each start, itself among them.
+    assert re.findall(r"'([^']+)' \(rows: (\d+)\)", note) == [
+        ("sparsegpt, none", "1"),
+        ("wanda, none", "2"),
+    ]
+    words = [str(tmp_path), "--baseline", "pruner=wanda,permutation=none"]
+    assert call("results", words) == 0
+    assert "--baseline" not in capsys.readouterr().err
+
+
+def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
+    for seed in range(3):
+        texts = {"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}}
+        tasks = None if seed == 1 else {"rte": 0.5}
+        make_run(tmp_path / str(seed), 0.0, evaluation(texts, tasks), seed=seed)
+    table = table_of(tmp_path)
+    assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
+    assert cells(table)["rte acc (limited)"].tolist()[-1] == ""
+    assert table.notes == ["some seeds of a row lack rte acc, rte acc_norm"]
+
+
+def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    code = (
+        "import sys; from permllm.cli import main\n"
+        f"assert main(['results', {str(tmp_path)!r}]) == 0\n"
+        "heavy = 'torch transformers wandb matplotlib scipy lm_eval'.split()\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert run_python("-c", code, cwd=tmp_path, fresh=True).stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,365 @@
+"""Every YAML composes and agrees with its class; every written command works; identity of a run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import shlex
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from permllm.errors import ConfigError
+from permllm.models.families import channel_groups
+from permllm.models.load import meta_model
+from permllm.pruning.methods import METHODS, methods_of
+from permllm.settings.composition import replaced_options
+from permllm.settings.config import RunConfig, read_config
+from permllm.settings.identity import digest_of
+from permllm.sparsity.method import instantiate
+from permllm.store.directory import run_directory
+from permllm.store.tensors import save_tensors
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
+PROTOCOLS = ("paper", "offline")
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Compose the settings of a command line.
+
+    Folders of a test are put in afterwards: to compose takes longer than a tiny job.
+    """
+    folders = [word for word in overrides if word.startswith(("run_dir=/", "runs_dir=/"))]
+    made = copy.deepcopy(_composed(*(word for word in overrides if word not in folders)))
+    for word in folders:
+        key, _, value = word.partition("=")
+        made[key] = value
+    return made
+
+
+@functools.cache
+def _composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def config(*overrides: str) -> RunConfig:
+    return read_config(composed(*overrides))
+
+
+def commands_in(text: str) -> list[str]:
+    """Every `python run.py ...` of a text."""
+    found = re.findall(r"python run\.py[^`\n#]*", text)
+    return [line.split(";")[0].split("&&")[0].strip() for line in found]
+
+
+def chosen(command: str, position: int = 0) -> list[str]:
+    """Words of a command; of a sweep the values at a position, each list's last one at its end."""
+    words = []
+    for word in shlex.split(command)[2:]:
+        key, _, value = word.partition("=")
+        values = value.split(",") if not value.startswith(("[", "{")) else [value]
+        # A range of a search is no value.
+        if key != "-m" and not re.search(r"=(tag|interval)\(", word):
+            words.append(f"{key}={values[min(position, len(values) - 1)]}")
+    return words
+
+
+@pytest.fixture(scope="module")
+def permutations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a permutation."""
+    folder = tmp_path_factory.mktemp("run")
+    save_tensors(folder / "permutations.safetensors", {"x": torch.arange(4)})
+    return folder
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_says_what_it_is_and_its_command_composes_and_instantiates(
+    option: Path, permutations: Path
+) -> None:
+    lines = (CONF / option).read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines[:6] if line.startswith("#") and "@package" not in line]
+    assert len(head) >= 2
+    group, _, name = str(option.with_suffix("")).partition("/")
+    commands = [line for line in commands_in("\n".join(head)) if f"{group}={name}" in line.split()]
+    assert commands
+    for command in commands:
+        settings = config(*chosen(command.replace("runs/RUN", str(permutations))))
+        methods_of(settings)
+        assert group != "method" or settings.method == name
+
+
+def test_every_command_in_the_documents_composes() -> None:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), CONF / "config.yaml"]
+    found = {line for file in files for line in commands_in(file.read_text(encoding="utf-8"))}
+    assert found
+    for command in sorted(found):
+        if "--help" not in command:
+            for position in range(max(word.count(",") for word in command.split()) + 1):
+                config(*chosen(command, position))
+
+
+def defaults_of(kind: type) -> dict[str, Any]:
+    """Defaults of a class of settings, and those inside of it."""
+    found: dict[str, Any] = {}
+    for one in fields(kind):
+        if one.default is not MISSING:
+            found[one.name] = one.default
+        elif one.default_factory is not MISSING:
+            made = one.default_factory()
+            found[one.name] = defaults_of(type(made)) if is_dataclass(made) else made
+    return found
+
+
+OF_CLASSES = [
+    (group, option)
+    for group in (*METHODS, "temperature")
+    for option in sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
+    if option not in ("from_file", "lcp-paper")
+]
+
+
+@pytest.mark.parametrize(("group", "option"), OF_CLASSES)
+def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_class(
+    group: str, option: str
+) -> None:
+    settings = dict(getattr(config("model=tiny", f"{group}={option}"), group))
+    kind = type(instantiate(group, settings))
+    others = ("name", "_target_", "block_size", "temperature")
+    written = {key: value for key, value in settings.items() if key not in others}
+    assert written == (defaults_of(kind) if is_dataclass(kind) else {})
+
+
+def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> None:
+    words = ("calibration=text", "evaluation=held-out", "calibration.data_files=x", "logger=wandb")
+    written = composed("model=tiny", *words)
+    settings = read_config(written)
+    named = {"name", "source", "architecture", "dataset", "data_files"}
+    for group in ("model", "calibration", "logger", "export", "paths"):
+        usual = defaults_of(type(getattr(settings, group)))
+        keys = usual.keys() - named
+        assert {key: written[group][key] for key in keys} == {key: usual[key] for key in keys}
+    evaluation = settings.evaluation
+    assert vars(evaluation.lm_eval) == defaults_of(type(evaluation.lm_eval))
+    usual = defaults_of(type(evaluation.perplexity))
+    assert evaluation.perplexity.batch_tokens == usual["batch_tokens"]
+
+
+def test_the_defaults_are_those_of_the_readme() -> None:
+    settings = config()
+    named = (settings.model.name, settings.pruner["name"], settings.permutation["name"])
+    assert named == ("smollm2-135m", "wanda", "lcp")
+    assert (settings.temperature["name"], settings.sparsity) == ("linear", "2:4")
+    assert settings.block_size == settings.permutation["block_size"] == 64
+    assert settings.calibration.dataset == "boolq-passages"
+    assert settings.evaluation.perplexity.dataset == "boolq-passages"
+    assert settings.logger.name == "auto"
+
+
+def test_models_choose_their_texts_and_explicit_choices_win() -> None:
+    hub = config("model=qwen2.5-7b")
+    assert (hub.calibration.dataset, hub.evaluation.perplexity.dataset) == ("c4", "wikitext2")
+    assert (hub.calibration.samples, hub.calibration.seqlen) == (128, 1024)
+    assert hub.evaluation.perplexity.seqlen == 2048
+    tiny = config("model=tiny")
+    assert (tiny.calibration.dataset, tiny.evaluation.tasks) == ("builtin", {})
+    chosen = config("model=tiny", "calibration=c4", "evaluation.tasks=[piqa]")
+    assert (chosen.calibration.dataset, list(chosen.evaluation.tasks)) == ("c4", ["piqa"])
+    protocol = config("model=tiny", "protocol=paper", "calibration=builtin")
+    assert protocol.calibration.dataset == "builtin"
+
+
+def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() -> None:
+    for model in ("tiny", "smollm2-135m", "llama-2-7b"):
+        paper, offline = (config(f"model={model}", f"protocol={one}") for one in PROTOCOLS)
+        for settings, texts in (
+            (paper, ("c4", "wikitext2")),
+            (offline, ("boolq-passages", "boolq-passages")),
+        ):
+            assert (settings.calibration.dataset, settings.evaluation.perplexity.dataset) == texts
+    learned = {"name": "lcp-paper", "epochs": 50}
+    assert paper.permutation.items() >= learned.items()
+    assert (paper.calibration.samples, paper.calibration.seqlen) == (128, 1024)
+    assert (paper.calibration.statistics, paper.evaluation.perplexity.limit) == ("dense", None)
+    assert offline.permutation.items() >= {"name": "lcp", "epochs": 3}.items()
+    quick = config("budget=quick", "protocol=paper").permutation
+    assert quick.items() >= {"name": "lcp-paper", "epochs": 2}.items()
+    for words, statistics in ((["protocol=paper"], "sequential"), ([], "dense")):
+        baseline = config(*words, "method=wanda-cp")
+        assert baseline.permutation["name"] == "heuristic"
+        assert baseline.calibration.statistics == statistics
+    for mask in ("score", "refined"):  # which are found with the dense model's
+        masks = config("protocol=paper", "permutation=heuristic", f"mask={mask}")
+        assert masks.calibration.statistics == "dense"
+        methods_of(masks)
+
+
+def test_a_run_keeps_the_method_that_was_typed_and_is_the_same_run_without_it() -> None:
+    typed, settings = config("method=wanda-cp"), config("permutation=heuristic")
+    assert (typed.resolved["method"], settings.resolved["method"]) == ("wanda-cp", None)
+    assert typed.hash == settings.hash
+
+
+def test_one_gpu_is_as_good_as_another() -> None:
+    devices = ("cuda", "cuda:1", "cpu")
+    one, other, cpu = (config("model=tiny", f"model.device={device}") for device in devices)
+    assert run_directory(other) == run_directory(one) != run_directory(cpu)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.544), ("qwen2.5-7b", 7.616), ("qwen3-8b", 8.191),
+     ("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-3.2-1b", 1.236),
+     ("llama-3.1-8b", 8.03),
+     ("mistral-7b", 7.242), ("opt-125m", 0.125), ("opt-1.3b", 1.316), ("opt-6.7b", 6.658),
+     ("smollm2-135m", 0.1345), ("gemma3-270m model.accept_terms=true", 0.2681), ("llama-7b", 6.738),
+     ("llama-13b", 13.016)],
+)  # fmt: skip
+def test_architectures_have_the_published_number_of_parameters(model: str, billions: float) -> None:
+    built = meta_model(config(*f"model={model}".split()).model)
+    found = sum(parameter.numel() for parameter in built.parameters())
+    assert found / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert all(group.channels % 8 == 0 for group in channel_groups(built))
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("logger=none force=true runs_dir=elsewhere paths.cache_dir=/scratch", True),
+        ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", True),
+        ("seed=1", False),
+        ("permutation.epochs=4", False),
+        # Classes of this package may move. Nothing but its class names another package's method.
+        ("pruner._target_=permllm.pruner.wanda.Wanda", True),
+        ("pruner._target_=mine.Wanda", False),
+    ],
+)
+def test_identity_is_what_changes_a_pruned_model(words: str, same: bool) -> None:
+    assert (config("model=tiny", *words.split()).hash == config("model=tiny").hash) == same
+
+
+def test_a_folder_of_runs_is_named_twice() -> None:
+    assert config("model=tiny", "paths.runs_dir=elsewhere").runs_dir == "elsewhere"
+    assert config("model=tiny", "paths.runs_dir=elsewhere", "runs_dir=here").runs_dir == "here"
+
+
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp", "lcp-paper"])
+def test_what_a_method_does_not_use_is_no_part_of_the_identity(permutation: str) -> None:
+    learned = permutation.startswith("lcp")
+    words = ("model=tiny", f"permutation={permutation}")
+    base = config(*words)
+    for other in ("block_size=32", "temperature=cosine"):
+        assert (config(*words, other).hash != base.hash) == learned
+    assert ("block_size" in base.identity) == ("temperature" in base.identity) == learned
+
+
+def test_a_method_is_given_the_settings_at_the_top_that_it_uses() -> None:
+    method = methods_of(config("block_size=16", "temperature=cosine")).permutation
+    assert (method.block_size, type(method.temperature).__name__) == (16, "Cosine")
+
+
+def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    base = config("model=tiny").evaluation_identity
+    batches = ["evaluation.perplexity.batch_tokens=1", "evaluation.lm_eval.batch_size=1"]
+    assert config("model=tiny", *batches).evaluation_identity == base
+    asked = [["evaluation.tasks=[rte]", *more] for more in ([], ["evaluation.lm_eval.limit=2"])]
+    asked += [["evaluation.tasks=[rte]", "evaluation.lm_eval.add_bos_token=false"]]
+    values = ("seqlen=32", "limit=1", "dataset=boolq-passages", "dataset=null")
+    asked += [[f"evaluation.perplexity.{value}"] for value in values]
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        asked.append([f"evaluation.perplexity.data_files={tmp_path / name}"])
+    found = [base, *(config("model=tiny", *one).evaluation_identity for one in asked)]
+    assert len({digest_of(evaluation) for evaluation in found}) == len(found)
+
+
+def test_terms_must_be_accepted_and_change_no_run() -> None:
+    with pytest.raises(ConfigError, match=r"^model=gemma3-270m .* model\.accept_terms=true"):
+        config("model=gemma3-270m")
+    accepted = config("model=gemma3-270m", "model.accept_terms=true")
+    assert accepted.resolved["model"]["accept_terms"] is True
+    assert config("model=gemma3-270m", "plan=true").hash == accepted.hash
+    assert config("model=gemma3-270m", "model.terms=null").hash == accepted.hash
+
+
+def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
+    words = ("model=tiny", "evaluation.tasks=[rte]")
+    with_bos, without = (config(*words, f"model.bos={bos}") for bos in ("true", "false"))
+    usual = without.evaluation_identity
+    assert with_bos.evaluation_identity["perplexity"] == usual["perplexity"] | {"bos": True}
+    tasks = {"rte": usual["tasks"]["rte"] | {"add_bos_token": True}}
+    assert with_bos.evaluation_identity["tasks"] == tasks
+    chosen = config("model=tiny", "model.bos=true", "evaluation.lm_eval.add_bos_token=false")
+    assert chosen.evaluation.lm_eval.add_bos_token is False
+
+
+@pytest.mark.parametrize(
+    ("option", "sampling"),
+    [("c4", "documents"), ("pile", "documents"), ("wikitext2", "overlapping")],
+)
+def test_an_option_of_calibration_says_how_the_papers_code_draws_windows(
+    option: str, sampling: str
+) -> None:
+    chosen = config(f"calibration={option}")
+    assert chosen.identity["calibration"]["sampling"] == sampling
+    # By its name alone a text is drawn from as the chosen option says.
+    for words in (
+        ["model=tiny", f"calibration.dataset={option}"],
+        [f"calibration={option}", "calibration.sampling=disjoint"],
+    ):
+        assert config(*words).calibration.sampling == "disjoint"
+
+
+def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
+    held_out, small = (config(f"evaluation={option}") for option in ("held-out", "small"))
+    assert held_out.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
+    assert held_out.hash == small.hash
+    quick = config("evaluation=held-out", "budget=quick")
+    assert held_out.evaluation.perplexity.limit == quick.evaluation.perplexity.limit == 32
+    alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
+    assert alone.evaluation_identity == small.evaluation_identity
+
+
+def test_a_run_is_named_by_its_methods_and_its_pattern() -> None:
+    words = ("model=tiny", "permutation=heuristic", "mask=score")
+    assert config(*words).name == "tiny-wanda-heuristic-score-2x4"
+    assert config(*words, "reconstruction=distill").name == "tiny-wanda-heuristic-score-distill-2x4"
+
+
+def test_names_of_dense_layers_stay_as_typed_and_their_order_makes_no_other_run() -> None:
+    typed, other = (config("model=tiny", f"keep_dense=[{names}]") for names in ("0,-1", "-1,0"))
+    assert typed.keep_dense == ["0", "-1"]
+    assert typed.hash == other.hash
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen", "replaced"),
+    [
+        ("wanda", {"permutation": "none", "mask": "pruner", "pruner": "wanda"}, []),
+        ("wanda", {"permutation": "lcp", "mask": "score"}, ["mask=score", "permutation=lcp"]),
+        ("permllm-ria-last6", {"permutation": "lcp-paper", "pruner": "ria"}, []),
+        ("permllm-ria-last6", {"pruner": "wanda"}, ["pruner=wanda"]),
+        ("of-another-package", {"permutation": "lcp"}, []),
+    ],
+)
+def test_options_that_replace_those_of_a_method_are_found(
+    method: str, chosen: dict[str, str], replaced: list[str]
+) -> None:
+    assert replaced_options(method, chosen) == replaced
+
+
+def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
+    settings = config("model=hub", "model.hub_name=owner/Some-Model-1.5B", "permutation=none")
+    assert settings.name == "Some-Model-1.5B-wanda-none-2x4"
+    assert settings.model.architecture == {}
+    assert config("model=qwen2.5-0.5b", "model.architecture=null").model.architecture == {}
+    with pytest.raises(ConfigError, match=r"^model=hub needs model\.hub_name=OWNER/NAME"):
+        config("model=hub")

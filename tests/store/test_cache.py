@@ -1,0 +1,146 @@
+"""The cache: results are computed once, kept exactly, and computed again when their key changes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import ByT5Tokenizer
+
+from permllm.data.texts import perplexity_texts
+from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
+from permllm.errors import DataError
+from permllm.models.load import LoadedModel
+from permllm.pruner.base import Pruner
+from permllm.pruner.ria import RIA
+from permllm.pruner.sparsegpt import SparseGPT
+from permllm.pruner.wanda import Wanda
+from permllm.pruning.calibration import DenseCalibration, shared_calibration
+from permllm.settings.config import CalibrationConfig, PerplexityConfig
+from permllm.store.cache import cached
+from tests.conftest import tiny_model
+
+TOKENIZER = ByT5Tokenizer(extra_ids=0)
+TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+def refuse() -> dict[str, torch.Tensor]:
+    raise AssertionError("computed again")
+
+
+def compute_once(file: Path) -> None:
+    def compute() -> dict[str, float]:
+        with file.open("a") as stream:
+            stream.write("x")
+        time.sleep(0.5)
+        return {"value": 1.5}
+
+    assert cached("kind", {"a": 1}, compute) == {"value": 1.5}
+
+
+def test_processes_at_the_same_time_compute_once(cache: Path, tmp_path: Path) -> None:
+    start = multiprocessing.get_context("fork").Process
+    processes = [start(target=compute_once, args=[tmp_path / "count"]) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_values_and_tensors_come_back_as_they_were(cache: Path) -> None:
+    tensors = {"a": torch.randn(3, dtype=torch.float64), "b": torch.tensor([1, 2])}
+    tensors["c"] = torch.randn(2, 2).bfloat16()
+    cached("kind", {"a": 1}, lambda: tensors)
+    found = cached("kind", {"a": 1}, refuse)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)  # dtype too
+    cached("kind", {"a": 2}, lambda: {"x": [1, None]})
+    assert cached("kind", {"a": 2}, refuse) == {"x": [1, None]}
+    for kind, key in (("kind", {"a": 3}), ("other", {"a": 1})):
+        with pytest.raises(AssertionError):
+            cached(kind, key, refuse)
+
+
+def test_an_unreadable_result_is_computed_again(cache: Path) -> None:
+    cached("kind", {"a": 1}, lambda: {"x": torch.zeros(1)})
+    (file,) = (cache / "results").glob("*.safetensors")
+    file.write_bytes(b"broken")
+    for compute in (lambda: {"x": torch.ones(1)}, refuse):
+        assert cached("kind", {"a": 1}, compute) == {"x": torch.ones(1)}
+
+
+def test_changed_code_neither_reads_nor_keeps_results(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached("kind", {"a": 1}, lambda: {"x": 1})
+    changed = {"commit": "of a test", "dirty": True}
+    with monkeypatch.context() as patch:
+        patch.setattr("permllm.store.cache.git_commit", lambda: changed)
+        assert cached("kind", {"a": 1}, lambda: {"x": 2}) == {"x": 2}
+        assert cached("kind", {"a": 2}, lambda: {"x": 3}) == {"x": 3}
+    assert cached("kind", {"a": 1}, refuse) == {"x": 1}
+    assert len([*(cache / "results").glob("kind-*.json")]) == 1
+
+
+def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DataError("no space left to write it")
+
+    monkeypatch.setattr("permllm.store.cache.write_json", full)
+    assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
+
+
+def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
+
+    def share(pruner: Pruner, tokens: Tensor = TOKENS, norm_tokens: int = 1) -> DenseCalibration:
+        settings = {"name": type(pruner).__name__}
+        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_tokens)
+
+    first = {pruner: share(pruner) for pruner in (Wanda(), RIA())}
+    assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
+    assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
+    monkeypatch.setattr("permllm.pruning.calibration.calibrate_dense", lambda *_: refuse())
+    for pruner, before in first.items():
+        again = share(pruner)
+        assert torch.equal(again.target, before.target)
+        assert again.factors.keys() == before.factors.keys()
+        for path, factors in before.factors.items():
+            found = again.factors[path]
+            assert found.power == factors.power
+            assert torch.equal(found.column, factors.column)
+            assert found.row is factors.row is None or torch.equal(found.row, factors.row)
+    for changed in ((SparseGPT(),), (Wanda(), TOKENS.flip(0)), (Wanda(), TOKENS, TOKENS.shape[1])):
+        with pytest.raises(AssertionError, match="computed again"):
+            share(*changed)
+
+
+def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("some words of text, " * 50)
+    settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, seqlen=20)
+    tokens = calibration_tokens(TOKENIZER, settings, seed=0)
+    (named,) = perplexity_texts(PerplexityConfig(None, seqlen=20, data_files=str(file)))
+    whole = all_tokens(TOKENIZER, named)
+    assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
+    monkeypatch.setattr("permllm.data.texts._read_rows", lambda *_, **__: refuse())
+    assert torch.equal(calibration_tokens(TOKENIZER, settings, seed=0), tokens)
+    assert torch.equal(all_tokens(TOKENIZER, named), whole)
+    for tokenizer, seed in ((TOKENIZER, 1), (ByT5Tokenizer(extra_ids=1), 0)):
+        with pytest.raises(AssertionError, match="computed again"):
+            calibration_tokens(tokenizer, settings, seed)
+    file.write_text("other words of text, " * 50)
+    with pytest.raises(AssertionError, match="computed again"):
+        calibration_tokens(TOKENIZER, settings, seed=0)
+    assert tokenizer_digest(TOKENIZER) != tokenizer_digest(ByT5Tokenizer(extra_ids=3))

@@ -1,0 +1,337 @@
+"""W&B, MLflow and TensorBoard: names, groups, curves and final numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from wandb.errors import AuthenticationError
+
+from permllm import job
+from permllm.errors import ConfigError
+from permllm.report.measures import flat_figures
+from permllm.settings.config import read_config
+from permllm.store.files import WANDB_ID, read_json, read_lines
+from permllm.store.loggers import RunLogger, _WandB, described, open_logger
+from tests.conftest import run_module
+from tests.settings.test_config import composed
+
+GROUP = "table6-1a2b3c4d"
+
+
+def offline_runs(folder: Path) -> list[list[dict[str, Any]]]:
+    """Return the records of each run, as wandb's own command prints them."""
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        printed = run_module("wandb", "leet", "inspect", str(file), "--json")
+        assert printed.returncode == 0, printed.stderr
+        found.append([json.loads(line) for line in printed.stdout.splitlines()])
+    return found
+
+
+def rows(of_run: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["history"]["item"] for record in of_run if "history" in record]
+
+
+def header(of_run: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(dict(record["run"]) for record in of_run if "run" in record)
+
+
+def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
+    figures = flat_figures(metrics)
+    return {key: value for key, value in figures.items() if isinstance(value, int | float)}
+
+
+def run_with(logger: str, folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
+    settings = ("model=tiny", "permutation.epochs=3", f"runs_dir={folder}", f"logger={logger}")
+    result = job.run(read_config(composed(*settings, *words)))
+    assert result is not None
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Give metrics and directory of a finished run that W&B has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("PERMLLM_SWEEP", GROUP)
+        yield run_with("wandb", tmp_path_factory.mktemp("runs"))
+
+
+def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], Path]) -> None:
+    metrics, directory = finished
+    (of_run,) = offline_runs(directory.parent)
+    head = header(of_run)
+    assert (head["project"], head["job_type"], head["run_group"]) == ("permllm", "learn", GROUP)
+    assert head["tags"] == ["wanda", "lcp", "2:4", "tiny"]
+    config = head["config"]["update"]
+    assert (directory / WANDB_ID).read_text().strip() == head["run_id"]
+    assert config["run_directory"] == str(directory)
+    assert config["config_hash"] == metrics["config_hash"]
+    assert "logger" not in config
+    steps = [row for row in rows(of_run) if "step" in row]
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+    names = {f"permutation/{name}" for name in ("loss", "temperature", "flips", "seconds")}
+    assert all(names <= set(row) for row in steps)
+    epochs = [row for row in rows(of_run) if "epoch" in row]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    for row, entry in zip(epochs, read_lines(directory / "history.jsonl"), strict=True):
+        assert entry.pop("group") == "permutation"
+        known = {key: value for key, value in entry.items() if value is not None}
+        measured = {f"epoch/permutation/{key}": value for key, value in known.items()}
+        assert {key: row[key] for key in row if key.startswith("epoch/")} == measured
+    places = [row["_step"] for row in rows(of_run)]
+    assert places == sorted(set(places))
+    updates = [one["summary"]["update"] for one in of_run if "update" in one.get("summary", {})]
+    (final,) = (update for update in updates if "status" in update)
+    assert final.items() >= numbers_of(metrics).items()
+    assert of_run[-1]["exit"].get("exit_code", 0) == 0
+
+
+def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
+    perplexity = {"dense": {"a": {"value": 4.0}}, "sparse": {"a": {"value": 4.0}}}
+    rte = {"metrics": {"acc,none": 0.5}, "stderr": {"acc,none": None}, "n": 8}
+    metrics = {
+        "perplexity": perplexity,
+        "tasks": {"sparse": {"rte": rte}},
+        "evaluation": {"perplexity": {"seqlen": 64}},
+        "sha256": {"x": "y"},
+        "retained_saliency": {"a": 0.5, "b": 0.7},
+        "output_error": {"a": 0.25},
+        "moved_channels": {"a": 0.5},
+        "seconds": {"permute": 90.0, "load": 5.0},
+        "sparsity": {"pattern": "2:4", "patterns": {"a.b": "4:8"}},
+    }
+    assert flat_figures(metrics) == {
+        "perplexity/dense/a/value": 4.0,
+        "perplexity/sparse/a/value": 4.0,
+        "tasks/sparse/rte/metrics/acc,none": 0.5,
+        "tasks/sparse/rte/n": 8,
+        "retained_saliency/mean": pytest.approx(0.6),
+        "output_error/mean": 0.25,
+        "moved_channels/mean": 0.5,
+        "seconds/permute": 90.0,
+        "seconds/load": 5.0,
+        "sparsity/pattern": "2:4",
+        "minutes": 1.5,
+        "nats_above_dense": 0.0,
+    }
+
+
+@contextmanager
+def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
+    """Open the logger of a job in `folder`/run."""
+    config = read_config(composed("model=tiny", "logger=wandb", f"runs_dir={folder}", *overrides))
+    with open_logger(config, folder / "run") as logger:
+        yield logger
+
+
+@pytest.mark.parametrize(
+    ("login", "variable", "modes"),
+    [
+        (False, None, []),
+        (True, None, ["online"]),
+        (AuthenticationError("no answer"), None, ["offline"]),
+        (False, "offline", ["offline"]),
+        (True, "disabled", []),
+        # Its server refuses, which costs no run its result.
+        (False, "online", ["online", "offline"]),
+    ],
+)
+def test_the_default_is_wandb_where_a_key_is_configured_or_its_mode_is_said(
+    login: bool | Exception,
+    variable: str | None,
+    modes: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = []
+
+    def log_in(prompt: bool) -> bool:
+        assert not prompt
+        if isinstance(login, Exception):
+            raise login
+        return login
+
+    def init(mode: str, **_: Any) -> SimpleNamespace:
+        started.append(mode)
+        if len(started) < len(modes):
+            raise AuthenticationError("no answer")
+        return SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda exit_code: None)
+
+    monkeypatch.setattr("wandb.login", log_in)
+    monkeypatch.setattr("wandb.init", init)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    with attempt(tmp_path, "logger=auto") as logger:
+        assert isinstance(logger, _WandB) == bool(modes)
+    assert started == modes
+
+
+def test_a_resumed_run_is_the_same_in_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with suppress(KeyboardInterrupt), attempt(tmp_path) as logger:
+        for step in range(3):
+            logger.log("mask", {"loss": 2.0 - step}, step)
+            if step == 1:
+                line = {"group": "mask", "epoch": 1, "loss": 1.5, "measured_loss": None}
+                logger.log_epoch(line, 1)
+        raise KeyboardInterrupt
+    time.sleep(1.1)  # folders are named by the second
+    with attempt(tmp_path) as logger:
+        for step in range(2, 4):
+            logger.log("mask", {"loss": 2.0 - step / 2}, step)
+        line = {"group": "mask", "epoch": 2, "loss": 0.75, "measured_loss": 0.5}
+        logger.log_epoch(line, 2)
+        logger.summary({"status": "finished"})
+    of_runs = offline_runs(tmp_path)
+    number = (tmp_path / "run" / WANDB_ID).read_text().strip()
+    assert [header(of_run)["run_id"] for of_run in of_runs] == [number, number]
+    assert all(header(of_run)["resume"] for of_run in of_runs)
+    assert [of_run[-1]["exit"].get("exit_code", 0) for of_run in of_runs] == [1, 0]
+    # A step that was done again has the number that it had: W&B keeps one of the two.
+    steps = [[row["_step"] for row in rows(of_run)] for of_run in of_runs]
+    assert steps == [[0, 2, 3, 4], [4, 6, 7]]
+
+
+def test_rows_that_wandb_has_are_not_sent_again() -> None:
+    sent: list[int] = []
+    run = SimpleNamespace(starting_step=4, define_metric=lambda *_, **__: None)
+    run.log = lambda values, step, commit: sent.append(step)
+    logger = _WandB(run)
+    for step in range(4):
+        logger.log("mask", {"loss": 1.0}, step)
+        if step % 2:
+            logger.log_epoch({"group": "mask", "loss": 1.0}, step // 2 + 1)
+    assert sent == [4, 6, 7]
+
+
+def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [["model=tiny"], ["model=tiny", "logger.group=mine"]]
+    single, asked = (read_config(composed(*words)) for words in settings)
+    monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
+    assert described(single, Path("y"))["group"] is None
+    monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
+    assert [described(one, Path("y"))["group"] for one in (single, asked)] == [GROUP, "mine"]
+    words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
+    for typed, name in (
+        ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),
+        (words.split(), "y"),
+        (["a" * 200], "a" * 128),
+    ):
+        monkeypatch.setattr("permllm.store.sweep.overrides", lambda typed=typed: typed)
+        assert described(single, Path("runs/y"))["name"] == name
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return TensorBoard's curves of a run."""
+    accumulators = import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulators.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+
+
+def mlflow_run(home: Path) -> tuple[Any, list[tuple[int, float]]]:
+    """Return the only run of a folder, and its losses by epoch."""
+    database = f"sqlite:///{home / 'mlflow.db'}"
+    client = import_module("mlflow").MlflowClient(tracking_uri=database)
+    (experiment,) = [one for one in client.search_experiments() if one.name == "permllm"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    points = client.get_metric_history(run.info.run_id, "epoch/permutation/loss")
+    return run, [(point.step, point.value) for point in points]
+
+
+def test_mlflow_has_tags_settings_curves_and_final_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    metrics, directory = run_with("mlflow", tmp_path / "runs")
+    assert not [*(tmp_path / "here").iterdir()]
+    run, losses = mlflow_run(directory.parent)
+    assert run.info.status == "FINISHED"
+    tags = {"group": GROUP, "pruner": "wanda", "permutation": "lcp", "sparsity": "2:4"}
+    tags |= {"model": "tiny", "job_type": "learn", "config_hash": metrics["config_hash"]}
+    assert run.data.tags.items() >= tags.items()
+    parameters = {"block_size": "64", "pruner.name": "wanda", "seed": "0"}
+    assert run.data.params.items() >= parameters.items()
+    assert run.data.metrics.items() >= numbers_of(metrics).items()
+    history = read_lines(directory / "history.jsonl")
+    assert losses == [(number, entry["loss"]) for number, entry in enumerate(history, 1)]
+
+
+def test_a_finished_run_is_not_logged_again(
+    finished: tuple[dict[str, Any], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "permllm")
+    assert run_with("tensorboard", finished[1].parent) == finished
+    assert "and nothing is logged to tensorboard; force=true runs and logs it again" in caplog.text
+    assert not (finished[1] / "tensorboard").exists()
+
+
+def test_force_is_a_new_run_for_the_loggers(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / finished[1].name
+    (directory / "tensorboard").mkdir(parents=True)
+    for name in (WANDB_ID, "tensorboard/events", "config.yaml"):
+        text = (finished[1] / name).read_text() if name != "tensorboard/events" else ""
+        (directory / name).write_text(text)
+    metrics, _ = run_with("tensorboard", tmp_path, "force=true")
+    assert not (directory / WANDB_ID).exists()
+    assert not (directory / "tensorboard" / "events").exists()
+    found = scalars(directory)
+    assert [step for step, _ in found["epoch/permutation/loss"]] == [1, 2, 3]
+    assert {"permutation/loss", "permutation/temperature", *numbers_of(metrics)} <= found.keys()
+    assert read_json(directory / "metrics.json")["status"] == "finished"
+
+
+def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with suppress(ZeroDivisionError), attempt(tmp_path, "logger=mlflow") as logger:
+        logger.log("mask", {"loss": float("nan"), "flips": 0.5}, 0)
+        logger.summary({"tasks/x(y)/acc,none": 0.5, "text": "words"})
+        raise ZeroDivisionError
+    run, _ = mlflow_run(tmp_path)
+    assert run.info.status == "FAILED"
+    assert run.data.metrics.items() >= {"mask/flips": 0.5, "tasks/x_y_/acc_none": 0.5}.items()
+
+
+def test_without_mlflow_or_its_server_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with attempt(tmp_path, "logger=mlflow") as logger:  # a server that is down costs no result
+        logger.log("mask", {"loss": 1.0}, 0)
+    assert "MLflow cannot be reached" in caplog.text
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ConfigError, match="logger=mlflow"), attempt(tmp_path, "logger=mlflow"):
+        pass
+
+
+def test_a_logger_that_fails_costs_the_curves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = "torch.utils.tensorboard.SummaryWriter.add_scalar"
+    with attempt(tmp_path, "logger=tensorboard") as logger:
+        logger.log("mask", {"loss": 1.0}, 0)
+        monkeypatch.setattr(writer, lambda *_, **__: 1 / 0)
+        for step in range(1, 4):
+            logger.log("mask", {"loss": 1.0}, step)
+    assert caplog.text.count("the logger fails (division by zero)") == 1
