@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from permllm.command import run_tool
 
+from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.report.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything

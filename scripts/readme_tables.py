@@ -26,7 +26,6 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.command import run_tool
-
 from permllm.errors import ConfigError, DataError
 from permllm.report.compare import published
 from permllm.report.plots import points

@@ -18,8 +18,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from permllm.sparsity.collecting import collecting
-
 from experiments.measuring import check_whole, main
 from permllm.data.texts import calibration_text
 from permllm.data.windows import calibration_tokens
@@ -33,6 +31,7 @@ from permllm.permutation.heuristic import heuristic_order
 from permllm.pruning.calibration import member_factors
 from permllm.runtime.precision import compute_dtype
 from permllm.settings.config import NMPattern, RunConfig, check_divides
+from permllm.sparsity.collecting import collecting
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import saliency

@@ -118,6 +118,7 @@ class ModelConfig:
     terms: str | None = None
     licence: str | None = None
     base_model: str | None = None
+    lcp_epochs: Count = 3
     notice: str | None = None
 
     def __post_init__(self) -> None:

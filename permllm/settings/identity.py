@@ -18,7 +18,15 @@ _NOT_PART_OF_A_RUN = (
     *("protocol", "budget", "method", "deterministic"),
 )
 # Settings of the model that do not change the pruned model.
-_NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "base_model", "notice", "placement")
+_NOT_OF_THE_MODEL = (
+    "lcp_epochs",
+    "accept_terms",
+    "terms",
+    "licence",
+    "base_model",
+    "notice",
+    "placement",
+)
 # Settings of the top level that only permutations read. A permutation has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
 

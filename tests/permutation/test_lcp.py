@@ -14,8 +14,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from permllm.runtime.signals import ending_signals
-from permllm.sparsity.blocks import split_blocks
 from torch import Tensor
 
 from permllm.errors import TrainingError
@@ -30,6 +28,8 @@ from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, L
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import Found
 from permllm.runtime.precision import products_in
+from permllm.runtime.signals import ending_signals
+from permllm.sparsity.blocks import split_blocks
 from permllm.training import loop
 from permllm.training.course import Course
 from permllm.training.kernels import EAGER
@@ -182,6 +182,13 @@ def test_a_permutation_on_which_the_loss_does_not_depend_is_named() -> None:
     batch.stand_ins[0].grad = random(1, 4, 4, seed=1)
     with pytest.raises(TrainingError, match="unused"):
         batch.backward()
+
+
+def test_a_single_epoch_is_not_measured_because_there_is_none_to_select_from() -> None:
+    for settings, measured in (({"epochs": 1}, 0), ({"epochs": 2}, 2), ({"steps": 1}, 2)):
+        told: list[dict[str, Any]] = []
+        learned(told, **settings)
+        assert sum(line["measured_loss"] is not None for line in told) == min(measured, len(told))
 
 
 def test_the_progress_bar_says_how_long_steps_and_measurements_take(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from permllm.reconstruction.obs import OBS
 from torch import nn
 
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
@@ -17,6 +16,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.reconstruction.distill import Distill
+from permllm.reconstruction.obs import OBS
 from permllm.settings.config import NMPattern
 from permllm.training.losses import cosine_loss
 from tests.conftest import tiny_model

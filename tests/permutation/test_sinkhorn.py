@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from permllm.sparsity.blocks import BlockStack
 from torch import Tensor
 
 from permllm.permutation.lcp import assignment
@@ -15,6 +14,7 @@ from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.runtime import parallel
+from permllm.sparsity.blocks import BlockStack
 from tests.problems import random, sinkhorn
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from permllm.sparsity.blocks import split_blocks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +20,7 @@ from permllm.runtime.precision import (
     recomputed,
 )
 from permllm.settings.config import NMPattern
+from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.losses import head_divergence

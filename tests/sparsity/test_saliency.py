@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from permllm.pruner.magnitude import Magnitude
 from torch import Tensor
 
+from permllm.pruner.magnitude import Magnitude
 from permllm.pruner.ria import RIA
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda

@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple
 
 import pytest
 import torch
-from permllm.sparsity.blocks import split_blocks
 from torch import Tensor, nn
 
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.settings.config import NMPattern
+from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import Scores

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from permllm.pruner.base import Pruner
 from torch import Tensor
 
+from permllm.pruner.base import Pruner
 from permllm.runtime import parallel
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistic, InputStatistics

@@ -57,6 +57,11 @@ class LCP(LearningSettings, LearnedPermutation):
     margin: Amount = 0.05
     noise: Amount = 0.02
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs == 1 and self.steps is None and self.select_from > 1:
+            self.select_from = 0  # a single epoch has nothing to select from
+
     @override
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError if M does not divide `block_size`, or a temperature is not positive."""
