@@ -24,7 +24,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, Form, StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, permuted_names, write_gathered
-from permllm.export.rope import legacy_rope
+from permllm.export.legacy import legacy_rope, legacy_tokenizer
 from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import channel_groups
@@ -223,6 +223,9 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         write_json(folder / SETTINGS, settings)
         files.append(SETTINGS)
     source.save_tokenizer(folder)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists():  # `permllm.save` may have no tokenizer
+        write_json(tokenizer, legacy_tokenizer(read_json(tokenizer)))
     summary = {
         "form": form,
         "sparsity": sparsity["pattern"],

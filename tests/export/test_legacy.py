@@ -1,4 +1,4 @@
-"""Rotary embeddings in exported configs: the keys of transformers 4, and the model they make."""
+"""Exports in transformers 4: rotary keys, the model that they make, and the tokenizer's class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import permllm
 from permllm.export.write import Request, export_run
 from permllm.store.files import read_json, write_json
+from tests.conftest import tiny_model
 from tests.export.pruned import load, logits, make_run, variant_model
+from tests.problems import tokens
 
 LLAMA3: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 4}
@@ -77,3 +82,17 @@ def test_an_exported_config_has_the_rotary_keys_of_transformers_4(
     if wanted:
         write_json(file, written)
         assert not torch.allclose(logits(load(tmp_path / "out")), exported)
+
+
+def test_a_tokenizer_has_a_class_that_transformers_4_knows(tmp_path: Path) -> None:
+    words = {"<unk>": 0, "a": 1, "b": 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    model = tiny_model("llama")
+    permllm.prune(model, tokenizer, texts=tokens(), permutation="none", compute_dtype="float32")
+    permllm.save(model, tmp_path / "export")
+    settings = read_json(tmp_path / "export" / "tokenizer_config.json")
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert loaded("b a c")["input_ids"] == [2, 1, 0]

@@ -1,7 +1,8 @@
-"""Rotary embedding of a model in the keys of `config.json` that transformers 4 reads.
+"""Settings of a checkpoint in the words that transformers 4 reads.
 
 transformers 5 writes `rope_parameters`. transformers 4 ignores this key without a warning and takes
-the defaults of its own, so that its logits would be wrong.
+the defaults of its own, so that its logits would be wrong. It also refuses a tokenizer of the class
+`TokenizersBackend`, which transformers 5 names.
 """
 
 from typing import Any
@@ -10,6 +11,13 @@ from transformers import PreTrainedConfig
 
 # Model types for which transformers 4 expects the older `type` in the place of `rope_type`.
 _TYPE = ("olmo2", "phi3")
+
+
+def legacy_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a tokenizer with a class that both versions of transformers know."""
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        return settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return settings
 
 
 def legacy_rope(config: PreTrainedConfig) -> dict[str, Any]:
