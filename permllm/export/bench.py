@@ -86,8 +86,10 @@ def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: 
     SparseSemiStructuredTensor._FORCE_CUTLASS = backend == "CUTLASS"
     algorithms: dict[torch.Size, int] = {}
     used = 0
-    for path in [path for path, pattern in patterns.items() if window_count(pattern)]:
-        linear, pattern = linear_at(model, path), patterns[path]
+    for path, pattern in patterns.items():
+        if not window_count(pattern):
+            continue
+        linear = linear_at(model, path)
         if violations(linear.weight, None, pattern):
             raise ConfigError(f"{path}.weight is not {pattern} in stored order")
         split, columns = as_two_of_four(linear.weight.detach(), pattern)
@@ -105,8 +107,10 @@ def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: 
         used += 1
     if not used:
         raise ConfigError("no linear has rows that 32 divides and channels that 64 divides")
-    chosen = f", algorithms {sorted(set(algorithms.values()))}" if algorithms else ""
-    return f"{used} linears by {backend}{chosen}"
+    variant = f"{used} linears by {backend}"
+    if algorithms:
+        variant += f", algorithms {sorted(set(algorithms.values()))}"
+    return variant
 
 
 def _columns(columns: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -137,7 +141,8 @@ def _variant(
 ) -> dict[str, Any]:
     """Change a model, and measure the medians of prefill and decoding."""
     model.eval().requires_grad_(False)
-    used, speed = change(model) if change else None, []
+    used = change(model) if change else None
+    speed = []
     for batch in sizes.batch_sizes:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary_of(model), (batch, sizes.prompt), generator=generator)
@@ -187,11 +192,7 @@ def _decode(model: PreTrainedModel, token: Tensor, new_tokens: int, **cache: Dyn
 
 
 def measure(
-    folder: Path,
-    against: Path | None,
-    sizes: Sizes,
-    device: str = "auto",
-    dtype: str | None = None,
+    folder: Path, against: Path | None, sizes: Sizes, device: str = "auto", dtype: str | None = None
 ) -> dict[str, Any]:
     """Measure a checkpoint, with one variant in memory at a time.
 
@@ -210,27 +211,32 @@ def measure(
         DataError: a folder does not have a complete checkpoint.
     """
     place = resolve_device(device)
-    asked = getattr(torch, dtype) if dtype else None
+    torch_dtype = getattr(torch, dtype) if dtype else None
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
-    model = read_weights(folder, asked, place)
+    model = read_weights(folder, torch_dtype, place)
     check_runs(folder, model)
-    patterns, gathers = stated_patterns(folder, model), len(gathered_modules(model))
+    patterns = stated_patterns(folder, model)
+    gathers = len(gathered_modules(model))
     missing = what_is_missing(place, patterns.values(), model.dtype)
     variants = [_variant(model, "as stored", None, sizes)]
     del model
     if against:
-        variants.insert(0, _variant(read_weights(against, asked, place), "dense", None, sizes))
+        model = read_weights(against, torch_dtype, place)
+        variants.insert(0, _variant(model, "dense", None, sizes))
+        del model
     if gathers:
-        model, name = read_weights(folder, asked, place), "as stored, gathers left out"
-        variants.append(_variant(model, name, leave_out_gathers, sizes))
+        model = read_weights(folder, torch_dtype, place)
+        variants.append(_variant(model, "as stored, gathers left out", leave_out_gathers, sizes))
         del model
     lines = [missing] if missing else []
-    for backend in () if missing else BACKENDS:
+    backends = () if missing else BACKENDS
+    for backend in backends:
         rows = max(sizes.batch_sizes) * sizes.prompt
-        name, change = f"2:4 by {backend}", partial(use_backend, backend, patterns, rows)
+        name = f"2:4 by {backend}"
+        change = partial(use_backend, backend, patterns, rows)
         try:
-            variants.append(_variant(read_weights(folder, asked, place), name, change, sizes))
+            variants.append(_variant(read_weights(folder, torch_dtype, place), name, change, sizes))
         except (ConfigError, RuntimeError) as error:
             lines.append(f"{name}: {first_line(error)}")
     return {
@@ -264,9 +270,10 @@ def _show(report: dict[str, Any]) -> None:
     table.add_column("decode, tokens/s", justify="right")
     for variant in report["variants"]:
         for row in variant["speed"]:
-            speeds = row["prefill_tokens_a_second"], row["decode_tokens_a_second"]
             name = variant["used"] or variant["variant"]
-            table.add_row(name, str(row["batch"]), *(f"{speed:.1f}" for speed in speeds))
+            prefill = f"{row['prefill_tokens_a_second']:.1f}"
+            decode = f"{row['decode_tokens_a_second']:.1f}"
+            table.add_row(name, str(row["batch"]), prefill, decode)
     console.print(table)
     console.print(f"{report['gathers']} gathers, {report['bytes'] / 1e6:.1f} MB on disk")
     for line in report["missing"]:

@@ -31,8 +31,9 @@ _ORDER = "input_order"
 # install, because anyone could publish a package of that name.
 _HINT = "make a checkout of PermLLM importable and import permllm.export before loading this model"
 _MODEL_TYPE = f"N:M sparse with gathered inputs (arXiv 2510.10136): {_HINT}"
-# Name of a weight whose linear reads gathered inputs, and the pattern of such a name.
-_WEIGHT, _PERMUTED = "weight", "permuted_weight"
+# Name of a weight, its name where its linear reads gathered inputs, and the pattern of such a name.
+_WEIGHT = "weight"
+_PERMUTED = "permuted_weight"
 _NAMES = {rf"\.{_PERMUTED}$": f".{_WEIGHT}"}
 # Arguments of `from_pretrained` about the place of a checkpoint's files.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")

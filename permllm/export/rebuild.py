@@ -35,17 +35,17 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     groups = recorded_groups(
         channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
     )
-    kept = Pruned(directory, metrics)
+    pruned = Pruned(directory, metrics)
     placement = placement_of(model)
     for group in groups:
         with placement.layer(group.layer):
             for path in group.members:
                 linear = linear_at(model, path)
                 dense = linear.weight.data
-                if kept.weights_changed:
-                    placement.replace(linear, kept.weight(path, dense))
-                    placement.lies_in(kept.weight_files[path], {linear: path})
+                if pruned.weights_changed:
+                    placement.replace(linear, pruned.weight(path, dense))
+                    placement.lies_in(pruned.weight_files[path], {linear: path})
                 else:
                     placement.replace(
-                        linear, masked(kept.mask(path), dense), partial(kept.mask, path)
+                        linear, masked(pruned.mask(path), dense), partial(pruned.mask, path)
                     )

@@ -29,7 +29,8 @@ COMMAND = (
 )
 # torchao 0.18.0's kernels need multiples of these numbers. Metadata comes in tiles of 64 rows and
 # 128 channels. Tiles may be padded along the channels since torchao 0.16, but not along the rows.
-_ROWS, _CHANNELS = 64, 32
+_ROWS = 64
+_CHANNELS = 32
 # Model types that vLLM runs through its Transformers backend.
 _THROUGH_TRANSFORMERS = ("olmo2", "smollm3")
 # Names of linears that vLLM joins, and the names of the joined linears.
@@ -70,8 +71,8 @@ KEPT = _of_type(
 def check_serve(form: str, dtype: str, patterns: Collection[NMPattern]) -> None:
     """Raise ConfigError unless vLLM can serve a checkpoint of this form, dtype and N:M."""
     if not any(map(_two_of_four, patterns)):
-        its = ", ".join(map(str, patterns))
-        raise ConfigError(f"export.serve=vllm: no kernel multiplies {its}; set sparsity=2:4")
+        names = ", ".join(map(str, patterns))
+        raise ConfigError(f"export.serve=vllm: no kernel multiplies {names}; set sparsity=2:4")
     if form != "folded":
         raise ConfigError(
             f"export.serve=vllm: vLLM does not load export={form}; set export=folded and "
@@ -106,24 +107,29 @@ def serving(
         ConfigError: vLLM cannot run this kind of model on the kernels, or no linear is 2:4, of a
             suitable size and without a row of zeros.
     """
-    if (kind := model.config.model_type) in _THROUGH_TRANSFORMERS:
+    model_type = model.config.model_type
+    if model_type in _THROUGH_TRANSFORMERS:
         raise ConfigError(
-            f"export.serve=vllm: vLLM runs {kind} through its Transformers backend, whose "
+            f"export.serve=vllm: vLLM runs {model_type} through its Transformers backend, whose "
             "activations have three dimensions, and the kernels take two; leave export.serve out"
         )
     groups = channel_groups(model)
-    kinds, layers, sparse = dict[str, None](), "", 0
-    dense, unfit, without_scale = list[str](), list[str](), list[str]()
+    kinds = dict[str, None]()
+    layers = ""
+    sparse = 0
+    dense = list[str]()
+    unfit = list[str]()
+    without_scale = list[str]()
     linears = [(group, name, rows) for group in groups for name, rows in _joined(group).items()]
     for group, name, rows in linears:
-        its = [patterns.get(path, pattern) for path in rows]
-        pruned = all(text != DENSE and _two_of_four(NMPattern.parse(text)) for text in its)
+        texts = [patterns.get(path, pattern) for path in rows]
+        pruned = all(text != DENSE and _two_of_four(NMPattern.parse(text)) for text in texts)
         names = dict.fromkeys([name, *rows])
-        fits = sum(rows.values()) % _ROWS == group.channels % _CHANNELS == 0
+        fits = sum(rows.values()) % _ROWS == 0 and group.channels % _CHANNELS == 0
         finite = zero_rows.isdisjoint(rows)
         if pruned and fits and finite:
             layers = group.prefix.rstrip(".").rpartition(".")[0]
-            kinds |= dict.fromkeys(re.escape(one.removeprefix(group.prefix)) for one in names)
+            kinds |= dict.fromkeys(re.escape(path.removeprefix(group.prefix)) for path in names)
             sparse += 1
         else:
             dense += names
@@ -179,7 +185,11 @@ def _warn(unfit: int, linears: int, example: str) -> None:
     log.warning(
         "vLLM runs %s of %s linears as dense ones, such as %s: its kernels need rows divisible "
         "by %s and channels divisible by %s; keep_dense=[...] would leave them unpruned",
-        *(unfit, linears, example, _ROWS, _CHANNELS),
+        unfit,
+        linears,
+        example,
+        _ROWS,
+        _CHANNELS,
     )
 
 

@@ -19,7 +19,8 @@ from permllm.settings.config import NMPattern, check_divides
 from permllm.store.files import file_sha256
 from permllm.store.tensors import violations
 
-_SEQUENCES, _LENGTH = 4, 64
+_SEQUENCES = 4
+_LENGTH = 64
 _SHOWN = 20
 
 
@@ -56,28 +57,36 @@ def verify(
         DataError: a file is missing, damaged or changed.
     """
     summary = read_summary(folder)
-    for file in sorted(folder.glob("*.safetensors")) if summary else ():
-        if summary and file_sha256(file) != summary["sha256"].get(file.name):
-            raise DataError(f"{file} was changed or damaged after the export (its sha256 differs)")
+    if summary:
+        for file in sorted(folder.glob("*.safetensors")):
+            if file_sha256(file) != summary["sha256"].get(file.name):
+                raise DataError(
+                    f"{file} was changed or damaged after the export (its sha256 differs)"
+                )
     model = read_weights(folder, None, torch.device("cpu"))
     check_runs(folder, model)
     by_row = pattern is None and summary is not None and summary.get("form") == "simulate"
-    stated, layers, zeros, size = stated_patterns(folder, model, pattern), [], 0, 0
+    stated = stated_patterns(folder, model, pattern)
+    layers = []
+    zeros = 0
+    size = 0
     problems = list[str]()
-    for path, its in stated.items():
+    for path, expected in stated.items():
         weight = linear_at(model, path).weight
-        check_divides(its, weight.shape[1], path)
-        found = int((weight == 0).sum())
-        zeros, size = zeros + found, size + weight.numel()
-        name, bad = f"{path}.weight", violations(weight, None, its)
-        share = found / weight.numel()
-        layers.append({"name": name, "pattern": str(its), "zeros": share, "violations": bad})
+        check_divides(expected, weight.shape[1], path)
+        zeros_of_weight = int((weight == 0).sum())
+        zeros += zeros_of_weight
+        size += weight.numel()
+        name = f"{path}.weight"
+        bad = violations(weight, None, expected)
+        share = zeros_of_weight / weight.numel()
+        layers.append({"name": name, "pattern": str(expected), "zeros": share, "violations": bad})
         nonzeros = (weight != 0).sum(1)
-        dense_rows = int((nonzeros * its.m > weight.shape[1] * its.n).sum())
+        dense_rows = int((nonzeros * expected.m > weight.shape[1] * expected.n).sum())
         if by_row and dense_rows:
-            problems.append(f"{name} has {dense_rows} rows with fewer zeros than {its}")
+            problems.append(f"{name} has {dense_rows} rows with fewer zeros than {expected}")
         elif bad and not by_row:
-            problems.append(f"{name} has {bad} groups that are not {its}")
+            problems.append(f"{name} has {bad} groups that are not {expected}")
     every = {path for group in channel_groups(model) for path in group.members}
     del model
     difference = logits_difference(folder, against) if against else None
@@ -107,12 +116,13 @@ def stated_patterns(
         model: model of the checkpoint.
         pattern: N:M of every linear; None: the N:M that an export states, else 2:4.
     """
-    groups, summary = channel_groups(model), None if pattern else read_summary(folder)
-    its = pattern or NMPattern(2, 4)
+    groups = channel_groups(model)
+    summary = None if pattern else read_summary(folder)
+    expected = pattern or NMPattern(2, 4)
     if summary is not None:
-        its = NMPattern.parse(summary["sparsity"], f"{folder / SUMMARY}: sparsity")
-        groups = recorded_groups(groups, its, summary.get("patterns", {}))
-    return {path: group.pattern or its for group in groups for path in group.members}
+        expected = NMPattern.parse(summary["sparsity"], f"{folder / SUMMARY}: sparsity")
+        groups = recorded_groups(groups, expected, summary.get("patterns", {}))
+    return {path: group.pattern or expected for group in groups for path in group.members}
 
 
 @torch.no_grad()
@@ -130,17 +140,17 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary_of(model), (_SEQUENCES, _LENGTH), generator=generator)
         logits.append(model(input_ids=tokens).logits.double())
-    ours, theirs = logits
-    if ours.shape != theirs.shape:
+    x, y = logits
+    if x.shape != y.shape:
         raise ConfigError(f"{first} and {second} have vocabularies of different sizes")
     nats = nn.functional.kl_div(
-        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+        x.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="none"
     )
     return {
-        "largest": float((ours - theirs).abs().max()),
-        "relative": float((ours - theirs).norm() / theirs.norm()),
+        "largest": float((x - y).abs().max()),
+        "relative": float((x - y).norm() / y.norm()),
         "kl": float(nats.sum(-1).mean()),
-        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+        "agreement": float((x.argmax(-1) == y.argmax(-1)).double().mean()),
     }
 
 
@@ -170,10 +180,12 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
     )
     if report["dense"]:
         lines.append(f"dense according to {SUMMARY}: {', '.join(report['dense'])}")
-    if found := report["difference"]:
+    difference = report["difference"]
+    if difference:
         lines.append(
-            f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, "
-            f"KL {found['kl']:.2e} nats, the same next token at {found['agreement']:.2%}"
+            f"logits: relative difference {difference['relative']:.2e}, "
+            f"largest {difference['largest']:.2e}, KL {difference['kl']:.2e} nats, "
+            f"the same next token at {difference['agreement']:.2%}"
         )
     if report["checksums"]:
         lines.append("files compared with their sha256")

@@ -116,21 +116,24 @@ def export_run(
 def _model_of(directory: Path, dense: Path | None) -> PrunedModel:
     if not (directory / METRICS).is_file():
         raise ConfigError(f"{directory} is not a run directory: it has no {METRICS}")
-    metrics, config = read_json(directory / METRICS), read_yaml(directory / CONFIG)
+    metrics = read_json(directory / METRICS)
+    config = read_yaml(directory / CONFIG)
     if metrics.get("status") != "finished":
         raise ConfigError(f"{directory} is not finished; the same command continues it")
-    began: str = metrics["model"]
+    identity: str = metrics["model"]
     moved = {"source": "local", "path": str(dense)} if dense else {}
     model = ModelConfig(**config["model"] | moved)
     if model.source == "hub":
-        model.revision = began.split(":")[2]  # the commit, because the branch may have moved
+        model.revision = identity.split(":")[2]  # the commit, because the branch may have moved
     source = dense_source(model, config["seed"])
-    if dense and not began.startswith("local:"):
-        log.warning("cannot check that %s is the model that was pruned, %s", dense, began)
-    elif source.identity != began:
-        raise DataError(f"{directory} was pruned from {began}, and this model is {source.identity}")
-    kept = Pruned(directory, metrics)
-    return PrunedModel(source, config, metrics, kept.orders, kept.weight)
+    if dense and not identity.startswith("local:"):
+        log.warning("cannot check that %s is the model that was pruned, %s", dense, identity)
+    elif source.identity != identity:
+        raise DataError(
+            f"{directory} was pruned from {identity}, and this model is {source.identity}"
+        )
+    pruned = Pruned(directory, metrics)
+    return PrunedModel(source, config, metrics, pruned.orders, pruned.weight)
 
 
 def write_checkpoint(
@@ -188,36 +191,38 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
-    source, sparsity = model.source, model.metrics["sparsity"]
-    groups, patterns = channel_groups(source.skeleton), sparsity.get("patterns", {})
+    source = model.source
+    sparsity = model.metrics["sparsity"]
+    groups = channel_groups(source.skeleton)
+    patterns = sparsity.get("patterns", {})
     form = request.form or first_form(groups, model.orders)
     stored = stored_order(form, source.skeleton, groups, model.orders)
-    said = request.dtype or model.config["model"]["dtype"]
-    dtype, files, served = getattr(torch, said), list[str](), dict[str, int]()
+    dtype_name = request.dtype or model.config["model"]["dtype"]
+    dtype = getattr(torch, dtype_name)
+    served = dict[str, int]()
     if request.serve:
-        there = {*patterns.values(), sparsity["pattern"]} - {DENSE}
-        check_serve(form, said, [NMPattern.parse(text) for text in sorted(there)])
+        texts = {*patterns.values(), sparsity["pattern"]} - {DENSE}
+        check_serve(form, dtype_name, [NMPattern.parse(text) for text in sorted(texts)])
         serving(source.skeleton, sparsity["pattern"], patterns)  # first, because it may fail
     _write_settings(source, stored, dtype, folder)  # first, because it may fail
     state = source.skeleton.state_dict()
     names = permuted_names(groups, stored.gathers)
-    planned = {
-        names.get(name, name): torch.empty_like(
-            state[name], dtype=dtype if state[name].is_floating_point() else None
-        )
-        for name in parameter_names(source.skeleton)
-    }
+    planned = {}
+    for name in parameter_names(source.skeleton):
+        stored_dtype = dtype if state[name].is_floating_point() else None
+        planned[names.get(name, name)] = torch.empty_like(state[name], dtype=stored_dtype)
     members = [path for group in groups for path in group.members]
     pruned = {f"{path}.weight": path for path in members if patterns.get(path) != DENSE}
     zero_rows = set[str]()
-    own = {stored_name: name for name, stored_name in names.items()}
+    originals = {stored_name: name for name, stored_name in names.items()}
 
-    def made(stored_name: str) -> Tensor:
-        name = own.get(stored_name, stored_name)
-        return _made(model, stored, dtype, pruned, zero_rows, name)
+    def tensor_of(stored_name: str) -> Tensor:
+        name = originals.get(stored_name, stored_name)
+        return _stored_tensor(model, stored, dtype, pruned, zero_rows, name)
 
-    files += write_shards(folder, planned, made, int(request.shard_gb * 1e9))
-    files += [ORDERS] if stored.gathers else []
+    files = write_shards(folder, planned, tensor_of, int(request.shard_gb * 1e9))
+    if stored.gathers:
+        files.append(ORDERS)
     if request.serve:
         settings, served = serving(source.skeleton, sparsity["pattern"], patterns, zero_rows)
         write_json(folder / SETTINGS, settings)
@@ -230,7 +235,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
         "form": form,
         "sparsity": sparsity["pattern"],
         **({"patterns": patterns} if patterns else {}),
-        "dtype": said,
+        "dtype": dtype_name,
         "bytes": sum(tensor.nbytes for tensor in planned.values()),
         "config_hash": model.metrics["config_hash"],
         "shard_gb": request.shard_gb,
@@ -248,7 +253,7 @@ def _write(model: PrunedModel, request: Request, folder: Path) -> dict[str, Any]
     return summary
 
 
-def _made(
+def _stored_tensor(
     model: PrunedModel,
     stored: StoredOrder,
     dtype: torch.dtype,
@@ -273,8 +278,8 @@ def _made(
         tensor = model.weight(pruned[name], tensor)
     cast = tensor.to(dtype)
     if not all_finite(cast):
-        its = str(dtype).removeprefix("torch.")
-        raise DataError(f"{name} holds values that are not finite in {its}")
+        dtype_name = str(dtype).removeprefix("torch.")
+        raise DataError(f"{name} holds values that are not finite in {dtype_name}")
     if name not in pruned:
         return stored.apply(name, cast)
     if not cast.any(-1).all():
@@ -284,14 +289,14 @@ def _made(
 
 
 def write_shards(
-    folder: Path, planned: Mapping[str, Tensor], made: Callable[[str], Tensor], largest: int
+    folder: Path, planned: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor], largest: int
 ) -> list[str]:
     """Write `model.safetensors`, or several files and the index that transformers reads.
 
     Args:
         folder: an existing folder.
         planned: tensors with the right shapes and dtypes, by name; may be on the meta device.
-        made: function that returns a tensor by its name; the tensors of a file are in memory
+        tensor_of: function that returns a tensor by its name; the tensors of a file are in memory
             together.
         largest: largest size of a file in bytes, unless a single tensor is larger.
 
@@ -302,7 +307,7 @@ def write_shards(
         dict(planned), filename_pattern="model{suffix}.safetensors", max_shard_size=largest
     )
     for file, names in split.filename_to_tensors.items():
-        save_tensors(folder / file, {name: made(name) for name in names})
+        save_tensors(folder / file, {name: tensor_of(name) for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
@@ -332,15 +337,16 @@ def _write_settings(
 def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm export`."""
     set_verbosity_error()  # warnings of transformers are errors here
-    given = {name: getattr(options, name) for name in ("form", "dtype", "shard_gb", "serve")}
-    request = values.validated(Request, given, "export")
+    names = ("form", "dtype", "shard_gb", "serve")
+    settings = {name: getattr(options, name) for name in names}
+    request = values.validated(Request, settings, "export")
     summary = export_run(options.run, request, options.to, options.dense)
-    said = (
+    report = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
         f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"
     )
     if options.form is None:
-        said += f"\n{summary['form']} is the first of {', '.join(FORMS)} that this run allows"
+        report += f"\n{summary['form']} is the first of {', '.join(FORMS)} that this run allows"
     if options.serve:
-        said += f"\nserve it in {options.to} by: {COMMAND}"
-    return Answer(summary, lambda: print(said))
+        report += f"\nserve it in {options.to} by: {COMMAND}"
+    return Answer(summary, lambda: print(report))

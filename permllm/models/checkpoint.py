@@ -31,8 +31,14 @@ _REFUSED = {
 }
 # Dtypes of weights, as safetensors and torch call them.
 _FLOATING = (
-    *("F64", "F32", "F16", "BF16"),
-    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "torch.float64",
+    "torch.float32",
+    "torch.float16",
+    "torch.bfloat16",
 )
 # Parts of transformers' loading report, and the verb of an error about them.
 _REPORT = {
@@ -251,16 +257,16 @@ def check_dense(what: str, config: PreTrainedConfig) -> None:
         raise ConfigError(f"{what} is a gathered checkpoint of a pruned model; give the dense one")
 
 
-def close(one: Tensor, other: Tensor) -> bool:
+def close(logits: Tensor, expected: Tensor) -> bool:
     """Tell if logits differ by no more than the rounding of half precision."""
-    return float((one - other).abs().max()) <= _ROUNDING * float(other.abs().max())
+    return float((logits - expected).abs().max()) <= _ROUNDING * float(expected.abs().max())
 
 
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
     read_config(folder)
     files = weight_files(folder)
-    formats = {name: form for file in files for name, form in _formats(file).items()}
+    dtypes = {name: dtype for file in files for name, dtype in _dtypes(file).items()}
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_json(generation)  # because transformers ignores a damaged one
@@ -275,18 +281,18 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
         wrong += [f"{what} {printable(name)}" for name in names]
     prefix = f"{model.base_model_prefix}."  # old files leave it out
     own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
-    for name, found in sorted(formats.items()):
+    for name, dtype in sorted(dtypes.items()):
         weight = name.removeprefix(prefix) in own or name.endswith("weight")
-        if weight and found not in _FLOATING:
+        if weight and dtype not in _FLOATING:
             kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
-            wrong.append(f"has {name} as {found}: {kind}")
+            wrong.append(f"has {name} as {dtype}: {kind}")
     if wrong:
         more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
         raise DataError(f"{folder} {wrong[0]}{more}: its files and its config do not agree")
     return model
 
 
-def _formats(file: Path) -> dict[str, str]:
+def _dtypes(file: Path) -> dict[str, str]:
     """Return the dtype of each tensor of a file by name; raise DataError if it is damaged."""
     if file.suffix == ".safetensors":
         return tensor_formats(file)

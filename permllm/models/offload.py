@@ -246,7 +246,8 @@ class Offloaded(Placement):
         """Store a new weight of a linear; the mask is not needed."""
         stored = self._of_linear[linear]
         value = weight.detach().to(self.device, stored.absent.dtype)
-        stored.read, stored.changes = self.keep(value), []
+        stored.read = self.keep(value)
+        stored.changes = []
         self._follow(linear, lambda _: value)
 
     @override
@@ -317,7 +318,8 @@ class OnDisk(Offloaded):
         """Read replaced weights from another file, and drop their copies in host memory."""
         for linear, name in names.items():
             stored = self._of_linear[linear]
-            stored.read, stored.changes = partial(load_tensor, file, name), []
+            stored.read = partial(load_tensor, file, name)
+            stored.changes = []
 
 
 def masked(mask: Tensor, weight: Tensor) -> Tensor:

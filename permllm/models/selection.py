@@ -48,28 +48,32 @@ def pruned_groups(
     dense: set[str] = set()
     for name in keep_dense:
         dense |= _named("keep_dense", name, groups)
-    chosen: dict[str, tuple[str, NMPattern]] = {}
+    patterns: dict[str, NMPattern] = {}
+    names: dict[str, str] = {}  # name in `sparsity_of` from which a linear has its pattern
     for name, text in sparsity_of.items():
-        found = _named("sparsity_of", name, groups) - dense
-        if not found:
-            kept = ",".join(keep_dense)
+        paths = _named("sparsity_of", name, groups) - dense
+        if not paths:
+            dense_names = ",".join(keep_dense)
             raise ConfigError(
-                f"sparsity_of.{name}={text}: keep_dense=[{kept}] keeps all of it dense"
+                f"sparsity_of.{name}={text}: keep_dense=[{dense_names}] keeps all of it dense"
             )
-        its = NMPattern.parse(text, f"sparsity_of.{name}")
-        for path in sorted(found):
-            other, before = chosen.setdefault(path, (name, its))
-            if its != before:
+        named_pattern = NMPattern.parse(text, f"sparsity_of.{name}")
+        for path in sorted(paths):
+            if path not in patterns:
+                patterns[path] = named_pattern
+                names[path] = name
+            elif patterns[path] != named_pattern:
                 raise ConfigError(
-                    f"sparsity_of: {other} gives {path} {before}, and {name} gives it {text}"
+                    f"sparsity_of: {names[path]} gives {path} {patterns[path]}, "
+                    f"and {name} gives it {text}"
                 )
-    left = _left(groups, pattern, dense, {path: its for path, (_, its) in chosen.items()})
-    if not left:
+    pruned = _without_dense(groups, pattern, dense, patterns)
+    if not pruned:
         raise ConfigError(
             f"keep_dense=[{','.join(keep_dense)}] names every linear of the decoder layers: "
             "nothing is left to prune"
         )
-    return left
+    return pruned
 
 
 def recorded_groups(
@@ -93,7 +97,7 @@ def recorded_groups(
         )
     dense = {path for path, text in patterns.items() if text == DENSE}
     others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
-    return _left(groups, pattern, dense, others)
+    return _without_dense(groups, pattern, dense, others)
 
 
 def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
@@ -104,14 +108,14 @@ def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -
         pruned: the pruned groups, as `pruned_groups` returns them.
     """
     own = {path: group.pattern for group in pruned for path in group.members}
-    found = {path: own.get(path, DENSE) for group in groups for path in group.members}
-    return {path: str(pattern) for path, pattern in found.items() if pattern is not None}
+    patterns = {path: own.get(path, DENSE) for group in groups for path in group.members}
+    return {path: str(pattern) for path, pattern in patterns.items() if pattern is not None}
 
 
-def _left(
-    groups: list[ChannelGroup], pattern: NMPattern, dense: set[str], of: dict[str, NMPattern]
+def _without_dense(
+    groups: list[ChannelGroup], pattern: NMPattern, dense: set[str], patterns: dict[str, NMPattern]
 ) -> list[ChannelGroup]:
-    left = []
+    pruned = []
     for group in groups:
         rows = {
             path: rows
@@ -119,18 +123,24 @@ def _left(
             if path not in dense
         }
         if rows:
-            its = _one_pattern({path: of.get(path, pattern) for path in rows})
-            own = None if its == pattern else its
-            left.append(replace(group, members=tuple(rows), rows=tuple(rows.values()), pattern=own))
-    return left
+            own = _one_pattern({path: patterns.get(path, pattern) for path in rows})
+            pruned.append(
+                replace(
+                    group,
+                    members=tuple(rows),
+                    rows=tuple(rows.values()),
+                    pattern=None if own == pattern else own,
+                )
+            )
+    return pruned
 
 
-def _one_pattern(of: dict[str, NMPattern]) -> NMPattern:
-    (first, pattern), *others = of.items()
+def _one_pattern(patterns: dict[str, NMPattern]) -> NMPattern:
+    (first, pattern), *others = patterns.items()
     for path, other in others:
         if other != pattern:
             both = f"{first} would be {pattern}, and {path}, which reads the same channels, {other}"
-            names = ", ".join(path.rpartition(".")[2] for path in of)
+            names = ", ".join(path.rpartition(".")[2] for path in patterns)
             raise ConfigError(f"sparsity_of: {both}; name all of {names}, or keep some dense")
     return pattern
 
@@ -146,20 +156,20 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
         return {
             path for group in groups if group.layer == int(name) % layers for path in group.members
         }
-    asked = f".{name}."
-    found = {
+    words_of_name = f".{name}."
+    paths = {
         path
         for group in groups
         for path in group.members
-        if asked in f".{path}." or asked in f".{group.name}."
+        if words_of_name in f".{path}." or words_of_name in f".{group.name}."
     }
-    if not found:
+    if not paths:
         words = {
             path.removeprefix(group.prefix)
             for group in groups
             for path in (*group.members, group.name)
         }
         words |= {part for word in words for part in word.split(".")}
-        there = ", ".join(sorted(words))
-        raise ConfigError(f"{key}: the model's decoder layers have no {name!r}, but {there}")
-    return found
+        valid = ", ".join(sorted(words))
+        raise ConfigError(f"{key}: the model's decoder layers have no {name!r}, but {valid}")
+    return paths

@@ -37,7 +37,8 @@ class Sharded(Offloaded):
 
     def __init__(self, model: nn.Module, device: torch.device, read: Read) -> None:
         assert dist.group.WORLD is not None
-        self._mesh, self._read = DeviceMesh.from_group(dist.group.WORLD, device.type), read
+        self._mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+        self._read = read
         super().__init__(model, device)
         self._stream = None  # no fetching ahead, because ranks must join their parts together
 

@@ -68,9 +68,10 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
                 # Copied, because the tensor would keep the file in memory.
                 return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
 
-            save, generation = partial(_copy_tokenizer, folder), generation_of(folder)
+            save_tokenizer = partial(_copy_tokenizer, folder)
+            generation = generation_of(folder)
             identity = folder_identity(config, folder)
-            return DenseSource(skeleton, save, generation, identity, read)
+            return DenseSource(skeleton, save_tokenizer, generation, identity, read)
     loaded = load_model(replace(config, placement="device", device="cpu"), seed)
     state = loaded.model.state_dict()
     return DenseSource(
