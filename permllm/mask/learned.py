@@ -77,13 +77,13 @@ class ScoreMask(LearningSettings, LearnedMask):
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
         """Learn the masks of all linears, stage by stage."""
         course = Course(self, problem, "mask", MASK_CHECKPOINT)
-        found: dict[str, Tensor] = {}
+        packed: dict[str, Tensor] = {}
         if course.state is not None:
-            found = _on_cpu(course.state["learner"]["earlier"])
+            packed = _on_cpu(course.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
-            if path in found:
-                return unpacked_mask(found[path], linear_at(problem.model, path).weight.shape)
+            if path in packed:
+                return unpacked_mask(packed[path], linear_at(problem.model, path).weight.shape)
             order = orders[group.name].to(problem.device)
             return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
@@ -94,9 +94,9 @@ class ScoreMask(LearningSettings, LearnedMask):
             generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
             scores_of = partial(self.scores, generator=generator)
             with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
-                learner = MaskLearner(problem, groups, linears, found)
+                learner = MaskLearner(problem, groups, linears, packed)
                 course.train(stage, learner)
-                found |= learner.best
+                packed |= learner.best
                 del linears, learner  # frees their memory before the next stage
         return PackedMasks(
             (path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members
@@ -167,12 +167,12 @@ class MaskLearner(Learner):
     @torch.no_grad()
     def present(self) -> dict[str, Tensor]:
         """Return the masks of the present scores, like `best`."""
-        found: dict[str, Tensor] = {}
+        packed: dict[str, Tensor] = {}
         for group in self.groups:
             with self._placement.layer(group.layer):
                 for path in group.members:
-                    found[path] = packed_mask(self.linears[path].mask().cpu())
-        return found
+                    packed[path] = packed_mask(self.linears[path].mask().cpu())
+        return packed
 
     @override
     def begin_epoch(self) -> None:
@@ -199,7 +199,8 @@ class MaskLearner(Learner):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self.scores.load_state_dict(state["scores"])
-        self.best, self._at_epoch = _on_cpu(state["best"]), _on_cpu(state["at_epoch"])
+        self.best = _on_cpu(state["best"])
+        self._at_epoch = _on_cpu(state["at_epoch"])
 
 
 def _on_cpu(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

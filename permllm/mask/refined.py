@@ -50,7 +50,8 @@ class RefinedMask(FoundMask):
             with collecting(problem.model, groups, self.statistics) as statistics:
                 stream.advance(layer)
             for group in groups:
-                pattern, order = problem.pattern_of(group), orders[group.name].to(problem.device)
+                pattern = problem.pattern_of(group)
+                order = orders[group.name].to(problem.device)
                 gram = statistics[group.name][Gram].value[order][:, order]
                 weights = [linear_at(problem.model, path).weight for path in group.members]
                 saliencies = (problem.saliency_of(path) for path in group.members)
@@ -99,18 +100,23 @@ def refined_mask(
         before = keep.clone()
         for first in range(0, len(keep), size):
             block = slice(first, min(first + size, len(keep)))
-            of_block, away_before = product[block].clone(), away[block].clone()
+            of_block = product[block].clone()
+            away_before = away[block].clone()
             for start in range(first, block.stop, m):
                 group = slice(start, start + m)
-                w, kept = weight_t[group], keep[group]
+                w = weight_t[group]
+                group_mask = keep[group]
                 linear = 2 * w * of_block[start - first : start - first + m]
-                leaves = torch.where(kept, squares[group] + linear, torch.inf)
-                comes = torch.where(kept, torch.inf, squares[group] - linear)
+                pruning = torch.where(group_mask, squares[group] + linear, torch.inf)
+                keeping = torch.where(group_mask, torch.inf, squares[group] - linear)
                 both = (2 * gram[group, group]).unsqueeze(2) * w.unsqueeze(0) * w.unsqueeze(1)
-                gain, pair = (leaves.unsqueeze(1) + comes.unsqueeze(0) - both).flatten(0, 1).min(0)
-                pair = pair.where(gain < 0, -m - 1)  # matches no place
-                kept ^= (places == pair // m) | (places == pair % m).logical_and_(gain < 0)
-                now = torch.where(kept, 0.0, w)
+                changes = pruning.unsqueeze(1) + keeping.unsqueeze(0) - both
+                change, pair = changes.flatten(0, 1).min(0)
+                exchanged = change < 0
+                leaves = pair // m
+                comes = pair % m
+                group_mask ^= exchanged & ((places == leaves) | (places == comes))
+                now = torch.where(group_mask, 0.0, w)
                 of_block.addmm_(gram[block, group], now - away[group])
                 away[group] = now
             product.addmm_(gram[:, block], away[block] - away_before)

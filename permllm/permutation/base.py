@@ -54,11 +54,11 @@ class LocalPermutation(Permutation):
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutation of each group by its saliency in the dense model."""
-        found = {}
+        orders = {}
         for group in problem.groups:
             scores = torch.cat([problem.saliency_of(path) for path in group.members])
-            found[group.name] = self.order(group.name, scores, problem.pattern_of(group))
-        return found
+            orders[group.name] = self.order(group.name, scores, problem.pattern_of(group))
+        return orders
 
 
 class Identity(LocalPermutation):
@@ -104,12 +104,12 @@ def checked_order(config: RunConfig, group: ChannelGroup, order: object) -> Tens
     Raises:
         ConfigError: the result is no int64 permutation of the channels.
     """
-    given = type(order).__name__
+    actual = type(order).__name__
     if isinstance(order, Tensor):
         if order.dtype == torch.int64 and is_permutation(order) and len(order) == group.channels:
             return order.cpu()
-        given = f"{order.dtype} {tuple(order.shape)}"
+        actual = f"{order.dtype} {tuple(order.shape)}"
     raise ConfigError(
         f"permutation={config.permutation.get('name')}: the permutation of {group.name} is "
-        f"{given}; expected int64 ({group.channels},) with each channel once"
+        f"{actual}; expected int64 ({group.channels},) with each channel once"
     )

@@ -118,10 +118,10 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
         ConfigError: `constraint` is `foldable`, and nothing absorbs the permutation of a group.
     """
     stream = tuple(group for group in groups if not group.table.producers)
-    found = []
+    shared = []
     for group in groups:
         if constraint == "free":
-            found.append(SharedOrder(group.name, group.channels, group.channels, 1, (group,)))
+            shared.append(SharedOrder(group.name, group.channels, group.channels, 1, (group,)))
         elif not group.table.folds:
             raise ConfigError(
                 "permutation.constraint=foldable: no family table names weights that absorb the "
@@ -129,10 +129,10 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
                 "export=gathered"
             )
         elif group.table.producers:
-            found.append(local_order(group))
+            shared.append(local_order(group))
         elif group is stream[0]:
-            found.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
-    return found
+            shared.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
+    return shared
 
 
 def orders_within(shared: list[SharedOrder], layers: range) -> list[SharedOrder]:
@@ -163,11 +163,11 @@ def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
                 f"channels; expected a multiple of M = {m}, or permutation.constraint=free"
             )
         for group in order.groups:
-            its = group.pattern or pattern
-            if m % its.m:
+            group_pattern = group.pattern or pattern
+            if m % group_pattern.m:
                 raise ConfigError(
-                    f"sparsity_of: {group.name} is {its}, and others that share its permutation "
-                    f"have M = {m}; expected that one M divides the other, or "
+                    f"sparsity_of: {group.name} is {group_pattern}, and others that share its "
+                    f"permutation have M = {m}; expected that one M divides the other, or "
                     "permutation.constraint=free"
                 )
 
@@ -192,19 +192,20 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
     Raises:
         ConfigError: a permutation does not fold; the message names its group.
     """
-    found: dict[str, Tensor] = {}
+    permutations: dict[str, Tensor] = {}
     for group in groups:
         order = orders[group.name]
         if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
             raise _refusal(group, "its family has no table")
     for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
-            behind = shared.shared(orders[group.name])
-            if behind is None:
+            permutation = shared.shared(orders[group.name])
+            if permutation is None:
                 raise _refusal(group, "it is not the same inside each head")
-            if not torch.equal(found.setdefault(shared.name, behind), behind):
+            first = permutations.setdefault(shared.name, permutation)
+            if not torch.equal(first, permutation):
                 raise _refusal(group, f"it is not that of {shared.groups[0].name}")
-    return found
+    return permutations
 
 
 def _refusal(group: ChannelGroup, reason: str) -> ConfigError:

@@ -39,7 +39,8 @@ _ROWS_AT_A_TIME = 4096
 # Share of a GPU's free memory for the saliencies of searches that run together.
 _SHARE_OF_FREE = 0.5
 # Rows, and pairs of a row and a group, that fit into the cache of a CPU.
-_ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
+_ROWS_IN_CACHE = 256
+_PAIRS_IN_CACHE = 1 << 19
 # Function that yields the saliency `(rows, C)` of some rows at a time with their N:M, because all
 # rows of a shared permutation may not fit into memory. If M differs, the groups of the smaller M
 # lie inside those of the larger M.
@@ -96,7 +97,7 @@ def heuristic_orders(
     searched = shared if placement_of(problem.model).sharded else mine
     ahead = sorted(searched, key=lambda order: order.channels)
     together = parallel.share(_searches_at_once(shared, problem.device))
-    found = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
+    values = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
     progress = tqdm(total=len(ahead), desc=label, unit="permutation")
     with ThreadPoolExecutor(together) as pool, progress:
         for first in range(0, len(ahead), together):
@@ -110,10 +111,10 @@ def heuristic_orders(
                 starts = range(0, order.channels, order.segment)
                 perm = torch.cat([start + next(perms) for start in starts])
                 if order in mine:
-                    found[order.name] = perm
+                    values[order.name] = perm
                 progress.update()
-    parallel.all_reduce(found.values())
-    return found
+    parallel.all_reduce(values.values())
+    return values
 
 
 def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
@@ -144,8 +145,8 @@ def segments_of(
     held = [on_shared_positions(shared.groups[0])] if len(shared.groups) == 1 else None
 
     def segment_from(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
-        for scores, its in held or map(on_shared_positions, shared.groups):
-            yield scores[:, start : start + shared.segment], its
+        for scores, group_pattern in held or map(on_shared_positions, shared.groups):
+            yield scores[:, start : start + shared.segment], group_pattern
 
     return [partial(segment_from, start) for start in range(0, shared.channels, shared.segment)]
 
@@ -167,9 +168,9 @@ def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -
     """Search by each saliency; `solve(function, items)` does as `map`, perhaps in threads."""
     searches = [Search(saliency) for saliency in saliencies]
     for position in range(max(search.m for search in searches)):
-        here = [search for search in searches if position < search.m]
-        scores = (search.scores(position) for search in here)
-        for search, sources in zip(here, solve(assigned, scores), strict=True):
+        active = [search for search in searches if position < search.m]
+        scores = (search.scores(position) for search in active)
+        for search, sources in zip(active, solve(assigned, scores), strict=True):
             search.exchange(position, sources)
     return [search.order() for search in searches]
 
@@ -186,8 +187,11 @@ class Search:
     """
 
     def __init__(self, saliency: Parts) -> None:
-        sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
-        sizes = [pattern.m for pattern in patterns]
+        sums = []
+        sizes = []
+        for part, pattern in saliency():
+            sums.append(part.sum(0))
+            sizes.append(pattern.m)
         self._saliency = saliency
         self.m = max(sizes)
         self.perm = allocate(reduce(Tensor.add, sums), min(sizes))
@@ -264,19 +268,21 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
     return scores
 
 
-def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
-    """Return `sum_r max(left[a, r], right[b, r])`: `(A, B)` of `(A, rows)` and `(B, rows)`."""
-    if left.device.type != "cpu":
+def sums_of_larger(u: Tensor, v: Tensor) -> Tensor:
+    """Return `sum_r max(u[a, r], v[b, r])`: `(A, B)` of `(A, rows)` and `(B, rows)`."""
+    if u.device.type != "cpu":
         # max(u, v) = (u + v + |u - v|) / 2 takes two sums and a matrix of L1 distances.
-        return (left.sum(1)[:, None] + right.sum(1)[None, :] + torch.cdist(left, right, p=1.0)) / 2
-    found = torch.zeros(len(left), len(right), dtype=left.dtype)
-    for first in range(0, left.shape[1], _ROWS_IN_CACHE):
+        return (u.sum(1)[:, None] + v.sum(1)[None, :] + torch.cdist(u, v, p=1.0)) / 2
+    sums = torch.zeros(len(u), len(v), dtype=u.dtype)
+    for first in range(0, u.shape[1], _ROWS_IN_CACHE):
         rows = slice(first, first + _ROWS_IN_CACHE)
-        few, all_ = left[:, rows].contiguous(), right[:, rows].contiguous()
-        at_a_time = max(1, _PAIRS_IN_CACHE // all_.numel())
-        for some, sums in zip(few.split(at_a_time), found.split(at_a_time), strict=True):
-            sums += torch.maximum(some[:, None], all_).sum(2)
-    return found
+        u_rows = u[:, rows].contiguous()
+        v_rows = v[:, rows].contiguous()
+        at_a_time = max(1, _PAIRS_IN_CACHE // v_rows.numel())
+        parts = zip(u_rows.split(at_a_time), sums.split(at_a_time), strict=True)
+        for u_part, sums_part in parts:
+            sums_part += torch.maximum(u_part[:, None], v_rows).sum(2)
+    return sums
 
 
 def assigned(scores: Tensor) -> Tensor:

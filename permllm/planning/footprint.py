@@ -30,17 +30,26 @@ from permllm.training.settings import LearningPlan
 
 # Bytes a second at which layers are copied to the device, a checkpoint is loaded, and the host
 # packs and writes results.
-_COMES, _LOADED, _WRITTEN = {"host": 2e10, "sharded": 2e10, "disk": 2e9}, 5e8, 1e9
+_COMES = {"host": 2e10, "sharded": 2e10, "disk": 2e9}
+_LOADED = 5e8
+_WRITTEN = 1e9
 # Seconds of a start or of compiling, of a batch of tasks without its products, and of an assignment
 # of 4,736 groups on one core.
-_START, _BATCH, _ASSIGNMENT = 20.0, 0.01, 16.0
+_START = 20.0
+_BATCH = 0.01
+_ASSIGNMENT = 16.0
 # Bytes that a search reads and writes for a pair of a row and a group.
 _PAIR = 12
 # Bytes that a step reads and writes for a value kept for backward, a logit of the vocabulary, a
 # weight under a permutation that learns, its exchange gradients, and a weight whose mask learns.
-_KEPT, _WORD, _ORDERED, _EXCHANGED, _MASKED = 4, 128, 15, 30, 20
+_KEPT = 4
+_WORD = 128
+_ORDERED = 15
+_EXCHANGED = 30
+_MASKED = 20
 # The same for a parameter of a permutation, and for any other parameter.
-_LOGIT, _PARAMETER = 1000, 28
+_LOGIT = 1000
+_PARAMETER = 28
 # Items of a task of lm-eval, sequences of an item, and their mean and largest length in tokens.
 # Other tasks get a guess.
 _TASKS = {
@@ -88,24 +97,33 @@ class Footprint:
     def __init__(
         self, config: RunConfig, model: PreTrainedModel, methods: Methods, device: torch.device
     ) -> None:
-        self.config, self.model, self.methods, self.device = config, model, methods, device
-        self.on_a_host, self.ranks = device.type == "cpu", parallel.world_size()
+        self.config = config
+        self.model = model
+        self.methods = methods
+        self.device = device
+        self.on_a_host = device.type == "cpu"
+        self.ranks = parallel.world_size()
         layers = decoder_layers(model)
         of_layers = [sum(value.numel() for value in layer.parameters()) for layer in layers]
-        self.layers, self.a_layer, self.all_layers = len(layers), max(of_layers), sum(of_layers)
+        self.layers = len(layers)
+        self.a_layer = max(of_layers)
+        self.all_layers = sum(of_layers)
         self.parameters = sum(value.numel() for value in model.parameters())
-        self.hidden, self.vocabulary = model.config.hidden_size, model.config.vocab_size
+        self.hidden = model.config.hidden_size
+        self.vocabulary = model.config.vocab_size
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.item = self.dtype.itemsize
         self.products = compute_dtype(config.compute_dtype, self.dtype, device)
-        self.every, self.groups = channel_groups(model), groups_to_prune(model, config)
+        self.every = channel_groups(model)
+        self.groups = groups_to_prune(model, config)
         self.widest = max(sum(group.rows) for group in self.every)
         self.largest = max(group.channels * sum(group.rows) for group in self.every)
         self.weights: Counter[NMPattern] = Counter()
         for group in self.groups:
             self.weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
         self.pruned = self.weights.total()
-        permutation, mask = methods.permutation, methods.mask
+        permutation = methods.permutation
+        mask = methods.mask
         self.orders = permutation.plan(self.groups, self.layers) if permutation.learned else None
         self.masks = mask.plan(self.groups, self.layers) if mask.learned else None
         # Tokens that a rank has of the calibration text and of a text for perplexity. WikiText-2's
@@ -120,7 +138,8 @@ class Footprint:
 
     def needs(self, placement: str) -> Needs:
         """Return the memory that a placement needs."""
-        weights, streams = self.parameters * self.item, self.streams(placement)
+        weights = self.parameters * self.item
+        streams = self.streams(placement)
         # The present layer and the next; a GPU may still compute with the layer before.
         if streams:
             at_once = 2 if self.on_a_host or placement == "sharded" else 3
@@ -128,13 +147,15 @@ class Footprint:
         if placement == "sharded":
             weights += self.all_layers * self.item // self.ranks
         stages = {name: weights + stage.memory for name, stage in self._stages(placement).items()}
-        device, host = max(stages.values()), self._beside(placement, streams)
+        device = max(stages.values())
+        host = self._beside(placement, streams)
         peak = device + host + host_memory() if self.on_a_host else device
         return Needs(stages, device, host, peak)
 
     def minutes(self, placement: str, speed: Speed) -> dict[str, float]:
         """Return the minutes of each stage in a placement."""
-        streams, found = self.streams(placement), {}
+        streams = self.streams(placement)
+        minutes = {}
         for name, stage in self._stages(placement).items():
             seconds = stage.seconds + stage.moved / speed.moved
             seconds += stage.products / speed.rates[self.products]
@@ -142,59 +163,70 @@ class Footprint:
             if streams:
                 coming = stage.passes * self.all_layers * self.item / _COMES[placement]
                 seconds = max(seconds, coming)
-            found[name] = seconds / 60
-        return found
+            minutes[name] = seconds / 60
+        return minutes
 
     def _stages(self, placement: str) -> dict[str, Stage]:
         """Return the stages of the job, from the first to the last."""
-        streams, methods = self.streams(placement), self.methods
+        streams = self.streams(placement)
+        methods = self.methods
         dense = self.config.calibration.statistics == "dense"
-        permutation, mask = methods.permutation, methods.mask
-        reconstruction, forward = methods.reconstruction, 2 * self.all_layers * self.text
-        found = {"weights": Stage(0, seconds=_START + self.parameters * self.item / _LOADED)}
+        permutation = methods.permutation
+        mask = methods.mask
+        reconstruction = methods.reconstruction
+        forward = 2 * self.all_layers * self.text
+        stages = {"weights": Stage(0, seconds=_START + self.parameters * self.item / _LOADED)}
         memory, gram = self._statistics(methods.pruner)
-        calibrates = dense or not permutation.local
-        found["calibrate"] = Stage(memory, calibrates * forward, calibrates * gram, seconds=_START)
+        stages["calibrate"] = Stage(memory, seconds=_START)
+        if dense or not permutation.local:
+            stages["calibrate"] = Stage(memory, products=forward, single=gram, seconds=_START)
         if isinstance(permutation, Heuristic) or getattr(permutation, "init", None) == "heuristic":
-            found["search"] = self._search(permutation)
+            stages["search"] = self._search(permutation)
         if getattr(mask, "statistics", ()):
             memory, gram = self._statistics(mask)
             # Each rank searches for itself. That takes as long as three Grams of the whole text.
             products = (1 + 3 * self.ranks) * gram
-            found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, products)
+            memory += 6 * 4 * self.largest
+            stages["refine masks"] = Stage(memory, products=forward, single=products)
         if self.orders and self.orders.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            found["learn"] = self._learns(permutation, self.orders, 4, streams)
+            stages["learn"] = self._learns(permutation, self.orders, 4, streams)
         if self.masks and self.masks.spans:
-            waiting = self.masks.keeps_masked * self.products.itemsize
-            found["learn masks"] = self._learns(mask, self.masks, waiting, streams)
+            waiting = self.products.itemsize if self.masks.keeps_masked else 0
+            stages["learn masks"] = self._learns(mask, self.masks, waiting, streams)
         if reconstruction.learned:
             # Positions of kept weights, and rounded copies of float32 weights.
-            kept = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
-            waiting = 4 + (2 * self.pruned // kept if self.item == 4 else 0)
-            plan = LearningPlan([range(self.layers)], kept)
-            found["learn weights"] = self._learns(reconstruction, plan, waiting, streams)
-        found["prune"] = self._prune(forward * (2 if dense and not methods.change_weights else 4))
-        return found | self._evaluations(placement)
+            weights = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
+            waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
+            plan = LearningPlan([range(self.layers)], weights)
+            stages["learn weights"] = self._learns(reconstruction, plan, waiting, streams)
+        passes = 2 if dense and not methods.change_weights else 4
+        stages["prune"] = self._prune(forward * passes)
+        return stages | self._evaluations(placement)
 
     def _prune(self, forward: float) -> Stage:
         """Return the stage that prunes; its forwards take `forward` operations."""
-        pruner, reconstruction = self.methods.pruner, self.methods.reconstruction
+        pruner = self.methods.pruner
+        reconstruction = self.methods.reconstruction
         # New weights of a layer, in addition to its old weights, and their saliency.
         memory, gram = self._statistics(pruner, reconstruction)
         memory += self.a_layer * self.item + 8 * self.largest
-        products, changes = 2 + 4 * getattr(reconstruction, "iterations", 0), 0.0
+        products = 2 + 4 * getattr(reconstruction, "iterations", 0)
+        changes = 0.0
         if self.methods.change_weights:
             changes = gram + sum(
                 group.channels**2 * (3.0 * group.channels + products * sum(group.rows))
                 for group in self.groups
             )
-        written = self.pruned * (2 + 2 * self.item * self.methods.change_weights) / _WRITTEN
-        return Stage(memory, forward, changes, 100 * self.pruned, written, 2)
+        bytes_a_weight = 2 + 2 * self.item if self.methods.change_weights else 2
+        written = self.pruned * bytes_a_weight / _WRITTEN
+        moved = 100 * self.pruned
+        return Stage(memory, forward, single=changes, moved=moved, seconds=written, passes=2)
 
     def _statistics(self, *methods: Any) -> tuple[int, float]:
         """Return the bytes of a layer's forward with statistics, and operations of all Grams."""
-        config, channels = self.config.calibration, [group.channels for group in self.every]
+        config = self.config.calibration
+        channels = [group.channels for group in self.every]
         kinds = {kind for method in methods for kind in method.statistics}
         states = 6 * self.hidden + 2 * self.widest
         memory = config.batch_size * config.seqlen * states * self.item
@@ -203,10 +235,13 @@ class Footprint:
 
     def _search(self, permutation: Any) -> Stage:
         """Return the search for permutations; a GPU makes scores while the cores solve others."""
-        m, seconds, moved = self.config.pattern.m, 0.0, 0.0
+        m = self.config.pattern.m
+        seconds = 0.0
+        moved = 0.0
         searched = shared_orders(self.groups, permutation.constraint)
         for order in searched:
-            width, assignments = order.segment // m, order.channels // order.segment * m
+            width = order.segment // m
+            assignments = order.channels // order.segment * m
             rows = order.repeats * sum(sum(group.rows) for group in order.groups)
             seconds += assignments * _ASSIGNMENT * (width / 4736) ** 2.5
             moved += assignments * width**2 * rows * _PAIR
@@ -224,9 +259,12 @@ class Footprint:
             waiting: bytes that stay in memory until backward, for each parameter in a stage.
             streams: layers are copied to the device one at a time.
         """
-        learning, depth = sum(map(len, plan.spans)), max(map(len, plan.spans))
-        parameters, share = plan.parameters * depth // learning, learning / self.layers
-        orders, seqlen = method is self.methods.permutation, self.config.calibration.seqlen
+        learning = sum(map(len, plan.spans))
+        depth = max(map(len, plan.spans))
+        parameters = plan.parameters * depth // learning
+        share = learning / self.layers
+        orders = method is self.methods.permutation
+        seqlen = self.config.calibration.seqlen
         mine = ceil(method.batch_size / self.ranks)
         together = min(mine, getattr(method, "micro_batch_size", None) or mine) * seqlen
         gathers = method is self.methods.mask and self.config.permutation.get("name") != "none"
@@ -236,7 +274,8 @@ class Footprint:
         if recomputes is None:
             recomputes = activations > KEPT_ON_A_HOST
         if streams or recomputes:
-            recomputes, states = True, self.hidden * (depth + 8) + 4 * self.widest
+            recomputes = True
+            states = self.hidden * (depth + 8) + 4 * self.widest
             activations = together * states * self.item
         # Parameters, gradients and two moments; a layer's masked weight and its gradient.
         memory = (16 + waiting) * parameters + activations + 3 * self.largest * self.item
@@ -256,15 +295,18 @@ class Footprint:
         of_parameter = _LOGIT if orders else _PARAMETER
         of_step = self.pruned * share * of_weight + parameters * len(plan.spans) * of_parameter
         moved = tokens * (a_token * self.layers * share * _KEPT + words * _WORD) + steps * of_step
-        return Stage(memory, products, 0, moved, _START, (1 + 2 * steps) * share)
+        passes = (1 + 2 * steps) * share
+        return Stage(memory, products, moved=moved, seconds=_START, passes=passes)
 
     def _evaluations(self, placement: str) -> dict[str, Stage]:
         """Return the stages of perplexity and tasks, for the dense and the pruned model."""
         config = self.config.evaluation
-        texts, batch = config.perplexity, config.lm_eval.batch_size
+        texts = config.perplexity
+        batch = config.lm_eval.batch_size
         a_token = 4.0 * (self.all_layers + self.hidden * self.vocabulary)
         # Products of float32 models are not rounded.
-        half, single = (a_token, 0.0) if self.item == 2 else (0.0, a_token)
+        half = a_token if self.item == 2 else 0.0
+        single = 0.0 if self.item == 2 else a_token
         # Logits of a batch; float32 logarithms of the logits of a window, and float32 logits if the
         # model has another dtype.
         longest = max(texts.batch_tokens, texts.seqlen)
@@ -279,20 +321,28 @@ class Footprint:
             items, of_item, mean, most = _TASKS.get(name, _ANY_TASK)
             shots = 1 + (task.num_fewshot or 0)
             count = min(items, task.limit or config.lm_eval.limit or items) * of_item
-            sequences, tokens = sequences + count, tokens + count * mean * shots
+            sequences += count
+            tokens += count * mean * shots
             longest = max(longest, most * shots)
         # Logits of a batch and their logarithms.
         memory = batch * longest * self.vocabulary * 2 * self.item
         # With parts of layers, each rank runs all items.
         share = 1 if placement == "sharded" else self.ranks
-        batches, tokens_of_rank = 2 * sequences / batch / share, tokens / share
-        products = tokens_of_rank * half, tokens_of_rank * single
-        of_tasks = Stage(memory, *products, 0, _BATCH * batches, batches)
+        batches = 2 * sequences / batch / share
+        tokens_of_rank = tokens / share
+        of_tasks = Stage(
+            memory,
+            products=tokens_of_rank * half,
+            single=tokens_of_rank * single,
+            seconds=_BATCH * batches,
+            passes=batches,
+        )
         return {"perplexity": measured, "tasks": of_tasks}
 
     def _beside(self, placement: str, streams: bool) -> int:
         """Return the bytes on the host, in addition to the device's."""
-        config, of_layers = self.config, self.all_layers * self.item
+        config = self.config
+        of_layers = self.all_layers * self.item
         # Targets of all windows, and this rank's states of two streams.
         tokens = (config.calibration.samples + config.further) * config.calibration.seqlen
         beside = ceil((1 + 2 / self.ranks) * tokens) * self.hidden * self.item

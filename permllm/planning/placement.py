@@ -55,7 +55,7 @@ def fits(footprint: Footprint) -> bool:
 
 def would_fit(footprint: Footprint) -> list[str]:
     """Return settings with which the job would fit, each with the memory that it needs."""
-    found = []
+    suggestions = []
     for word, changed in _changes(footprint.config, footprint.methods):
         try:
             methods = methods_of(changed)
@@ -66,8 +66,8 @@ def would_fit(footprint: Footprint) -> list[str]:
         if name := _first_that_fits(other)[0]:
             needs = other.needs(name)
             sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB on the host"
-            found.append(f"{word} would fit: {sizes}, with model.placement={name}")
-    return found
+            suggestions.append(f"{word} would fit: {sizes}, with model.placement={name}")
+    return suggestions
 
 
 def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConfig]]:
@@ -98,27 +98,31 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
 
 def _allowed(footprint: Footprint) -> list[Placement]:
     """Return the placements that the settings allow."""
-    given = footprint.config.model.placement
-    return placements(footprint) if given == "auto" else [given]
+    placement = footprint.config.model.placement
+    return placements(footprint) if placement == "auto" else [placement]
 
 
 def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
     """Return the first placement that fits, or None, and why earlier ones do not fit."""
-    device, card = footprint.device, footprint.config.plan_on
+    device = footprint.device
+    card = footprint.config.plan_on
     host: float = available_host_memory() // processes_here()
     if card:  # its host is unknown
-        free, host = CARDS[card][-1] * 1e9, math.inf
+        free = CARDS[card][-1] * 1e9
+        host = math.inf
     else:
         free = host if device.type == "cpu" else free_memory(device)
     reasons = list[str]()
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
-        taken, beside = needs.device, needs.host
+        on_device = needs.device
+        on_host = needs.host
         if device.type == "cpu":
-            taken, beside = taken + beside, 0
+            on_device += on_host
+            on_host = 0
         lacking = [
             f"{size / 1e9:.1f} GB, more than {FITS:.0%} of the {has / 1e9:.1f} GB free on {place}"
-            for place, size, has in ((device, taken, free), ("the host", beside, host))
+            for place, size, has in ((device, on_device, free), ("the host", on_host, host))
             if size > FITS * has
         ]
         if not lacking:

@@ -17,7 +17,9 @@ _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 
 def print_plan(of: Footprint) -> None:
     """Print the plan of a job."""
-    console, plan, config = terminal(), of.orders, of.config
+    console = terminal()
+    plan = of.orders
+    config = of.config
     title = f"{config.model.name}: channel groups of the {of.layers} decoder layers"
     headings = "group", "members", "N:M", "channels", "rows", "blocks", "logits", "layers"
     table = Table(*headings, title=title, title_justify="left")
@@ -49,14 +51,15 @@ def print_plan(of: Footprint) -> None:
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
     members = ", ".join(member.rsplit(".", 1)[-1] for member in group.members)
     learned = of.orders.columns[group.name] if of.orders else ("-", "-")
-    pattern, rows = str(group.pattern or of.config.pattern), " + ".join(map(str, group.rows))
+    pattern = str(group.pattern or of.config.pattern)
+    rows = " + ".join(map(str, group.rows))
     return group.table.name, members, pattern, str(group.channels), rows, *learned
 
 
 def _needs(of: Footprint) -> Table:
     """Return the table of memory by stage and placement, and of minutes by stage."""
-    chosen = placement_for(of)
-    names = list(dict.fromkeys((*placements(of), chosen)))
+    placement = placement_for(of)
+    names = list(dict.fromkeys((*placements(of), placement)))
     needs = {name: of.needs(name) for name in names}
     speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     minutes = {name: of.minutes(name, speed) for name in names}
@@ -64,15 +67,16 @@ def _needs(of: Footprint) -> Table:
     choice = "chosen" if fits(of) else "does not fit"
     title = "GB by stage and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
-    for name in (*names, f"minutes, {chosen}"):
-        table.add_column(f"{name} ({choice})" if name == chosen else name, justify="right")
-    for stage in needs[chosen].stages:
+    for name in (*names, f"minutes, {placement}"):
+        table.add_column(f"{name} ({choice})" if name == placement else name, justify="right")
+    for stage in needs[placement].stages:
         sizes = (f"{needs[name].stages[stage] / 1e9:.2f}" for name in names)
-        table.add_row(stage, *sizes, f"{minutes[chosen][stage]:.1f}")
+        table.add_row(stage, *sizes, f"{minutes[placement][stage]:.1f}")
     table.add_row("on the host", *(f"{needs[name].host / 1e9:.2f}" for name in names))
     table.add_row("peak", *(f"{needs[name].peak / 1e9:.2f}" for name in names))
     table.add_row("on a GPU, a card of", *(_card(card.needs(name).device) for name in names))
-    table.add_row("minutes", *(f"{sum(minutes[name].values()):.0f}" for name in (*names, chosen)))
+    totals = (f"{sum(minutes[name].values()):.0f}" for name in (*names, placement))
+    table.add_row("minutes", *totals)
     return table
 
 

@@ -27,8 +27,10 @@ class RIA(Pruner):
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         activation = statistics[Norm].value.pow(self.exponent)
         # If a sum is zero, all its weights are zero.
-        sums = magnitude.sum(0), magnitude.sum(1)
-        of_column, of_row = (torch.where(total > 0, 1.0 / total, 0.0) for total in sums)
+        column_sums = magnitude.sum(0)
+        row_sums = magnitude.sum(1)
+        of_column = torch.where(column_sums > 0, 1.0 / column_sums, 0.0)
+        of_row = torch.where(row_sums > 0, 1.0 / row_sums, 0.0)
         return SaliencyFactors(
             power=1,
             column=torch.stack([activation * of_column, activation]),

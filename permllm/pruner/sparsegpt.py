@@ -87,15 +87,15 @@ def prune_columns(
         prune: `by_columns` or `by_groups`.
     """
     step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
-    found = []
+    masks = []
     for start in range(0, w.shape[1], step):
-        block, after = slice(start, start + step), slice(start + step, None)
-        errors, kept = prune(
-            w[:, block], upper[block, block], pattern, None if keep is None else keep[:, block]
-        )
+        block = slice(start, start + step)
+        after = slice(start + step, None)
+        block_keep = None if keep is None else keep[:, block]
+        errors, mask = prune(w[:, block], upper[block, block], pattern, block_keep)
         w[:, after] -= errors @ upper[block, after]
-        found.append(kept)
-    return torch.cat(found, 1)
+        masks.append(mask)
+    return torch.cat(masks, 1)
 
 
 def by_columns(
@@ -103,16 +103,16 @@ def by_columns(
 ) -> tuple[Tensor, Tensor]:
     """Prune the columns of a block one after the other; return their errors and the mask."""
     errors = torch.empty_like(w)
-    kept = torch.empty_like(w, dtype=torch.bool) if keep is None else keep
+    mask = torch.empty_like(w, dtype=torch.bool) if keep is None else keep
     for j in range(w.shape[1]):
         if keep is None and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
             score = (w[:, group] / upper.diagonal()[group]).square()
-            kept[:, group] = keep_largest(score, pattern.n, dim=1)
-        error = torch.where(kept[:, j], 0.0, w[:, j] / upper[j, j])
+            mask[:, group] = keep_largest(score, pattern.n, dim=1)
+        error = torch.where(mask[:, j], 0.0, w[:, j] / upper[j, j])
         w[:, j:].addr_(error, upper[j, j:], alpha=-1.0)
         errors[:, j] = error
-    return errors, kept
+    return errors, mask
 
 
 def by_groups(
@@ -125,8 +125,10 @@ def by_groups(
     kept.
     """
     scale = upper.diagonal()
-    upper, scaled = upper / scale, w / scale
-    errors, dropped = [], []
+    upper = upper / scale
+    scaled = w / scale
+    errors = []
+    dropped = []
     for start in range(0, w.shape[1], pattern.m):
         group = slice(start, start + pattern.m)
         of_group = scaled[:, group]
@@ -136,7 +138,8 @@ def by_groups(
             drop.scatter_(1, order[:, pattern.n :], True)
         else:
             drop = ~keep[:, group]
-        systems, sides = upper[group, group] * drop.unsqueeze(1), (of_group * drop).unsqueeze(1)
+        systems = upper[group, group] * drop.unsqueeze(1)
+        sides = (of_group * drop).unsqueeze(1)
         error = torch.linalg.solve_triangular(
             systems, sides, upper=True, left=False, unitriangular=True
         )[:, 0]

@@ -38,9 +38,10 @@ class ADMM(Reconstruction):
         """Return the new weight. Raise TrainingError if the inputs are not finite."""
         factors = partial(self._factors, pruned.statistics)
         root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
-        dense, start = pruned.dense.float() * root, pruned.weight.float() * root
-        found = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations)
-        return torch.where(pruned.mask, found / root, 0.0).to(pruned.weight.dtype)
+        dense = pruned.dense.float() * root
+        start = pruned.weight.float() * root
+        scaled = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations)
+        return torch.where(pruned.mask, scaled / root, 0.0).to(pruned.weight.dtype)
 
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """Return the root of the damped diagonal, the scaled Hessian, and ADMM's inverse."""
@@ -69,40 +70,45 @@ def masked_least_squares(
         iterations: largest number of conjugate gradient iterations.
     """
     mask = mask.to(dense.dtype)
-    target, before = dense @ hessian, start @ hessian
-    found = _admm(target, start, mask, inverse)
-    after = found @ hessian
-    worse = _error(start - dense, before - target) <= _error(found - dense, after - target)
-    found, product = torch.where(worse, start, found), torch.where(worse, before, after)
-    error = _error(found - dense, product - target).sum()
+    target = dense @ hessian
+    before = start @ hessian
+    w = _admm(target, start, mask, inverse)
+    after = w @ hessian
+    worse = _error(start - dense, before - target) <= _error(w - dense, after - target)
+    w = torch.where(worse, start, w)
+    product = torch.where(worse, before, after)
+    error = _error(w - dense, product - target).sum()
     # Preconditioned conjugate gradients. Each row has its own step lengths, so that no step raises
     # the error of a row.
     residual = (target - product) * mask
     conditioned = (residual @ inverse) * mask
-    direction, slope = conditioned, (residual * conditioned).sum(1, keepdim=True)
+    direction = conditioned
+    slope = (residual * conditioned).sum(1, keepdim=True)
     for _ in range(iterations):
         curved = (direction @ hessian) * mask
         length = _ratio(slope, (direction * curved).sum(1, keepdim=True))
-        found = found + length * direction
+        w = w + length * direction
         gain = (length * slope).sum()
         error = error - gain
         if gain <= _LEAST_GAIN * error:
             break
         residual = residual - length * curved
         conditioned = (residual @ inverse) * mask
-        last, slope = slope, (residual * conditioned).sum(1, keepdim=True)
+        last = slope
+        slope = (residual * conditioned).sum(1, keepdim=True)
         direction = conditioned + _ratio(slope, last) * direction
-    return found
+    return w
 
 
 def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
     """Return the weights after a few iterations of ridge solution, projection and scaled dual."""
-    kept, dual = start, torch.zeros_like(start)
+    w = start
+    dual = torch.zeros_like(start)
     for _ in range(_ADMM_ITERATIONS):
-        free = (target + _PENALTY * (kept - dual)) @ inverse
-        kept = (free + dual) * mask
-        dual = dual + free - kept
-    return kept
+        free = (target + _PENALTY * (w - dual)) @ inverse
+        w = (free + dual) * mask
+        dual = dual + free - w
+    return w
 
 
 def _error(difference: Tensor, product: Tensor) -> Tensor:

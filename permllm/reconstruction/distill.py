@@ -81,12 +81,13 @@ class KeptWeights(Learner):
 
     def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
         self._weights: list[Tensor] = [linear.weight for linear in linears]
-        self._places, self.values = [], []
+        self._places: list[Tensor] = []
+        self.values: list[Tensor] = []
         for weight, mask in zip(self._weights, masks, strict=True):
             places = mask.flatten().nonzero().flatten().to(weight.device, torch.int32)
-            kept = weight.detach().take(places.long())
+            value = weight.detach().take(places.long())
             self._places.append(places)
-            self.values.append(kept.to(torch.promote_types(kept.dtype, torch.float32)))
+            self.values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -101,7 +102,8 @@ class KeptWeights(Learner):
 
     def _take(self, number: int, weight: Tensor) -> None:
         assert weight.grad is not None
-        value, places = self.values[number], self._places[number]
+        value = self.values[number]
+        places = self._places[number]
         gradient = weight.grad.take(places.long()).to(value.dtype)
         value.grad = gradient if value.grad is None else value.grad.add_(gradient)
         weight.grad = None
@@ -128,6 +130,6 @@ class KeptWeights(Learner):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        for value, found in zip(self.values, state["values"], strict=True):
-            value.copy_(found)
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)
         self.begin(None)

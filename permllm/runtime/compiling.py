@@ -62,7 +62,7 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
 
     def run(*arguments: Any) -> T:
         """Return the result of the compiled function, or else of `function`."""
-        found = attempt(*arguments)
-        return function(*arguments) if found is None else found
+        value = attempt(*arguments)
+        return function(*arguments) if value is None else value
 
     return run

@@ -18,14 +18,15 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: there is no such device, or several processes would share it.
     """
-    own, processes = int(os.environ.get("LOCAL_RANK", "0")), processes_here()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = processes_here()
     if device in ("auto", "cuda") and torch.cuda.is_available():
         count = torch.cuda.device_count()
-        if own >= count:
+        if local_rank >= count:
             raise ConfigError(
                 f"{processes} processes need {processes} GPUs, and this machine has {count}"
             )
-        return torch.device("cuda", own)
+        return torch.device("cuda", local_rank)
     if device == "auto":
         return torch.device("cpu")
     if device.startswith("cuda:") and processes > 1:

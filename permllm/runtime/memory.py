@@ -14,10 +14,12 @@ from torch import Tensor
 
 # Settings of mallopt(3): free bytes on top of the heap that are not returned to the system, and the
 # size from which memory is mapped.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 # Bytes of the largest tensor whose memory is kept. Kept memory has gaps, into which tensors of
 # other sizes do not fit.
-USUAL, SPARING = 32 << 20, 1 << 20
+USUAL = 32 << 20
+SPARING = 1 << 20
 # Folder with the limit and the use of memory of a container's control group.
 _GROUP = Path("/sys/fs/cgroup")
 
@@ -65,8 +67,9 @@ def host_memory() -> int:
 def peak_host_memory() -> int:
     """Return the largest resident size of this process since `reset_peak_memory`, bytes."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()):
-            return int(found[1]) * 1024
+        match = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+        if match:
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -87,10 +90,10 @@ def available_host_memory() -> int:
     available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
         most = int((_GROUP / "memory.max").read_text())
-        taken = int((_GROUP / "memory.current").read_text())
-        # The system drops cached pages of files, which count as taken, when it needs memory.
+        used = int((_GROUP / "memory.current").read_text())
+        # The system drops cached pages of files, which count as used, when it needs memory.
         pages = re.findall(r"active_file (\d+)\n", (_GROUP / "memory.stat").read_text())
-        available = min(available, most - taken + sum(map(int, pages)))
+        available = min(available, most - used + sum(map(int, pages)))
     return max(0, available)
 
 

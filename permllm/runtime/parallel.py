@@ -25,7 +25,8 @@ Value = TypeVar("Value")
 
 # Seconds that ranks wait while rank 0 waits for another run or writes an export, and seconds that a
 # rank waits for the others to have the same error.
-_PATIENCE, _SAME_ERROR = 86400.0, 30.0
+_PATIENCE = 86400.0
+_SAME_ERROR = 30.0
 # Counter of exchanges, which is equal in all ranks that are in step.
 _EXCHANGES = count()
 
@@ -70,8 +71,10 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
     largest = math.ceil(len(samples) / world_size())
     at_once = at_once or largest
     mine = samples[rank() :: world_size()].split(at_once)
-    found = [(part, len(part)) for part in mine if len(part)]
-    return found if len(found) == math.ceil(largest / at_once) else [*found, (samples[:1], 0)]
+    parts = [(part, len(part)) for part in mine if len(part)]
+    if len(parts) != math.ceil(largest / at_once):
+        parts.append((samples[:1], 0))
+    return parts
 
 
 def all_reduce(tensors: Iterable[Tensor], kind: Literal["sum", "max"] = "sum") -> None:
@@ -126,21 +129,21 @@ def share(value: Value) -> Value:
         tensor = value.contiguous()
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
         return tensor  # type: ignore[return-value]
-    found = [value]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    return found[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def on_main(compute: Callable[[], Value]) -> Value:
     """Compute only on rank 0, and return the value or raise the error in all ranks."""
-    found: Any = None
+    value: Any = None
     failure: Exception | None = None
     if rank() == 0:
         try:
-            found = compute()
+            value = compute()
         except (PermLLMError, OSError) as error:
             failure = error
-    value, failure = share((found, failure))
+    value, failure = share((value, failure))
     if failure is not None:
         raise failure
     return value  # type: ignore[no-any-return]
@@ -161,8 +164,8 @@ def in_step() -> Iterator[None]:
             raise
         if everything_wanted():
             traceback.print_exc()
-        said = one_line(error) or type(error).__name__
-        raise SystemExit(f"error: rank {rank()}: {said}: {CONTINUES}") from error
+        message = one_line(error) or type(error).__name__
+        raise SystemExit(f"error: rank {rank()}: {message}: {CONTINUES}") from error
 
 
 def _all_meet(error: Exception) -> bool:
@@ -170,7 +173,8 @@ def _all_meet(error: Exception) -> bool:
     # The store is used, because the other ranks may wait in an exchange of tensors.
     store = dist.distributed_c10d._get_default_store()
     key = f"{type(error).__name__} {next(_EXCHANGES)}"
-    met, until = store.add(key, 1), time.monotonic() + _SAME_ERROR
+    met = store.add(key, 1)
+    until = time.monotonic() + _SAME_ERROR
     while met < world_size() and time.monotonic() < until:
         time.sleep(0.05)
         met = store.add(key, 0)

@@ -76,8 +76,9 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.linear and not kwargs and _both_half(*args[:2]):
-            return _LinearThroughFloat32.apply(*args, *[None] * (3 - len(args)))
+        if func is nn.functional.linear and not kwargs and _both_half(args[0], args[1]):
+            bias = args[2] if len(args) > 2 else None
+            return _LinearThroughFloat32.apply(args[0], args[1], bias)
         return func(*args, **(kwargs or {}))
 
 
@@ -96,21 +97,22 @@ _HALF = (torch.bfloat16, torch.float16)
 _PIECE = 1 << 24
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right` of two matrices, without gradients, in float32 under the mode."""
-    if ThroughFloat32.entered and _both_half(left, right):
-        return _through_float32(left, right.t(), None)
-    return left @ right
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` of two matrices, without gradients, in float32 under the mode."""
+    if ThroughFloat32.entered and _both_half(a, b):
+        return _through_float32(a, b.t(), None)
+    return a @ b
 
 
-def _both_half(left: Tensor, right: Tensor) -> bool:
+def _both_half(a: Tensor, b: Tensor) -> bool:
     """Tell if two tensors have the same half-precision dtype."""
-    return left.dtype == right.dtype and left.dtype in _HALF
+    return a.dtype == b.dtype and a.dtype in _HALF
 
 
 def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `linear` with float32 copies of parts of the weight."""
-    wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
+    wide = states.float()
+    output = states.new_empty(*states.shape[:-1], len(weight))
     with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
@@ -131,7 +133,8 @@ class _LinearThroughFloat32(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
-        wide, dtype = gradient.float(), gradient.dtype
+        wide = gradient.float()
+        dtype = gradient.dtype
         tokens = wide.flatten(0, -2)
         of_states = of_weight = None
         with products_as_they_are(gradient):

@@ -32,14 +32,16 @@ def collecting(
 
     They are complete after the context, when the ranks have combined those of their windows.
     """
-    device, found = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
+    statistics = {}
     with ExitStack() as hooks:
         for group in groups:
             sums = InputStatistics(group.channels, device, kinds, norm_tokens)
+            statistics[group.name] = sums
             # All members of a group have the same inputs.
-            linear, found[group.name] = linear_at(model, group.members[0]), sums
+            linear = linear_at(model, group.members[0])
             hook = linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
             hooks.enter_context(hook)
-        yield found
-    for sums in found.values():
+        yield statistics
+    for sums in statistics.values():
         sums.all_reduce()

@@ -76,5 +76,5 @@ def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tens
 
 def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:
     """Return the sum of a saliency, or of its kept entries, in float64; None: all entries."""
-    kept = saliency if mask is None else torch.where(mask, saliency, 0.0)
-    return float(kept.sum(dtype=torch.float64))
+    entries = saliency if mask is None else torch.where(mask, saliency, 0.0)
+    return float(entries.sum(dtype=torch.float64))

@@ -29,12 +29,14 @@ def as_two_of_four(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
         each column.
     """
     blocks = weight.unflatten(1, (-1, pattern.m))
-    left, windows = blocks != 0, []
+    remaining = blocks != 0
+    windows = []
     starts = range(0, pattern.m - 2, 2)
-    for window in (slice(start, start + 4) for start in starts):
-        taken = left[..., window] & (left[..., window].cumsum(-1) <= 2)
-        left[..., window] &= ~taken
-        windows.append(torch.where(taken, blocks[..., window], 0.0))
+    for start in starts:
+        window = slice(start, start + 4)
+        selected = remaining[..., window] & (remaining[..., window].cumsum(-1) <= 2)
+        remaining[..., window] &= ~selected
+        windows.append(torch.where(selected, blocks[..., window], 0.0))
     channels = torch.arange(weight.shape[1], device=weight.device).view(-1, pattern.m)
     columns = torch.cat([channels[:, start : start + 4] for start in starts], dim=1)
     return torch.cat(windows, dim=-1).flatten(1), columns.flatten()

@@ -36,7 +36,8 @@ class Course:
     ) -> None:
         self.settings = settings
         self.problem = problem
-        self.name, self.file = name, file
+        self.name = name
+        self.file = file
         self.state = read_checkpoint(problem, file)
         past = self.state or {"stage": 0, "history": []}
         self._begin = past["stage"]
@@ -59,7 +60,8 @@ class Course:
         layers = len(decoder_layers(self.problem.model))
         for number, span in enumerate(self.settings.spans(layers)):
             if number >= self._begin and learns(span):
-                inputs, target = self.inputs(span.start, mask_of), self.target(span.stop)
+                inputs = self.inputs(span.start, mask_of)
+                target = self.target(span.stop)
                 yield Stage(number, span, inputs, target)
 
     def train(self, stage: Stage, learner: Learner) -> None:

@@ -92,24 +92,26 @@ def thresholds(
         pruned entry, and the gradients of these two mask entries. At last `(k,)`, the change of the
         loss if a channel stays in its group, relative to its removal.
     """
-    n, w = piece.n, _places(piece.of(piece.weight_t), piece.m)
+    n = piece.n
+    w = _places(piece.of(piece.weight_t), piece.m)
     s = _saliencies(w, piece)
     ranks = ranks_of(s)
     d = _mask_gradients(w, s, piece, grad)
 
-    def at(rank: int, places: list[Tensor]) -> Tensor:
+    def at(position: int, places: list[Tensor]) -> Tensor:
         picked = [
-            torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)
+            torch.where(rank == position, part, 0.0)
+            for rank, part in zip(ranks, places, strict=True)
         ]
         return sum(picked[1:], picked[0])
 
     next_d = at(n, d)
     stay = [
-        torch.where(found < n, part - next_d, 0.0).sum(-1)
-        for found, part in zip(ranks, d, strict=True)
+        torch.where(rank < n, part - next_d, 0.0).sum(-1)
+        for rank, part in zip(ranks, d, strict=True)
     ]
     return (
-        _masked(w, [found < n for found in ranks], dtype),
+        _masked(w, [rank < n for rank in ranks], dtype),
         _join(s, s[0].dtype),
         _join(d, s[0].dtype),
         (at(n - 1, s), at(n, s), at(n - 1, d), next_d),
@@ -118,7 +120,7 @@ def thresholds(
 
 
 def joining(
-    s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], kept: float
+    s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], share: float
 ) -> Tensor:
     """Return the change of the loss if a channel replaces a random member of a group.
 
@@ -126,15 +128,16 @@ def joining(
         s, d: saliency of each channel, and gradient of its mask, `(blocks, B, C_out)`.
         groups: the four tensors of `thresholds` for G groups of the same block, each
             `(blocks, G, C_out)`.
-        kept: N / M, the probability that the replaced entry was kept.
+        share: N / M, the probability that the replaced entry was kept.
 
     Returns:
         `(blocks, B, G)`.
     """
     last, next_, last_d, next_d = (part.unsqueeze(1) for part in groups)
-    s, d = s.unsqueeze(2), d.unsqueeze(2)
-    change = torch.where(s > last, d - last_d, 0.0) * (1.0 - kept)
-    return (change + torch.where(s > next_, d - next_d, 0.0) * kept).sum(-1)
+    s = s.unsqueeze(2)
+    d = d.unsqueeze(2)
+    change = torch.where(s > last, d - last_d, 0.0) * (1.0 - share)
+    return (change + torch.where(s > next_, d - next_d, 0.0) * share).sum(-1)
 
 
 def with_own(changes: Tensor, stay: Tensor, m: int) -> Tensor:
@@ -154,11 +157,13 @@ def _join(places: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _masked(w: list[Tensor], keep: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
+    return _join([torch.where(mask, part, 0.0) for mask, part in zip(keep, w, strict=True)], dtype)
 
 
 def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
-    power, column, row = piece.factors.power, piece.factors.column, piece.factors.row
+    power = piece.factors.power
+    column = piece.factors.column
+    row = piece.factors.row
     return [
         saliency_t(part, SaliencyFactors(power, column[:, place :: piece.m], row))
         for place, part in enumerate(w)

@@ -66,8 +66,10 @@ class Kernels:
         """
         masked, saliency, gradient, limits, stay = self._thresholds(piece, grad, out.dtype)
         _write(out, piece, masked)
-        blocks, count = len(saliency) // size, size // piece.m
-        s, d = (part.view(blocks, size, -1) for part in (saliency, gradient))
+        blocks = len(saliency) // size
+        count = size // piece.m
+        s = saliency.view(blocks, size, -1)
+        d = gradient.view(blocks, size, -1)
         groups = [part.view(blocks, count, -1) for part in limits]
         step = count if self._all_groups_at_once else 1
         parts = []

@@ -23,7 +23,8 @@ from permllm.training.settings import LearningSettings
 log = logging.getLogger(__name__)
 
 # Least seconds between checkpoints within an epoch; the same as a multiple of the time of writing.
-_EVERY, _TIMES_WRITING = 120.0, 50.0
+_EVERY = 120.0
+_TIMES_WRITING = 50.0
 # Work of a step in forwards of its windows: a forward, and a backward that takes twice as long.
 _STEP = 3
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left, {elapsed} gone{postfix}"
@@ -64,7 +65,8 @@ class Training(Objective):
     def run(self) -> None:
         """Train all epochs that are left; the learner has kept the best result."""
         label = f"{self.name}, layers {self.stage.layers[0]} to {self.stage.layers[-1]}"
-        done, total = self._work(self.done), self._work(self.steps)
+        done = self._work(self.done)
+        total = self._work(self.steps)
         with tqdm(desc=label, initial=done, total=total, bar_format=_BAR) as progress:
             while self.done < self.steps:
                 self._epoch(self.done // self.steps_an_epoch, progress)
@@ -213,7 +215,8 @@ class Training(Objective):
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.done, self.best_loss = state["step"], state["best_loss"]
+        self.done = state["step"]
+        self.best_loss = state["best_loss"]
         self._losses = list(state["losses"])
         log.info("continuing after step %d of %d", self.done, self.steps)
 

@@ -54,13 +54,15 @@ def loss_named(
 
 def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
     """Return `1 - cos(output, target)`, mean over tokens, in float32 (PermLLM, equation 8)."""
-    output, target = _wide(output), _wide(target)
+    output = _wide(output)
+    target = _wide(target)
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
 
 
 def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return `sum p (log p - log q)` and `q - p`; p is the dense, q the sparse distribution."""
-    log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
+    log_p = _wide(dense).log_softmax(-1)
+    log_q = _wide(sparse).log_softmax(-1)
     p = log_p.exp()
     # The first sum is over the vocabulary: for one sum over both dimensions, Inductor makes a loop
     # with divisions on a GPU.
@@ -111,7 +113,8 @@ class _HeadDivergence(torch.autograd.Function):
             total += divergence
             if grad is not None and of_part is not None:
                 grad[part] = of_part
-        ctx.save_for_backward(*([] if grad is None else [grad]))
+        if grad is not None:
+            ctx.save_for_backward(grad)
         ctx.tokens = len(sparse)
         return total / len(sparse)
 

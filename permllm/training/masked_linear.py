@@ -119,8 +119,8 @@ class MaskedLinear(nn.Module):
         """Return the mask that the scores choose, bool `(C_out, C_in)`, in original order."""
         weight = self.linear.weight
         scores = saliency(weight, self.scores.at(weight.t(), slice(None)))
-        found = nm_mask(scores, self.pattern)
-        return found if self.inverse is None else found[:, self.inverse]
+        mask = nm_mask(scores, self.pattern)
+        return mask if self.inverse is None else mask[:, self.inverse]
 
     @torch.no_grad()
     def masked_weight_t(self, weight: Tensor, perm: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -194,7 +194,8 @@ class MaskedLinear(nn.Module):
     ) -> tuple[Tensor, Piece]:
         """Return the piece at some positions, and the tensor for its masked channels."""
         weight_t = weight.t()
-        n, m = self.pattern.n, self.pattern.m
+        n = self.pattern.n
+        m = self.pattern.m
         if perm is None:
             factors = self.scores.at(weight_t, positions)
             return out[positions], Piece(weight_t[positions], None, factors, n, m)
@@ -212,7 +213,8 @@ class MaskedLinear(nn.Module):
             step = max(1, min(at_once, -(-stack.count // parallel.world_size())))
             for first in range(0, stack.count, step):
                 last = min(first + step, stack.count)
-                start, stop = (stack.start + block * stack.size for block in (first, last))
+                start = stack.start + first * stack.size
+                stop = stack.start + last * stack.size
                 yield index, slice(first, last), slice(start, stop)
 
 
@@ -236,10 +238,14 @@ class _MaskedProduct(torch.autograd.Function):
         y = product(flat, masked_t)
         if module.linear.bias is not None:
             y += module.linear.bias
-        kept = masked_t if module.scores.keeps_masked else None
-        ctx.save_for_backward(flat if learning else None, kept, weight, perm, hard)
-        ctx.module, ctx.learning_dtype = module, learning[0].dtype if learning else None
-        ctx.input_shape, ctx.input_dtype, ctx.product_dtype = x.shape, x.dtype, dtype
+        states = flat if learning else None
+        masked_weight = masked_t if module.scores.keeps_masked else None
+        ctx.save_for_backward(states, masked_weight, weight, perm, hard)
+        ctx.module = module
+        ctx.learning_dtype = learning[0].dtype if learning else None
+        ctx.input_shape = x.shape
+        ctx.input_dtype = x.dtype
+        ctx.product_dtype = dtype
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,8 @@ from permllm.training.settings import LearningSettings
 
 # Limit of the activations that layers keep for backward: a share of a GPU's free memory, or bytes
 # on a CPU, where other programs need memory too.
-_SHARE_OF_FREE, KEPT_ON_A_HOST = 0.8, 4e9
+_SHARE_OF_FREE = 0.8
+KEPT_ON_A_HOST = 4e9
 
 
 class Batch(NamedTuple):
@@ -50,7 +50,9 @@ class Batches:
     def __init__(
         self, tokens: Tensor, target: Tensor, inputs: Tensor | None, device: torch.device
     ) -> None:
-        self._tokens, self._target, self._inputs = tokens, target, inputs
+        self._tokens = tokens
+        self._target = target
+        self._inputs = inputs
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Tensor, Batch] | None = None
@@ -63,7 +65,8 @@ class Batches:
 
     def take(self, indices: Tensor) -> Batch:
         """Return the windows at `indices`; `fetch` may have started to copy them."""
-        ahead, self._ahead = self._ahead, None
+        ahead = self._ahead
+        self._ahead = None
         if self._stream is None or ahead is None or not torch.equal(ahead[0], indices):
             return self._copied(indices)
         now = torch.cuda.current_stream(self._device)
@@ -137,12 +140,16 @@ class Objective:
         portions = parallel.portions(batch, at_once)
         following = [] if after is None else parallel.portions(after, at_once)
         total = torch.zeros((), device=self.device)
-        for (portion, counted), ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
+        for number, (portion, counted) in enumerate(portions):
             loss = self._loss(portion) * (counted / len(batch))
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
-            if ahead is not None:
-                self._samples.fetch(ahead[0])
+            if number + 1 < len(portions):
+                next_portion, _ = portions[number + 1]
+                self._samples.fetch(next_portion)
+            elif following:
+                next_portion, _ = following[0]
+                self._samples.fetch(next_portion)
         self.learner.collect()
         return total
 
@@ -161,13 +168,13 @@ class Objective:
         """Name the first layer whose output is not finite for some windows, alike in all ranks."""
         for batch in indices.split(self.problem.calibration_batch_size):
             hidden, kwargs = self._inputs(self._samples.take(batch))
-            found = None
+            broken_layer = None
             for index in self.stage.layers:  # all layers, because all ranks enter each
                 hidden = self._layer(index, hidden, kwargs[index])
-                if found is None and not bool(hidden.isfinite().all()):
-                    found = index
-            if found is not None:
-                return f"the loss is not finite: the output of decoder layer {found} is not"
+                if broken_layer is None and not bool(hidden.isfinite().all()):
+                    broken_layer = index
+            if broken_layer is not None:
+                return f"the loss is not finite: the output of decoder layer {broken_layer} is not"
         return "the loss is not finite, although the output of every layer is"
 
     def _loss(self, indices: Tensor) -> Tensor:
@@ -199,14 +206,15 @@ class Objective:
     def _recompute(self, hidden: Tensor) -> bool:
         """Tell whether backward recomputes each layer."""
         if self._recomputes is None:
-            width, item = hidden.shape[-1], hidden.element_size()
+            width = hidden.shape[-1]
+            item = hidden.element_size()
             a_token = kept_a_token(self.problem.groups, width, item, self.learner.gathers)
-            kept = hidden.numel() // width * a_token * item * len(self.stage.layers)
+            activations = hidden.numel() // width * a_token * item * len(self.stage.layers)
             allowed = KEPT_ON_A_HOST
             if self.device.type == "cuda":
                 free = free_memory(self.device) - self._not_yet_taken(hidden)
                 allowed = _SHARE_OF_FREE * free
-            self._recomputes = kept > allowed
+            self._recomputes = activations > allowed
         return self._recomputes
 
     def _not_yet_taken(self, hidden: Tensor) -> float:

@@ -119,7 +119,8 @@ class LowRankScores(Scores):
     ) -> None:
         super().__init__(factors)
         rows, channels = weight.shape
-        dtype, device = factors.column.dtype, weight.device
+        dtype = factors.column.dtype
+        device = weight.device
         self.channel = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
         self.left = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
         start = torch.randn(channels, rank, generator=generator, dtype=torch.float32)
@@ -142,6 +143,6 @@ class LowRankScores(Scores):
 
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
     """Return the log saliency of a transposed weight, same shape; finite where a weight is zero."""
-    found = saliency_t(weight_t, factors)
+    scores = saliency_t(weight_t, factors)
     # Not in place, because the saliency may share memory with a dense score.
-    return found.clamp_min(torch.finfo(found.dtype).tiny).log_()
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log_()

@@ -75,7 +75,7 @@ class LearningSettings(DescentSettings):
 
     def check_last_layers(self, group: str, groups: list[Any], layers: int) -> None:
         """Raise ConfigError if the layers that learn have no pruned channel group."""
-        if not any(one.layer in span for one in groups for span in self.spans(layers)):
+        if not any(pruned.layer in span for pruned in groups for span in self.spans(layers)):
             raise ConfigError(
                 f"{group}.last_layers={self.last_layers}: keep_dense keeps these layers dense; "
                 "expected a layer that is pruned"

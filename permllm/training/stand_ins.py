@@ -86,7 +86,8 @@ def learning_scores(
         return weight.t()[order_on(weight.device, group.name).argsort()].t().contiguous()
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
-        weight, order = linear.weight.data, order_on(linear.weight.device, group.name)
+        weight = linear.weight.data
+        order = order_on(weight.device, group.name)
         scores = scores_of(permuted(group, weight), problem.factors_of(path).permuted(order))
         identity = torch.equal(order, torch.arange(len(order), device=order.device))
         moved = None if identity else order
@@ -123,18 +124,18 @@ def _standing_in(
     """
     placement = placement_of(model)
     replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []
-    made: dict[str, list[MaskedLinear]] = {}
+    stand_ins: dict[str, list[MaskedLinear]] = {}
     try:
         for group in groups:
-            made[group.name] = []
+            stand_ins[group.name] = []
             with placement.layer(group.layer):
                 for path in group.members:
                     linear = linear_at(model, path)
-                    made[group.name].append(stand_in(group, path, linear))
+                    stand_ins[group.name].append(stand_in(group, path, linear))
                     placement.rearrange(linear, partial(change, group))
                     replaced.append((group, path, linear))
-                    model.set_submodule(path, made[group.name][-1])
-        yield made
+                    model.set_submodule(path, stand_ins[group.name][-1])
+        yield stand_ins
     finally:
         for group, path, linear in replaced:
             placement.restore(linear, partial(back, group))

@@ -20,7 +20,10 @@ from permllm.training.elementwise import Piece, with_own
 # Weights in a program of `_mask`, which one warp holds in registers.
 _TILE = 1024
 # Channels, groups and rows in a program of `_exchange`: 32 elements a thread, and their sums.
-_CHANNELS, _GROUPS, _ROWS, _WARPS = 16, 16, 32, 4
+_CHANNELS = 16
+_GROUPS = 16
+_ROWS = 32
+_WARPS = 4
 
 
 def mask(out: Tensor, piece: Piece) -> Tensor:
@@ -31,8 +34,10 @@ def mask(out: Tensor, piece: Piece) -> Tensor:
 
 def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
     """Do as `permllm.training.kernels.Kernels.exchanges`; the result is float32."""
-    channels, rows = piece.factors.column.shape[1], piece.weight_t.shape[1]
-    groups, blocks = size // piece.m, channels // size
+    channels = piece.factors.column.shape[1]
+    rows = piece.weight_t.shape[1]
+    groups = size // piece.m
+    blocks = channels // size
     empty = partial(torch.empty, dtype=torch.float32, device=out.device)
     limits = empty(4, channels // piece.m, rows)
     stay = empty(channels, triton.cdiv(rows, _rows_of(piece.m)))
@@ -50,13 +55,17 @@ def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
 
 
 def _launch_mask(out: Tensor, piece: Piece, thresholds: dict[str, Tensor]) -> None:
-    channels, rows, m = piece.factors.column.shape[1], piece.weight_t.shape[1], piece.m
+    channels = piece.factors.column.shape[1]
+    rows = piece.weight_t.shape[1]
+    m = piece.m
     # `out` replaces pointers that the kernel does not read.
-    given = [thresholds.get(name, out) for name in ("grad", "limits", "stay")]
+    grad = thresholds.get("grad", out)
+    limits = thresholds.get("limits", out)
+    stay = thresholds.get("stay", out)
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
     with torch.cuda.device_of(out):
         _mask[grid](
-            *_pointers(piece), *given, out, rows, channels, **_saliency_kind(piece),
+            *_pointers(piece), grad, limits, stay, out, rows, channels, **_saliency_kind(piece),
             N=piece.n, M=m, LANES=triton.next_power_of_2(m), ROWS=_rows_of(m),
             THRESHOLDS=bool(thresholds), num_warps=1,
         )  # fmt: skip
@@ -91,7 +100,7 @@ def _saliency_kind(piece: Piece) -> dict[str, Any]:
 
 @triton.jit
 def _saliency(
-    w, column, row, at, x, there, rows, channels,
+    w, column, row, at, x, valid, rows, channels,
     POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Return the saliency of weights `w (positions, rows)` at positions `at` and rows `x`."""
@@ -99,7 +108,7 @@ def _saliency(
     if POWER == 2:
         factor = factor * factor
     if DENSE:
-        score = tl.load(column + at[:, None] * rows + x[None, :], mask=there, other=0.0)
+        score = tl.load(column + at[:, None] * rows + x[None, :], mask=valid, other=0.0)
     elif TERMS == 0:
         score = tl.load(column + at, mask=at < channels, other=0.0)[:, None]
     else:
@@ -125,21 +134,21 @@ def _mask(
     lane = tl.arange(0, LANES)
     member = lane < M
     at = group * M + lane
-    there = member[:, None] & (x < rows)[None, :]
+    valid = member[:, None] & (x < rows)[None, :]
     channel = tl.load(source + at, mask=member, other=0) if GATHER else at
     place = channel[:, None] * rows + x[None, :]
-    stored = tl.load(weight + place, mask=there, other=0.0)
+    stored = tl.load(weight + place, mask=valid, other=0.0)
     w = stored.to(tl.float32)
-    s = _saliency(w, column, row, at, x, there, rows, channels, POWER, TERMS, DENSE)
+    s = _saliency(w, column, row, at, x, valid, rows, channels, POWER, TERMS, DENSE)
     s = tl.where(member[:, None], s, float("-inf"))
     rank = tl.zeros((LANES, ROWS), tl.int32)
     for other in tl.static_range(M):
-        theirs = tl.sum(tl.where(lane[:, None] == other, s, 0.0), 0)[None, :]
-        rank += ((theirs > s) | ((theirs == s) & (lane[:, None] > other))).to(tl.int32)
-    kept = rank < N
-    tl.store(out + place, tl.where(kept, stored, 0.0).to(out.dtype.element_ty), mask=there)
+        other_s = tl.sum(tl.where(lane[:, None] == other, s, 0.0), 0)[None, :]
+        rank += ((other_s > s) | ((other_s == s) & (lane[:, None] > other))).to(tl.int32)
+    keep = rank < N
+    tl.store(out + place, tl.where(keep, stored, 0.0).to(out.dtype.element_ty), mask=valid)
     if THRESHOLDS:
-        d = tl.load(grad + place, mask=there, other=0.0).to(tl.float32) * w
+        d = tl.load(grad + place, mask=valid, other=0.0).to(tl.float32) * w
         next_d = tl.sum(tl.where(rank == N, d, 0.0), 0)
         size = (channels // M).to(tl.int64) * rows
         limit = limits + group * rows + x
@@ -147,7 +156,7 @@ def _mask(
         tl.store(limit + size, tl.sum(tl.where(rank == N, s, 0.0), 0), mask=x < rows)
         tl.store(limit + 2 * size, tl.sum(tl.where(rank == N - 1, d, 0.0), 0), mask=x < rows)
         tl.store(limit + 3 * size, next_d, mask=x < rows)
-        staying = tl.where(kept & there, d - next_d[None, :], 0.0)
+        staying = tl.where(keep & valid, d - next_d[None, :], 0.0)
         tl.store(stay + at * tl.num_programs(1) + tile, tl.sum(staying, 1), mask=member)
 
 
@@ -167,11 +176,11 @@ def _exchange(
     total = tl.zeros((CHANNELS, GROUPS, ROWS), tl.float32)
     for first in range(0, rows, ROWS):
         x = first + tl.arange(0, ROWS)
-        there = (c < size)[:, None] & (x < rows)[None, :]
+        valid = (c < size)[:, None] & (x < rows)[None, :]
         place = channel[:, None] * rows + x[None, :]
-        w = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
-        d = tl.load(grad + place, mask=there, other=0.0).to(tl.float32) * w
-        s = _saliency(w, column, row, at, x, there, rows, channels, POWER, TERMS, DENSE)[:, None, :]
+        w = tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
+        d = tl.load(grad + place, mask=valid, other=0.0).to(tl.float32) * w
+        s = _saliency(w, column, row, at, x, valid, rows, channels, POWER, TERMS, DENSE)[:, None, :]
         of_group = (g < groups)[:, None] & (x < rows)[None, :]
         limit = limits + (block * groups + g)[:, None] * rows + x[None, :]
         last = tl.load(limit, mask=of_group, other=float("inf"))[None, :, :]

@@ -37,20 +37,23 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: an entry is not finite.
     """
-    rank, ranks = parallel.rank(), parallel.world_size()
+    rank = parallel.rank()
+    ranks = parallel.world_size()
     if ranks == 1:
         return _solved(softs)
     _check_finite(softs)  # all ranks raise together
-    found = [torch.zeros(soft.shape[:2], dtype=torch.int64, device=soft.device) for soft in softs]
-    for whole, mine in zip(found, _solved([soft[rank::ranks] for soft in softs]), strict=True):
-        whole[rank::ranks] = mine
-    parallel.all_reduce(found)
-    return found
+    perms = [torch.zeros(soft.shape[:2], dtype=torch.int64, device=soft.device) for soft in softs]
+    solved = _solved([soft[rank::ranks] for soft in softs])
+    for perm, solved_blocks in zip(perms, solved, strict=True):
+        perm[rank::ranks] = solved_blocks
+    parallel.all_reduce(perms)
+    return perms
 
 
 def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
     """Solve blocks on their GPU if it has Triton, and on the host otherwise."""
-    device, solved = softs[0].device, None
+    device = softs[0].device
+    solved = None
     if device.type == "cuda":
         fits = max(soft.shape[1] for soft in softs) <= _LARGEST
         solved = _on_gpu(softs) if fits else None

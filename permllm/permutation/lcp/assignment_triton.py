@@ -75,13 +75,15 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
             distance = tl.full((LANES,), float("inf"), tl.float64)
             before = tl.full((LANES,), -1, tl.int32)
             of_start = tl.zeros((), tl.float64)
-            at, at_row, at_dual = none, row + none + 1, of_start
+            at = none
+            at_row = row + none + 1
+            at_dual = of_start
             steps = none + 1
             while (at_row >= 0) & (steps < size):
                 entries = tl.load(soft + at_row * size + column, mask=inside, other=0.0)
-                found = -entries.to(tl.float64) - at_dual - of_column
-                nearer = (reached == 0) & (found < distance)
-                distance = tl.where(nearer, found, distance)
+                candidate = -entries.to(tl.float64) - at_dual - of_column
+                nearer = (reached == 0) & (candidate < distance)
+                distance = tl.where(nearer, candidate, distance)
                 before = tl.where(nearer, at, before)
                 open_ = tl.where((reached == 0) & inside, distance, float("inf"))
                 step = tl.min(open_)

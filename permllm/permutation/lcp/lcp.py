@@ -90,12 +90,14 @@ class LCP(LearningSettings, LearnedPermutation):
     @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""
-        shared, spans = shared_orders(groups, self.constraint), self.spans(layers)
+        shared = shared_orders(groups, self.constraint)
+        spans = self.spans(layers)
         learning = [order for span in spans for order in orders_within(shared, span)]
         columns: dict[str, tuple[str, str]] = {}
         for order in shared:
             stacks = order.stacks(self.block_size)
-            count, largest = sum(one.count for one in stacks), max(one.size for one in stacks)
+            count = sum(stack.count for stack in stacks)
+            largest = max(stack.size for stack in stacks)
             logits = str(_count_logits(stacks))
             if len(order.groups) > 1:
                 logits += f", shared as {order.name}"
@@ -121,7 +123,8 @@ class LCP(LearningSettings, LearnedPermutation):
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def present_mask(group: ChannelGroup, path: str) -> Tensor:
-            score, order = problem.saliency_of(path), used_by[group.name]
+            score = problem.saliency_of(path)
+            order = used_by[group.name]
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
@@ -185,8 +188,8 @@ class LCP(LearningSettings, LearnedPermutation):
         """
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
         searched = [order for order in shared if order not in drawn]
-        found = {order.name: torch.arange(order.channels) for order in drawn}
-        return found | heuristic_orders(searched, problem, "start permutation")
+        identities = {order.name: torch.arange(order.channels) for order in drawn}
+        return identities | heuristic_orders(searched, problem, "start permutation")
 
     def start_logits(
         self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
@@ -197,12 +200,14 @@ class LCP(LearningSettings, LearnedPermutation):
         relative to the given permutations. With `init=random` (the paper) they are `U / sqrt(B)`,
         with a learnable scale that starts at sqrt(B).
         """
-        near, root = self.init == "heuristic", math.sqrt(self.block_size)
+        near = self.init == "heuristic"
+        root = math.sqrt(self.block_size)
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
         for order in learning:
-            stacks, start = order.stacks(self.block_size), []
+            stacks = order.stacks(self.block_size)
+            start = []
             for stack in stacks:
                 shape = (stack.count, stack.size, stack.size)
                 uniform = torch.rand(shape, generator=generator) * 2 - 1

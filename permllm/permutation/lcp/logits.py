@@ -90,7 +90,8 @@ class SoftBatch:
         halves: int,
     ) -> None:
         self.stacks = stacks
-        self._orders, self._temperature = orders, temperature
+        self._orders = orders
+        self._temperature = temperature
         logits = self._logits()
         self._counts = [len(stack) for stack in logits]
         self.soft, self._potentials = normalize(_joined(logits), temperature, halves)

@@ -56,9 +56,11 @@ class OrderLearner(Learner):
         self.logits = nn.ModuleDict(
             {name.replace(".", "/"): block for name, block in logits.items()}
         )
-        self.temperature, self.halves = temperature, halves
+        self.temperature = temperature
+        self.halves = halves
         bases = [block.base for block in logits.values()]
-        self.channels, self.device = sum(map(len, bases)), bases[0].device
+        self.channels = sum(map(len, bases))
+        self.device = bases[0].device
         self.present = {name: order.to(self.device) for name, order in orders.items()}
         self.best = {name: order.cpu() for name, order in orders.items()}
         self._hard: dict[str, Tensor] = {}
@@ -76,7 +78,8 @@ class OrderLearner(Learner):
     def begin(self, moment: Moment) -> None:
         """Make the soft and the hard permutations of a step."""
         self._batches = soft_batches(self.blocks, self.temperature(moment), self.halves)
-        hards, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
+        hards: dict[tuple[str, int], Tensor] = {}
+        softs: dict[tuple[str, int], Tensor] = {}
         try:
             solved = harden([batch.soft for batch in self._batches])
         except ValueError as error:
@@ -104,7 +107,9 @@ class OrderLearner(Learner):
     def set_layer(self, index: int) -> None:
         """Set the permutations of a layer's masked linears."""
         for order, group in members(self.shared, (index,)):
-            perm, hard, soft = order.expand(self.present[order.name]), None, list[Tensor]()
+            perm = order.expand(self.present[order.name])
+            hard = None
+            soft: list[Tensor] = []
             if torch.is_grad_enabled() and order.name in self.blocks:
                 hard = order.expand_rows(self._hard[order.name])
                 soft = order.expand_blocks(self._softs[order.name])
