@@ -112,11 +112,14 @@ def prune(
     def calibration_windows() -> Tensor:
         if isinstance(texts, Tensor):
             return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
-        how = config.calibration, config.seed, config.model.bos, config.further
         if isinstance(texts, str):
-            windows = calibration_tokens(read_by, *how)
+            windows = calibration_tokens(
+                read_by, config.calibration, config.seed, config.model.bos, config.further
+            )
         else:
-            windows = windows_of(read_by, texts, *how)
+            windows = windows_of(
+                read_by, texts, config.calibration, config.seed, config.model.bos, config.further
+            )
         check_windows("texts", windows, model)
         return windows
 
@@ -146,9 +149,9 @@ def prune(
         **record.metrics,
         "history": record.history,
     }
-    found = Pruned(pruned.orders, pruned.masks, report)
-    setattr(model, _PRUNED, (found, tokenizer, config.resolved))
-    return found
+    result = Pruned(pruned.orders, pruned.masks, report)
+    setattr(model, _PRUNED, (result, tokenizer, config.resolved))
+    return result
 
 
 def perplexity(
@@ -180,14 +183,15 @@ def perplexity(
     """
     _check(model, tokenizer, texts)
     named = texts if isinstance(texts, str) else None
-    given = {"dataset": named, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
-    config = validated(PerplexityConfig, given)
+    settings = {"dataset": named, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
+    config = validated(PerplexityConfig, settings)
     if isinstance(texts, Tensor):
         windows = texts[:limit]
     else:
-        text = (
-            perplexity_texts(config)[0] if named else NamedText("texts", _Documents(texts), False)
-        )
+        if named:
+            text = perplexity_texts(config)[0]
+        else:
+            text = NamedText("texts", _Documents(texts), False)
         windows = perplexity_windows(cast(PreTrainedTokenizerBase, tokenizer), text, config, bos)
     check_windows("texts", windows, model)
     with _as_loaded(model), half_products(model.dtype, model.device):
@@ -228,11 +232,11 @@ def save(
     dtypes = {parameter.dtype for parameter in model.parameters()}  # after training, several
     if len(dtypes) > 1 and dtype is None:
         raise ConfigError(f"dtype: the model's weights are in {sorted(map(str, dtypes))}; name one")
-    found, tokenizer, config = getattr(model, _PRUNED)
+    result, tokenizer, config = getattr(model, _PRUNED)
     state = model.state_dict()
 
     def weight(path: str, dense: Tensor) -> Tensor:
-        return torch.where(found.masks[path], dense, 0.0)
+        return torch.where(result.masks[path], dense, 0.0)
 
     source = DenseSource(
         skeleton_like(model),
@@ -243,7 +247,7 @@ def save(
     )
     # Training may have changed the dtype since.
     config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
-    pruned = PrunedModel(source, config, found.report, found.orders, weight)
+    pruned = PrunedModel(source, config, result.report, result.orders, weight)
     settings = {"form": form, "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
     return write_checkpoint(pruned, validated(Request, settings, "export"), Path(folder))
 
@@ -321,47 +325,53 @@ def _composed(
 ) -> DictConfig:
     """Compose the settings as the command line would, with the model and the text as given."""
     path = str(model.config._name_or_path or model.config.model_type)
-    chosen = {
+    options = {
         "model": "local",
         "logger": "none",
         "calibration": texts if isinstance(texts, str) else "text",
     }
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model.name": path.rstrip("/").rsplit("/", 1)[-1],
         "model.path": path,
         "model.dtype": _dtype(model),
         "model.device": str(model.device),
     }
     if isinstance(texts, Tensor):
-        given |= dict(zip(("calibration.samples", "calibration.seqlen"), texts.shape, strict=True))
-    asked = {name.replace("__", "."): value for name, value in settings.items()}
-    for key in asked:
-        if key in given or key in chosen or key.split(".")[0] in _NOT_HERE:
+        samples, seqlen = texts.shape
+        values["calibration.samples"] = samples
+        values["calibration.seqlen"] = seqlen
+    overrides = {name.replace("__", "."): value for name, value in settings.items()}
+    for key in overrides:
+        if key in values or key in options or key.split(".")[0] in _NOT_HERE:
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
-    groups = {key: asked.pop(key) for key in list(asked) if (conf_directory() / key).is_dir()}
+    groups = {
+        key: overrides.pop(key) for key in list(overrides) if (conf_directory() / key).is_dir()
+    }
     words = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
-    words += [f"{key}={name}" for key, name in (chosen | groups).items()]
-    theirs = GlobalHydra.instance().hydra  # the caller's application may use Hydra itself
+    words += [f"{key}={name}" for key, name in (options | groups).items()]
+    callers_hydra = GlobalHydra.instance().hydra  # the caller's application may use Hydra itself
     GlobalHydra.instance().clear()
     try:
-        found = composed(words)
+        config = composed(words)
     finally:
-        GlobalHydra.instance().hydra = theirs
+        GlobalHydra.instance().hydra = callers_hydra
     if replaced_options(groups.get("method", ""), groups):
-        found.method = None  # the name would say something else than the options
-    for key, value in (given | asked).items():
+        config.method = None  # the name would say something else than the options
+    for key, value in (values | overrides).items():
         try:
-            OmegaConf.update(found, key, value)
+            OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {first_line(error)}") from error
-    return found
+    return config
 
 
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore its state at the end."""
     training = [(module, module.training) for module in model.modules()]
-    gradients = [(one, one.requires_grad, one.grad) for one in model.parameters()]
+    gradients = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
     model.eval().requires_grad_(False)
     for parameter, _, _ in gradients:
         parameter.grad = None  # learning would add to it
@@ -378,7 +388,8 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
     """Restore the states of the random generators, on every device, at the end."""
-    python, numbers = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    numbers = np.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng(gpus):

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from permllm.errors import ConfigError
-from permllm.report.measures import FP8, Measure, method_of
+from permllm.report.measures import FP8, Measure, Scores, method_of
 from permllm.report.table import DENSE, Table
 from permllm.settings.config import flatten
 
@@ -43,58 +43,69 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         resampled differences; None: there is none. `over`: text with the number of windows or
         items and the seeds, or with the reason why there is no interval.
     """
-    found = {"difference": _difference(table, row, other, name), "interval": None}
-    seeds, theirs = (sorted(table.seeds(one, []).index) for one in (row, other))
+    difference = _difference(table, row, other, name)
+    seeds = sorted(table.seeds(row, []).index)
+    other_seeds = sorted(table.seeds(other, []).index)
+    if seeds != other_seeds:
+        return {"difference": difference, "interval": None, "over": "not the same seeds"}
     perplexity = name in table.gaps or table.kinds[name] == "perplexity"
-    what = "windows" if perplexity else "items"
-    parts = _parts(table, (row, other), name, what) if seeds == theirs else "not the same seeds"
+    unit = "windows" if perplexity else "items"
+    parts = _parts(table, (row, other), name, unit)
     if isinstance(parts, str):
-        return found | {"over": parts}
+        return {"difference": difference, "interval": None, "over": parts}
     ends = interval(parts, _gap_difference if name in table.gaps else np.subtract)
     if table.kinds[name] == "perplexity":
         ends = [math.expm1(end) for end in ends]
-    over = f"{sum(part.shape[1] for part in parts)} {what}"
-    over += f" of {len(parts)} texts" if perplexity and len(parts) > 1 else ""
-    over += f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    return found | {"interval": ends, "over": over}
+    over = f"{sum(part.shape[1] for part in parts)} {unit}"
+    if perplexity and len(parts) > 1:
+        over += f" of {len(parts)} texts"
+    if len(seeds) > 1:
+        over += f", seeds {', '.join(map(str, seeds))}"
+    return {"difference": difference, "interval": ends, "over": over}
 
 
 def _difference(table: Table, row: int, other: int, name: str) -> float | None:
-    ours, theirs = (float(table.means.at[one, name]) for one in (row, other))
+    mean = float(table.means.at[row, name])
+    other_mean = float(table.means.at[other, name])
     if table.kinds[name] in ("accuracy", "share"):
-        return ours - theirs
+        return mean - other_mean
     if table.kinds[name] == "perplexity":
-        logs = (np.log(table.seeds(one, [name])[name]).mean() for one in (row, other))
-        ours, theirs = map(float, map(np.exp, logs))
-    return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
+        mean = float(np.exp(np.log(table.seeds(row, [name])[name]).mean()))
+        other_mean = float(np.exp(np.log(table.seeds(other, [name])[name]).mean()))
+    return mean / other_mean - 1 if other_mean and math.isfinite(other_mean) else None
 
 
-def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Numbers] | str:
+def _parts(table: Table, rows: tuple[int, int], name: str, unit: str) -> list[Numbers] | str:
     """Return the scores for `interval`, or the reason why there are none."""
     parts: list[Numbers] = []
     for text in table.gaps.get(name, [name]):
         # Columns and runs of the two rows. A gap also needs those of their unpermuted rows, with
         # the dense model, which have one mean for all seeds.
-        asked = []
+        columns = []
         for row in rows:
-            asked.append((text, table.rows[row]))
+            columns.append((text, table.rows[row]))
             if name in table.gaps:
                 start = table.rows[table.starts[row]]
-                asked += [(text, start), (f"{DENSE}{text}", start)]
-        found = [
-            [value.scores if (value := table.values[run].get(one)) else {} for run in runs]
-            for one, runs in asked
-        ]
-        if not all(scores for runs in found for scores in runs):
-            return f"{what} were not kept"
-        for part in found[0][0]:
-            kept = [[scores[part] for scores in runs if part in scores] for runs in found]
-            of_each = [[scores for _, scores in runs] for runs in kept]
-            if len({asked for runs in kept for asked, _ in runs}) > 1 or not all(of_each):
-                return f"not the same {what}"
-            parts.append(np.array([np.mean(scores, axis=0) for scores in of_each]))
+                columns += [(text, start), (f"{DENSE}{text}", start)]
+        # Scores by part, for each column and each of its runs.
+        scores: list[list[dict[str, Scores]]] = []
+        for column, runs in columns:
+            measures = [table.values[run].get(column) for run in runs]
+            scores.append([measure.scores if measure else {} for measure in measures])
+        if not all(run_scores for column_scores in scores for run_scores in column_scores):
+            return f"{unit} were not kept"
+        for part in scores[0][0]:
+            identities: set[tuple[Any, ...]] = set()
+            lines = []
+            for column_scores in scores:
+                present = [run_scores[part] for run_scores in column_scores if part in run_scores]
+                identities.update(identity for identity, _ in present)
+                lines.append([numbers for _, numbers in present])
+            if len(identities) > 1 or not all(lines):
+                return f"not the same {unit}"
+            parts.append(np.array([np.mean(line, axis=0) for line in lines]))
     if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
-        return f"{what} are infinite, or a single one"
+        return f"{unit} are infinite, or a single one"
     return parts
 
 
@@ -108,10 +119,12 @@ def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
     from scipy import stats  # its import takes long, and most tables have no intervals
 
     def statistic(*drawn: Any, axis: int = -1) -> Any:
-        chosen = [part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)]
-        return np.mean([of(*part.mean(axis=-1)) for part in chosen], axis=0)
+        resampled = [
+            part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)
+        ]
+        return np.mean([of(*part.mean(axis=-1)) for part in resampled], axis=0)
 
-    found = stats.bootstrap(
+    ends = stats.bootstrap(
         [np.arange(part.shape[1]) for part in parts],
         statistic,
         n_resamples=10_000,
@@ -121,13 +134,14 @@ def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
         rng=np.random.default_rng(0),
         vectorized=True,
     ).confidence_interval
-    return [float(found.low), float(found.high)]
+    return [float(ends.low), float(ends.high)]
 
 
 def _gap_difference(
-    here: Any, start: Any, end: Any, other: Any, its_start: Any, its_end: Any
+    value: Any, start: Any, dense: Any, other: Any, other_start: Any, other_dense: Any
 ) -> Any:
-    return (start - here) / (start - end) - (its_start - other) / (its_start - its_end)
+    gap = (start - value) / (start - dense)
+    return gap - (other_start - other) / (other_start - other_dense)
 
 
 def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
@@ -136,12 +150,12 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
     Returns:
         For each measure its name, its `kind`, both values as texts, and the result of `paired`.
     """
-    found = []
+    lines = []
     for name in table.measures:
         kind = table.kinds[name]
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
-            found.append(
+            lines.append(
                 {
                     "measure": table.heading(name),
                     "kind": kind,
@@ -150,14 +164,14 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
                     **paired(table, first, second, name),
                 }
             )
-    return found
+    return lines
 
 
 def published(table: str) -> list[Any]:
     """Return the rows of the file for one table of the paper, one of `TABLES`."""
     rows = pd.read_csv(_FILE, keep_default_na=False)
-    found = rows[rows["table"] == TABLES.index(table) + 1]
-    return [*found.itertuples(index=False, name="Published")]
+    rows = rows[rows["table"] == TABLES.index(table) + 1]
+    return [*rows.itertuples(index=False, name="Published")]
 
 
 class Comparison:
@@ -175,27 +189,30 @@ class Comparison:
     """
 
     def __init__(self, rows: list[Any], *models: str) -> None:
-        theirs = list(dict.fromkeys(row.model for row in rows))
-        missing = [model for model in models if model not in theirs]
+        paper_models = list(dict.fromkeys(row.model for row in rows))
+        missing = [model for model in models if model not in paper_models]
         if missing and len(models) > 1:
             raise ConfigError(
-                f"--paper: the table has {', '.join(theirs)}, not {', '.join(missing)}: "
+                f"--paper: the table has {', '.join(paper_models)}, not {', '.join(missing)}: "
                 "expected runs of one model, or of the table's models"
             )
-        self.same_model, self.note = not missing, ""
+        self.same_model = not missing
+        self.note = ""
         self._only = models[0] if len(models) == 1 else ""
         if missing:
-            self._only = _STAND_IN if _STAND_IN in theirs else theirs[0]
+            self._only = _STAND_IN if _STAND_IN in paper_models else paper_models[0]
             self.note = (
                 f"The paper's numbers belong to {self._only} and the paper's protocol, ours to "
                 f"{missing[0]}. Compare the order of the rows, not the values."
             )
         self.heading = f"paper, {self._only}" if self._only else "paper"
-        self._values, self._varied, self._tasks = {}, list[str](), set[str]()
+        self._values: dict[tuple[str, ...], Any] = {}
+        self._varied: list[str] = []
+        self._tasks: set[str] = set()
         for row in rows:
-            share = 100 if "_acc" in row.metric else 1
+            scale = 100 if "_acc" in row.metric else 1
             key = (row.model, row.sparsity, row.method, row.setting, row.metric)
-            self._values[key] = row.value / share
+            self._values[key] = row.value / scale
             name, varied, _ = row.setting.partition("=")
             if varied and name not in self._varied:
                 self._varied.append(name)
@@ -214,7 +231,8 @@ class Comparison:
         if ours and ours.tasks and set(ours.tasks) != self._tasks:
             return None
         model = config["model"]["name"] if self.same_model else self._only
-        pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
+        pruner = config["pruner"]["name"]
+        permutation = config["permutation"]["name"]
         ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
         method = f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}"
         settings = [
@@ -222,7 +240,8 @@ class Comparison:
             for name in self._varied
         ]
         for setting in (*settings, ""):
-            if (key := (model, config["sparsity"], method, setting, metric)) in self._values:
+            key = (model, config["sparsity"], method, setting, metric)
+            if key in self._values:
                 return self._values[key]
         return None
 

@@ -69,24 +69,26 @@ def measured(
     If two evaluations have the same measure, the first one counts. The name of the model is part of
     the identity of windows, because models have different tokenizers.
     """
-    found: dict[Key, Measure] = {}
+    measures: dict[Key, Measure] = {}
     for evaluation in reversed(evaluations):
-        found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
+        measures |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        retained, errors = metrics["retained_saliency"], metrics["output_error"]
+        retained = metrics["retained_saliency"]
+        errors = metrics["output_error"]
         # Without calibration, whose result may come from the cache.
         seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
-        found |= {
+        measures |= {
             ("saliency retained", (), ""): Measure(statistics.fmean(retained.values()), "share"),
             ("output error", (), ""): Measure(statistics.fmean(errors.values()), "error"),
             ("zeros", (), ""): Measure(float(metrics["sparsity"]["of_model"]), "share"),
             ("seconds", (), ""): Measure(seconds, "seconds"),
         }
-    return found
+    return measures
 
 
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
-    how, rounding = evaluation.get("evaluation", {}).get("perplexity", {}), _rounding(evaluation)
+    settings = evaluation.get("evaluation", {}).get("perplexity", {})
+    rounding = _rounding(evaluation)
     losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
     windows_of = {
         name: key
@@ -94,8 +96,8 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
         for name in names
         if key.startswith("perplexity/")
     }
-    begins = "with BOS" if how.get("bos") else "without BOS"
-    found: dict[Key, Measure] = {}
+    begins = "with BOS" if settings.get("bos") else "without BOS"
+    measures: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
         window = values["window"]
         digest = _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
@@ -111,69 +113,74 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
         nats = [loss / (window - 1) for loss in losses.get(text, [])]
         identity = (windows_of.get(text, digest), model, window, len(nats))
         scores = {text: (identity, nats)} if nats else {}
-        found[f"{plain(text)} perplexity (window {window}){rounding}", facts, model] = Measure(
+        measures[f"{plain(text)} perplexity (window {window}){rounding}", facts, model] = Measure(
             float(values["value"]),
             "perplexity",
-            limited=how.get("limit") is not None,
+            limited=settings.get("limit") is not None,
             scores=scores,
         )
-    return found
+    return measures
 
 
 def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
-    how, rounding = evaluation.get("evaluation", {}).get("tasks", {}), _rounding(evaluation)
+    settings = evaluation.get("evaluation", {}).get("tasks", {})
+    rounding = _rounding(evaluation)
     scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
     tasks = evaluation.get("tasks", {}).get(which, {})
-    found: dict[Key, Measure] = {}
-    parts: dict[str, Measure] = {}
+    measures: dict[Key, Measure] = {}
+    accuracies: dict[str, Measure] = {}
     for task, values in tasks.items():
-        asked, kept, items = how.get(values.get("asked")) or {}, scores.get(task, {}), values["n"]
+        task_settings = settings.get(values.get("asked")) or {}
+        task_scores = scores.get(task, {})
+        items = values["n"]
         facts = (
             f"{items} items",
             f"split {plain(str(values.get('split')))}",
-            f"add_bos_token={asked.get('add_bos_token')}",
-            f"file {str(asked.get('digest', ''))[:8]}",
+            f"add_bos_token={task_settings.get('add_bos_token')}",
+            f"file {str(task_settings.get('digest', ''))[:8]}",
         )
         for metric, value in values["metrics"].items():
             if value is None:
                 continue
             # Other metrics may not be means over the items, so that their scores are not used.
             kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
-            each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
+            by_task = {}
+            if kind == "accuracy" and task_scores.get("metrics", {}).get(metric):
+                identity = (task_scores["digest"], tuple(task_scores["items"]))
+                by_task[task] = (identity, task_scores["metrics"][metric])
             measure = Measure(
                 float(value),
                 kind,
                 values["stderr"].get(metric),
                 values["limited"],
                 items,
-                {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {},
+                by_task,
                 asked_for=metric != ACC and ACC in values["metrics"],
             )
-            found[plain(task_label(task, values, metric)) + rounding, facts, ""] = measure
+            measures[plain(task_label(task, values, metric)) + rounding, facts, ""] = measure
             if metric == ACC:
-                parts[task] = measure
+                accuracies[task] = measure
     counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
-        every = [parts[task] for task in counted]
-        items = sum(one.items or 0 for one in every)
-        bos = next((task.get("add_bos_token") for task in how.values()), None)
-        of_all = (
-            f"of {plain(', '.join(sorted(counted)))}",
-            f"{items} items",
-            f"add_bos_token={bos}",
-        )
-        found[f"average acc{rounding}", of_all, ""] = Measure(
+        averaged = [accuracies[task] for task in counted]
+        items = sum(accuracy.items or 0 for accuracy in averaged)
+        bos = next((task.get("add_bos_token") for task in settings.values()), None)
+        names = plain(", ".join(sorted(counted)))
+        average_facts = (f"of {names}", f"{items} items", f"add_bos_token={bos}")
+        all_scores: dict[str, Scores] = {}
+        if all(accuracy.scores for accuracy in averaged):
+            for accuracy in averaged:
+                all_scores |= accuracy.scores
+        measures[f"average acc{rounding}", average_facts, ""] = Measure(
             mean,
             "accuracy",
             error,
-            any(one.limited for one in every),
+            any(accuracy.limited for accuracy in averaged),
             items,
-            {task: scores for one in every for task, scores in one.scores.items()}
-            if all(one.scores for one in every)
-            else {},
+            all_scores,
             tuple(sorted(counted)),
         )
-    return found
+    return measures
 
 
 def _rounding(evaluation: Mapping[str, Any]) -> str:
@@ -204,7 +211,8 @@ def _short(digest: str) -> str:
 
 def plain(text: str) -> str:
     """Return a text of a record in one line, without characters that would control a terminal."""
-    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())
 
 
 def setting_text(value: Any) -> str:
@@ -227,7 +235,8 @@ def method_of(config: Mapping[str, Any]) -> str:
     names = [str(config["permutation"]["name"])]
     for group in ("mask", "reconstruction"):
         name = str((config.get(group) or {}).get("name", METHODS[group]))
-        names += [name] if name != METHODS[group] else []
+        if name != METHODS[group]:
+            names.append(name)
     return ", ".join(names)
 
 
@@ -236,36 +245,44 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
     parts = [sparsity["pattern"]]
-    parts += [f"{count} linear{'s' * (count > 1)} {name}" for name, count in sorted(others.items())]
-    parts += [f"{dense} dense"] * bool(dense)
+    for name, count in sorted(others.items()):
+        linears = "linears" if count > 1 else "linear"
+        parts.append(f"{count} {linears} {name}")
+    if dense:
+        parts.append(f"{dense} dense")
     zeros = f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"
-    return ", ".join([*parts, *[zeros] * (len(parts) > 1)])
+    if len(parts) > 1:
+        parts.append(zeros)
+    return ", ".join(parts)
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return each result of a run as texts: name, dense value, sparse value."""
-    dense, sparse = (
-        _perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse")
-    )
+    dense = _perplexities(metrics, "", "dense") | _tasks(metrics, "dense")
+    sparse = _perplexities(metrics, "", "sparse") | _tasks(metrics, "sparse")
     rows = []
     for key, measure in (dense | sparse).items():
-        limited = "limited to " * measure.limited
+        limited = "limited to " if measure.limited else ""
         name = f"{key[0]}, {limited}{measure.items} items" if measure.items else key[0]
-        before, after = (
-            number(one[key].value, measure.kind, one[key].stderr) if key in one else "-"
-            for one in (dense, sparse)
-        )
-        rows.append((name, before, after))
+        texts = []
+        for measures in (dense, sparse):
+            if key in measures:
+                texts.append(number(measures[key].value, measure.kind, measures[key].stderr))
+            else:
+                texts.append("-")
+        rows.append((name, texts[0], texts[1]))
     return rows
 
 
 def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
     """Return a metric's name, with its filter if it has several: `gsm8k em strict (5 shots)`."""
-    name, _, how = metric.partition(",")
+    name, _, filter_name = metric.partition(",")
     several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
+    label = f"{task} {name} {filter_name}" if several else f"{task} {name}"
     shots = values.get("num_fewshot")
-    asked = f" ({shots} shot{'' if shots == 1 else 's'})" if shots else ""
-    return f"{task} {name}{f' {how}' if several else ''}{asked}"
+    if shots:
+        label += f" ({shots} shot)" if shots == 1 else f" ({shots} shots)"
+    return label
 
 
 def average_accuracy(
@@ -305,7 +322,8 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     }
     flat["minutes"] = pruning_minutes(metrics["seconds"])
     perplexity = metrics.get("perplexity", {})
-    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
+    dense = perplexity.get("dense", {})
+    sparse = perplexity.get("sparse", {})
     if both := dense.keys() & sparse.keys():
         above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
         flat["nats_above_dense"] = statistics.fmean(above)

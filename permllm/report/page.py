@@ -56,7 +56,8 @@ def page(
     Raises:
         ConfigError: no row has the measure.
     """
-    frame, drawn = cells(table, paper), drawn_measure(table, measure)
+    frame = cells(table, paper)
+    drawn = drawn_measure(table, measure)
     every = [*notes, *table.notes, paper.note if paper else "", *sources(frame)]
     every += undrawn(table, drawn)
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
@@ -96,17 +97,17 @@ def _table(frame: pd.DataFrame, words: int) -> str:
 
 def _quality(table: Table, measure: str) -> str:
     """Return the HTML of quality over minutes, with a point for each row; empty without points."""
-    found = points(table, measure)
-    if found.empty:
+    frame = points(table, measure)
+    if frame.empty:
         return ""
-    found["method"] = found["method"].map(escape)
-    found["text"] = [
-        f"{escape(one.name)}<br>{table.shown(row, measure)}<br>{one.minutes:.1f} min, "
-        f"{one.memory / 1e9:.2f} GB at the peak"
-        for row, one in zip(found.index, found.itertuples(index=False), strict=True)
+    frame["method"] = frame["method"].map(escape)
+    frame["text"] = [
+        f"{escape(point.name)}<br>{table.shown(row, measure)}<br>{point.minutes:.1f} min, "
+        f"{point.memory / 1e9:.2f} GB at the peak"
+        for row, point in zip(frame.index, frame.itertuples(index=False), strict=True)
     ]
     figure = px.scatter(
-        found,
+        frame,
         x="minutes",
         y="value",
         error_y="error",
@@ -118,7 +119,7 @@ def _quality(table: Table, measure: str) -> str:
         template="plotly_white",
     )
     figure.update_traces(hovertemplate="%{hovertext}<extra></extra>")
-    front = found[found["front"]].sort_values("minutes")
+    front = frame[frame["front"]].sort_values("minutes")
     figure.add_scatter(
         x=front["minutes"],
         y=front["value"],
@@ -128,7 +129,7 @@ def _quality(table: Table, measure: str) -> str:
         hoverinfo="skip",
     )
     kind = table.kinds[measure]
-    for label, value in dense_lines(table, measure, found.index).items():
+    for label, value in dense_lines(table, measure, frame.index).items():
         figure.add_hline(
             value,
             line={"dash": "dash", "width": 1, "color": "grey"},

@@ -102,12 +102,12 @@ def points(table: Table, measure: str) -> pd.DataFrame:
             "error": table.error(row, measure) or 0.0,
             "memory": max(metrics["peak_memory_bytes"] for metrics in alike),
         }
-    found = pd.DataFrame.from_dict(lines, orient="index")
+    frame = pd.DataFrame.from_dict(lines, orient="index")
     if lines:
         sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
-        ordered = found.assign(badness=sign * found["value"]).sort_values(["minutes", "badness"])
-        found["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
-    return found
+        ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
+        frame["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
+    return frame
 
 
 def undrawn(table: Table, measure: str) -> list[str]:
@@ -156,10 +156,10 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     Raises ConfigError if no row has the measure, or the picture cannot be written.
     """
     name = drawn_measure(table, measure)
-    found = points(table, name)
-    if found.empty:
+    frame = points(table, name)
+    if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
-    front = found[found["front"]].sort_values("minutes")
+    front = frame[frame["front"]].sort_values("minutes")
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
         axis.step(
@@ -170,24 +170,26 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
             color="grey",
             label="Pareto front",
         )
-        found["area"] = 30 + 150 * found["memory"] / max(1, found["memory"].max())
-        methods = found.sort_values("minutes").groupby("method", sort=False)
+        frame["area"] = 30 + 150 * frame["memory"] / max(1, frame["memory"].max())
+        methods = frame.sort_values("minutes").groupby("method", sort=False)
         axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for method, some in methods:
             axis.scatter(some["minutes"], some["value"], some["area"], label=method, alpha=0.8)
-        for style, (label, value) in zip(
-            cycle(("--", "-.", ":")), dense_lines(table, name, found.index).items()
-        ):
-            axis.axhline(value, linestyle=style, color="grey", linewidth=1, label=label)
+        styles = cycle(("--", "-.", ":"))
+        for label, value in dense_lines(table, name, frame.index).items():
+            axis.axhline(value, linestyle=next(styles), color="grey", linewidth=1, label=label)
         axis.margins(x=0.15, y=0.1)
-        for one in [axis.xaxis, *[axis.yaxis] * (table.kinds[name] == "perplexity")]:
-            axis.set(**{f"{one.axis_name}scale": "log"})
-            one.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
-            one.set_major_formatter("{x:g}")
+        logarithmic = [axis.xaxis]
+        if table.kinds[name] == "perplexity":
+            logarithmic.append(axis.yaxis)
+        for scale in logarithmic:
+            axis.set(**{f"{scale.axis_name}scale": "log"})
+            scale.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
+            scale.set_major_formatter("{x:g}")
         axis.minorticks_off()
         if table.kinds[name] == "share":
             axis.yaxis.set_major_formatter("{x:.0%}")
-        labels = table.labels.loc[found.index].filter(["model", "sparsity"])
+        labels = table.labels.loc[frame.index].filter(["model", "sparsity"])
         shared = [values.iloc[0] for _, values in labels.items() if values.nunique() == 1]
         axis.set_title(", ".join(shared), fontsize="medium")
         axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
@@ -228,33 +230,37 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
     """
     from permllm.store.tensors import load_masks  # imports torch, which takes seconds
 
-    found, chosen = [], ""
+    corners = []
+    path = ""
     for row, title in enumerate(table.names()):
-        if (kept := table.first(row).directory / MASKS).is_file():
-            masks = load_masks(kept)
+        masks_file = table.first(row).directory / MASKS
+        if masks_file.is_file():
+            masks = load_masks(masks_file)
             first_of_layer = {_layer(name): name for name in sorted(masks, reverse=True)}
             layers = sorted(first_of_layer)
-            chosen = linear or first_of_layer[layers[len(layers) // 2]]
-            if chosen not in masks:
-                raise ConfigError(f"--linear {chosen}: {kept} has {first_of_layer[layers[0]]}, ...")
-            found.append((title, masks[chosen].numpy()[:_CORNER, :_CORNER]))
-    if not found:
+            path = linear or first_of_layer[layers[len(layers) // 2]]
+            if path not in masks:
+                first = first_of_layer[layers[0]]
+                raise ConfigError(f"--linear {path}: {masks_file} has {first}, ...")
+            corners.append((title, masks[path].numpy()[:_CORNER, :_CORNER]))
+    if not corners:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")
-    columns, lines = min(3, len(found)), -(-len(found) // 3)
+    columns = min(3, len(corners))
+    lines = math.ceil(len(corners) / 3)
     with picture(file) as pyplot:
         figure = pyplot.figure(figsize=(3.4 * columns, 3.8 * lines + 0.3))
-        for place, (title, mask) in enumerate(found, 1):
+        for place, (title, mask) in enumerate(corners, 1):
             axis = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
             axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
             axis.set_title(title, fontsize="small")
         rows, channels = mask.shape
         figure.suptitle(
-            f"{chosen}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
+            f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
             fontsize="small",
         )
 
 
 def _layer(name: str) -> int:
     """Return the index of the decoder layer of a linear; -1: the path has none."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else -1

@@ -77,10 +77,13 @@ class Run:
         Raises DataError if the run is not finished or has another version, and one of `LACKS` if a
         value is missing or wrong, so that no table has to check a run again.
         """
-        config, metrics = self.config, self.metrics
-        if (version := metrics["schema_version"]) != SCHEMA_VERSION:
+        config = self.config
+        metrics = self.metrics
+        version = metrics["schema_version"]
+        if version != SCHEMA_VERSION:
             raise DataError(f"schema_version={version}: expected {SCHEMA_VERSION}")
-        if (status := metrics["status"]) != "finished":
+        status = metrics["status"]
+        if status != "finished":
             raise DataError(f"not finished ({status}); the same command continues it")
         present = flatten({"config": config, "metrics": metrics})
         for name in _READ:
@@ -96,19 +99,19 @@ class Run:
 
     def key(self, *spared: str) -> str:
         """Return a text that is equal for runs with the same identity but for `spared` settings."""
-        kept = {key: value for key, value in self.identity.items() if key not in spared}
-        return json.dumps(kept, sort_keys=True, default=str)
+        settings = {key: value for key, value in self.identity.items() if key not in spared}
+        return json.dumps(settings, sort_keys=True, default=str)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the identity but the seed, by the names of the command line."""
-        found = {}
+        settings = {}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))
             if key != "seed":
-                found[name] = value
+                settings[name] = value
             if key.startswith("inputs.") and value:
-                found[f"{name.removeprefix('inputs.')} (digest)"] = value[:8]
-        return found
+                settings[f"{name.removeprefix('inputs.')} (digest)"] = value[:8]
+        return settings
 
 
 @dataclass
@@ -126,12 +129,12 @@ class Collection:
 
     def add(self, run: Run) -> None:
         """Add a run, unless there is one with the same settings."""
-        there = self._keys.setdefault(run.key(), run.directory)
-        if there is run.directory:
+        first = self._keys.setdefault(run.key(), run.directory)
+        if first is run.directory:
             self.runs.append(run)
         else:
             self.notes.append(
-                f"{run.directory} has the same settings as {there}: not counted again"
+                f"{run.directory} has the same settings as {first}: not counted again"
             )
 
 
@@ -148,50 +151,54 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     Raises:
         ConfigError: a place does not exist, or no place has a finished run.
     """
-    from permllm.store.sweep import kept  # imports Hydra
+    from permllm.store import sweep  # imports Hydra
 
-    places, found = list(places), Collection()
+    places = list(places)
+    collection = Collection()
     for place in places:
         if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
             raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
     folders = [place for place in places if place.is_dir()]
-    for job in [job for place in folders for job in kept(place)]:
+    for job in [job for place in folders for job in sweep.kept(place)]:
         if job.directory and Path(job.directory).is_dir():
             folders.append(Path(job.directory))
         else:
             reason = job.reason or f"its directory {job.directory or ''} is gone"
-            what = "failed" if job.outcome == "failed" else "skipped"
-            found.notes.append(f"{what} {' '.join(job.overrides)}: {reason}")
+            outcome = "failed" if job.outcome == "failed" else "skipped"
+            collection.notes.append(f"{outcome} {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
-    if not files and not found.notes:
+    if not files and not collection.notes:
         raise ConfigError(_nothing_below(places))
-    for where, read in (place for file in sorted(files) for place in _places(file)):
-        try:
-            run = read()
-        except DataError as error:
-            found.notes.append(f"skipped {where}: {error}")
-        except LACKS as error:
-            found.notes.append(f"skipped {where}: {lacking(error)}")
-        else:
-            if apart:
-                found.runs.append(run)
+    for file in sorted(files):
+        for place, read in _places(file):
+            try:
+                run = read()
+            except DataError as error:
+                collection.notes.append(f"skipped {place}: {error}")
+            except LACKS as error:
+                collection.notes.append(f"skipped {place}: {lacking(error)}")
             else:
-                found.add(run)
-    if not found.runs:
-        raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
-    return found
+                if apart:
+                    collection.runs.append(run)
+                else:
+                    collection.add(run)
+    if not collection.runs:
+        raise ConfigError("; ".join(["no finished run is among them", *collection.notes]))
+    return collection
 
 
 def _nothing_below(places: list[Path]) -> str:
     """Return the message for places without a run, with the folders and files to name instead."""
     sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
-    kept = {file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY}
+    records = {
+        file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY
+    }
     below = ", ".join(map(str, places))
-    if others := (sweeps | kept) - {*places}:
-        there = ", ".join(map(str, sorted(others)))
-        return f"no runs below {below}. Name one of its sweeps or files of records: {there}"
+    if others := (sweeps | records) - {*places}:
+        names = ", ".join(map(str, sorted(others)))
+        return f"no runs below {below}. Name one of its sweeps or files of records: {names}"
     return f"no runs below {below}: expected directories with a {METRICS}"
 
 
@@ -217,12 +224,13 @@ def lacking(error: Exception) -> str:
 
 
 def _of_directory(directory: Path) -> Run:
-    metrics, config = read_json(directory / METRICS), read_yaml(directory / CONFIG)
+    metrics = read_json(directory / METRICS)
+    config = read_yaml(directory / CONFIG)
     if "inputs" not in config:
         raise DataError(f"{CONFIG} was cut short: it ends before `inputs`, the last of its keys")
     shown = metrics.get("evaluation_hash")
     evaluations = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
-    evaluations.sort(key=lambda one: one["evaluation_hash"] != shown)
+    evaluations.sort(key=lambda evaluation: evaluation["evaluation_hash"] != shown)
     environment = read_json(directory / ENVIRONMENT) if (directory / ENVIRONMENT).exists() else {}
     history = read_lines(directory / HISTORY)
     return Run(directory, config, metrics, evaluations, environment, history)
@@ -250,15 +258,16 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
         ConfigError: the file has another suffix, a run is not finished or not readable, two runs
             have the same name, or there is no run.
     """
-    found = collect(places, apart=True)
-    names = [run.directory.absolute().name for run in found.runs]  # Path(".").name is empty
-    (name, count), *_ = Counter(names).most_common(1)
-    wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
-    wrong += found.notes
-    wrong += [f"{count} of the runs have the name {name}"] * (count > 1)
-    if wrong:
-        raise ConfigError(f"--jsonl {file}: {wrong[0]}")
-    lines = dict(sorted(zip(names, map(_line, found.runs), strict=True)))
+    collection = collect(places, apart=True)
+    names = [run.directory.absolute().name for run in collection.runs]  # Path(".").name is empty
+    if file.suffix != LINES:
+        raise ConfigError(f"--jsonl {file}: expected a file whose name ends in {LINES}")
+    if collection.notes:
+        raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"--jsonl {file}: {count} of the runs have the name {name}")
+    lines = dict(sorted(zip(names, map(_line, collection.runs), strict=True)))
     write_text(
         file, "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
     )

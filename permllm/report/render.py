@@ -68,18 +68,20 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
             measure and the average accuracy.
         paper: finder of the paper's numbers, which get columns beside ours; None: no such columns.
     """
-    found: dict[str, list[str]] = {name: ["", *table.labels[name]] for name in table.settings}
+    columns: dict[str, list[str]] = {name: ["", *table.labels[name]] for name in table.settings}
     if any(len(members) > 1 for members in table.rows):
-        found["seeds"] = ["", *(str(len(members)) for members in table.rows)]
-    main, changes = table.main(), changes_of(table, paper)
+        columns["seeds"] = ["", *(str(len(members)) for members in table.rows)]
+    main = table.main()
+    changes = changes_of(table, paper)
     for name in table.measures:
-        kind, prefix = table.kinds[name], "" if name == main else f"{name}, "
+        kind = table.kinds[name]
+        prefix = "" if name == main else f"{name}, "
         ours = [table.shown(row, name) for row in table.labels.index]
-        found[table.heading(name)] = [table.shown_dense(name), *ours]
+        columns[table.heading(name)] = [table.shown_dense(name), *ours]
         titles = {"ours": "against the baseline"}
         values = _published(table, paper, name)
         if paper and any(value is not None for value in values):
-            found[prefix + paper.heading] = [
+            columns[prefix + paper.heading] = [
                 "" if value is None else number(value, kind)
                 for value in (paper.dense(name), *values)
             ]
@@ -87,15 +89,19 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
                 scale = 100 if kind == "accuracy" else 1
                 differences = (table.means[name] - pd.Series(values, dtype=float)) * scale
                 texts = differences.map("{:+.2f}".format, na_action="ignore").fillna("")
-                found[f"{prefix}difference"] = ["", *texts]
+                columns[f"{prefix}difference"] = ["", *texts]
             else:
                 titles["paper"] = "paper, against its baseline"
                 titles["difference"] = "difference of the changes"
-        for key, title in titles.items() if name in changes else ():
-            interval = "interval" if key == "ours" else ""
-            texts = (_change_text(one[key], one.get(interval), kind) for one in changes[name])
-            found[f"{prefix}{title}"] = ["", *texts]
-    frame = pd.DataFrame(found)
+        if name not in changes:
+            continue
+        for key, title in titles.items():
+            texts = []
+            for change in changes[name]:
+                interval = change["interval"] if key == "ours" else None
+                texts.append(_change_text(change[key], interval, kind))
+            columns[f"{prefix}{title}"] = ["", *texts]
+    frame = pd.DataFrame(columns)
     if not table.dense:
         return frame.iloc[1:].reset_index(drop=True)
     frame.iloc[0, 0] = "dense"
@@ -121,24 +127,26 @@ def _changes(
     table: Table, baseline: int, paper: Comparison | None, name: str
 ) -> list[dict[str, Any]]:
     """Return the changes of one measure."""
-    values, found = _published(table, paper, name), []
+    values = _published(table, paper, name)
+    changes = []
     for row, value in enumerate(values):
-        one: dict[str, Any] = dict.fromkeys(("ours", "interval", "paper", "difference"))
+        change: dict[str, Any] = dict.fromkeys(("ours", "interval", "paper", "difference"))
         if row != baseline and table.has(row, name) and table.has(baseline, name):
             pair = paired(table, row, baseline, name)
-            one |= {"ours": pair["difference"], "interval": pair["interval"]}
+            change |= {"ours": pair["difference"], "interval": pair["interval"]}
         start = values[baseline]
-        if one["ours"] is not None and value is not None and start is not None:
+        if change["ours"] is not None and value is not None and start is not None:
             of_perplexity = table.kinds[name] == "perplexity"
-            one["paper"] = value / start - 1 if of_perplexity else value - start
-            one["difference"] = one["ours"] - one["paper"]
-        found.append(one)
-    return found
+            change["paper"] = value / start - 1 if of_perplexity else value - start
+            change["difference"] = change["ours"] - change["paper"]
+        changes.append(change)
+    return changes
 
 
 def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any]]:
     """Return the rows of a table as plain values; `paper` as in `cells`."""
-    changes, found = changes_of(table, paper), []
+    changes = changes_of(table, paper)
+    rows = []
     published = {name: _published(table, paper, name) for name in table.measures}
     dense = {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()}
     for row, members in enumerate(table.rows):
@@ -156,14 +164,15 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
         }
         if paper:
             record["paper"] = {"from": paper.heading} | {
-                name: value for name in names if (value := published[name][row]) is not None
+                name: published[name][row] for name in names if published[name][row] is not None
             }
         if table.baseline is not None:
             record["against_baseline"] = {
-                name: of_rows[row] for name, of_rows in changes.items() if name in names
+                name: row_changes[row] for name, row_changes in changes.items() if name in names
             }
-        found.append(record | {"runs": [str(table.runs[run].directory) for run in members]})
-    return found
+        record["runs"] = [str(table.runs[run].directory) for run in members]
+        rows.append(record)
+    return rows
 
 
 def beside(name: str | None, table: Table) -> Comparison | None:
@@ -172,37 +181,53 @@ def beside(name: str | None, table: Table) -> Comparison | None:
     return Comparison(published(name), *models) if name else None
 
 
-def compared(found: list[dict[str, Any]], names: list[str]) -> pd.DataFrame:
+def compared(measures: list[dict[str, Any]], names: list[str]) -> pd.DataFrame:
     """Return the texts of the result of `permllm.report.compare.differences` for two rows."""
     header = ["measure", *names, "difference", INTERVAL, "over"]
     lines = []
-    for line in found:
-        between = " to ".join(f"{end * 100:+.1f}" for end in line["interval"] or ())
-        between += _unit(line["kind"]) if between else ""
-        difference = _change_text(line["difference"], None, line["kind"])
+    for measure in measures:
+        interval = ""
+        if measure["interval"]:
+            interval = " to ".join(f"{end * 100:+.1f}" for end in measure["interval"])
+            interval += _unit(measure["kind"])
         lines.append(
-            [line["measure"], line["first"], line["second"], difference, between, line["over"]]
+            [
+                measure["measure"],
+                measure["first"],
+                measure["second"],
+                _change_text(measure["difference"], None, measure["kind"]),
+                interval,
+                measure["over"],
+            ]
         )
     return pd.DataFrame(lines, columns=header)
 
 
 def machine(runs: Iterable[Run]) -> str:
     """Return processors, threads, versions, commits and days of runs, in one line."""
-    machines, versions, commits, started = set(), set(), set(), set()
+    machines = set()
+    versions = set()
+    commits = set()
+    days = set()
     names = {"python": "Python", "torch": "torch", "transformers": "transformers"}
     for run in runs:
-        found, hardware = run.environment, run.environment["hardware"]
+        environment = run.environment
+        hardware = environment["hardware"]
         of_cpu = "instructions" in hardware and "gpu" not in hardware
         instructions = f" ({hardware['instructions']})" if of_cpu else ""
-        several = f", {hardware['processes']} processes" if "processes" in hardware else ""
-        machines.add(f"{processor(run)}{instructions}, {hardware['threads']} threads{several}")
-        versions.add(", ".join(f"{names[name]} {found['versions'][name]}" for name in names))
-        started.add(found["started"][:10])
-        if git := found.get("git"):
-            commits.add(git["commit"][:10] + " with changes" * git["dirty"])
-    of_code = [f"commit {', '.join(sorted(commits))}"] if commits else []
-    days = " to ".join(dict.fromkeys((min(started), max(started))))
-    return "; ".join([*sorted(machines), *sorted(versions), *of_code, days]) + "."
+        processes = f", {hardware['processes']} processes" if "processes" in hardware else ""
+        machines.add(f"{processor(run)}{instructions}, {hardware['threads']} threads{processes}")
+        versions.add(", ".join(f"{names[name]} {environment['versions'][name]}" for name in names))
+        days.add(environment["started"][:10])
+        if git := environment.get("git"):
+            commits.add(git["commit"][:10] + (" with changes" if git["dirty"] else ""))
+    parts = [*sorted(machines), *sorted(versions)]
+    if commits:
+        parts.append(f"commit {', '.join(sorted(commits))}")
+    first = min(days)
+    last = max(days)
+    parts.append(first if first == last else f"{first} to {last}")
+    return "; ".join(parts) + "."
 
 
 def processor(run: Run) -> str:
@@ -222,8 +247,12 @@ def _published(table: Table, paper: Comparison | None, name: str) -> list[float 
 
 
 def _change_text(change: float | None, interval: list[float] | None, kind: str) -> str:
-    between = "" if interval is None else f" [{interval[0] * 100:+.1f}, {interval[1] * 100:+.1f}]"
-    return "" if change is None else f"{change * 100:+.1f}{_unit(kind)}{between}"
+    if change is None:
+        return ""
+    text = f"{change * 100:+.1f}{_unit(kind)}"
+    if interval is not None:
+        text += f" [{interval[0] * 100:+.1f}, {interval[1] * 100:+.1f}]"
+    return text
 
 
 def _unit(kind: str) -> str:
@@ -233,7 +262,8 @@ def _unit(kind: str) -> str:
 def print_run(metrics: dict[str, Any], directory: Path) -> None:
     """Print one finished run: its measures, sparsity, time, memory, files and export."""
     _print_table(metrics["name"], ["", "dense", "sparse"], result_rows(metrics), "right")
-    sparsity, seconds = metrics["sparsity"], metrics["seconds"]
+    sparsity = metrics["sparsity"]
+    seconds = metrics["seconds"]
     retained = statistics.fmean(metrics["retained_saliency"].values())
     shares = (
         f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
@@ -250,7 +280,8 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
     console.print(f"memory    {memory}")
     console.print(f"files     {directory}", soft_wrap=True)
-    if (export := metrics.get("export")) and (directory / EXPORT).is_dir():
+    export = metrics.get("export")
+    if export and (directory / EXPORT).is_dir():
         console.print(
             f"export    {directory / EXPORT}: {export['bytes'] / 1e6:.1f} MB, {export['form']}, "
             f"{export['dtype']}",
@@ -261,7 +292,7 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
 def print_comparison(table: Table) -> None:
     """Print several finished runs, with a column for each row of their table."""
     frame = cells(table).drop(columns=table.settings)
-    names = [*["dense"] * bool(table.dense), *table.names()]
+    names = ["dense", *table.names()] if table.dense else table.names()
     rows = ([name, *(value or "-" for value in values)] for name, values in frame.items())
     _print_table("sparse models", ["", *names], rows, "right")
     for line in sources(frame):
@@ -272,8 +303,8 @@ def print_jobs(jobs: Sequence[tuple[str, str, str]]) -> None:
     """Print the jobs of a sweep, `(label, outcome, directory or reason)`, and their counts."""
     _print_table("jobs", ["job", "outcome", "run, or reason"], jobs, "left")
     counts = Counter(outcome for _, outcome, _ in jobs)
-    said = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
-    terminal().print(", ".join(said))
+    texts = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
+    terminal().print(", ".join(texts))
 
 
 def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:

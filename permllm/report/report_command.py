@@ -40,14 +40,15 @@ _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("na
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add, written = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    written = parser.add_mutually_exclusive_group()
     add("places", nargs="*", type=Path, metavar="DIR", help=PLACES)
-    for option, what in {
+    for option, description in {
         "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
         "--curves": "draw the losses of learning",
         "--masks": "draw the mask of one linear for each row",
     }.items():
-        written.add_argument(option, type=Path, metavar="FILE", help=what)
+        written.add_argument(option, type=Path, metavar="FILE", help=description)
     add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
     add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
@@ -76,8 +77,8 @@ def work(options: argparse.Namespace) -> Answer:
         return _of_wandb(options)
     if options.wandb or not options.places or not file:
         raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
-    found = found_in(options.places)
-    table = Table(found.runs, options.baseline)
+    collection = found_in(options.places)
+    table = Table(collection.runs, options.baseline)
     # The libraries for drawing take seconds to import.
     if file == options.to and file.suffix == ".html":
         from permllm.report.page import page
@@ -85,7 +86,7 @@ def work(options: argparse.Namespace) -> Answer:
 
         note(undrawn(table, drawn_measure(table, options.measure)))
         paper = beside(options.paper, table)
-        write_text(file, page(table, found.notes, paper, options.measure))
+        write_text(file, page(table, collection.notes, paper, options.measure))
     else:
         from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
 
@@ -97,7 +98,8 @@ def work(options: argparse.Namespace) -> Answer:
             plot_curves(table, file)
         else:
             plot_masks(table, file, options.linear)
-    runs, size = len(table.runs), file.stat().st_size
+    runs = len(table.runs)
+    size = file.stat().st_size
     answer = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
     return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
 
@@ -112,25 +114,26 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
         entity = options.entity or api.default_entity
         project = f"{entity}/{options.wandb}" if entity else options.wandb
         logged = list(api.runs(project, order="-created_at"))
-    found = Collection()
+    collection = Collection()
     # The newest run comes first, and counts if the same run was done again with force=true.
-    for one in logged:
-        if any(fnmatchcase(one.group or "", pattern) for pattern in groups):
+    for run in logged:
+        if any(fnmatchcase(run.group or "", pattern) for pattern in groups):
             try:
-                found.add(as_run(one))
+                collection.add(as_run(run))
             except (DataError, *LACKS) as error:  # perhaps a run of another program
-                found.notes.append(f"skipped {one.name} ({one.id}): {error}")
-    note(found.notes)
-    if not found.runs:
-        there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
+                collection.notes.append(f"skipped {run.name} ({run.id}): {error}")
+    note(collection.notes)
+    if not collection.runs:
+        valid = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
         raise ConfigError(
-            f"--group {' or '.join(groups)}: no finished run; groups are {there}, or * for all"
+            f"--group {' or '.join(groups)}: no finished run; groups are {valid}, or * for all"
         )
-    table = Table(found.runs)
+    table = Table(collection.runs)
     paper = beside(options.table, table)
     text = markdown(cells(table, paper))
     url = _published(table, text, options, entity) if options.publish else None
-    note([paper.note] if paper and paper.note else [])
+    if paper and paper.note:
+        note([paper.note])
     shown = text if url is None else f"{text}{url}\n"
     return Answer({"rows": records(table, paper), "url": url}, lambda: print(shown, end=""))
 
@@ -178,7 +181,8 @@ def _published(table: Table, text: str, options: argparse.Namespace, entity: str
         expr = import_module("wandb_workspaces.expr")
     except ImportError as error:
         raise ConfigError("--publish needs: pip install -e '.[wandb-report]'") from error
-    project, title = {"entity": entity, "project": options.wandb}, f"PermLLM, {options.table}"
+    project = {"entity": entity, "project": options.wandb}
+    title = f"PermLLM, {options.table}"
     ids = [run.environment["wandb_id"] for run in table.runs]
     runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
     plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)

@@ -26,7 +26,8 @@ PAPER = "show the paper's numbers beside ours, such as table6"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add, settings = parser.add_argument, "NAME=VALUE,..."
+    add = parser.add_argument
+    settings = "NAME=VALUE,..."
     add("places", nargs="+", type=Path, metavar="DIR", help=PLACES)
     add("--format", choices=(*FORMATS, "json"), default="md", help="json is the same as --json")
     add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
@@ -55,10 +56,15 @@ def work(options: argparse.Namespace) -> Answer:
     table = Table(found_in(options.places).runs, options.baseline)
     paper = beside(options.paper, table)
     table.show(options.columns, options.measures)
-    note([*table.notes, *([paper.note] if paper and paper.note else [])])
+    note(table.notes)
+    if paper and paper.note:
+        note([paper.note])
     if options.compare:
-        found = differences(table, *[table.find(text, "--compare") for text in options.compare])
-        return Answer(found, lambda: _show(compared(found, options.compare), options.format, 1))
+        first, second = [table.find(text, "--compare") for text in options.compare]
+        measures = differences(table, first, second)
+        return Answer(
+            measures, lambda: _show(compared(measures, options.compare), options.format, 1)
+        )
     # Intervals take seconds, so that only one of the two forms is computed.
     lines = records(table, paper) if options.json else []
     words = len(table.settings)
@@ -73,9 +79,9 @@ def _show(frame: pd.DataFrame, format: str, words: int) -> None:
 
 def found_in(places: list[Path]) -> Collection:
     """Return the runs in some places, and print notes on stderr. Errors as `collect`."""
-    found = collect(places)
-    note(found.notes)
-    return found
+    collection = collect(places)
+    note(collection.notes)
+    return collection
 
 
 def note(lines: list[str]) -> None:

@@ -51,9 +51,9 @@ def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFram
     return pd.DataFrame(
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
         | {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
-        | {name: measure.value for name, measure in found.items()}
+        | {name: measure.value for name, measure in run_measures.items()}
         | {"minutes": run.minutes, "directory": str(run.directory)}
-        for run, found in zip(runs, measures, strict=True)
+        for run, run_measures in zip(runs, measures, strict=True)
     )
 
 
@@ -80,12 +80,13 @@ class Table:
 
     def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
         """Make the table. Gaps of the baseline's model are measured from the baseline."""
-        self.runs, self.values = runs, measures_of(runs)
+        self.runs = runs
+        self.values = measures_of(runs)
         self.frame = frame_of(runs, self.values)
         every = [item for run in self.values for item in run.items()]
-        found = {name: measure for name, measure in every if not name.startswith(DENSE)}
-        self.kinds = {name: measure.kind for name, measure in found.items()}
-        self.measures = [name for name, measure in found.items() if not measure.asked_for]
+        sparse = {name: measure for name, measure in every if not name.startswith(DENSE)}
+        self.kinds = {name: measure.kind for name, measure in sparse.items()}
+        self.measures = [name for name, measure in sparse.items() if not measure.asked_for]
         texts = (
             {key: setting_text(value) for key, value in run.settings().items()} for run in runs
         )
@@ -105,7 +106,8 @@ class Table:
         self.notes = self._close_gaps()
         grouped = self.frame.groupby("row")[[*self.kinds]]
         whole = grouped.count().eq(grouped.size(), axis=0)
-        self.means, self.deviations = grouped.mean().where(whole), grouped.std().where(whole)
+        self.means = grouped.mean().where(whole)
+        self.deviations = grouped.std().where(whole)
         some = (grouped.count().gt(0) & ~whole).any()
         if some.any():
             self.notes.append(f"some seeds of a row lack {', '.join(some.index[some])}")
@@ -119,10 +121,13 @@ class Table:
         """Return the settings that vary, and redundant ones if two rows would look the same."""
         texts = self.labels.drop(columns="method")
         usual = [name for name in texts if not _is_spare(name)]
-        said = {
-            name: texts[name][(texts[name] != "") | name.startswith(_PATTERNS)] for name in usual
-        }
-        varying = [name for name in usual if said[name].nunique() > 1]
+        varying = []
+        for name in usual:
+            compared = texts[name]
+            if not name.startswith(_PATTERNS):
+                compared = compared[compared != ""]
+            if compared.nunique() > 1:
+                varying.append(name)
         for names in (usual, [*texts]):
             if texts[varying].duplicated().any() or (not varying and len(texts) > 1):
                 for _, alike in texts.groupby(varying or (lambda _: 0)):
@@ -135,7 +140,7 @@ class Table:
         groups = {"pruner", "temperature", "block_size", *METHODS}
         rest = ["method", *(name for name in self.settings if name.split(".")[0] not in groups)]
         typed = self.frame.groupby("row")["method"].agg(set)
-        named = all(len(one) == 1 and "" not in one for one in typed)
+        named = all(len(methods) == 1 and "" not in methods for methods in typed)
         if len(self.rows) > 1 and named and not self.labels[rest].duplicated().any():
             self.settings = rest
 
@@ -150,24 +155,25 @@ class Table:
             of_methods = (name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS)
             beside[row] = run.key("seed", *of_methods)
         unpermuted = [row for row, run in firsts.items() if run.methods == "none"]
-        found = {}
+        starts = {}
         for row in firsts:
             like = [start for start in unpermuted if beside[start] == beside[row]]
             statistics = self.label(row, _STATISTICS)
             same = [start for start in like if self.label(start, _STATISTICS) == statistics]
             if like:
-                found[row] = row if row in like else (same or like)[0]
-        return found
+                starts[row] = row if row in like else (same or like)[0]
+        return starts
 
     def _close_gaps(self) -> list[str]:
         """Add the measures `gap closed`, the mean over texts and one for each; return notes."""
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         closed = pd.DataFrame(math.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
-            here, base = self.seeds(row, perplexities), self.seeds(start, perplexities)
+            permuted = self.seeds(row, perplexities)
+            unpermuted = self.seeds(start, perplexities)
             dense = self.seeds(start, [f"{DENSE}{name}" for name in perplexities])
             dense = dense.set_axis(perplexities, axis=1)
-            closed.loc[self.rows[row]] = gap_closed(here, base, dense).to_numpy()
+            closed.loc[self.rows[row]] = gap_closed(permuted, unpermuted, dense).to_numpy()
         closed = closed.dropna(axis=1, how="all")
         if closed.empty:
             return []
@@ -177,7 +183,8 @@ class Table:
             names = [name for name in common if name.endswith(FP8) == bool(ending)]
             # A text with two window lengths counts once.
             shared = [*{name.partition(_PERPLEXITY)[0]: name for name in names}.values()]
-            self.gaps |= {GAP + ending: shared} if shared else {}
+            if shared:
+                self.gaps[GAP + ending] = shared
         notes = []
         if len(closed.columns) > 1:
             notes = [f"{gap}: the mean over {', '.join(of)}" for gap, of in self.gaps.items()]
@@ -199,13 +206,14 @@ class Table:
         return notes
 
     def _shared_dense(self) -> dict[str, tuple[float, float | None]]:
-        found = {}
+        shared = {}
         for name in self.kinds:
-            values, first = self.frame.get(f"{DENSE}{name}"), self.values[0].get(f"{DENSE}{name}")
+            values = self.frame.get(f"{DENSE}{name}")
+            first = self.values[0].get(f"{DENSE}{name}")
             # Machines differ in the order of sums.
             if first and np.isclose(values, first.value, rtol=1e-4, atol=0).all():
-                found[name] = (first.value, first.stderr)
-        return found
+                shared[name] = (first.value, first.stderr)
+        return shared
 
     def find(self, text: str, option: str) -> int:
         """Return the only row with the settings `name=value,name=value` of an option."""
@@ -213,7 +221,7 @@ class Table:
         wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
         rows = [*self.labels.index]
         for name, value in wanted.items():
-            present = [found for found in self.labels.get(name, pd.Series()).unique() if found]
+            present = [label for label in self.labels.get(name, pd.Series()).unique() if label]
             if value not in present:
                 reason = f"no row has {name}={value}" if present else f"{name} is no column"
                 valid = ", ".join(present or self.settings)
@@ -235,8 +243,8 @@ class Table:
 
     def seeds(self, row: int, names: list[str]) -> pd.DataFrame:
         """Return measures of a row's runs by seed; NaN: the run lacks the measure."""
-        found = self.frame.reindex(columns=["seed", *names]).loc[self.rows[row]]
-        return found.set_index("seed").astype(float)
+        frame = self.frame.reindex(columns=["seed", *names]).loc[self.rows[row]]
+        return frame.set_index("seed").astype(float)
 
     def has(self, row: int, name: str) -> bool:
         """Tell if all runs of a row have a measure."""
@@ -246,7 +254,8 @@ class Table:
         """Return the deviation over a row's seeds, or the standard error of a single run."""
         if len(self.rows[row]) > 1:
             return float(self.deviations.at[row, name])
-        return value.stderr if (value := self.values[self.rows[row][0]].get(name)) else None
+        measure = self.values[self.rows[row][0]].get(name)
+        return measure.stderr if measure else None
 
     def shown(self, row: int, name: str) -> str:
         """Return the text of a measure's mean and error; empty: the row lacks the measure."""
@@ -289,16 +298,16 @@ class Table:
                 )
         if measures:
             every = [*self.measures, *(name for name in self.kinds if name not in self.measures)]
-            chosen: set[str] = set()
+            wanted: set[str] = set()
             for part in measures.split(", "):
                 usual = [name for name in self.measures if part in name]
                 others = [name for name in every if part in name]
-                chosen |= {part} if part in every else {*(usual or others)}
-            if not chosen:
+                wanted |= {part} if part in every else {*(usual or others)}
+            if not wanted:
                 raise ConfigError(
                     f"--measures {measures}: expected names, or parts, of {', '.join(self.kinds)}"
                 )
-            self.measures = [name for name in every if name in chosen]
+            self.measures = [name for name in every if name in wanted]
 
     def main(self) -> str | None:
         """Return the measure by which rows are compared; None: there is none.
@@ -329,7 +338,8 @@ class Table:
         for row in self.labels.index:
             parts = []
             for name in self.settings:
-                value, short = self.label(row, name), name.rpartition(".")[2]
+                value = self.label(row, name)
+                short = name.rpartition(".")[2]
                 if name in ("method", "model", "sparsity", "pruner", "permutation"):
                     parts.append(value)
                 elif value and value != METHODS.get(name):
@@ -338,22 +348,21 @@ class Table:
         return names
 
 
-def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
-    """Return the gap closed of each run: `(ln start - ln here) / (ln start - ln end)`.
+def gap_closed(permuted: pd.DataFrame, start: pd.DataFrame, dense: pd.DataFrame) -> pd.DataFrame:
+    """Return the gap closed of each run: `(ln start - ln permuted) / (ln start - ln dense)`.
 
-    `ln start` and `ln end` are means over all seeds of the unpermuted row, so that each run is
+    `ln start` and `ln dense` are means over all seeds of the unpermuted row, so that each run is
     measured from one number for each text, whatever its seed. The gap is NaN if a perplexity is not
     finite, or if the unpermuted model is as good as the dense one.
 
     Args:
-        here: perplexities of the runs, seeds by texts.
+        permuted: perplexities of the runs, seeds by texts.
         start: perplexities of the unpermuted row, seeds by texts.
-        end: perplexities of the dense model in the runs of the unpermuted row, seeds by texts.
+        dense: perplexities of the dense model in the runs of the unpermuted row, seeds by texts.
     """
-    here, start, end = np.log(here), np.log(start), np.log(end)
-    base = start.mean(skipna=False)
-    whole = base - end.mean(skipna=False)
-    closed = (base - here) / whole.where((whole > 0) & np.isfinite(whole))
+    base = np.log(start).mean(skipna=False)
+    whole = base - np.log(dense).mean(skipna=False)
+    closed = (base - np.log(permuted)) / whole.where((whole > 0) & np.isfinite(whole))
     closed.loc[:, ~np.isfinite(closed).all()] = math.nan
     return closed
 

@@ -52,14 +52,14 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     with ExitStack() as held:
 
-        def kept() -> Values | None:
+        def locked_and_read() -> Values | None:
             """Lock the result until it is written, and read it; None: it is not in the cache."""
             file = cache_directory() / _RESULTS / name
             file.parent.mkdir(exist_ok=True)
             held.enter_context(FileLock(file.with_suffix(".lock")))
             return _read(file)
 
-        values = parallel.on_main(kept)
+        values = parallel.on_main(locked_and_read)
         if values is None:
             values = parallel.share(compute())
             parallel.on_main(lambda: _write(cache_directory() / _RESULTS / name, values))

@@ -111,7 +111,8 @@ class Record:
         The seconds of a stage inside another one count only for the inner stage. The outer stage
         saves the metrics.
         """
-        outer, self._inside = self._inside, 0.0
+        outer = self._inside
+        self._inside = 0.0
         if outer is None:
             return_freed_memory()  # it would count in the peak of this stage
         start = time.perf_counter()
@@ -144,12 +145,14 @@ class RunDirectory(Record):
 
     def __init__(self, directory: Path, config: RunConfig) -> None:
         super().__init__()
-        self.directory, self.finished = directory, False
+        self.directory = directory
+        self.finished = False
         self._written: set[str] = set()  # files of this process
         self.config: dict[str, Any] = json.loads(json.dumps(config.resolved))
-        asked = json.loads(json.dumps(config.evaluation_identity))
-        self.evaluation = {"evaluation": asked, "evaluation_hash": digest_of(asked)}
-        self._evaluation_file = directory / EVALUATIONS / f"{digest_of(asked)}.json"
+        evaluation = json.loads(json.dumps(config.evaluation_identity))
+        digest = digest_of(evaluation)
+        self.evaluation = {"evaluation": evaluation, "evaluation_hash": digest}
+        self._evaluation_file = directory / EVALUATIONS / f"{digest}.json"
         self.metrics |= {
             "schema_version": SCHEMA_VERSION,
             "status": "running",
@@ -172,7 +175,7 @@ class RunDirectory(Record):
             ConfigError: the directory belongs to another run.
             DataError: a file cannot be read.
         """
-        made = parallel.rank() == 0 and not self.directory.exists()
+        is_new = parallel.rank() == 0 and not self.directory.exists()
         with ExitStack() as held:
 
             def lock_and_read() -> tuple[Any, ...]:
@@ -192,7 +195,7 @@ class RunDirectory(Record):
             except InUseError:
                 raise
             except (ConfigError, DataError):
-                if made and not any((self.directory / name).exists() for name in RESULTS):
+                if is_new and not any((self.directory / name).exists() for name in RESULTS):
                     shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
@@ -221,11 +224,12 @@ class RunDirectory(Record):
                     f"run_dir={self.directory} has files but no {CONFIG}: expected a run directory"
                 )
             return
-        present, asked = (flatten(identity_of(one)) for one in (read_yaml(file), self.config))
-        both = present.keys() | asked.keys()
-        differing = sorted(key for key in both if present.get(key) != asked.get(key))
-        if differing == ["compute_dtype"] and self._meant_by_auto() == asked["compute_dtype"]:
-            self.config["compute_dtype"] = present["compute_dtype"]
+        earlier = flatten(identity_of(read_yaml(file)))
+        identity = flatten(identity_of(self.config))
+        both = earlier.keys() | identity.keys()
+        differing = sorted(key for key in both if earlier.get(key) != identity.get(key))
+        if differing == ["compute_dtype"] and self._meant_by_auto() == identity["compute_dtype"]:
+            self.config["compute_dtype"] = earlier["compute_dtype"]
         elif differing:
             differ = "differ" if len(differing) > 1 else "differs"
             raise ConfigError(
@@ -266,12 +270,12 @@ class RunDirectory(Record):
         Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
         depends on the machine.
         """
-        here = str(dtype).removeprefix("torch.")
-        before = self.metrics.setdefault("compute_dtype", here)
-        if before != here:
+        products = str(dtype).removeprefix("torch.")
+        before = self.metrics.setdefault("compute_dtype", products)
+        if before != products:
             raise ConfigError(
                 f"compute_dtype={self.config['compute_dtype']}: {self.directory} began with "
-                f"products in {before}, and here they would be in {here}: add "
+                f"products in {before}, and here they would be in {products}: add "
                 f"compute_dtype={before} run_dir={self.directory} to continue it, or force=true to "
                 "run it again"
             )
@@ -320,7 +324,8 @@ class RunDirectory(Record):
         """
 
         def read() -> Value | None:
-            path, stated = self.directory / name, self.metrics.setdefault("sha256", {})
+            path = self.directory / name
+            stated = self.metrics.setdefault("sha256", {})
             if not path.exists():
                 return None
             if name in stated:
@@ -378,8 +383,8 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any]) -> bool:
     """Tell if a directory has a finished run with this evaluation."""
     try:
         metrics = read_json(directory / METRICS)
-        there = all((directory / name).is_file() for name in metrics.get("sha256", {}))
-        if not there or metrics.get("status") != "finished":
+        complete = all((directory / name).is_file() for name in metrics.get("sha256", {}))
+        if not complete or metrics.get("status") != "finished":
             return False
         if evaluation == metrics.get("evaluation"):
             return True
@@ -404,8 +409,8 @@ def job_log(file: Path) -> Iterator[None]:
         yield
         noted.info("finished")
     except BaseException as error:
-        said = what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error)
-        noted.error("ended: %s", said or type(error).__name__)
+        reason = what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error)
+        noted.error("ended: %s", reason or type(error).__name__)
         raise
     finally:
         for logger in loggers:

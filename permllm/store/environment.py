@@ -80,7 +80,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     The instructions are part of it, because processors with the same name can differ in them, and
     then in their speed by a factor.
     """
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -91,15 +91,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "device": str(device),
     }
     if parallel.world_size() > 1:
-        found["processes"] = parallel.world_size()
+        facts["processes"] = parallel.world_size()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
+        facts["gpu"] = {
             "name": properties.name,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
         }
-    return found
+    return facts
 
 
 @cache

@@ -17,15 +17,25 @@ from permllm.errors import DataError, first_line
 # Version of `metrics.json` and of files of records.
 SCHEMA_VERSION = 3
 
-CONFIG, ENVIRONMENT, LOG = "config.yaml", "environment.json", "run.log"
-METRICS, EVALUATIONS, HISTORY = "metrics.json", "evaluations", "history.jsonl"
-PERMUTATIONS, MASKS = "permutations.safetensors", "masks.safetensors"
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+LOG = "run.log"
+METRICS = "metrics.json"
+EVALUATIONS = "evaluations"
+HISTORY = "history.jsonl"
+PERMUTATIONS = "permutations.safetensors"
+MASKS = "masks.safetensors"
 # Folders: weights and pruned layers, with one file for each layer, and the exported checkpoint.
-WEIGHTS, PRUNED_LAYERS, EXPORT = "weights", "pruned_layers", "export"
-CHECKPOINT, MASK_CHECKPOINT = "lcp_checkpoint.pt", "mask_checkpoint.pt"
+WEIGHTS = "weights"
+PRUNED_LAYERS = "pruned_layers"
+EXPORT = "export"
+CHECKPOINT = "lcp_checkpoint.pt"
+MASK_CHECKPOINT = "mask_checkpoint.pt"
 DISTILL_CHECKPOINT = "distill_checkpoint.pt"
 # Files of loggers: the folder of TensorBoard, and the id of the W&B run.
-TENSORBOARD, WANDB_ID = OF_LOGGERS = "tensorboard", ".wandb-id"
+TENSORBOARD = "tensorboard"
+WANDB_ID = ".wandb-id"
+OF_LOGGERS = (TENSORBOARD, WANDB_ID)
 # Files that only an unfinished run needs.
 UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, PRUNED_LAYERS)
 RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)

@@ -25,7 +25,9 @@ _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 # Groups of the settings whose methods may train, in the order in which they do.
 LEARNING = ("permutation", "mask", "reconstruction")
 _EPOCH = "epoch/"  # prefix of the measures of an epoch
-_LONGEST_NAME, _LONGEST_TAG = 128, 64  # limits of W&B
+# Limits of W&B.
+_LONGEST_NAME = 128
+_LONGEST_TAG = 64
 _NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # characters that MLflow refuses
 # Without these MLflow sends data about its use, and waits minutes for a server that is down.
 _MLFLOW = {
@@ -111,7 +113,8 @@ class _Tracked(RunLogger):
     """Run of a tracker of accelerate. After the first failure it logs nothing."""
 
     def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
-        self._tracker, self._end = tracker, end
+        self._tracker = tracker
+        self._end = end
 
     def close(self, failed: bool) -> None:
         with suppress(Exception):  # the server may be gone
@@ -186,15 +189,15 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
     file = directory / WANDB_ID
     if not file.is_file():
         write_text(file, f"{config.hash}-{secrets.token_hex(4)}\n")
-    told = described(config, directory)
+    description = described(config, directory)
     run: dict[str, Any] = {
-        **{key: told[key] for key in ("name", "group", "job_type")},
+        **{key: description[key] for key in ("name", "group", "job_type")},
         "id": file.read_text().strip(),
         "resume": "allow",
         "dir": str(home),
         "project": config.logger.project,
-        "config": told["config"] | told["where"],
-        "tags": [tag[:_LONGEST_TAG] for tag in told["tags"].values()],
+        "config": description["config"] | description["where"],
+        "tags": [tag[:_LONGEST_TAG] for tag in description["tags"].values()],
         "settings": wandb.Settings(silent=True, console="off"),
     }
     try:
@@ -218,7 +221,8 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
 def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
     """Open a run of MLflow, in `runs_dir/mlflow.db` or at `MLFLOW_TRACKING_URI`."""
     os.environ.update(_MLFLOW | dict(os.environ))
-    home, run = Path(config.runs_dir).resolve(), described(config, directory)
+    home = Path(config.runs_dir).resolve()
+    run = described(config, directory)
     home.mkdir(parents=True, exist_ok=True)
     tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
     for part in ("mlflow", "alembic"):  # they print a line for each table that they make
@@ -230,12 +234,14 @@ def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
         mlflow.set_tracking_uri(place)
         PartialState(cpu=True)
         # The folder stays empty. Without it MLflow makes one in the working directory.
-        artifacts, name = (home / "mlartifacts").as_uri(), run["name"]
-        tracker = MLflowTracker(config.logger.project, artifacts, tags=tags, run_name=name)
+        artifacts = (home / "mlartifacts").as_uri()
+        tracker = MLflowTracker(config.logger.project, artifacts, tags=tags, run_name=run["name"])
         with FileLock(home / ".mlflow.db.lock"):  # two jobs must not make the tables in parallel
             tracker.start()
-        settings = flatten(run["config"]).items()
-        tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in settings})
+        settings = {
+            _NOT_IN_A_KEY.sub("_", key): str(value) for key, value in flatten(run["config"]).items()
+        }
+        tracker.store_init_configuration(settings)
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
     except Exception as error:  # of a database, a connection, MLflow

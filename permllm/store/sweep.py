@@ -69,7 +69,8 @@ def sweep_name(hydra: Any) -> str:
 
 def folder_of(hydra: Any) -> Path:
     """Return the folder of the outcomes: `hydra.sweep.dir`, or a subfolder if the user sets it."""
-    folder, name = Path(hydra.sweep.dir), os.environ[VARIABLE]
+    folder = Path(hydra.sweep.dir)
+    name = os.environ[VARIABLE]
     return folder if folder.name == name else folder / "sweeps" / name
 
 
@@ -93,17 +94,18 @@ def place(composed: DictConfig) -> DictConfig:
     """Return a job's settings with the directories of `hydra.run.dir` or `hydra.sweep.dir`."""
     if not HydraConfig.initialized():
         return composed
-    hydra, given = HydraConfig.get(), {}
+    hydra = HydraConfig.get()
+    directories = {}
     if sweeping():
         if folder_of(hydra) != Path(hydra.sweep.dir):
-            given["runs_dir"] = hydra.sweep.dir
+            directories["runs_dir"] = hydra.sweep.dir
         if hydra.sweep.subdir != ".":
-            given["run_dir"] = str(Path(hydra.sweep.dir) / hydra.sweep.subdir)
+            directories["run_dir"] = str(Path(hydra.sweep.dir) / hydra.sweep.subdir)
     elif hydra.run.dir != ".":
         if composed.run_dir is not None:
             raise ConfigError(f"run_dir and hydra.run.dir {_ONE_PLACE}")
-        given["run_dir"] = hydra.run.dir
-    merged: Any = OmegaConf.merge(composed, given)
+        directories["run_dir"] = hydra.run.dir
+    merged: Any = OmegaConf.merge(composed, directories)
     return composed if composed.run_dir is not None else merged
 
 
@@ -124,13 +126,14 @@ def keep(job: Outcome) -> None:
 
 def kept(folder: Path) -> list[Outcome]:
     """Read the outcomes in a sweep's folder, sorted by job, without damaged files."""
-    found = []
+    jobs = []
     for file in sorted(folder.glob("jobs/*.json")):
         with suppress(DataError, TypeError):
             job = Outcome(**read_json(file))
-            job.directory = job.directory and os.path.normpath(folder / job.directory)
-            found.append(job)
-    return found
+            if job.directory:
+                job.directory = os.path.normpath(folder / job.directory)
+            jobs.append(job)
+    return jobs
 
 
 def _jobs(hydra: Any) -> list[list[str]]:
@@ -147,16 +150,19 @@ def _jobs(hydra: Any) -> list[list[str]]:
 def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
     """Raise ConfigError if the models of a sweep have different texts and so cannot be compared."""
     of_model = {word: job for job in jobs for word in job if word.startswith("model=")}
-    texts, loader = {}, GlobalHydra.instance().config_loader()
-    for model, job in of_model.items() if len(of_model) > 1 else ():
+    if len(of_model) < 2:
+        return
+    texts = {}
+    loader = GlobalHydra.instance().config_loader()
+    for model, job in of_model.items():
         config = loader.load_configuration(config_name, job, run_mode=RunMode.RUN)
         texts[model] = " and ".join(
             str(part.data_files or part.dataset)
             for part in (config.calibration, config.evaluation.perplexity)
         )
     if len(set(texts.values())) > 1:
-        said = "; ".join(f"{model} {text}" for model, text in texts.items())
+        listed = "; ".join(f"{model} {text}" for model, text in texts.items())
         raise ConfigError(
-            f"the models of this sweep have different texts ({said}): "
+            f"the models of this sweep have different texts ({listed}): "
             "give protocol=offline or protocol=paper, or calibration= and evaluation="
         )

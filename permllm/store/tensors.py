@@ -26,7 +26,8 @@ from permllm.store.files import MASKS, PERMUTATIONS, WEIGHTS, replaced
 
 _SHAPES = "shapes"
 # Numbers of a layer by channel group, and their key in the metadata of its file.
-_NUMBERS, _FIGURES = ("retained", "moved", "output_error"), "figures"
+_NUMBERS = ("retained", "moved", "output_error")
+_FIGURES = "figures"
 
 
 def is_permutation(order: Tensor) -> bool:
@@ -43,8 +44,9 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
         perm: permutation in which the weight should be N:M, int64 `(C_in,)`; None: the original.
         pattern: N:M.
     """
-    kept = weight != 0
-    groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
+    nonzero = weight != 0
+    permuted = nonzero if perm is None else nonzero[:, perm]
+    groups = permuted.unflatten(-1, (-1, pattern.m))
     # `groups.sum(-1)` would need int64, four times the memory.
     counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
     for entries in groups.unbind(-1):
@@ -106,7 +108,8 @@ def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors on any device as a safetensors file, with at most one entry of metadata."""
-    held, storages = {}, set()
+    held = {}
+    storages = set()
     for name, tensor in tensors.items():
         held[name] = tensor.detach().cpu().contiguous()
         storage = held[name].untyped_storage()
@@ -251,7 +254,8 @@ def load_layer(path: Path) -> PrunedLayer:
     """Read a layer. Raises DataError, which names the file, if it cannot be read."""
     with opened(path) as file:
         figures = json.loads(file.metadata()[_FIGURES])
-    tensors, layer = load_tensors(path), PrunedLayer(**{key: figures[key] for key in _NUMBERS})
+    tensors = load_tensors(path)
+    layer = PrunedLayer(**{key: figures[key] for key in _NUMBERS})
     layer.orders = {group: tensors[f"order of {group}"] for group in layer.retained}
     for name, shape in figures[_SHAPES].items():
         layer.masks.set_packed(name, tensors[mask_name(name)], shape)
