@@ -185,7 +185,6 @@ def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
     )
     assert {key: (default[key], quick[key]) for key in default if default[key] != quick[key]} == {
         "permutation.epochs": (1, 2),
-        "permutation.select_from": (0, 2),
     }
 
 

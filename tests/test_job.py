@@ -105,7 +105,7 @@ def test_history_has_a_line_a_pass(learned: tuple[dict[str, Any], Path]) -> None
     epochs = yaml.safe_load((directory / "config.yaml").read_text())["permutation"]["epochs"]
     assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
     figures = {"loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
-    assert set(lines[0]) == figures | {"epoch", "first_layer", "last_layer"}
+    assert set(lines[0]) == figures | {"group", "epoch", "first_layer", "last_layer"}
     environment = read_json(directory / "environment.json")
     assert {"versions", "git", "hardware", "seed", "command", "started"} == set(environment)
 

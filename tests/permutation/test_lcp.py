@@ -104,7 +104,7 @@ def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_learning_lowers_the_loss_of_the_really_pruned_model(settings: dict[str, Any]) -> None:
     told: list[dict[str, Any]] = []
     settings = {"init": "random", "batch_size": 2, "block_size": 32} | settings
-    start = learned(told, **settings, learning_rate=1e-9, margin=1.0, epochs=1)
+    start = learned(told, **settings, learning_rate=1e-9, margin=1.0, epochs=1, select_from=1)
     orders = learned(told, **settings, epochs=9, learning_rate=0.03, select_from=9)
     before, *measured = (values["measured_loss"] for values in told)
     assert min(measured) < (0.95 if "loss" in settings else 0.9) * before
@@ -163,12 +163,16 @@ def test_an_interruption_that_python_drops_ends_learning_after_the_step() -> Non
         steps.append(step)
         Dropped()
 
-    with (
-        mock.patch.object(sys, "unraisablehook"),
-        ending_signals(),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        lcp(init="random", epochs=3).orders(problem(on_step=on_step))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
+    try:
+        with (
+            mock.patch.object(sys, "unraisablehook"),
+            ending_signals(),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            lcp(init="random", epochs=3).orders(problem(on_step=on_step))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert steps == [0]
 
 
@@ -230,7 +234,7 @@ def test_a_step_in_portions_is_the_undivided_step() -> None:
                 samples.append(len(args[0]))
 
         decoder_layers(learning.model)[0].mlp.register_forward_pre_hook(count)  # type: ignore[union-attr, operator]
-        method = lcp(init="random", learning_rate=0.05, epochs=1, **settings)
+        method = lcp(init="random", learning_rate=0.05, epochs=1, select_from=1, **settings)
         return method.orders(learning), losses, samples
 
     orders, losses, samples = seen()
@@ -342,7 +346,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
 def test_a_measured_loss_that_is_not_finite_stops_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Objective, "mean", lambda self: float("nan"))
     with pytest.raises(TrainingError, match="epoch 1: the loss is not finite"):
-        lcp(epochs=1, last_layers=1).orders(problem())
+        lcp(epochs=1, select_from=1, last_layers=1).orders(problem())
 
 
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,7 +323,7 @@ def test_measures_by_fp8_stand_beside_the_others_with_a_gap_of_their_own(tmp_pat
 
 
 def test_every_published_number_is_found_by_its_table() -> None:
-    lines = (ROOT / "permllm" / "runs" / "published.csv").read_text().splitlines()
+    lines = (ROOT / "permllm" / "report" / "published.csv").read_text().splitlines()
     assert sum(len(published(f"table{number}")) for number in range(1, 9)) == len(lines) - 1
 
 
