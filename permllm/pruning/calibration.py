@@ -60,8 +60,9 @@ def calibrate_dense(
         with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
             stream.advance(index)
         for group in members:
-            found = member_factors(model, group, pruner, statistics[group.name])
-            factors |= {path: one.to("cpu") for path, one in found.items()}
+            of_group = member_factors(model, group, pruner, statistics[group.name])
+            for path, of_linear in of_group.items():
+                factors[path] = of_linear.to("cpu")
     return DenseCalibration(factors, stream.states())
 
 
@@ -82,18 +83,20 @@ def shared_calibration(
 
     @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:
-        groups, how = channel_groups(loaded.model), (batch_size, compute_dtype, norm_tokens)
-        return calibrate_dense(loaded.model, groups, tokens, pruner, *how)
+        groups = channel_groups(loaded.model)
+        return calibrate_dense(
+            loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_tokens
+        )
 
-    kept = partial(_kept, loaded, tokens, batch_size, compute_dtype)
+    tensors_of = partial(_cached_tensors, loaded, tokens, batch_size, compute_dtype)
     # A third-party pruner is not cached, because the key has only the version of this package.
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
-        packed = kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
+        packed = tensors_of("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
         factors = unpacked_factors(packed)
     else:
         factors = calibrated().factors
-    target = kept("target", {}, lambda: {"target": calibrated().target})["target"]
+    target = tensors_of("target", {}, lambda: {"target": calibrated().target})["target"]
     return DenseCalibration(factors, target)
 
 
@@ -101,7 +104,7 @@ def shared_target(
     loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
     """Return the target of learning for more tokens, from the cache if it has the target."""
-    return _kept(
+    return _cached_tensors(
         loaded,
         tokens,
         batch_size,
@@ -112,7 +115,7 @@ def shared_target(
     )["target"]
 
 
-def _kept(
+def _cached_tensors(
     loaded: LoadedModel,
     tokens: Tensor,
     batch_size: int,
@@ -140,9 +143,11 @@ def _kept(
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
     """Return factors by module path as tensors by name, without loss."""
     packed: dict[str, Tensor] = {}
-    for path, one in factors.items():
-        parts = {"power": torch.tensor(one.power), "column": one.column, "row": one.row}
-        packed |= {f"{path}/{name}": part for name, part in parts.items() if part is not None}
+    for path, of_linear in factors.items():
+        packed[f"{path}/power"] = torch.tensor(of_linear.power)
+        packed[f"{path}/column"] = of_linear.column
+        if of_linear.row is not None:
+            packed[f"{path}/row"] = of_linear.row
     return packed
 
 
@@ -166,25 +171,27 @@ def member_factors(
         ConfigError: the pruner does not return valid factors.
         TrainingError: the factors are not finite, perhaps because a float16 model overflows.
     """
-    found = {}
+    factors = {}
     for path in group.members:
         weight = linear_at(model, path).weight
-        found[path] = _checked(pruner, path, weight, pruner.factors(weight, statistics))
-    return found
+        factors[path] = _checked(pruner, path, weight, pruner.factors(weight, statistics))
+    return factors
 
 
 def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
     """Return the factors of a linear after a check; raise as `member_factors`."""
-    given = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
+    where = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
     if not isinstance(factors, SaliencyFactors):
-        raise ConfigError(f"{given} are a {type(factors).__name__}; expected SaliencyFactors")
-    (rows, channels), column, row = weight.shape, factors.column, factors.row
+        raise ConfigError(f"{where} are a {type(factors).__name__}; expected SaliencyFactors")
+    rows, channels = weight.shape
+    column = factors.column
+    row = factors.row
     terms = 1 if row is None else len(column)
     fits = column.shape in ((terms, channels), (rows, channels))
     if not fits or (row is not None and row.shape != (terms, rows)):
         shapes = f"column {tuple(column.shape)}, row {row if row is None else tuple(row.shape)}"
         raise ConfigError(
-            f"{given} are {shapes}; expected column (K, {channels}) and row (K, {rows}), or a "
+            f"{where} are {shapes}; expected column (K, {channels}) and row (K, {rows}), or a "
             f"score ({rows}, {channels}) and None"
         )
     for part in (column,) if row is None else (column, row):
@@ -194,5 +201,5 @@ def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> Sali
                 f"{weight.dtype}, or its weights broken?"
             )
         if bool(part.amin() < 0):
-            raise ConfigError(f"{given} are negative; expected 0 or more")
+            raise ConfigError(f"{where} are negative; expected 0 or more")
     return factors

@@ -73,7 +73,7 @@ class Found:
     masks: Mapping[str, Tensor] | None = None
 
 
-def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
+def prune(job: Job, windows: Tensor, earlier: Found) -> PrunedModel:
     """Prune the decoder layers of a job's dense model in place, one after the other.
 
     Afterwards the pruned linears hold `weight * mask`, or the updated weight, with zeros as +0.0.
@@ -83,23 +83,33 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
             after the last one.
         windows: int64 `(windows, tokens)`, first the windows of the calibration, then those of the
             reconstruction.
-        found: results of the earlier stages.
+        earlier: results of the earlier stages.
     """
-    model, config, reconstruction = job.loaded.model, job.config, job.methods.reconstruction
+    model = job.loaded.model
+    config = job.config
+    reconstruction = job.methods.reconstruction
     samples = config.calibration.samples
-    chosen, target = windows_for(reconstruction, samples), None
-    if chosen.start or chosen.stop > samples:
-        target = last_states(model, windows[chosen], config.calibration.batch_size, job.products)
-    layers = _Layers(job, windows[:samples], found)
+    learned_from = windows_for(reconstruction, samples)
+    target = None
+    if learned_from.start or learned_from.stop > samples:
+        target = last_states(
+            model, windows[learned_from], config.calibration.batch_size, job.products
+        )
+    layers = _Layers(job, windows[:samples], earlier)
     for index, members in by_layer(model, job.groups, "prune"):
         layers.prune(index, members)
     result = layers.result
     if reconstruction.learned:
         if target is None:
-            target = layers.dense.states()[chosen]
+            target = layers.dense.states()[learned_from]
         del layers  # frees the states of all windows
         problem = learning_problem(
-            job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target
+            job,
+            "reconstruction",
+            tokens=windows[learned_from],
+            calibration=windows[:samples],
+            factors=earlier.factors or {},
+            target=target,
         )
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.products, job.device):
@@ -119,7 +129,7 @@ class _Layers:
     Args:
         job: job with the dense model.
         tokens: windows of the calibration, int64 `(windows, tokens)`.
-        found: results of the earlier stages.
+        earlier: results of the earlier stages.
 
     Attributes:
         result: result of the layers so far.
@@ -127,24 +137,38 @@ class _Layers:
         pruned: states of the pruned model after them; None: nothing depends on them.
     """
 
-    def __init__(self, job: Job, tokens: Tensor, found: Found) -> None:
-        self.job, self.found, self.result = job, found, PrunedModel()
-        self.model, self.placement = job.loaded.model, placement_of(job.loaded.model)
-        pruner, self.changes = job.methods.pruner, job.methods.change_weights
-        of_pruner = pruner.statistics if found.factors is None or pruner.updates_weights else ()
-        self.asked = (*of_pruner, *job.methods.reconstruction.statistics)
-        of_stream = self.model, tokens, job.config.calibration.batch_size, job.products
-        self.dense = LayerStream(*of_stream)
-        depends = found.factors is None or self.changes
-        self.pruned = LayerStream(*of_stream) if depends else None
+    def __init__(self, job: Job, tokens: Tensor, earlier: Found) -> None:
+        self.job = job
+        self.earlier = earlier
+        self.result = PrunedModel()
+        self.model = job.loaded.model
+        self.placement = placement_of(self.model)
+        self.changes = job.methods.change_weights
+        pruner = job.methods.pruner
+        of_pruner = pruner.statistics if earlier.factors is None or pruner.updates_weights else ()
+        self.statistics = (*of_pruner, *job.methods.reconstruction.statistics)
+        stream = partial(
+            LayerStream,
+            self.model,
+            tokens,
+            batch_size=job.config.calibration.batch_size,
+            compute_dtype=job.products,
+        )
+        self.dense = stream()
+        # Factors and weights depend on the pruned layers before a layer.
+        depends = earlier.factors is None or self.changes
+        self.pruned = stream() if depends else None
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:
         """Prune a layer that is on the device, or read its kept result; advance the states."""
-        record, name = self.job.record, layer_file(PRUNED_LAYERS, index)
-        kept = record.loaded(name, load_layer) if groups else PrunedLayer()
-        layer = self._new(index, groups) if kept is None else kept
+        record = self.job.record
+        name = layer_file(PRUNED_LAYERS, index)
+        layer = record.loaded(name, load_layer) if groups else PrunedLayer()
+        is_new = layer is None
+        if layer is None:
+            layer = self._new(index, groups)
         weights = self._weights(layer)
-        with _comparing(self.model, groups if kept is None else [], weights, layer.output_error):
+        with _comparing(self.model, groups if is_new else [], weights, layer.output_error):
             self.dense.advance(index)
         self.result.add(layer)
         for path, weight in weights.items():
@@ -152,7 +176,7 @@ class _Layers:
             self.placement.replace(linear_at(self.model, path), weight, mask)
         if self.pruned is not None:
             self.pruned.advance(index)
-        if kept is None:
+        if is_new:
             record.keep(name, layer, save_layer)
         if groups and self.placement.reads_files and record.directory is not None:
             self._read_from_file(record.directory / name, layer)
@@ -178,28 +202,35 @@ class _Layers:
     def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
         """Prune a layer; its output errors are measured later."""
         layer = PrunedLayer()
-        with collecting(self.model, groups, self.asked) as statistics:
-            for _ in self.pruned.forward(index) if self.pruned is not None else ():
-                pass
+        with collecting(self.model, groups, self.statistics) as statistics:
+            if self.pruned is not None:
+                for _ in self.pruned.forward(index):
+                    pass
         for group in groups:
             self._add(group, statistics[group.name], layer)
         return layer
 
     def _add(self, group: ChannelGroup, statistics: InputStatistics, layer: PrunedLayer) -> None:
         """Prune a group, and add its permutation, masks, weights and measures to the layer."""
-        pruner, reconstruction = self.job.methods.pruner, self.job.methods.reconstruction
-        pattern, factors = group.pattern or self.job.config.pattern, self.found.factors
+        pruner = self.job.methods.pruner
+        reconstruction = self.job.methods.reconstruction
+        pattern = group.pattern or self.job.config.pattern
+        factors = self.earlier.factors
         if factors is None:
             factors = member_factors(self.model, group, pruner, statistics)
         order = self._order(group, factors)
         layer.orders[group.name] = order
         layer.moved[group.name] = float((order != torch.arange(group.channels)).float().mean())
-        kept = total = 0.0
+        retained = 0.0
+        total = 0.0
         for path in group.members:
-            dense, mask, new = linear_at(self.model, path).weight, None, None
-            perm, scores = order.to(dense.device), saliency(dense, factors[path].to(dense.device))
-            if self.found.masks is not None:
-                mask = self.found.masks[path].to(dense.device)
+            dense = linear_at(self.model, path).weight
+            perm = order.to(dense.device)
+            scores = saliency(dense, factors[path].to(dense.device))
+            mask = None
+            new = None
+            if self.earlier.masks is not None:
+                mask = self.earlier.masks[path].to(dense.device)
             if pruner.updates_weights:
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
             elif mask is None:
@@ -210,19 +241,22 @@ class _Layers:
                 pruned = PrunedLinear(dense, new, mask, perm, pattern, statistics)
                 new = reconstruction.linear(pruned)
                 layer.weights[path] = parallel.share(new.to(dense.dtype))
-            kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
-        layer.retained[group.name] = kept / max(total, 1e-300)
+            retained += saliency_sum(scores, mask)
+            total += saliency_sum(scores)
+        layer.retained[group.name] = retained / max(total, 1e-300)
 
     def _order(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
         """Return the permutation of a group."""
-        if self.found.orders is not None:
-            return self.found.orders[group.name]
-        job, scores = self.job, []
+        if self.earlier.orders is not None:
+            return self.earlier.orders[group.name]
+        job = self.job
+        scores = []
         with job.record.stage("permute", job.device):
             for path in group.members:
                 weight = linear_at(self.model, path).weight
                 scores.append(saliency(weight, factors[path].to(weight.device)))
-            pattern, permutation = group.pattern or job.config.pattern, job.methods.permutation
+            pattern = group.pattern or job.config.pattern
+            permutation = job.methods.permutation
             order = parallel.share(permutation.order(group.name, torch.cat(scores), pattern))
             return checked_order(job.config, group, order)
 

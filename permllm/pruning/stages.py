@@ -34,19 +34,21 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
         read_tokens: returns the calibration windows and `config.further` windows after them, int64
             `(windows, tokens)`; its time counts as calibration.
     """
-    record, found = job.record, Found()
+    record = job.record
+    earlier = Found()
     statistics_are_dense = job.config.calibration.statistics == "dense"
     with record.stage("calibrate", job.device):
-        drawn, dense = read_tokens(), None
+        drawn = read_tokens()
+        dense = None
         if statistics_are_dense or not job.methods.permutation.local:
             dense = calibrate(job, drawn)
     if dense is not None:
         orders = found_orders(job, drawn, dense)
         factors = dense.factors if statistics_are_dense else None
-        found = Found(factors, orders, found_masks(job, drawn, dense, orders))
+        earlier = Found(factors, orders, found_masks(job, drawn, dense, orders))
     del dense  # frees the targets of learning
     with record.stage("prune", job.device):
-        pruned = prune(job, drawn, found)
+        pruned = prune(job, drawn, earlier)
         if pruned.violations:
             log.warning(
                 "the pruned model is not N:M: %d groups of M have more than N nonzeros",
@@ -67,11 +69,17 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
     The result has targets for the calibration windows, and for the windows after them from which
     permutations and masks learn.
     """
-    config, samples = job.config, job.config.calibration.samples
-    how = config.calibration.batch_size, job.products
-    norm_tokens = drawn.shape[1] if config.permutation.get("conventions") == "paper" else 1
+    config = job.config
+    samples = config.calibration.samples
+    batch_size = config.calibration.batch_size
     dense = shared_calibration(
-        job.loaded, drawn[:samples], job.methods.pruner, config.pruner, *how, norm_tokens
+        job.loaded,
+        drawn[:samples],
+        job.methods.pruner,
+        config.pruner,
+        batch_size=batch_size,
+        compute_dtype=job.products,
+        norm_tokens=drawn.shape[1] if config.permutation.get("conventions") == "paper" else 1,
     )
     stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
     further = slice(samples, max(stops, default=0))
@@ -80,16 +88,23 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
         # Targets of windows that only the reconstruction reads stay uninitialised.
         dense.target = calibrated.new_empty(len(drawn), *calibrated.shape[1:])
         dense.target[:samples] = calibrated
-        dense.target[further] = shared_target(job.loaded, drawn[further], *how)
+        dense.target[further] = shared_target(
+            job.loaded, drawn[further], batch_size=batch_size, compute_dtype=job.products
+        )
     return dense
 
 
 def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) -> LearningProblem:
     """Return the problem of a method that learns before the model is pruned."""
     samples = job.config.calibration.samples
-    chosen = windows_for(getattr(job.methods, group), samples)
+    learned_from = windows_for(getattr(job.methods, group), samples)
     return learning_problem(
-        job, group, drawn[chosen], drawn[:samples], dense.factors, dense.target[chosen]
+        job,
+        group,
+        tokens=drawn[learned_from],
+        calibration=drawn[:samples],
+        factors=dense.factors,
+        target=dense.target[learned_from],
     )
 
 
@@ -99,12 +114,14 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
     def compute() -> dict[str, Tensor]:
         problem = _of_the_dense(job, "permutation", drawn, dense)
         with products_in(job.products, job.device):
-            found = job.methods.permutation.orders(problem)
-        if not isinstance(found, Mapping):
-            key, kind = f"permutation={job.config.permutation['name']}", type(found).__name__
-            raise ConfigError(f"{key}: `orders` returns a {kind}; expected a dict by channel group")
+            orders = job.methods.permutation.orders(problem)
+        if not isinstance(orders, Mapping):
+            raise ConfigError(
+                f"permutation={job.config.permutation['name']}: `orders` returns a "
+                f"{type(orders).__name__}; expected a dict by channel group"
+            )
         return {
-            group.name: checked_order(job.config, group, found.get(group.name))
+            group.name: checked_order(job.config, group, orders.get(group.name))
             for group in job.groups
         }
 
@@ -143,14 +160,14 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     patterns = differing_patterns(groups, job.groups)
     of_model = sum(group.channels * sum(group.rows) for group in groups)
     weights = sum(group.channels * sum(group.rows) for group in job.groups)
-    kept = sum(int(mask.sum()) for mask in pruned.masks.values())
+    nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     return {
         "compute_dtype": str(job.products).removeprefix("torch."),
         "sparsity": {
             "pattern": str(job.config.pattern),
             **({"patterns": patterns} if patterns else {}),
-            "fraction": (weights - kept) / weights,
-            "of_model": (weights - kept) / of_model,
+            "fraction": (weights - nonzeros) / weights,
+            "of_model": (weights - nonzeros) / of_model,
             "violations": pruned.violations,
             "weights_changed": job.methods.change_weights,
             "weights_kept": job.methods.change_weights and job.config.save_weights,
