@@ -211,11 +211,11 @@ def _of_a_launcher(error: Exception) -> bool:
     return any(module.partition(".")[0] in _LAUNCHERS for module in modules)
 
 
-def _with_extra(said: str) -> str:
+def _with_extra(message: str) -> str:
     """Return Hydra's error, or for a missing launcher or sweeper the extra that installs it."""
-    missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
-    if missing is None or "Could not find" not in said:
-        return said
+    missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", message)
+    if missing is None or "Could not find" not in message:
+        return message
     return f"hydra/{missing[1]}={missing[2]} is not installed: pip install -e '.[sweep]'"
 
 
@@ -244,7 +244,8 @@ class Session:
             silence()
             return 141
         except KeyboardInterrupt as error:
-            code, said = exit_code(error), f"{what_happened(error)}: "
+            code = exit_code(error)
+            message = f"{what_happened(error)}: "
         except SystemExit as stop:
             if stop.code:  # some jobs may have finished before a launcher failed
                 self.close()
@@ -253,9 +254,10 @@ class Session:
             if everything_wanted() or not _of_a_launcher(error):
                 raise
             # A launcher's process was killed or ran out of time. Its last lines may say why.
-            code, said = 1, f"error: {type(error).__name__}: {str(error).strip()}\n"
+            code = 1
+            message = f"error: {type(error).__name__}: {str(error).strip()}\n"
         if first():
-            print(f"{said}{CONTINUES}", file=sys.stderr)
+            print(f"{message}{CONTINUES}", file=sys.stderr)
         self.close()
         return code
 
@@ -377,9 +379,9 @@ def objective(metrics: dict[str, Any]) -> float:
     from permllm.report.measures import average_accuracy
 
     texts = metrics.get("perplexity", {}).get("sparse", {})
-    found = [float(values["value"]) for values in texts.values()]
-    if found:
-        return math.prod(found) ** (1 / len(found))
+    perplexities = [float(values["value"]) for values in texts.values()]
+    if perplexities:
+        return math.prod(perplexities) ** (1 / len(perplexities))
     _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
 

@@ -237,9 +237,9 @@ def _stages(
 
 def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:
     """Raise DataError if a text is too short or has tokens that the model does not know."""
-    how = config.evaluation.perplexity
-    for named in perplexity_texts(how):
-        windows = perplexity_windows(loaded.tokenizer, named, how, config.model.bos)
+    settings = config.evaluation.perplexity
+    for named in perplexity_texts(settings):
+        windows = perplexity_windows(loaded.tokenizer, named, settings, config.model.bos)
         check_windows(f"evaluation.perplexity: {named.name}", windows, loaded.model)
 
 

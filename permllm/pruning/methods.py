@@ -113,15 +113,15 @@ def methods_of(config: RunConfig) -> Methods:
         ConfigError: a method cannot be made, or its settings and those of the run contradict each
             other.
     """
-    made = {}
+    methods_by_group = {}
     for group, base in METHODS.items():
         settings = getattr(config, group)
-        made[group] = instantiate(group, settings)
-        if not isinstance(made[group], base):
+        methods_by_group[group] = instantiate(group, settings)
+        if not isinstance(methods_by_group[group], base):
             kind = f"{base.__module__}.{base.__name__}"
             raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {kind}")
-        made[group].validate(config)
-    methods = Methods(**made)
+        methods_by_group[group].validate(config)
+    methods = Methods(**methods_by_group)
     if methods.needs_device and config.model.placement not in ("auto", "device"):
         raise ConfigError(f"{methods.needs_device}, which needs model.placement=device")
     if config.model.placement == "sharded" and parallel.world_size() == 1 and not config.plan:
@@ -140,13 +140,13 @@ def compare_with_choices(config: RunConfig) -> None:
     Raises:
         ConfigError: the `name` of a method, which names its runs, is not that of its option.
     """
-    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     for group in METHODS:
         name = getattr(config, group).get("name")
-        if name != chosen.get(group, name):
-            raise ConfigError(f"{group}={chosen[group]}: its `name` is {name}; expected the same")
+        if name != choices.get(group, name):
+            raise ConfigError(f"{group}={choices[group]}: its `name` is {name}; expected the same")
     method = config.method
-    if method and (replaced := replaced_options(method, chosen)):
+    if method and (replaced := replaced_options(method, choices)):
         log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
         config.method = None
 

@@ -58,29 +58,30 @@ def _times(count: float | None, factor: float) -> int | None:
     return None if count is None else round(count * factor)
 
 
-def replaced_options(method: str, chosen: Mapping[str, str]) -> list[str]:
+def replaced_options(method: str, choices: Mapping[str, str]) -> list[str]:
     """Return the chosen options, `GROUP=OPTION`, that are others than a method of `conf/` has.
 
     Args:
         method: option of the group `method`; one of another package has no such file.
-        chosen: options by group.
+        choices: options by group.
     """
     own = {"mask": "pruner", "reconstruction": "none"} | _options_of_method(method)
     return [
-        f"{group}={chosen[group]}" for group in own if chosen.get(group, own[group]) != own[group]
+        f"{group}={choices[group]}" for group in own if choices.get(group, own[group]) != own[group]
     ]
 
 
 def _options_of_method(method: str) -> dict[str, str]:
-    file, found = conf_directory() / "method" / f"{method}.yaml", dict[str, str]()
+    file = conf_directory() / "method" / f"{method}.yaml"
+    options = dict[str, str]()
     if not file.is_file():
-        return found
+        return options
     for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]:
         if isinstance(entry, dict):
-            found |= {key.removeprefix("override /"): option for key, option in entry.items()}
+            options |= {key.removeprefix("override /"): option for key, option in entry.items()}
         else:  # another method, which this one is a variant of
-            found |= _options_of_method(entry)
-    return found
+            options |= _options_of_method(entry)
+    return options
 
 
 def composed(words: Sequence[str]) -> DictConfig:
@@ -99,9 +100,9 @@ def composed(words: Sequence[str]) -> DictConfig:
 
 def refusal(error: Exception) -> str:
     """Return the message of an error of Hydra or OmegaConf, in one line."""
-    said = [_ADVICE.split(str(error))[0].strip()]
-    if (override := getattr(error, "override", None)) and override not in said[0]:
-        said.insert(0, override)
+    parts = [_ADVICE.split(str(error))[0].strip()]
+    if (override := getattr(error, "override", None)) and override not in parts[0]:
+        parts.insert(0, override)
     if isinstance(error.__cause__, OmegaConfBaseException):
-        said.append(first_line(error.__cause__))
-    return " ".join(": ".join(said).split())
+        parts.append(first_line(error.__cause__))
+    return " ".join(": ".join(parts).split())

@@ -179,15 +179,15 @@ class LMEvalConfig:
     add_bos_token: bool | None = None
 
 
-def _tasks(given: Any) -> Any:
-    """Return the settings of tasks by name; `given` may be names, also in one string."""
-    if isinstance(given, str):
-        given = [name.strip() for name in given.split(",") if name.strip()]
-    if given is None or isinstance(given, list):
-        return {name: TaskConfig() for name in given or []}
-    if not isinstance(given, dict):
+def _tasks(tasks: Any) -> Any:
+    """Return the settings of tasks by name; `tasks` may be names, also in one string."""
+    if isinstance(tasks, str):
+        tasks = [name.strip() for name in tasks.split(",") if name.strip()]
+    if tasks is None or isinstance(tasks, list):
+        return {name: TaskConfig() for name in tasks or []}
+    if not isinstance(tasks, dict):
         raise ValueError("expected names, or {NAME: {num_fewshot: 5, limit: 100}}")
-    return {name: TaskConfig() if task is None else task for name, task in given.items()}
+    return {name: TaskConfig() if task is None else task for name, task in tasks.items()}
 
 
 @dataclass(config=SETTINGS)
@@ -293,8 +293,9 @@ class RunConfig:
     def further(self) -> int:
         """Number of windows after the first `calibration.samples` that methods learn from."""
         first = last = self.calibration.samples
-        for one in (self.permutation, self.mask, self.reconstruction):
-            last = max(last, windows_learned_from(one.get("samples"), one.get("skip"), first).stop)
+        for method in (self.permutation, self.mask, self.reconstruction):
+            windows = windows_learned_from(method.get("samples"), method.get("skip"), first)
+            last = max(last, windows.stop)
         return last - first
 
     @cached_property  # because reading the files takes time
@@ -343,12 +344,12 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         settings.budget = {
             key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)
         }
-        given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+        resolved: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"
         ) from error
-    return validated(RunConfig, given)
+    return validated(RunConfig, resolved)
 
 
 def windows_learned_from(samples: int | None, skip: int | None, calibration: int) -> slice:

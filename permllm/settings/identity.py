@@ -63,8 +63,8 @@ def _without_classes(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
-    kept = _without(value, ["_target_"] if ours else [])
-    return {key: _without_classes(part) for key, part in kept.items()}
+    settings = _without(value, ["_target_"] if ours else [])
+    return {key: _without_classes(part) for key, part in settings.items()}
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,21 +72,24 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
     Sizes of batches are left out. A path is replaced by the name and the digest of its file.
     """
-    settings, inputs = resolved.get("evaluation") or {}, resolved.get("inputs") or {}
-    text, shared = dict(settings.get("perplexity") or {}), settings.get("lm_eval") or {}
+    settings = resolved.get("evaluation") or {}
+    inputs = resolved.get("inputs") or {}
+    text = dict(settings.get("perplexity") or {})
+    shared = settings.get("lm_eval") or {}
     file = text.pop("data_files", None)
     text.pop("batch_tokens", None)
     if file:
         digest = inputs.get("evaluation.perplexity.data_files")
         text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
-    found: dict[str, Any] = {}
+    identity: dict[str, Any] = {}
     if file or text.get("dataset") is not None:
         bos = {"bos": True} if (resolved.get("model") or {}).get("bos") else {}
-        found["perplexity"] = text | bos
+        identity["perplexity"] = text | bos
     tasks = {}
     for name, task in (settings.get("tasks") or {}).items():
         limit = shared.get("limit") if task["limit"] is None else task["limit"]
-        key, source = f"evaluation.tasks.{name}", shared.get("source")
+        key = f"evaluation.tasks.{name}"
+        source = shared.get("source")
         tasks[str(name).rsplit("/", 1)[-1]] = {
             "num_fewshot": task["num_fewshot"],
             "limit": limit,
@@ -95,10 +98,10 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
             **({"digest": inputs[key]} if key in inputs else {}),
         }
     if tasks:
-        found["tasks"] = tasks
-    if found and settings.get("weights"):
-        found["weights"] = settings["weights"]
-    return found
+        identity["tasks"] = tasks
+    if identity and settings.get("weights"):
+        identity["weights"] = settings["weights"]
+    return identity
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
@@ -162,10 +165,10 @@ def _add_files(definition: Path, files: dict[Path, None]) -> None:
         return
     files[definition] = None
     try:
-        found = yaml.load(definition.read_text(encoding="utf-8"), Loader=TaskDefinition)
+        content = yaml.load(definition.read_text(encoding="utf-8"), Loader=TaskDefinition)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return  # lm-eval raises the error later
-    for name in _named(found):
+    for name in _named(content):
         for place in (definition.parent / name, Path(name)):
             with suppress(OSError, ValueError):  # the text is not a path
                 if is_task_file(name):

@@ -19,32 +19,32 @@ Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
-def _texts(given: Any) -> Any:
-    if given is None or isinstance(given, str):
-        return given
-    if isinstance(given, list) and given and all(isinstance(name, str) for name in given):
-        return given[0] if len(given) == 1 else given  # a list of one is the same evaluation
+def _texts(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return value[0] if len(value) == 1 else value  # a list of one is the same evaluation
     raise ValueError("expected the name of a text, a list of names, or null")
 
 
-def _names(given: Any) -> list[str]:
-    """Return indices of layers and names of modules as strings, each once, in the given order."""
-    names = [] if given is None else given if isinstance(given, list) else [given]
+def _names(value: Any) -> list[str]:
+    """Return indices of layers and names of modules as strings, each once, in their order."""
+    names = [] if value is None else value if isinstance(value, list) else [value]
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise ValueError(f"{name!r} is neither the index of a layer nor the name of a module")
     return list(dict.fromkeys(map(str, names)))
 
 
-def _patterns(given: Any) -> dict[str, Any]:
-    if not isinstance(given or {}, dict):
+def _patterns(value: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
         raise ValueError("expected N:M by name, as in sparsity_of={down_proj: 4:8}")
-    _names(list(given or {}))
-    return {str(name): given[name] for name in sorted(given or {}, key=str)}
+    _names(list(value or {}))
+    return {str(name): value[name] for name in sorted(value or {}, key=str)}
 
 
 # Arguments of another library; null: none.
-Arguments = Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})]
+Arguments = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
 # Name of a text, or names of several; None: no text.
 Texts = Annotated[Any, BeforeValidator(_texts)]
 # Indices of layers and names of modules.
@@ -53,61 +53,63 @@ Names = Annotated[list[str], BeforeValidator(_names)]
 ByName = Annotated[dict[str, Any], BeforeValidator(_patterns)]
 
 
-def validated(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
+def validated(kind: type[T], settings: Mapping[str, Any], prefix: str = "") -> T:
     """Return an object of a class of settings.
 
     Args:
         kind: the class, a dataclass of pydantic.
-        given: values of its fields.
+        settings: values of its fields.
         prefix: as in `refused`.
 
     Raises:
         ConfigError: pydantic refuses a value.
     """
     try:
-        return kind(**given)
+        return kind(**settings)
     except ValidationError as error:
-        raise refused(error, given, prefix) from error
+        raise refused(error, settings, prefix) from error
 
 
-def refused(error: ValidationError, given: Mapping[str, Any], prefix: str = "") -> ConfigError:
+def refused(error: ValidationError, settings: Mapping[str, Any], prefix: str = "") -> ConfigError:
     """Return the error `key=value: reason` for the first setting that pydantic refuses.
 
     Args:
         error: error of pydantic.
-        given: settings that pydantic got.
+        settings: settings that pydantic got.
         prefix: key of the group of these settings; empty: the top level.
     """
-    found = [(_place(given, one["loc"]), one) for one in error.errors(include_url=False)]
-    place, first = found[0]
+    refusals = [
+        (_place(settings, of_key["loc"]), of_key) for of_key in error.errors(include_url=False)
+    ]
+    place, first = refusals[0]
     key = ".".join([prefix, *place] if prefix else place)
     if first["type"] == "missing":
         return ConfigError(f"{key} must be given")
     if first["type"] == "unexpected_keyword_argument":
         return ConfigError(f"{key} is no setting")
-    value: Any = given
+    value: Any = settings
     for name in place:
         value = value[name]
-    reasons = dict.fromkeys(_reason(one["msg"]) for other, one in found if other == place)
+    reasons = dict.fromkeys(_reason(of_key["msg"]) for other, of_key in refusals if other == place)
     return ConfigError(f"{key}{f'={value!r}' if place else ''}: {' or '.join(reasons)}")
 
 
-def _place(given: Any, loc: Iterable[int | str]) -> list[str]:
+def _place(settings: Any, loc: Iterable[int | str]) -> list[str]:
     """Return the keys of a setting, without the parts of a union that pydantic adds."""
     place: list[str] = []
     for part in loc:
-        if not isinstance(given, Mapping):
+        if not isinstance(settings, Mapping):
             break
         place.append(str(part))
-        given = given.get(part)
+        settings = settings.get(part)
     return place
 
 
 def _reason(message: str) -> str:
-    for theirs, ours in {
+    for of_pydantic, ours in {
         "Value error, ": "",
         "Input should be": "must be",
         "greater than or equal to": "at least",
     }.items():
-        message = message.replace(theirs, ours)
+        message = message.replace(of_pydantic, ours)
     return message
