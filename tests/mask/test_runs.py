@@ -129,9 +129,9 @@ def test_each_method_learns_from_its_own_part_of_the_text(
         torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
         real(self, settings, problem, *more, **others)
 
-    def watched_target(loaded: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
+    def watched_target(loaded: Any, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
         computed.append(tokens)
-        return real_target(loaded, tokens, *more)
+        return real_target(loaded, tokens, **more)
 
     monkeypatch.setattr(Training, "__init__", watched)
     monkeypatch.setattr(stages, "shared_target", watched_target)
