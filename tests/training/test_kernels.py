@@ -118,6 +118,7 @@ def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
             assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.usefixtures("kernels_may_fail")
 def test_without_a_driver_a_gpu_has_the_eager_functions(caplog: pytest.LogCaptureFixture) -> None:
     kernels = GPUKernels()
     piece, grad = tied(2, 4, 1, False)
