@@ -197,17 +197,21 @@ def _hydra() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise SystemExit(f"error: {_with_extra(refusal(error))}" if first() else 1) from error
     except ValueError as error:  # Hydra has no error of its own for GROUP=null
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not str(frame.f_globals.get("__name__")).startswith("hydra."):
+        if not _module_that_raised(error).startswith("hydra."):
             raise
         null = " ".join(word for word in sys.argv[1:] if "null" in word)
         raise SystemExit(f"error: {null}: {error}") from error
 
 
+def _module_that_raised(error: Exception) -> str:
+    """Return the name of the module whose code raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__"))
+
+
 def _of_a_launcher(error: Exception) -> bool:
     """Tell if a launcher's package defines or raises an error, such as submitit without SLURM."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    modules = (type(error).__module__, str(frame.f_globals.get("__name__")))
+    modules = (type(error).__module__, _module_that_raised(error))
     return any(module.partition(".")[0] in _LAUNCHERS for module in modules)
 
 
