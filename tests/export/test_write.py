@@ -28,7 +28,8 @@ from permllm.export.gathered import ORDERS, leave_out_gathers
 from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, Request, export_run, present_export
 from permllm.models.families import channel_groups, decoder_layers, linear_at
-from permllm.settings.config import NMPattern
+from permllm.models.source import DenseSource, dense_source
+from permllm.settings.config import ModelConfig, NMPattern
 from permllm.store.files import file_sha256, read_json, write_json, write_text
 from permllm.store.tensors import save_tensors, violations
 from tests.export.pruned import (
@@ -347,6 +348,13 @@ def test_of_two_exports_to_one_folder_the_first_gets_it(
 ) -> None:
     run, together = exports / "of-folded" / "run", threading.Barrier(2)
     writing: list[Path] = []
+    # While transformers builds a model, it replaces methods of its classes; two threads that do so
+    # at once leave the replacements behind.
+    building = threading.Lock()
+
+    def source_in_turn(model: ModelConfig, seed: int) -> DenseSource:
+        with building:
+            return dense_source(model, seed)
 
     def slow(file: Path, tensors: dict[str, Any]) -> None:
         writing.append(file)
@@ -362,6 +370,7 @@ def test_of_two_exports_to_one_folder_the_first_gets_it(
         except ConfigError as error:
             return str(error)
 
+    monkeypatch.setattr(checkpoint, "dense_source", source_in_turn)
     monkeypatch.setattr(checkpoint, "save_tensors", slow)
     with ThreadPoolExecutor() as threads:
         outcomes = sorted(threads.map(export, range(2)), key=len)
