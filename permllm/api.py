@@ -23,6 +23,7 @@ from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.write import PrunedModel, Request, write_checkpoint
+from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
@@ -30,7 +31,6 @@ from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_layers
 from permllm.models.source import DenseSource
 from permllm.pruning.methods import Job, checked_groups, methods_of
-from permllm.pruning.stages import prune_model
 from permllm.report.read import collect
 from permllm.report.table import Table
 from permllm.runtime.devices import seed_everything
@@ -142,7 +142,7 @@ def prune(
         )
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
-        pruned = prune_model(job, calibration_windows)
+        pruned = prune_model(job, calibration_windows())
     report = {
         "name": config.name,
         "config_hash": config.hash,

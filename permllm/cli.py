@@ -18,30 +18,32 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permllm.command import Answer, run_tool, silence
+from permllm.command import Answer, is_first_rank, run_tool
 from permllm.errors import (
     SHORT_ERRORS,
+    ConfigError,
     DataError,
     InUseError,
     PermLLMError,
+    TrainingError,
     everything_wanted,
     one_line,
 )
-from permllm.runtime.signals import CONTINUES, ending_signals, exit_code, what_happened
+from permllm.runtime.signals import CONTINUES, ending_signals, what_happened
 from permllm.runtime.version import __version__
-from permllm.store.launched import first, take_gpu
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from permllm.job import JobResult
 
 # transformers imports torchao where it is installed. Beside a torch for CPUs it warns that its
 # kernels for GPUs are missing.
@@ -170,208 +172,154 @@ def run() -> int:
     if sys.platform == "win32":
         print("error: a job needs Linux or macOS; on Windows use WSL", file=sys.stderr)
         return 1
-    return SESSION.of(_hydra)
+    if everything_wanted():
+        return _run_hydra()
+    # With the variable Hydra raises its errors instead of printing them.
+    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
+    return run_tool(_run_hydra, advice=f": {CONTINUES}")
 
 
-def _hydra() -> None:
+def _run_hydra() -> int:
+    """Start Hydra, which calls `job`, and return the exit code. Print the table of a sweep."""
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from permllm.settings.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
+    from permllm.store import sweep
 
-    if not first():
+    if not is_first_rank():
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+    os.environ.pop(sweep.FOLDER_VARIABLE, None)
     register_resolvers()
-    # Hydra copies its only store for each line of --help, which would take most of the time.
-    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
-    if everything_wanted():
-        start()
-        return
-    # With the variable Hydra raises its errors instead of printing them.
-    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
+    failed = False
     try:
-        start()
+        with ending_signals():
+            start()
     except (HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(f"error: {_with_extra(refusal(error))}" if first() else 1) from error
-    except ValueError as error:  # Hydra has no error of its own for GROUP=null
-        if not _module_that_raised(error).startswith("hydra."):
+        raise ConfigError(refusal(error)) from error
+    except Exception as error:
+        module = _module_that_raised(error)
+        if isinstance(error, ValueError) and module.startswith("hydra."):  # GROUP=null
+            raise ConfigError(f"{' '.join(sys.argv[1:])}: {error}") from error
+        if everything_wanted() or module.partition(".")[0] not in _LAUNCHERS:
             raise
-        null = " ".join(word for word in sys.argv[1:] if "null" in word)
-        raise SystemExit(f"error: {null}: {error}") from error
+        # A launcher's process was killed or ran out of time. Its last lines may say why.
+        print(f"error: {type(error).__name__}: {str(error).strip()}", file=sys.stderr)
+        print(CONTINUES, file=sys.stderr)
+        failed = True
+    finally:
+        if sweep.FOLDER_VARIABLE in os.environ and is_first_rank():
+            from permllm.report.sweep_table import print_sweep
+
+            failed |= print_sweep(Path(os.environ[sweep.FOLDER_VARIABLE]))
+    if "permllm.runtime.parallel" in sys.modules:  # a job has begun
+        sys.modules["permllm.runtime.parallel"].stop()
+    return int(failed)
 
 
 def _module_that_raised(error: Exception) -> str:
-    """Return the name of the module whose code raised an error."""
+    """Return the name of the module that defines an error of a launcher, or else that raises it."""
+    if type(error).__module__.partition(".")[0] in _LAUNCHERS:
+        return type(error).__module__
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__"))
 
 
-def _of_a_launcher(error: Exception) -> bool:
-    """Tell if a launcher's package defines or raises an error, such as submitit without SLURM."""
-    modules = (type(error).__module__, _module_that_raised(error))
-    return any(module.partition(".")[0] in _LAUNCHERS for module in modules)
-
-
-def _with_extra(message: str) -> str:
-    """Return Hydra's error, or for a missing launcher or sweeper the extra that installs it."""
-    missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", message)
-    if missing is None or "Could not find" not in message:
-        return message
-    return f"hydra/{missing[1]}={missing[2]} is not installed: pip install -e '.[sweep]'"
-
-
 def job(composed: DictConfig) -> float:
-    """Run one job of the command line and return the number that a search minimises."""
-    return SESSION.job(composed)
+    """Run one job of the command line and return its `objective`, which a search minimises.
 
+    A job of a sweep that fails has an infinite objective, and the other jobs go on. Under torchrun
+    all ranks run each job together.
 
-class Session:
-    """Jobs of one command: a single job, or those of a sweep, perhaps in a launcher's processes."""
+    Raises:
+        SystemExit: a single job failed by an error that the user can fix. Hydra would print a line
+            of its own for other errors.
+    """
+    from permllm.settings.composition import register_resolvers, sweeping
 
-    def __init__(self) -> None:
-        self._failed = False
-
-    def of(self, main: Callable[[], Any]) -> int:
-        """Run Hydra's main function, print the table of a sweep, and return the exit code."""
+    register_resolvers()  # a launcher's process starts here
+    with ending_signals():  # in a launcher's process too
+        if sweeping():
+            return _job_of_sweep(composed)
         try:
-            with ending_signals():
-                main()
-            code = self.close()
-            sys.stdout.flush()
-            if "permllm.runtime.parallel" in sys.modules:  # a job has begun
-                sys.modules["permllm.runtime.parallel"].stop()
-            return code
-        except BrokenPipeError:
-            silence()
-            return 141
-        except KeyboardInterrupt as error:
-            code = exit_code(error)
-            message = f"{what_happened(error)}: "
-        except SystemExit as stop:
-            if stop.code:  # some jobs may have finished before a launcher failed
-                self.close()
-            raise
-        except Exception as error:
-            if everything_wanted() or not _of_a_launcher(error):
-                raise
-            # A launcher's process was killed or ran out of time. Its last lines may say why.
-            code = 1
-            message = f"error: {type(error).__name__}: {str(error).strip()}\n"
-        if first():
-            print(f"{message}{CONTINUES}", file=sys.stderr)
-        self.close()
-        return code
-
-    def job(self, composed: DictConfig) -> float:
-        """Run one job and return its `objective`, which is infinite if the job failed.
-
-        An error that the user can fix is one line on stderr and does not stop the other jobs.
-        Under torchrun all ranks run each job together. Rank 0 prints and keeps its outcome.
-        """
-        take_gpu()  # before anything uses a GPU
-        import datasets
-        import transformers
-
-        from permllm.runtime import parallel
-        from permllm.settings.composition import register_resolvers
-
-        register_resolvers()  # a launcher's process starts here
-        transformers.logging.set_verbosity_error()
-        datasets.logging.set_verbosity_error()  # without network it warns each time
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        for name in ("httpx", "httpx2", "huggingface_hub"):  # huggingface_hub 2 uses httpx2
-            logging.getLogger(name).setLevel(logging.ERROR)
-        parallel.start()
-        if not first():
-            logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages
-        with ending_signals():  # in a launcher's process too
-            return self._run(composed)
-
-    def _run(self, composed: DictConfig) -> float:
-        """Run a job and keep its outcome."""
-        import torch
-
-        from permllm.job import run
-        from permllm.pruning.methods import compare_with_choices
-        from permllm.runtime import parallel
-        from permllm.settings.config import read_config
-        from permllm.store import sweep
-        from permllm.store.directory import is_finished, run_directory
-
-        try:
-            if sweep.sweeping() and first():
-                sweep.outcome_file().unlink(missing_ok=True)  # the same sweep may have run before
-            with parallel.in_step():
-                config = parallel.on_main(lambda: read_config(sweep.place(composed)))
-                compare_with_choices(config)
-                skipped = not config.force and is_finished(
-                    run_directory(config), config.evaluation_identity
-                )
-                result = run(config)
-                value = math.inf if result is None else parallel.share(objective(result[0]))
-            if result is not None:
-                self._end("skipped" if skipped else "ran", directory=str(result[1]))
-            return value
-        except KeyboardInterrupt as error:
-            self._end("failed", f"{what_happened(error)}: {CONTINUES}")
-            raise
-        except SystemExit:  # from `in_step`
-            self._end("failed", f"one rank failed alone: {CONTINUES}")
-            raise
-        except InUseError as error:  # only in a sweep, because a single run waits
-            self._end("skipped", one_line(error))
-        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            return _job(composed)[0]
+        except (PermLLMError, OSError) as error:
             if everything_wanted():
                 raise
-            if first():
-                print(f"error: {one_line(error)}", file=sys.stderr)
-            self._end("failed", one_line(error))
-        except Exception as error:
-            if first():
-                if not sweep.sweeping():
-                    raise
-                traceback.print_exc()  # a defect needs its traceback, and the other jobs go on
-            self._end("failed", f"{type(error).__name__}: {one_line(error)}")
+            raise SystemExit(f"error: {one_line(error)}" if is_first_rank() else 1) from error
+
+
+def _job(composed: DictConfig) -> tuple[float, JobResult | None]:
+    """Run one job; return its objective and its result, None after plan=true."""
+    import datasets
+    import torch
+    import transformers
+
+    from permllm.job import run as run_job
+    from permllm.runtime import parallel
+    from permllm.settings.composition import job_config
+
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()  # without network it warns each time
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("httpx", "httpx2", "huggingface_hub"):  # huggingface_hub 2 uses httpx2
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not is_first_rank():
+        logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages
+    parallel.start()
+    try:
+        with parallel.in_step():
+            result = run_job(parallel.on_main(lambda: job_config(composed)))
+            value = math.inf if result is None else parallel.share(objective(result.metrics))
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(one_line(error)) from error
+    return value, result
+
+
+def _job_of_sweep(composed: DictConfig) -> float:
+    """Run a job of a sweep and write its outcome, in rank 0."""
+    from permllm.store import sweep
+
+    sweep.take_gpu()  # before anything uses a GPU
+    if is_first_rank():
+        sweep.remove_outcome()  # the same sweep may have run before
+    try:
+        value, result = _job(composed)
+    except BaseException as error:
+        _write_failure(error)
+        if not isinstance(error, Exception):  # an interruption, or one rank that failed alone
+            raise
         return math.inf
+    if result is not None and is_first_rank():
+        sweep.write_outcome("skipped" if result.skipped else "ran", directory=result.directory)
+    return value
 
-    def close(self) -> int:
-        """Print the tables of a sweep of several jobs, in rank 0, and return the exit code."""
-        from permllm.store import sweep
 
-        folders = sweep.STARTED if first() else []
-        jobs = [job for folder in folders for job in sweep.kept(folder)]
-        if len(jobs) > 1:
-            from permllm.report.read import collect
-            from permllm.report.render import print_comparison, print_jobs
-            from permllm.report.table import Table
+def _write_failure(error: BaseException) -> None:
+    """Print why a job of a sweep ended, and write it as its outcome, in rank 0."""
+    from permllm.store import sweep
 
-            finished = [Path(job.directory) for job in jobs if job.directory]
-            if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
-                print_comparison(Table(runs))
-            labels = sweep.labels([job.overrides for job in jobs])
-            print_jobs(
-                [
-                    (label, job.outcome, job.reason or job.directory or "")
-                    for label, job in zip(labels, jobs, strict=True)
-                ]
-            )
-        return int(self._failed or any(job.outcome == "failed" for job in jobs))
-
-    def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
-        """Keep the outcome of a job of a sweep, in rank 0."""
-        from permllm.store import sweep
-
-        if not first():
-            return
-        self._failed = self._failed or outcome == "failed"
-        if sweep.sweeping():
-            try:
-                sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
-            except DataError as error:  # the other jobs go on although the disk is full
-                print(f"error: {error}", file=sys.stderr)
+    if not is_first_rank():
+        return
+    outcome = "failed"
+    reason = one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        reason = f"{what_happened(error)}: {CONTINUES}"
+    elif isinstance(error, SystemExit):  # from `in_step`
+        reason = f"one rank failed alone: {CONTINUES}"
+    elif isinstance(error, InUseError):
+        outcome = "skipped"
+    elif isinstance(error, PermLLMError | OSError) and not everything_wanted():
+        print(f"error: {reason}", file=sys.stderr)
+    else:  # a defect needs its traceback
+        traceback.print_exception(error)
+        reason = f"{type(error).__name__}: {reason}"
+    try:
+        sweep.write_outcome(outcome, reason)
+    except DataError as write_error:  # the other jobs go on although the disk is full
+        print(f"error: {write_error}", file=sys.stderr)
 
 
 def objective(metrics: dict[str, Any]) -> float:
@@ -388,7 +336,3 @@ def objective(metrics: dict[str, Any]) -> float:
         return math.prod(perplexities) ** (1 / len(perplexities))
     _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
-
-
-# The jobs of this process.
-SESSION = Session()

@@ -32,27 +32,38 @@ class Answer:
     code: int = 0
 
 
-def run_tool(work: Callable[[], int], failed: int = 1) -> int:
-    """Run a command and return its exit code.
+def is_first_rank() -> bool:
+    """Tell if this is rank 0 of torchrun, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_tool(work: Callable[[], int], failed: int = 1, advice: str = "") -> int:
+    """Run a command and return its exit code. Under torchrun only rank 0 prints an error.
 
     Args:
         work: function that prints the result and returns the exit code.
         failed: exit code after an error that the user can fix.
+        advice: words after the message of an interruption.
     """
     try:
         code = work()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        print(what_happened(error), file=sys.stderr)
+        _print_error(what_happened(error) + advice)
         return exit_code(error)
     except BrokenPipeError:
         silence()
         return 141  # a shell's exit code for SIGPIPE
     except (PermLLMError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _print_error(f"error: {one_line(error)}")
         silence()
         return failed
+
+
+def _print_error(message: str) -> None:
+    if is_first_rank():
+        print(message, file=sys.stderr)
 
 
 def silence() -> None:

@@ -1,8 +1,9 @@
-"""One job from its settings to its record: load, calibrate, permute, prune, evaluate, export."""
+"""One job from its settings to its record, in the order of the diagram in docs/method.md."""
 
 import logging
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, serving
 from permllm.export.write import Request, export_run, present_export
-from permllm.models.families import channel_groups
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
 from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
+from permllm.pruning.calibration import calibrate
+from permllm.pruning.layerwise import PrunedModel, prune_layers
 from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
-from permllm.pruning.stages import prune_model
+from permllm.pruning.stages import find_masks, find_permutations, record_pruning
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel
@@ -39,8 +41,8 @@ from permllm.runtime.memory import (
     return_freed_memory,
 )
 from permllm.runtime.precision import compute_dtype, half_products
+from permllm.settings.composition import sweeping
 from permllm.settings.config import ExportConfig, RunConfig
-from permllm.store import sweep
 from permllm.store.cache import choose_cache
 from permllm.store.directory import RunDirectory, job_log, run_directory
 from permllm.store.environment import environment
@@ -50,11 +52,25 @@ from permllm.store.loggers import NO_LOGGER, RunLogger, open_logger
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
+@dataclass(frozen=True)
+class JobResult:
+    """Result of a job.
+
+    Attributes:
+        metrics: content of `metrics.json`.
+        directory: run directory.
+        skipped: True: an earlier process had finished the run.
+    """
+
+    metrics: dict[str, Any]
+    directory: Path
+    skipped: bool
+
+
+def run(config: RunConfig) -> JobResult | None:
     """Run one job, under torchrun in all ranks. Rank 0 keeps the record.
 
-    Returns:
-        The metrics and the run directory; None after plan=true.
+    Returns None after `plan=true`.
 
     Raises:
         PermLLMError: an error that the user can fix.
@@ -63,12 +79,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     check_texts(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
     request = export_request(config, methods)
-    device = resolve_device(config.model.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        return_freed_memory()  # memory that an earlier job freed would count as taken
+    device = _prepared_device(config)
     if config.plan:
         footprint = _footprint(config, methods, torch.device("cuda") if config.plan_on else device)
         if parallel.rank() == 0:
@@ -76,40 +87,26 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         return None
 
     record = RunDirectory(run_directory(config), config)
-    with record.opened(config.force, wait=not sweep.sweeping()):
-        if record.finished:
-            to = config.logger.name
-            unlogged = "" if to in ("auto", "none") else f", and nothing is logged to {to}"
-            log.info(
-                "%s is finished already%s; force=true runs and logs it again",
-                record.directory,
-                unlogged,
-            )
+    with record.opened(config.force, wait=not sweeping()):
+        skipped = record.finished
+        if skipped:
+            log.info("%s is finished already; force=true runs and logs it again", record.directory)
         else:
-            _unfinished(config, methods, record, device)
+            _complete(config, methods, record, device)
         if request is not None:
             parallel.on_main(lambda: _export(request, record))
         if parallel.rank() == 0:
             print_run(record.metrics, record.directory)
-    return record.metrics, record.directory
+    return JobResult(record.metrics, record.directory, skipped)
 
 
-def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
-    """Return the sizes of a job. Raises ConfigError if a method cannot work on its model."""
-    model = meta_model(config.model)
-    pruned = checked_groups(config, methods, model)
-    if config.export.serve:
-        patterns = differing_patterns(channel_groups(model), pruned)
-        serving(model, config.sparsity, patterns)
-    return Footprint(config, model, methods, device)
-
-
-def _unfinished(
+def _complete(
     config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
 ) -> None:
-    """Run the stages of a run that are not finished."""
+    """Run the stages that a run lacks."""
     check_tasks(config.evaluation)
-    products = compute_dtype(config.compute_dtype, getattr(torch, config.model.dtype), device)
+    dtype = getattr(torch, config.model.dtype)
+    products = compute_dtype(config.compute_dtype, dtype, device)
     if not record.pruned:
         record.check_products(products)
     footprint = _footprint(config, methods, device)
@@ -117,25 +114,100 @@ def _unfinished(
     parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
+    if not record.pruned:
+        record.metrics["placement"] = placement
+        record.metrics["planned_memory_bytes"] = footprint.needs(placement).peak
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
-    if not record.pruned:
-        record.metrics |= {
-            "placement": placement,
-            "planned_memory_bytes": footprint.needs(placement).peak,
-        }
-    logger = NO_LOGGER
-    with ExitStack() as held:
 
-        def open_logs() -> None:
-            """Open the run's log file and its logger."""
-            nonlocal logger
-            held.enter_context(job_log(record.directory / LOG))
-            logger = held.enter_context(open_logger(config, record.directory))
+    with _logs(config, record) as logger, half_products(dtype, device):
+        seed_everything(config.seed, config.deterministic)
+        reset_peak_memory(device)
+        with record.stage("load", device):
+            loaded = load_model(config.model, config.seed)
+            _check_identity(record, loaded)
+            _check_perplexity_texts(config, loaded)
+            windows = None if record.pruned else _calibration_windows(config, loaded)
+        job = Job(config, methods, record, logger, loaded, footprint.model_groups, products)
 
-        parallel.on_main(open_logs)
-        held.enter_context(half_products(getattr(torch, config.model.dtype), device))
-        _stages(config, methods, record, logger, device, products)
+        with record.stage("evaluate dense", device):
+            evaluate(loaded, config.evaluation, "dense", record)
+        if windows is None:
+            log.info("continuing %s after pruning", record.directory)
+            apply_record(loaded.model, loaded.identity, record.directory)
+        else:
+            text = calibration_text(config.calibration).text
+            record.metrics["texts"] = {"calibration": text.digest(calibration=True)}
+            prune_model(job, windows)
+        with record.stage("evaluate sparse", device):
+            evaluate(loaded, config.evaluation, "sparse", record)
+
+        record.finish()
+        logger.summary(flat_figures(record.metrics))
+
+
+def prune_model(job: Job, windows: Tensor) -> PrunedModel:
+    """Prune the job's model in place; the record keeps seconds, measures and files.
+
+    Args:
+        job: job with model and methods.
+        windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
+            from which methods learn.
+    """
+    device = job.device
+    dense_statistics = job.config.calibration.statistics == "dense"
+    calibration = None
+    permutations = None
+    masks = None
+    with job.record.stage("calibrate", device):
+        if dense_statistics or not job.methods.permutation.local:
+            calibration = calibrate(job, windows)
+    if calibration is not None:
+        with job.record.stage("permute", device):
+            permutations = find_permutations(job, windows, calibration)
+        if not job.methods.mask.local:
+            with job.record.stage("mask", device):
+                masks = find_masks(job, windows, calibration, permutations)
+    factors = calibration.factors if calibration is not None and dense_statistics else None
+    del calibration  # frees the targets of learning
+    with job.record.stage("prune", device):
+        pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
+        record_pruning(job, pruned)
+    return pruned
+
+
+def _prepared_device(config: RunConfig) -> torch.device:
+    """Return the device of the job, ready for it."""
+    device = resolve_device(config.model.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+        return_freed_memory()  # memory that an earlier job freed would count as taken
+    return device
+
+
+@contextmanager
+def _logs(config: RunConfig, record: RunDirectory) -> Iterator[RunLogger]:
+    """Write the log file and the environment of a run, and open its logger, in rank 0."""
+    if parallel.rank():
+        yield NO_LOGGER
+        return
+    directory = record.directory
+    with job_log(directory / LOG), open_logger(config, directory) as logger:
+        if not record.pruned:
+            device = resolve_device(config.model.device)
+            write_json(directory / ENVIRONMENT, environment(config.seed, device))
+        yield logger
+
+
+def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
+    """Return the sizes of a job. Raises ConfigError if a method cannot work on its model."""
+    model = meta_model(config.model)
+    groups = checked_groups(config, methods, model)
+    if config.export.serve:
+        serving(model, config.sparsity, differing_patterns(groups.every, groups.pruned))
+    return Footprint(config, model, methods, groups, device)
 
 
 def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
@@ -192,47 +264,13 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     return request
 
 
-def _stages(
-    config: RunConfig,
-    methods: Methods,
-    record: RunDirectory,
-    logger: RunLogger,
-    device: torch.device,
-    products: torch.dtype,
-) -> None:
-    seed_everything(config.seed, config.deterministic)
-    reset_peak_memory(device)
-    if not record.pruned:
-        parallel.on_main(
-            lambda: write_json(record.directory / ENVIRONMENT, environment(config.seed, device))
+def _check_identity(record: RunDirectory, loaded: LoadedModel) -> None:
+    """Raise DataError if an earlier process of the run had another model."""
+    identity = record.metrics.setdefault("model", parallel.share(loaded.identity))
+    if identity != loaded.identity:
+        raise DataError(
+            f"{record.directory} began with {identity}, and its model is now {loaded.identity}"
         )
-    with record.stage("load", device):
-        loaded = load_model(config.model, config.seed)
-        if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
-            raise DataError(
-                f"{record.directory} began with {record.metrics['model']}, and its model is now "
-                f"{loaded.identity}"
-            )
-        groups = checked_groups(config, methods, loaded.model)
-        _check_perplexity_texts(config, loaded)
-        windows = None if record.pruned else _calibration_windows(config, loaded)
-    job = Job(config, methods, record, logger, loaded, groups, products)
-
-    with record.stage("evaluate dense", device):
-        evaluate(loaded, config.evaluation, "dense", record)
-    if windows is None:
-        log.info("continuing %s after pruning", record.directory)
-        apply_record(loaded.model, loaded.identity, record.directory)
-    else:
-        record.metrics["texts"] = {
-            "calibration": calibration_text(config.calibration).text.digest(calibration=True)
-        }
-        prune_model(job, lambda: windows)
-    with record.stage("evaluate sparse", device):
-        evaluate(loaded, config.evaluation, "sparse", record)
-
-    record.finish()
-    logger.summary(flat_figures(record.metrics))
 
 
 def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:

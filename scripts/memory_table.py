@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from permllm.models.load import meta_model
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placements
-from permllm.pruning.methods import methods_of
+from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.render import as_text
 from permllm.settings.composition import composed
 from permllm.settings.config import read_config
@@ -51,7 +51,10 @@ def gigabytes(name: str, words: str) -> str:
         words: further words that are typed after `run.py`, with spaces.
     """
     config = read_config(composed([f"model={name}", *words.split()]))
-    job = Footprint(config, _shape(name), methods_of(config), torch.device("cuda"))
+    model = _shape(name)
+    methods = methods_of(config)
+    groups = checked_groups(config, methods, model)
+    job = Footprint(config, model, methods, groups, torch.device("cuda"))
     places = (place for place in placements(job) if place in ("device", "host"))
     return " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in places)
 

@@ -25,8 +25,8 @@ from permllm.pruner.ria import RIA
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.calibration import calibrate_dense
-from permllm.pruning.layerwise import Found, PrunedModel, prune
-from permllm.pruning.methods import Job, Methods
+from permllm.pruning.layerwise import PrunedModel, prune_layers
+from permllm.pruning.methods import Job, Methods, ModelGroups
 from permllm.reconstruction.base import NoReconstruction
 from permllm.settings.config import NMPattern, RunConfig, read_config
 from permllm.store.directory import Record
@@ -98,17 +98,15 @@ def _settings() -> RunConfig:
     return read_config(composed("model=tiny", "calibration.samples=6", "calibration.batch_size=4"))
 
 
-def pruned(
-    model: Any, pruner: Pruner, found: Found | None = None, permutation: Any = None, **more: Any
-) -> PrunedModel:
+def pruned(model: Any, pruner: Pruner, permutation: Any = None, **more: Any) -> PrunedModel:
     """Prune a model.
 
     Args:
         model: in place.
         pruner: of the job.
-        found: by the stages before; None: nothing.
         permutation: None leaves the channels where they are.
-        more: `groups`, `windows`, `pattern`, `reconstruction`, `products` and `record`.
+        more: `groups`, `windows`, `pattern`, `reconstruction`, `products` and `record` of the job;
+            `factors`, `permutations` and `masks` of the stages before.
     """
     config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)))
     reconstruction = more.get("reconstruction") or NoReconstruction()
@@ -116,8 +114,10 @@ def pruned(
     groups, record = more.get("groups") or channel_groups(model), more.get("record") or Record()
     loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
     products = more.get("products") or model.dtype
-    job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
-    return prune(job, more.get("windows", tokens()), found or Found())
+    model_groups = ModelGroups(channel_groups(model), groups)
+    job = Job(config, methods, record, NO_LOGGER, loaded, model_groups, products)
+    before = {key: more.get(key) for key in ("factors", "permutations", "masks")}
+    return prune_layers(job, more.get("windows", tokens()), **before)
 
 
 def states_of(model: nn.Module, layers: int = 2) -> Tensor:
@@ -171,7 +171,7 @@ def outputs_of_layers(model: nn.Module, windows: Tensor) -> list[Tensor]:
 def output_loss(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> float:
     """Return the loss of the pruned model under given orders and masks, by default the pruner's."""
     learning = problem()
-    pruned(learning.model, Wanda(), Found(learning.factors, orders, masks))
+    pruned(learning.model, Wanda(), factors=learning.factors, permutations=orders, masks=masks)
     return float(cosine_loss(states_of(learning.model), learning.target))
 
 

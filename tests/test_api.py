@@ -70,7 +70,7 @@ def test_it_finds_what_the_command_finds(
     words += ["evaluation=builtin", f"run_dir={tmp_path / 'run'}"]
     result = run(config(*words))
     assert result is not None
-    metrics = result[0]
+    metrics = result.metrics
 
     found = permllm.prune(model, tokenizer, texts=[TEXT], **settings)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from permllm import cli, job
-from permllm.cli import COMMANDS, Session, call, main
+from permllm.cli import COMMANDS, call, main
 from permllm.command import Answer
 from permllm.errors import DataError
 from permllm.export.write import Request, export_run
@@ -23,7 +23,6 @@ from permllm.runtime.version import __version__
 from permllm.settings.config import RunConfig, read_config
 from permllm.store.environment import environment
 from permllm.store.files import write_text
-from permllm.store.sweep import Outcome
 from tests.conftest import ROOT, run_command, run_module, run_python, tiny_model
 from tests.settings.test_config import composed
 
@@ -142,11 +141,6 @@ def test_slurm_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "srun" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_a_launcher_that_is_not_installed_names_its_extra() -> None:
-    said = cli._with_extra("In 'hydra/config': Could not find 'hydra/launcher/joblib'")
-    assert said == "hydra/launcher=joblib is not installed: pip install -e '.[sweep]'"
 
 
 def test_all_of_an_error_is_there_on_demand(tmp_path: Path) -> None:
@@ -288,17 +282,12 @@ temperature.end=0 -> temperature.end=0
     ("words", "message"), [line.split(" -> ") for line in BAD.strip().splitlines()]
 )
 def test_bad_values_get_one_line_that_names_them(
-    words: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    session = Session()
-    session.job(composed(*TINY, *words.split()))
-    assert session.close() == 1
-    (error,) = capsys.readouterr().err.strip().splitlines()
+    with pytest.raises(SystemExit) as stop:
+        cli.job(composed(*TINY, *words.split()))
+    (error,) = str(stop.value.code).splitlines()
     assert error.startswith("error: ")
     assert message in error
     assert not list(tmp_path.rglob("permutations.safetensors"))
@@ -313,18 +302,15 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("permllm.job.run", broken)
     with pytest.raises(ZeroDivisionError):
-        Session().job(composed(*TINY))
-    jobs: list[Outcome] = []
-    monkeypatch.setattr("permllm.store.sweep.sweeping", lambda: True)
-    monkeypatch.setattr("permllm.store.sweep.outcome_file", lambda: tmp_path / "outcome.json")
-    monkeypatch.setattr("permllm.store.sweep.keep", jobs.append)
-    session = Session()
+        cli.job(composed(*TINY))
+    outcomes: list[tuple[str, str]] = []
+    monkeypatch.setattr("permllm.settings.composition.sweeping", lambda: True)
+    monkeypatch.setattr("permllm.store.sweep.remove_outcome", lambda: None)
+    monkeypatch.setattr("permllm.store.sweep.write_outcome", lambda *words: outcomes.append(words))
     # A search must not take a failed job for a good one.
-    assert [session.job(composed(*TINY)) for _ in range(2)] == [math.inf] * 2
-    assert session.close() == 1
+    assert [cli.job(composed(*TINY)) for _ in range(2)] == [math.inf] * 2
     assert capsys.readouterr().err.count("Traceback") == 2
-    failed = ("failed", "ZeroDivisionError: nothing to divide by")
-    assert [(job.outcome, job.reason) for job in jobs] == [failed] * 2
+    assert outcomes == [("failed", "ZeroDivisionError: nothing to divide by")] * 2
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

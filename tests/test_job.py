@@ -39,7 +39,7 @@ def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
     words = ("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)
     result = job.run(read_config(composed(*words)))
     assert result is not None
-    return result
+    return result.metrics, result.directory
 
 
 def test_a_text_that_the_hub_does_not_give_ends_a_job_before_the_model_is_loaded(
@@ -224,7 +224,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
 def test_the_log_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permllm.pruning.stages.prune", Mock(side_effect=Terminated(signal.SIGTERM)))
+        patch.setattr("permllm.job.prune_layers", Mock(side_effect=Terminated(signal.SIGTERM)))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *small)
     _, directory = run(tmp_path, *small)

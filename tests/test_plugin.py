@@ -62,7 +62,7 @@ def run(*overrides: str) -> tuple[dict[str, Any], Path]:
     words = ("hydra.searchpath=[pkg://mypackage.conf]", "model=tiny", "logger=none", *overrides)
     result = job.run(read_config(composed(*words)))
     assert result is not None
-    return result
+    return result.metrics, result.directory
 
 
 def of_group(name: str) -> dict[str, Any]:

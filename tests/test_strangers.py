@@ -98,7 +98,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
 def run(*overrides: str) -> tuple[dict[str, Any], Path]:
     result = job.run(read_config(composed(SEARCH, "model=tiny", "logger=none", *overrides)))
     assert result is not None
-    return result
+    return result.metrics, result.directory
 
 
 def changed(package: Path, module: str, line: str) -> None:

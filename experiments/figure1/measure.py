@@ -22,11 +22,11 @@ from experiments.measuring import check_whole, main
 from permllm.data.texts import calibration_text
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
-from permllm.models.selection import groups_to_prune
+from permllm.models.selection import pruned_groups
 from permllm.permutation.heuristic import heuristic_order
 from permllm.pruning.calibration import member_factors
 from permllm.runtime.precision import compute_dtype
@@ -174,7 +174,9 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         ConfigError: the layer or the channel group does not exist.
     """
     loaded = load_model(config.model, config.seed)
-    group = _group(groups_to_prune(loaded.model, config), own)
+    every = channel_groups(loaded.model)
+    groups = pruned_groups(every, config.pattern, config.keep_dense, config.sparsity_of)
+    group = _group(groups, own)
     pattern = group.pattern or config.pattern
     check_divides(pattern, group.channels, group.name)
     pruner = instantiate("pruner", config.pruner)

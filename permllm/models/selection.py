@@ -9,21 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from torch import nn
-
 from permllm.errors import ConfigError, DataError
-from permllm.models.families import ChannelGroup, channel_groups
-from permllm.settings.config import NMPattern, RunConfig
+from permllm.models.families import ChannelGroup
+from permllm.settings.config import NMPattern
 
 DENSE = "dense"
 """Pattern of a linear that was not pruned, in records."""
-
-
-def groups_to_prune(model: nn.Module, config: RunConfig) -> list[ChannelGroup]:
-    """Return the channel groups that a job prunes; errors as `channel_groups`, `pruned_groups`."""
-    return pruned_groups(
-        channel_groups(model), config.pattern, config.keep_dense, config.sparsity_of
-    )
 
 
 def pruned_groups(

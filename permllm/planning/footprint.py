@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from permllm.models.families import channel_groups, decoder_layers
+from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
-from permllm.models.selection import groups_to_prune
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.planning.speed import Speed
-from permllm.pruning.methods import Methods
+from permllm.pruning.methods import Methods, ModelGroups
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -91,11 +90,17 @@ class Footprint:
         config: settings of the job.
         model: model on the meta device.
         methods: methods of the settings.
+        groups: channel groups of the model.
         device: device of the job.
     """
 
     def __init__(
-        self, config: RunConfig, model: PreTrainedModel, methods: Methods, device: torch.device
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        methods: Methods,
+        groups: ModelGroups,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.model = model
@@ -114,8 +119,9 @@ class Footprint:
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.item = self.dtype.itemsize
         self.products = compute_dtype(config.compute_dtype, self.dtype, device)
-        self.every = channel_groups(model)
-        self.groups = groups_to_prune(model, config)
+        self.model_groups = groups
+        self.every = groups.every
+        self.groups = groups.pruned
         self.widest = max(sum(group.rows) for group in self.every)
         self.largest = max(group.channels * sum(group.rows) for group in self.every)
         self.weights: Counter[NMPattern] = Counter()

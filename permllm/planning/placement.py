@@ -59,10 +59,10 @@ def would_fit(footprint: Footprint) -> list[str]:
     for word, changed in _changes(footprint.config, footprint.methods):
         try:
             methods = methods_of(changed)
-            checked_groups(changed, methods, footprint.model)
+            groups = checked_groups(changed, methods, footprint.model)
         except ConfigError:  # another setting of this job contradicts it
             continue
-        other = Footprint(changed, footprint.model, methods, footprint.device)
+        other = Footprint(changed, footprint.model, methods, groups, footprint.device)
         if name := _first_that_fits(other)[0]:
             needs = other.needs(name)
             sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB on the host"

@@ -63,7 +63,7 @@ def _needs(of: Footprint) -> Table:
     needs = {name: of.needs(name) for name in names}
     speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     minutes = {name: of.minutes(name, speed) for name in names}
-    card = Footprint(of.config, of.model, of.methods, torch.device("cuda"))
+    card = Footprint(of.config, of.model, of.methods, of.model_groups, torch.device("cuda"))
     choice = "chosen" if fits(of) else "does not fit"
     title = "GB by stage and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")

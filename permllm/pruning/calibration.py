@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
-from permllm.models.families import ChannelGroup, channel_groups, linear_at
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
-from permllm.models.load import LoadedModel
 from permllm.pruner.base import Pruner
+from permllm.pruning.methods import Job, windows_for
 from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistics
@@ -66,78 +66,88 @@ def calibrate_dense(
     return DenseCalibration(factors, stream.states())
 
 
-def shared_calibration(
-    loaded: LoadedModel,
-    tokens: Tensor,
-    pruner: Pruner,
-    pruner_settings: Mapping[str, Any],
-    batch_size: int,
-    compute_dtype: torch.dtype,
-    norm_tokens: int = 1,
-) -> DenseCalibration:
-    """Return the result of `calibrate_dense` for all linears, from the cache if it has the result.
+def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
+    """Calibrate all linears of the dense model, or read the result from the cache.
 
-    The target depends only on model and text, so jobs with another pruner find it in the cache.
-    `pruner_settings` are the settings of the pruner.
+    All linears, so that jobs with other `keep_dense` can reuse the result. The targets depend only
+    on model and text, so jobs with another pruner find them in the cache.
+
+    Args:
+        job: job with the dense model.
+        windows: int64 `(windows, tokens)`, the calibration windows first. The result also has the
+            targets of those windows after them from which permutations and masks learn.
     """
+    samples = job.config.calibration.samples
+    tokens = windows[:samples]
+    pruner = job.methods.pruner
+    paper = job.config.permutation.get("conventions") == "paper"
+    norm_tokens = windows.shape[1] if paper else 1
 
     @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:
-        groups = channel_groups(loaded.model)
         return calibrate_dense(
-            loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_tokens
+            job.loaded.model,
+            job.groups.every,
+            tokens,
+            pruner,
+            batch_size=job.config.calibration.batch_size,
+            compute_dtype=job.products,
+            norm_tokens=norm_tokens,
         )
 
-    tensors_of = partial(_cached_tensors, loaded, tokens, batch_size, compute_dtype)
     # A third-party pruner is not cached, because the key has only the version of this package.
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
-        of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
-        packed = tensors_of("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
+        key = {"pruner": dict(job.config.pruner), "norm_tokens": norm_tokens}
+        packed = _cached_tensors(
+            job, tokens, "saliency", lambda: packed_factors(calibrated().factors), **key
+        )
         factors = unpacked_factors(packed)
     else:
         factors = calibrated().factors
-    target = tensors_of("target", {}, lambda: {"target": calibrated().target})["target"]
-    return DenseCalibration(factors, target)
+    target = _cached_tensors(job, tokens, "target", lambda: {"target": calibrated().target})
+    return DenseCalibration(factors, _with_further_targets(job, windows, target["target"]))
 
 
-def shared_target(
-    loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
-) -> Tensor:
-    """Return the target of learning for more tokens, from the cache if it has the target."""
-    return _cached_tensors(
-        loaded,
-        tokens,
-        batch_size,
-        compute_dtype,
+def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
+    """Return the targets of the calibration windows and of the further windows that methods read.
+
+    Targets of windows that only the reconstruction reads stay uninitialised.
+    """
+    samples = len(target)
+    stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
+    further = windows[samples : max(stops, default=0)]
+    if not len(further):
+        return target
+    batch_size = job.config.calibration.batch_size
+    computed = _cached_tensors(
+        job,
+        further,
         "target",
-        {},
-        lambda: {"target": last_states(loaded.model, tokens, batch_size, compute_dtype)},
-    )["target"]
+        lambda: {"target": last_states(job.loaded.model, further, batch_size, job.products)},
+    )
+    targets = target.new_empty(len(windows), *target.shape[1:])
+    targets[:samples] = target
+    targets[samples : samples + len(further)] = computed["target"]
+    return targets
 
 
 def _cached_tensors(
-    loaded: LoadedModel,
-    tokens: Tensor,
-    batch_size: int,
-    compute_dtype: torch.dtype,
-    kind: str,
-    more: Mapping[str, Any],
-    compute: Callable[[], dict[str, Tensor]],
+    job: Job, tokens: Tensor, kind: str, compute: Callable[[], dict[str, Tensor]], **key: Any
 ) -> dict[str, Tensor]:
-    """Return tensors by name that depend on model, text and `more`, from the cache if possible.
+    """Return tensors by name that depend on model, text and `key`, from the cache if possible.
 
     Results of a model without an identity are not cached.
     """
-    if not loaded.identity:
+    if not job.loaded.identity:
         return compute()
     identity = {
-        "model": loaded.identity,
+        "model": job.loaded.identity,
         "tokens": tensor_digest(tokens),
-        "batch_size": batch_size,
-        "compute_dtype": str(compute_dtype),
-        "device": loaded.model.device.type,
+        "batch_size": job.config.calibration.batch_size,
+        "compute_dtype": str(job.products),
+        "device": job.device.type,
     }
-    return cached(kind, identity | dict(more), compute)
+    return cached(kind, identity | key, compute)
 
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:

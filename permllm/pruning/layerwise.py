@@ -55,25 +55,14 @@ class PrunedModel(PrunedLayer):
             getattr(self, name).update(getattr(layer, name))
 
 
-@dataclass(frozen=True)
-class Found:
-    """Results of the stages before pruning.
-
-    Attributes:
-        factors: saliency factors of every linear in the dense model; None: they are computed from
-            the inputs after the earlier layers are pruned.
-        orders: permutations, int64 `(C_in,)` by group; None: the permutation method finds each
-            while its group is pruned.
-        masks: permuted N:M masks of every linear, bool `(C_out, C_in)`; None: the pruner chooses
-            them.
-    """
-
-    factors: Mapping[str, SaliencyFactors] | None = None
-    orders: Mapping[str, Tensor] | None = None
-    masks: Mapping[str, Tensor] | None = None
-
-
-def prune(job: Job, windows: Tensor, earlier: Found) -> PrunedModel:
+def prune_layers(
+    job: Job,
+    windows: Tensor,
+    *,
+    factors: Mapping[str, SaliencyFactors] | None = None,
+    permutations: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+) -> PrunedModel:
     """Prune the decoder layers of a job's dense model in place, one after the other.
 
     Afterwards the pruned linears hold `weight * mask`, or the updated weight, with zeros as +0.0.
@@ -83,7 +72,12 @@ def prune(job: Job, windows: Tensor, earlier: Found) -> PrunedModel:
             after the last one.
         windows: int64 `(windows, tokens)`, first the windows of the calibration, then those of the
             reconstruction.
-        earlier: results of the earlier stages.
+        factors: saliency factors of every linear in the dense model; None: they are computed from
+            the inputs after the earlier layers are pruned.
+        permutations: permutations, int64 `(C_in,)` by group; None: the permutation method finds
+            each while its group is pruned.
+        masks: permuted N:M masks of every linear, bool `(C_out, C_in)`; None: the pruner chooses
+            them.
     """
     model = job.loaded.model
     config = job.config
@@ -95,8 +89,8 @@ def prune(job: Job, windows: Tensor, earlier: Found) -> PrunedModel:
         target = last_states(
             model, windows[learned_from], config.calibration.batch_size, job.products
         )
-    layers = _Layers(job, windows[:samples], earlier)
-    for index, members in by_layer(model, job.groups, "prune"):
+    layers = _Layers(job, windows[:samples], factors, permutations, masks)
+    for index, members in by_layer(model, job.groups.pruned, "prune"):
         layers.prune(index, members)
     result = layers.result
     if reconstruction.learned:
@@ -108,13 +102,13 @@ def prune(job: Job, windows: Tensor, earlier: Found) -> PrunedModel:
             "reconstruction",
             tokens=windows[learned_from],
             calibration=windows[:samples],
-            factors=earlier.factors or {},
+            factors=factors or {},
             target=target,
         )
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.products, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
-    for group in job.groups:
+    for group in job.groups.pruned:
         with placement_of(model).layer(group.layer):
             for path in group.members:
                 weight = linear_at(model, path).weight
@@ -129,7 +123,7 @@ class _Layers:
     Args:
         job: job with the dense model.
         tokens: windows of the calibration, int64 `(windows, tokens)`.
-        earlier: results of the earlier stages.
+        factors, permutations, masks: as in `prune_layers`.
 
     Attributes:
         result: result of the layers so far.
@@ -137,27 +131,31 @@ class _Layers:
         pruned: states of the pruned model after them; None: nothing depends on them.
     """
 
-    def __init__(self, job: Job, tokens: Tensor, earlier: Found) -> None:
+    def __init__(
+        self,
+        job: Job,
+        tokens: Tensor,
+        factors: Mapping[str, SaliencyFactors] | None,
+        permutations: Mapping[str, Tensor] | None,
+        masks: Mapping[str, Tensor] | None,
+    ) -> None:
         self.job = job
-        self.earlier = earlier
+        self.factors = factors
+        self.permutations = permutations
+        self.masks = masks
         self.result = PrunedModel()
         self.model = job.loaded.model
         self.placement = placement_of(self.model)
         self.changes = job.methods.change_weights
         pruner = job.methods.pruner
-        of_pruner = pruner.statistics if earlier.factors is None or pruner.updates_weights else ()
-        self.statistics = (*of_pruner, *job.methods.reconstruction.statistics)
-        stream = partial(
-            LayerStream,
-            self.model,
-            tokens,
-            batch_size=job.config.calibration.batch_size,
-            compute_dtype=job.products,
-        )
-        self.dense = stream()
-        # Factors and weights depend on the pruned layers before a layer.
-        depends = earlier.factors is None or self.changes
-        self.pruned = stream() if depends else None
+        self.statistics = job.methods.reconstruction.statistics
+        if factors is None or pruner.updates_weights:
+            self.statistics = (*pruner.statistics, *self.statistics)
+        batch_size = job.config.calibration.batch_size
+        self.dense = LayerStream(self.model, tokens, batch_size, job.products)
+        self.pruned: LayerStream | None = None
+        if factors is None or self.changes:  # which depend on the pruned layers before a layer
+            self.pruned = LayerStream(self.model, tokens, batch_size, job.products)
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:
         """Prune a layer that is on the device, or read its kept result; advance the states."""
@@ -215,7 +213,7 @@ class _Layers:
         pruner = self.job.methods.pruner
         reconstruction = self.job.methods.reconstruction
         pattern = group.pattern or self.job.config.pattern
-        factors = self.earlier.factors
+        factors = self.factors
         if factors is None:
             factors = member_factors(self.model, group, pruner, statistics)
         order = self._order(group, factors)
@@ -229,8 +227,8 @@ class _Layers:
             scores = saliency(dense, factors[path].to(dense.device))
             mask = None
             new = None
-            if self.earlier.masks is not None:
-                mask = self.earlier.masks[path].to(dense.device)
+            if self.masks is not None:
+                mask = self.masks[path].to(dense.device)
             if pruner.updates_weights:
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
             elif mask is None:
@@ -247,8 +245,8 @@ class _Layers:
 
     def _order(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
         """Return the permutation of a group."""
-        if self.earlier.orders is not None:
-            return self.earlier.orders[group.name]
+        if self.permutations is not None:
+            return self.permutations[group.name]
         job = self.job
         scores = []
         with job.record.stage("permute", job.device):

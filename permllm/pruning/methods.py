@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
-from permllm.models.families import ChannelGroup, decoder_layers
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.load import LoadedModel
-from permllm.models.selection import groups_to_prune
+from permllm.models.selection import pruned_groups
 from permllm.permutation.base import Permutation
 from permllm.pruner.base import Pruner
 from permllm.reconstruction.base import Reconstruction
 from permllm.runtime import parallel
-from permllm.settings.composition import replaced_options
 from permllm.settings.config import RunConfig, check_divides, windows_learned_from
 from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
@@ -78,6 +76,19 @@ class Methods:
         return next((reason for method in self.all if (reason := method.needs_device())), None)
 
 
+@dataclass(frozen=True)
+class ModelGroups:
+    """Channel groups of a model.
+
+    Attributes:
+        every: all groups of the decoder layers.
+        pruned: groups that a job prunes, with the members to prune and their patterns.
+    """
+
+    every: list[ChannelGroup]
+    pruned: list[ChannelGroup]
+
+
 @dataclass
 class Job:
     """Parts of a job that its stages work on.
@@ -88,7 +99,7 @@ class Job:
         record: results of the job, in a run directory or in memory.
         logger: logger of the job's measures.
         loaded: the model, dense until it is pruned.
-        groups: pruned channel groups of all layers.
+        groups: channel groups of the model.
         products: dtype of matrix products before the evaluation.
     """
 
@@ -97,7 +108,7 @@ class Job:
     record: Record
     logger: RunLogger
     loaded: LoadedModel
-    groups: list[ChannelGroup]
+    groups: ModelGroups
     products: torch.dtype
 
     @property
@@ -132,41 +143,21 @@ def methods_of(config: RunConfig) -> Methods:
     return methods
 
 
-def compare_with_choices(config: RunConfig) -> None:
-    """Compare the settings of a job with the options that were chosen on the command line.
-
-    `method` becomes None, with a warning, where other options replace those of the method.
-
-    Raises:
-        ConfigError: the `name` of a method, which names its runs, is not that of its option.
-    """
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    for group in METHODS:
-        name = getattr(config, group).get("name")
-        if name != choices.get(group, name):
-            raise ConfigError(f"{group}={choices[group]}: its `name` is {name}; expected the same")
-    method = config.method
-    if method and (replaced := replaced_options(method, choices)):
-        log.warning("method=%s is not recorded: %s replaces its own", method, ", ".join(replaced))
-        config.method = None
-
-
-def checked_groups(
-    config: RunConfig, methods: Methods, model: PreTrainedModel
-) -> list[ChannelGroup]:
-    """Return the pruned channel groups of a model.
+def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> ModelGroups:
+    """Return the channel groups of a model.
 
     Raises:
         ConfigError: the model is already pruned, M does not divide a group's channels, or a method
             cannot work on the model.
     """
     check_dense(config.model.path or config.model.name, model.config)
-    groups = groups_to_prune(model, config)
-    for group in groups:
+    every = channel_groups(model)
+    pruned = pruned_groups(every, config.pattern, config.keep_dense, config.sparsity_of)
+    for group in pruned:
         check_divides(group.pattern or config.pattern, group.channels, group.name)
     for method in methods.all:
-        method.check_groups(config, groups, len(decoder_layers(model)))
-    return groups
+        method.check_groups(config, pruned, len(decoder_layers(model)))
+    return ModelGroups(every, pruned)
 
 
 def windows_for(method: object, calibration: int) -> slice:
@@ -213,7 +204,7 @@ def learning_problem(
 
     return LearningProblem(
         model=job.loaded.model,
-        groups=job.groups,
+        groups=job.groups.pruned,
         tokens=tokens,
         factors=dict(factors),
         target=target,

@@ -1,21 +1,21 @@
-"""Stages that make a pruned model out of a dense model: calibrate, permute, mask, prune.
+"""Stages between a dense model and the loop that prunes its layers: calibrate, permute, mask.
 
-The stages share arguments: `drawn` are the windows of the text, int64 `(windows, tokens)`, the
-calibration windows first. `dense` is the result of `calibrate`.
+The stages share arguments: `windows` of the text, int64 `(windows, tokens)`, the calibration
+windows first, and `calibration`, the result of
+`permllm.pruning.calibration.calibrate`.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from permllm.errors import ConfigError
-from permllm.models.families import channel_groups, linear_at
+from permllm.models.families import linear_at
 from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_order
-from permllm.pruning.calibration import DenseCalibration, shared_calibration, shared_target
-from permllm.pruning.layerwise import Found, PrunedModel, prune
+from permllm.pruning.calibration import DenseCalibration
+from permllm.pruning.layerwise import PrunedModel
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.runtime.precision import products_in
 from permllm.sparsity.collecting import by_layer
@@ -26,128 +26,72 @@ from permllm.training.problem import LearningProblem
 log = logging.getLogger(__name__)
 
 
-def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
-    """Prune the job's model in place; the record keeps seconds, measures and files.
-
-    Args:
-        job: job with model and methods.
-        read_tokens: returns the calibration windows and `config.further` windows after them, int64
-            `(windows, tokens)`; its time counts as calibration.
-    """
-    record = job.record
-    earlier = Found()
-    statistics_are_dense = job.config.calibration.statistics == "dense"
-    with record.stage("calibrate", job.device):
-        drawn = read_tokens()
-        dense = None
-        if statistics_are_dense or not job.methods.permutation.local:
-            dense = calibrate(job, drawn)
-    if dense is not None:
-        orders = found_orders(job, drawn, dense)
-        factors = dense.factors if statistics_are_dense else None
-        earlier = Found(factors, orders, found_masks(job, drawn, dense, orders))
-    del dense  # frees the targets of learning
-    with record.stage("prune", job.device):
-        pruned = prune(job, drawn, earlier)
-        if pruned.violations:
-            log.warning(
-                "the pruned model is not N:M: %d groups of M have more than N nonzeros",
-                pruned.violations,
-            )
-        record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
-        record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
-        figures = _figures(job, pruned)
-        if figures["sparsity"]["weights_kept"]:
-            _keep_weights(job)
-        record.metrics |= figures
-    return pruned
-
-
-def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
-    """Calibrate all linears of the dense model, so that jobs with other `keep_dense` can reuse it.
-
-    The result has targets for the calibration windows, and for the windows after them from which
-    permutations and masks learn.
-    """
-    config = job.config
-    samples = config.calibration.samples
-    batch_size = config.calibration.batch_size
-    dense = shared_calibration(
-        job.loaded,
-        drawn[:samples],
-        job.methods.pruner,
-        config.pruner,
-        batch_size=batch_size,
-        compute_dtype=job.products,
-        norm_tokens=drawn.shape[1] if config.permutation.get("conventions") == "paper" else 1,
-    )
-    stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
-    further = slice(samples, max(stops, default=0))
-    if further.stop > samples:
-        calibrated = dense.target
-        # Targets of windows that only the reconstruction reads stay uninitialised.
-        dense.target = calibrated.new_empty(len(drawn), *calibrated.shape[1:])
-        dense.target[:samples] = calibrated
-        dense.target[further] = shared_target(
-            job.loaded, drawn[further], batch_size=batch_size, compute_dtype=job.products
-        )
-    return dense
-
-
-def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) -> LearningProblem:
+def _dense_problem(
+    job: Job, group: str, windows: Tensor, calibration: DenseCalibration
+) -> LearningProblem:
     """Return the problem of a method that learns before the model is pruned."""
     samples = job.config.calibration.samples
     learned_from = windows_for(getattr(job.methods, group), samples)
     return learning_problem(
         job,
         group,
-        tokens=drawn[learned_from],
-        calibration=drawn[:samples],
-        factors=dense.factors,
-        target=dense.target[learned_from],
+        tokens=windows[learned_from],
+        calibration=windows[:samples],
+        factors=calibration.factors,
+        target=calibration.target[learned_from],
     )
 
 
-def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
+def find_permutations(
+    job: Job, windows: Tensor, calibration: DenseCalibration
+) -> Mapping[str, Tensor]:
     """Return the permutations of the channel groups, int64 `(C_in,)` by their names."""
 
     def compute() -> dict[str, Tensor]:
-        problem = _of_the_dense(job, "permutation", drawn, dense)
+        problem = _dense_problem(job, "permutation", windows, calibration)
         with products_in(job.products, job.device):
-            orders = job.methods.permutation.orders(problem)
-        if not isinstance(orders, Mapping):
-            raise ConfigError(
-                f"permutation={job.config.permutation['name']}: `orders` returns a "
-                f"{type(orders).__name__}; expected a dict by channel group"
-            )
+            permutations = job.methods.permutation.orders(problem)
         return {
-            group.name: checked_order(job.config, group, orders.get(group.name))
-            for group in job.groups
+            group.name: checked_order(job.config, group, permutations.get(group.name))
+            for group in job.groups.pruned
         }
 
-    with job.record.stage("permute", job.device):
-        return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
+    return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
 
 
-def found_masks(
-    job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]
-) -> Mapping[str, Tensor] | None:
-    """Return the masks of all linears under the permutations; None: the pruner chooses them."""
-    if job.methods.mask.local:
-        return None
+def find_masks(
+    job: Job, windows: Tensor, calibration: DenseCalibration, permutations: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Return the masks of all linears under the permutations, bool `(C_out, C_in)` by path."""
 
     def compute() -> Mapping[str, Tensor]:
-        problem = _of_the_dense(job, "mask", drawn, dense)
+        problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.products, job.device):
-            return job.methods.mask.masks(problem, orders)
+            masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, permutations)
+        return masks
 
-    with job.record.stage("mask", job.device):
-        return job.record.kept(MASKS, compute, save_masks, load_masks)
+    return job.record.kept(MASKS, compute, save_masks, load_masks)
+
+
+def record_pruning(job: Job, pruned: PrunedModel) -> None:
+    """Write permutations, masks, changed weights and measures of a pruned model to the record."""
+    record = job.record
+    if pruned.violations:
+        log.warning(
+            "the pruned model is not N:M: %d groups of M have more than N nonzeros",
+            pruned.violations,
+        )
+    record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
+    record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
+    figures = _figures(job, pruned)
+    if figures["sparsity"]["weights_kept"]:
+        _keep_weights(job)
+    record.metrics |= figures
 
 
 def _keep_weights(job: Job) -> None:
     """Write the changed weights of each layer."""
-    for index, groups in by_layer(job.loaded.model, job.groups, "keep"):
+    for index, groups in by_layer(job.loaded.model, job.groups.pruned, "keep"):
         paths = [path for group in groups for path in group.members]
         if paths:
             weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
@@ -156,10 +100,9 @@ def _keep_weights(job: Job) -> None:
 
 def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     """Return the measures of a pruned model for `metrics.json`, before its evaluation."""
-    groups = channel_groups(job.loaded.model)
-    patterns = differing_patterns(groups, job.groups)
-    of_model = sum(group.channels * sum(group.rows) for group in groups)
-    weights = sum(group.channels * sum(group.rows) for group in job.groups)
+    patterns = differing_patterns(job.groups.every, job.groups.pruned)
+    of_model = sum(group.channels * sum(group.rows) for group in job.groups.every)
+    weights = sum(group.channels * sum(group.rows) for group in job.groups.pruned)
     nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     return {
         "compute_dtype": str(job.products).removeprefix("torch."),

@@ -159,7 +159,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
             raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
     folders = [place for place in places if place.is_dir()]
-    for job in [job for place in folders for job in sweep.kept(place)]:
+    for job in [job for place in folders for job in sweep.read_outcomes(place)]:
         if job.directory and Path(job.directory).is_dir():
             folders.append(Path(job.directory))
         else:

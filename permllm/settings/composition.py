@@ -1,5 +1,7 @@
-"""Composition of the settings in `conf/` by Hydra."""
+"""Composition of the settings in `conf/` by Hydra, and the settings of a job that Hydra started."""
 
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -9,11 +11,22 @@ from typing import Any
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
+from permllm.settings.config import RunConfig, read_config
+
+log = logging.getLogger(__name__)
+
+# Variable with the name of the sweep. The processes of launchers get it, and conf/config.yaml uses
+# it for hydra.sweep.dir.
+SWEEP_VARIABLE = "PERMLLM_SWEEP"
+_METHOD_GROUPS = ("pruner", "permutation", "mask", "reconstruction")
+ONE_PLACE = "are the same setting: give one of them"
 
 # Hydra 1.4 has only one version base, and asks which classes settings may name. They may name any
 # class, because the user who starts the job writes the settings.
@@ -56,6 +69,55 @@ def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
 
 def _times(count: float | None, factor: float) -> int | None:
     return None if count is None else round(count * factor)
+
+
+def sweeping() -> bool:
+    """Tell if this is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job_config(composed: DictConfig) -> RunConfig:
+    """Return the checked settings of a job that Hydra started.
+
+    Directories that are given as `hydra.run.dir` or `hydra.sweep.dir` become `run_dir` or
+    `runs_dir`. `method` becomes None, with a warning, where other options replace those of the
+    method.
+
+    Raises:
+        ConfigError: a setting is not valid, a directory is given twice, or the `name` of a method,
+            which names its runs, is not that of its option.
+    """
+    if not HydraConfig.initialized():
+        return read_config(composed)
+    hydra_config = HydraConfig.get()
+    merged: Any = OmegaConf.merge(composed, _directories(composed, hydra_config))
+    config = read_config(merged)
+    choices = hydra_config.runtime.choices
+    for group in _METHOD_GROUPS:
+        name = getattr(config, group).get("name")
+        if name != choices.get(group, name):
+            raise ConfigError(f"{group}={choices[group]}: its `name` is {name}; expected the same")
+    if config.method and (replaced := replaced_options(config.method, choices)):
+        replaced_words = ", ".join(replaced)
+        log.warning("method=%s is not recorded: %s replaces its own", config.method, replaced_words)
+        config.method = None
+    return config
+
+
+def _directories(composed: DictConfig, hydra_config: Any) -> dict[str, str]:
+    """Return `runs_dir` and `run_dir` where the user has set Hydra's own directories."""
+    directories = {}
+    if sweeping():
+        folder = Path(hydra_config.sweep.dir)
+        if folder.name != os.environ[SWEEP_VARIABLE]:
+            directories["runs_dir"] = str(folder)
+        if hydra_config.sweep.subdir != "." and composed.run_dir is None:
+            directories["run_dir"] = str(folder / hydra_config.sweep.subdir)
+    elif hydra_config.run.dir != ".":
+        if composed.run_dir is not None:
+            raise ConfigError(f"run_dir and hydra.run.dir {ONE_PLACE}")
+        directories["run_dir"] = hydra_config.run.dir
+    return directories
 
 
 def replaced_options(method: str, choices: Mapping[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from filelock import FileLock
 
 from permllm.errors import ConfigError, first_line
+from permllm.settings.composition import SWEEP_VARIABLE
 from permllm.settings.config import RunConfig, flatten
 from permllm.store import sweep
 from permllm.store.files import TENSORBOARD, WANDB_ID, write_text
@@ -152,7 +153,7 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
 def described(config: RunConfig, directory: Path) -> dict[str, Any]:
     """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
-    group = (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME]
+    group = (config.logger.group or os.environ.get(SWEEP_VARIABLE) or "")[:_LONGEST_NAME]
     methods = {"pruner": config.pruner, "permutation": config.permutation}
     if "epochs" in config.mask:
         methods["mask"] = config.mask

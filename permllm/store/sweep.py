@@ -1,41 +1,54 @@
-"""Folder of a sweep, its list of jobs, and the outcome of each job."""
+"""Folder of a sweep, the outcome of each of its jobs, and the GPUs of jobs in parallel."""
 
+import atexit
 import os
+import shutil
+import tempfile
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+import hydra
+from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from permllm.command import is_first_rank
 from permllm.errors import ConfigError, DataError
+from permllm.settings.composition import ONE_PLACE, SWEEP_VARIABLE
 from permllm.settings.identity import digest_of
 from permllm.store.files import read_json, write_json
-from permllm.store.launched import first, share_gpus
 
-# Variable with the name of the sweep. The processes of launchers get it, and conf/config.yaml uses
-# it for hydra.sweep.dir.
-VARIABLE = "PERMLLM_SWEEP"
+# Variable with the folder of the sweep's outcomes. The processes of launchers get it.
+FOLDER_VARIABLE = "PERMLLM_SWEEP_FOLDER"
+# Variable with a folder for the processes of hydra/launcher=joblib. The folder has a lock for each
+# GPU, with a name as in CUDA_VISIBLE_DEVICES.
+GPUS_VARIABLE = "PERMLLM_GPUS"
 # Overrides that do not change the name of the sweep.
 _LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
-_ONE_PLACE = "are the same setting: give one of them"
-STARTED: list[Path] = []  # the folder of the sweep that this process started
 
 
 @dataclass
 class Outcome:
-    """Outcome of one job, a JSON file in the sweep's folder."""
+    """Outcome of one job, a JSON file in the sweep's folder.
 
-    overrides: list[str]  # of the command line, for this job
-    outcome: str  # ran, skipped (the run was finished, or another process runs it) or failed
-    reason: str = ""  # why the job was skipped or failed
-    directory: str | None = None  # run directory; None: the run is not finished
+    Attributes:
+        overrides: words of the command line, for this job.
+        outcome: `ran`, `skipped` (the run was finished, or another process runs it) or `failed`.
+        reason: reason why the job was skipped or failed.
+        directory: run directory; None: the run is not finished.
+    """
+
+    overrides: list[str]
+    outcome: str
+    reason: str = ""
+    directory: str | None = None
 
 
 class SweepFolder(Callback):  # type: ignore[misc]
@@ -44,45 +57,31 @@ class SweepFolder(Callback):  # type: ignore[misc]
     def on_multirun_start(
         self, config: DictConfig, config_name: str | None = None, **_: Any
     ) -> None:
-        """Set the variable with the sweep's name, and check the sweep."""
-        os.environ[VARIABLE] = sweep_name(config.hydra)
-        folder = folder_of(config.hydra)
+        """Set the variables of the sweep, and check the sweep."""
+        name = sweep_name(config.hydra)
+        os.environ[SWEEP_VARIABLE] = name  # hydra.sweep.dir reads it
+        folder = Path(config.hydra.sweep.dir)
+        chosen_by_user = folder.name != name
         try:
-            if config.runs_dir != config.paths.runs_dir and folder != Path(config.hydra.sweep.dir):
-                raise ConfigError(f"runs_dir and hydra.sweep.dir {_ONE_PLACE}")
-            _check_texts(config_name, _jobs(config.hydra))
+            if chosen_by_user and config.runs_dir != config.paths.runs_dir:
+                raise ConfigError(f"runs_dir and hydra.sweep.dir {ONE_PLACE}")
+            _check_texts(str(config_name), config.hydra)
             share_gpus(config.hydra.launcher, config.model.device)
         except ConfigError as error:  # Hydra turns other errors of a callback into warnings
-            raise SystemExit(f"error: {error}" if first() else 1) from error
-        STARTED[:] = [folder]
+            raise SystemExit(f"error: {error}" if is_first_rank() else 1) from error
+        if chosen_by_user:
+            folder = folder / "sweeps" / name
+        os.environ[FOLDER_VARIABLE] = str(folder.absolute())
 
 
-def sweep_name(hydra: Any) -> str:
+def sweep_name(hydra_config: Any) -> str:
     """Return the experiment, or `sweep`, and a digest of the overrides and the swept settings."""
     # An override may have ${hydra:job.num}, which has no value yet.
-    words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    words: Any = OmegaConf.to_container(hydra_config.overrides, resolve=False)
     every = sorted([*words["task"], *words["hydra"]])
     typed = [word for word in every if not word.lstrip("+~").startswith(_LEFT_OUT)]
-    digest = digest_of({"typed": typed, "swept": str(hydra.sweeper.get("params"))})[:8]
-    return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
-
-
-def folder_of(hydra: Any) -> Path:
-    """Return the folder of the outcomes: `hydra.sweep.dir`, or a subfolder if the user sets it."""
-    folder = Path(hydra.sweep.dir)
-    name = os.environ[VARIABLE]
-    return folder if folder.name == name else folder / "sweeps" / name
-
-
-def labels(jobs: list[list[str]]) -> list[str]:
-    """Return for each job its overrides without those that all jobs share."""
-    shared = set.intersection(*map(set, jobs))
-    return [" ".join(word for word in job if word not in shared) for job in jobs]
-
-
-def sweeping() -> bool:
-    """Tell if this is a job of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    digest = digest_of({"typed": typed, "swept": str(hydra_config.sweeper.get("params"))})[:8]
+    return f"{hydra_config.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
 
 def overrides() -> list[str]:
@@ -90,72 +89,60 @@ def overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def place(composed: DictConfig) -> DictConfig:
-    """Return a job's settings with the directories of `hydra.run.dir` or `hydra.sweep.dir`."""
-    if not HydraConfig.initialized():
-        return composed
-    hydra = HydraConfig.get()
-    directories = {}
-    if sweeping():
-        if folder_of(hydra) != Path(hydra.sweep.dir):
-            directories["runs_dir"] = hydra.sweep.dir
-        if hydra.sweep.subdir != ".":
-            directories["run_dir"] = str(Path(hydra.sweep.dir) / hydra.sweep.subdir)
-    elif hydra.run.dir != ".":
-        if composed.run_dir is not None:
-            raise ConfigError(f"run_dir and hydra.run.dir {_ONE_PLACE}")
-        directories["run_dir"] = hydra.run.dir
-    merged: Any = OmegaConf.merge(composed, directories)
-    return composed if composed.run_dir is not None else merged
+def _outcome_file() -> Path:
+    return Path(os.environ[FOLDER_VARIABLE]) / "jobs" / f"{HydraConfig.get().job.num:04d}.json"
 
 
-def outcome_file() -> Path:
-    """Return the file of this job's outcome."""
-    return folder_of(HydraConfig.get()) / "jobs" / f"{HydraConfig.get().job.num:04d}.json"
+def remove_outcome() -> None:
+    """Remove the outcome of this job from an earlier start of the same sweep."""
+    _outcome_file().unlink(missing_ok=True)
 
 
-def keep(job: Outcome) -> None:
+def write_outcome(outcome: str, reason: str = "", directory: Path | None = None) -> None:
     """Write the outcome of this job.
 
     The path of the run is relative, so that the sweep and its runs can be moved together.
     """
-    file = outcome_file()
-    directory = None if job.directory is None else os.path.relpath(job.directory, file.parents[1])
-    write_json(file, asdict(job) | {"directory": directory})
+    file = _outcome_file()
+    relative = None if directory is None else os.path.relpath(directory, file.parents[1])
+    write_json(file, asdict(Outcome(overrides(), outcome, reason, relative)))
 
 
-def kept(folder: Path) -> list[Outcome]:
+def read_outcomes(folder: Path) -> list[Outcome]:
     """Read the outcomes in a sweep's folder, sorted by job, without damaged files."""
-    jobs = []
+    outcomes = []
     for file in sorted(folder.glob("jobs/*.json")):
         with suppress(DataError, TypeError):
-            job = Outcome(**read_json(file))
-            if job.directory:
-                job.directory = os.path.normpath(folder / job.directory)
-            jobs.append(job)
-    return jobs
+            outcome = Outcome(**read_json(file))
+            if outcome.directory:
+                outcome.directory = os.path.normpath(folder / outcome.directory)
+            outcomes.append(outcome)
+    return outcomes
 
 
-def _jobs(hydra: Any) -> list[list[str]]:
-    """Return the overrides of each job; none for a sweeper that chooses them later."""
-    if not hydra.sweeper["_target_"].endswith(".BasicSweeper"):
-        return []
-    typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    words = [*(f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()), *typed]
+def _check_texts(config_name: str, hydra_config: Any) -> None:
+    """Raise ConfigError if the models of a sweep have different texts and so cannot be compared.
+
+    Other settings that the sweep varies have their first value here.
+    """
+    typed: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    swept = [f"{key}={value}" for key, value in (hydra_config.sweeper.get("params") or {}).items()]
     loader = GlobalHydra.instance().config_loader()  # for globs of options
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
-    return BasicSweeper.split_arguments(parsed, None)[0]
-
-
-def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
-    """Raise ConfigError if the models of a sweep have different texts and so cannot be compared."""
-    of_model = {word: job for job in jobs for word in job if word.startswith("model=")}
-    if len(of_model) < 2:
-        return
+    models: list[str] = []
+    others: list[str] = []
+    for override in OverridesParser.create(loader).parse_overrides([*swept, *typed]):
+        if not override.is_sweep_override():
+            others.append(str(override.input_line))
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            words = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            if key == "model":
+                models = words
+            else:
+                others.append(words[0])
     texts = {}
-    loader = GlobalHydra.instance().config_loader()
-    for model, job in of_model.items():
-        config = loader.load_configuration(config_name, job, run_mode=RunMode.RUN)
+    for model in models:
+        config = hydra.compose(config_name, [*others, model])
         texts[model] = " and ".join(
             str(part.data_files or part.dataset)
             for part in (config.calibration, config.evaluation.perplexity)
@@ -166,3 +153,49 @@ def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
             f"the models of this sweep have different texts ({listed}): "
             "give protocol=offline or protocol=paper, or calibration= and evaluation="
         )
+
+
+def share_gpus(launcher: Any, device: str) -> None:
+    """Make the locks of the GPUs for joblib's processes. Joblib itself shares the cores.
+
+    Raises:
+        ConfigError: the launcher does not work under torchrun, or has more jobs than GPUs.
+    """
+    os.environ.pop(GPUS_VARIABLE, None)
+    target = launcher["_target_"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not target.endswith(".BasicLauncher"):
+        raise ConfigError(
+            "under torchrun all processes run each job: expected hydra/launcher=basic"
+        )
+    if "joblib" not in target or device not in ("auto", "cuda"):
+        return
+    import torch
+    from joblib import effective_n_jobs  # type: ignore[import-untyped]
+
+    count = torch.cuda.device_count()
+    if not count:
+        return
+    if effective_n_jobs(launcher.n_jobs) > count:
+        raise ConfigError(
+            f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one per GPU"
+        )
+    folder = tempfile.mkdtemp(prefix="permllm-gpus-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[GPUS_VARIABLE] = folder
+    every = ",".join(map(str, range(count)))
+    for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(","):
+        Path(folder, name).touch()
+
+
+@cache  # the lock is held until the process ends
+def take_gpu() -> FileLock | None:
+    """Take a GPU that no other process of the sweep has, for all jobs of this process."""
+    while GPUS_VARIABLE in os.environ:
+        for file in sorted(Path(os.environ[GPUS_VARIABLE]).iterdir()):
+            lock = FileLock(file)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                os.environ["CUDA_VISIBLE_DEVICES"] = file.name  # before CUDA is used first
+                return lock
+        time.sleep(1)  # joblib may replace a process that has not ended yet
+    return None

@@ -62,7 +62,7 @@ def run(name: str, *words: str) -> str:
     few += [f"model.hub_name={name}", "evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2"]
     found = job.run(settings.read_config(composed(*few, *words)))
     assert found is not None
-    return str(found[0]["status"])
+    return str(found.metrics["status"])
 
 
 def online(root: Path) -> None:

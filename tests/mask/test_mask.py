@@ -15,7 +15,6 @@ from permllm.models.families import linear_at
 from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
-from permllm.pruning.layerwise import Found
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training import loop
 from permllm.training.loop import Training
@@ -124,7 +123,7 @@ def test_a_pruner_that_corrects_weights_does_so_under_the_learned_masks() -> Non
     orders = ordered(learning, "heuristic")
     masks = mask("score").masks(learning, orders)
     dense = {path: linear_at(model, path).weight.clone() for path in masks}
-    result = pruned(model, SparseGPT(), Found(None, orders, masks))
+    result = pruned(model, SparseGPT(), permutations=orders, masks=masks)
     for path, kept in masks.items():
         assert torch.equal(result.masks[path], kept)
         weight = linear_at(model, path).weight

@@ -13,7 +13,6 @@ from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
-from permllm.pruning.layerwise import Found
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
@@ -64,7 +63,7 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
         orders = ordered(learning, permutation)
         masks = RefinedMask().masks(learning, orders) if refined else pruners(learning, orders)
         check_masks(learning.groups, orders, masks)
-        return pruned(model, Wanda(), Found(learning.factors, orders, masks))
+        return pruned(model, Wanda(), factors=learning.factors, permutations=orders, masks=masks)
 
     plain, better = found(refined=False), found(refined=True)
     assert better.violations == 0
@@ -93,4 +92,8 @@ def test_patterns_of_modules_and_dense_layers_in_orders_that_fold() -> None:
     orders = Heuristic("foldable").orders(learning)
     masks = RefinedMask().masks(learning, orders)
     own: dict[str, Any] = {"groups": learning.groups, "pattern": PATTERN}
-    check(model, pruned(model, Wanda(), Found(learning.factors, orders, masks), **own), False)
+    check(
+        model,
+        pruned(model, Wanda(), factors=learning.factors, permutations=orders, masks=masks, **own),
+        False,
+    )

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from permllm import job
 from permllm.data.windows import calibration_tokens
 from permllm.export.verify import verify
 from permllm.mask.learned import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
-from permllm.pruning import stages
+from permllm.pruning import calibration
 from permllm.store.files import read_json
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
@@ -60,7 +61,7 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
     learned: list[str] = []
     real = Training.run
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
     def stopped(self: Training) -> None:
@@ -72,7 +73,7 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
     monkeypatch.setattr(Training, "run", stopped)
     with monkeypatch.context() as patched:
         if interrupted == "prune":
-            patched.setattr(stages, "prune", fail)
+            patched.setattr(job, "prune_layers", fail)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *BOTH)
     metrics, directory = run(tmp_path, *BOTH)
@@ -119,7 +120,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=2)
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
-    real, real_target = Training.__init__, stages.shared_target
+    real, real_states = Training.__init__, calibration.last_states
 
     def watched(
         self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any
@@ -129,12 +130,12 @@ def test_each_method_learns_from_its_own_part_of_the_text(
         torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
         real(self, settings, problem, *more, **others)
 
-    def watched_target(loaded: Any, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
+    def watched_states(model: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
         computed.append(tokens)
-        return real_target(loaded, tokens, **more)
+        return real_states(model, tokens, *more)
 
     monkeypatch.setattr(Training, "__init__", watched)
-    monkeypatch.setattr(stages, "shared_target", watched_target)
+    monkeypatch.setattr(calibration, "last_states", watched_states)
     run(tmp_path, *words)
     assert settings.further == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])

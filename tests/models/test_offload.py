@@ -148,7 +148,7 @@ def run(checkpoint: Path, folder: Path, placement: str, *words: str) -> dict[str
         patch.setenv("PERMLLM_CACHE", str(folder / "cache"))
         result = job.run(config(*same, *words))
     assert result is not None
-    return result[0]
+    return result.metrics
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -50,7 +50,7 @@ def alone(checkpoint: Path) -> Callable[[tuple[str, ...]], Path]:
         place = f"runs_dir={checkpoint / 'runs'}"
         found = job.run(config(*WORDS, *method, f"model.path={checkpoint}", place))
         assert found is not None
-        return found[1]
+        return found.directory
 
     return made
 

@@ -26,7 +26,6 @@ from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
 from permllm.permutation.lcp.order_learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
-from permllm.pruning.layerwise import Found
 from permllm.runtime.precision import products_in
 from permllm.runtime.signals import ending_signals
 from permllm.sparsity.blocks import split_blocks
@@ -277,7 +276,7 @@ def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
     # The first stage's is that of the model with only its first layer pruned, after that layer.
     model = tiny_model("llama")
     learning, dense = problem(model), states_of(model, 1)
-    pruned(model, Wanda(), Found(learning.factors, orders))
+    pruned(model, Wanda(), factors=learning.factors, permutations=orders)
     first = float(cosine_loss(states_of(model, 1), dense))
     assert first == pytest.approx(min(measured[:3]), rel=1e-4)
 

@@ -17,8 +17,8 @@ from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.lcp.lcp import LCP
-from permllm.pruning.methods import Job, learning_problem, methods_of
-from permllm.pruning.stages import calibrate
+from permllm.pruning.calibration import calibrate
+from permllm.pruning.methods import Job, ModelGroups, learning_problem, methods_of
 from permllm.settings.config import RunConfig
 from permllm.sparsity.method import instantiate
 from permllm.store.directory import Record
@@ -38,7 +38,8 @@ BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
 
 def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     """Return the problem that a job gives the method."""
-    loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
+    loaded = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny")
+    groups = ModelGroups(channel_groups(model), channel_groups(model))
     job = Job(settings, methods_of(settings), Record(), NO_LOGGER, loaded, groups, model.dtype)
     dense = calibrate(job, tokens())
     return learning_problem(job, "permutation", tokens(), tokens(), dense.factors, dense.target)

@@ -14,7 +14,7 @@ from permllm.permutation.base import Identity
 from permllm.permutation.foldable import foldable
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
-from permllm.pruning.layerwise import Found, PrunedModel
+from permllm.pruning.layerwise import PrunedModel
 from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.obs import OBS
 from permllm.settings.config import NMPattern
@@ -77,7 +77,9 @@ def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, way: 
     orders = lcp(constraint=constraint, straight_through=way, **settings).orders(learning)
     assert orders.keys() == {group.name for group in learning.groups}
     own: dict[str, Any] = {"groups": learning.groups, "pattern": PATTERN}
-    check(model, pruned(model, Wanda(), Found(learning.factors, orders), **own), False)
+    check(
+        model, pruned(model, Wanda(), factors=learning.factors, permutations=orders, **own), False
+    )
     loss = float(cosine_loss(states_of(model), learning.target))
     assert loss == pytest.approx(min(losses), rel=1e-4)
     if constraint == "foldable":  # the residual stream, two MLPs, one attention

@@ -18,7 +18,7 @@ from permllm.planning import placement as places
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.speed import Speed
-from permllm.pruning.methods import methods_of
+from permllm.pruning.methods import checked_groups, methods_of
 from permllm.runtime import parallel
 from permllm.training.losses import chunk_of
 from tests.conftest import ROOT, run_command, run_python
@@ -28,7 +28,10 @@ from tests.settings.test_config import config
 def planned(*words: str, device: str = "cuda") -> Footprint:
     """Return the plan of a job, whose first word names the model."""
     asked = config(*words, "logger=none")
-    return Footprint(asked, shape(words[0]), methods_of(asked), torch.device(device))
+    model = shape(words[0])
+    methods = methods_of(asked)
+    groups = checked_groups(asked, methods, model)
+    return Footprint(asked, model, methods, groups, torch.device(device))
 
 
 @cache

@@ -16,7 +16,6 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.calibration import calibrate_dense
-from permllm.pruning.layerwise import Found
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from tests.conftest import tiny_model
@@ -41,7 +40,7 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
     method: Any = {"none": Identity(), "heuristic": Heuristic(), "lcp": lcp(epochs=1)}[permutation]
     factors = learning.factors if statistics == "dense" else None
     orders = method.orders(learning) if statistics == "dense" or permutation == "lcp" else None
-    result = pruned(model, pruner, Found(factors, orders), method)
+    result = pruned(model, pruner, method, factors=factors, permutations=orders)
     assert result.violations == 0
     for group in groups:
         perm = result.orders[group.name]
@@ -108,7 +107,7 @@ def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -
     model, last, columns = tiny_model("llama"), "model.layers.1.mlp.down_proj", []
     for dtype in (None, torch.bfloat16):
         dense = calibrate_dense(model, channel_groups(model), tokens(), SparseGPT(), 4, dtype)
-        result = pruned(copy.deepcopy(model), SparseGPT(), Found(dense.factors), products=dtype)
+        result = pruned(copy.deepcopy(model), SparseGPT(), factors=dense.factors, products=dtype)
         assert result.violations == 0
         columns.append(dense.factors[last].column)
     assert not torch.equal(*columns)

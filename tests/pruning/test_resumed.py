@@ -18,7 +18,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.calibration import calibrate_dense
-from permllm.pruning.layerwise import Found, PrunedModel
+from permllm.pruning.layerwise import PrunedModel
 from permllm.reconstruction.obs import OBS
 from permllm.settings.config import NMPattern
 from permllm.store.directory import Record, RunDirectory
@@ -58,7 +58,7 @@ def attempt(
     record.metrics["status"] = "running"
     reconstruction = OBS() if method == "obs" else None
     more = {"reconstruction": reconstruction, "record": record}
-    return model, pruned(model, pruner, Found(factors), orders, **more)
+    return model, pruned(model, pruner, orders, factors=factors, **more)
 
 
 def check_equal(left: Attempt, right: Attempt) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
-from permllm.pruning.layerwise import Found, PrunedModel
+from permllm.pruning.layerwise import PrunedModel
 from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.distill import Distill
@@ -28,8 +28,8 @@ def reconstructed(
 ) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
     model = tiny_model("llama", dtype=dtype)
     learning = problem(model)
-    found, more = Found(learning.factors), {"reconstruction": reconstruction}
-    return model, pruned(model, Wanda(), found, Heuristic(), **more), learning.target
+    more = {"factors": learning.factors, "reconstruction": reconstruction}
+    return model, pruned(model, Wanda(), Heuristic(), **more), learning.target
 
 
 def output_error(model: torch.nn.Module, target: Tensor) -> float:

@@ -21,8 +21,7 @@ from permllm.runtime import parallel
 from permllm.runtime.signals import CONTINUES
 from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.files import read_json
-from permllm.store.launched import share_gpus
-from permllm.store.sweep import kept
+from permllm.store.sweep import read_outcomes, share_gpus
 from permllm.store.tensors import load_masks
 from permllm.training import loop as training
 from tests.conftest import ROOT, run_command
@@ -162,7 +161,7 @@ def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_ranks(tmp_path: Path) ->
         done = ranks(tmp_path, *words)
     assert [one.returncode for one in done] == [1, 0], done
     (folder,) = (tmp_path / "rank0" / "runs" / "sweeps").iterdir()
-    jobs = kept(folder)
+    jobs = read_outcomes(folder)
     # Rank 0 alone meets the first; all meet the next ones.
     reasons = ["run_dir=", "is not finite", "is not finite", "is in use by another"]
     assert [one.outcome for one in jobs] == ["failed"] * 3 + ["skipped", "ran", "skipped"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.store.sweep import kept
+from permllm.store.sweep import read_outcomes
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
         assert json.loads(path.read_text())["perplexity"]["sparse"]
     assert "2 skipped" in ended(started(slurm, tmp_path, *command))
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
-    assert [job.outcome for job in kept(folder)] == ["skipped", "skipped"]
+    assert [job.outcome for job in read_outcomes(folder)] == ["skipped", "skipped"]
 
 
 def test_torchrun_in_a_step_of_srun_starts_ranks_that_learn_together(

@@ -15,14 +15,14 @@ from permllm.data.texts import perplexity_texts
 from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.errors import DataError
 from permllm.models.load import LoadedModel
-from permllm.pruner.base import Pruner
-from permllm.pruner.ria import RIA
-from permllm.pruner.sparsegpt import SparseGPT
-from permllm.pruner.wanda import Wanda
-from permllm.pruning.calibration import DenseCalibration, shared_calibration
+from permllm.pruning.calibration import DenseCalibration, calibrate
+from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.settings.config import CalibrationConfig, PerplexityConfig
 from permllm.store.cache import cached
+from permllm.store.directory import Record
+from permllm.store.loggers import NO_LOGGER
 from tests.conftest import tiny_model
+from tests.settings.test_config import config
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -102,14 +102,18 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
 ) -> None:
     loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
 
-    def share(pruner: Pruner, tokens: Tensor = TOKENS, norm_tokens: int = 1) -> DenseCalibration:
-        settings = {"name": type(pruner).__name__}
-        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_tokens)
+    def share(pruner: str, tokens: Tensor = TOKENS, *words: str) -> DenseCalibration:
+        samples = f"calibration.samples={len(tokens)}"
+        settings = config("model=tiny", f"pruner={pruner}", samples, *words)
+        methods = methods_of(settings)
+        groups = checked_groups(settings, methods, loaded.model)
+        job = Job(settings, methods, Record(), NO_LOGGER, loaded, groups, torch.float32)
+        return calibrate(job, tokens)
 
-    first = {pruner: share(pruner) for pruner in (Wanda(), RIA())}
+    first = {pruner: share(pruner) for pruner in ("wanda", "ria")}
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
     assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
-    monkeypatch.setattr("permllm.pruning.calibration.calibrate_dense", lambda *_: refuse())
+    monkeypatch.setattr("permllm.pruning.calibration.calibrate_dense", lambda *_, **__: refuse())
     for pruner, before in first.items():
         again = share(pruner)
         assert torch.equal(again.target, before.target)
@@ -119,7 +123,11 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
             assert found.power == factors.power
             assert torch.equal(found.column, factors.column)
             assert found.row is factors.row is None or torch.equal(found.row, factors.row)
-    for changed in ((SparseGPT(),), (Wanda(), TOKENS.flip(0)), (Wanda(), TOKENS, TOKENS.shape[1])):
+    for changed in (
+        ("sparsegpt",),
+        ("wanda", TOKENS.flip(0)),
+        ("wanda", TOKENS, "permutation=lcp-paper"),
+    ):
         with pytest.raises(AssertionError, match="computed again"):
             share(*changed)
 

@@ -19,7 +19,6 @@ from permllm.errors import ConfigError, DataError, InUseError, PermLLMError
 from permllm.evaluation import measure
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.pruning import stages
 from permllm.runtime import precision
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
@@ -47,7 +46,7 @@ def settings(folder: Path, *words: str) -> RunConfig:
 def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
     result = job.run(settings(folder, *words))
     assert result is not None
-    return result
+    return result.metrics, result.directory
 
 
 def begun(
@@ -104,7 +103,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> None:
     """Stop one run at each of its stages in turn."""
     stops: list[Stop] = [line_with("temperature", 2), line_with("mask_flips")]
-    stops += [line_with("weights_learned"), (stages, "prune", lambda *_: True)]
+    stops += [line_with("weights_learned"), (job, "prune_layers", lambda *_: True)]
     stops += [(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])]
     stops += [(job, "export_run", lambda *_: True)]
     assert "continuing" not in (whole / "run.log").read_text()
@@ -120,7 +119,7 @@ def test_finished_stages_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
-    begun(tmp_path, words, stages, "prune")
+    begun(tmp_path, words, job, "prune_layers")
     learned = begun(tmp_path / "lcp", LEARNED, *line_with("temperature"))
     assert (learned / "lcp_checkpoint.pt").exists()
     monkeypatch.setattr(Heuristic, "orders", lambda *_: pytest.fail("searched again"))
@@ -232,7 +231,7 @@ def test_a_run_does_not_continue_in_products_of_another_dtype(
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: multiplies)
 
     on_a_machine(True)
-    directory = begun(tmp_path, words, stages, "prune")
+    directory = begun(tmp_path, words, job, "prune_layers")
     on_a_machine(False)
     with pytest.raises(ConfigError, match=r"bfloat16.*float32.*compute_dtype=bfloat16.*force=true"):
         run(tmp_path, *words)

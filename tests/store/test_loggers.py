@@ -54,7 +54,7 @@ def run_with(logger: str, folder: Path, *words: str) -> tuple[dict[str, Any], Pa
     settings = ("model=tiny", "permutation.epochs=3", f"runs_dir={folder}", f"logger={logger}")
     result = job.run(read_config(composed(*settings, *words)))
     assert result is not None
-    return result
+    return result.metrics, result.directory
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_a_finished_run_is_not_logged_again(
 ) -> None:
     caplog.set_level("INFO", "permllm")
     assert run_with("tensorboard", finished[1].parent) == finished
-    assert "and nothing is logged to tensorboard; force=true runs and logs it again" in caplog.text
+    assert "is finished already; force=true runs and logs it again" in caplog.text
     assert not (finished[1] / "tensorboard").exists()
 
 

@@ -15,12 +15,14 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from permllm.cli import Session, objective
+from permllm import cli
+from permllm.cli import objective
 from permllm.errors import ConfigError
 from permllm.report.read import collect
-from permllm.store import launched, sweep
+from permllm.settings.composition import SWEEP_VARIABLE
+from permllm.store import sweep
 from permllm.store.files import read_json
-from permllm.store.sweep import Outcome, kept
+from permllm.store.sweep import Outcome, read_outcomes
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny", "logger=none")
@@ -41,19 +43,19 @@ def before_its_jobs(*words: str, given: tuple[str, ...] = (), **swept: str) -> s
         config.hydra.runtime.choices.experiment = names[0] if names else None
         config.hydra.sweeper.params = swept
         sweep.SweepFolder().on_multirun_start(config, "config")
-    return os.environ[sweep.VARIABLE]
+    return os.environ[SWEEP_VARIABLE]
 
 
 @pytest.fixture
 def _nothing_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "STARTED", [])
-    monkeypatch.setenv(sweep.VARIABLE, "none")
+    for variable in (SWEEP_VARIABLE, sweep.FOLDER_VARIABLE):
+        monkeypatch.setenv(variable, "none")
 
 
 def outcomes(cwd: Path) -> list[tuple[str, str]]:
     """Return the last word that was typed for each job of the only sweep, and its outcome."""
     (folder,) = (cwd / "runs" / "sweeps").iterdir()
-    return [(job.overrides[-1], job.outcome) for job in kept(folder)]
+    return [(job.overrides[-1], job.outcome) for job in read_outcomes(folder)]
 
 
 @pytest.mark.usefixtures("_nothing_started")
@@ -91,14 +93,14 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = type("Gone", (Exception,), {"__module__": module})
-    session = Session()
-    monkeypatch.setattr(session, "close", lambda: 0)
 
     def launch() -> None:
         raise error("job 7 was killed\nfor its memory\n")
 
+    monkeypatch.setattr("hydra.main", lambda **_: lambda job: launch)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     with suppress(error):  # one of ours is seen whole
-        assert session.of(launch) == 1
+        assert cli.run() == 1
     said = capsys.readouterr().err
     assert ("error: Gone: job 7 was killed\nfor its memory\n" in said) == (module != "somewhere")
 
@@ -107,11 +109,12 @@ def test_outcomes_move_with_their_folder_and_what_cannot_be_read_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = tmp_path / "old" / "sweeps" / "a" / "jobs"
-    monkeypatch.setattr(sweep, "outcome_file", lambda: jobs / "0000.json")
-    sweep.keep(Outcome(["a=1"], "ran", directory=str(tmp_path / "old" / "run")))
+    monkeypatch.setattr(sweep, "_outcome_file", lambda: jobs / "0000.json")
+    monkeypatch.setattr(sweep, "overrides", lambda: ["a=1"])
+    sweep.write_outcome("ran", directory=tmp_path / "old" / "run")
     (jobs / "0001.json").write_text('{"overrides": [')
     (tmp_path / "old").rename(tmp_path / "new")
-    found = kept(tmp_path / "new" / "sweeps" / "a")
+    found = read_outcomes(tmp_path / "new" / "sweeps" / "a")
     assert found == [Outcome(["a=1"], "ran", directory=str(tmp_path / "new" / "run"))]
 
 
@@ -124,25 +127,24 @@ def test_each_process_of_joblib_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("joblib.effective_n_jobs", lambda n_jobs: n_jobs % 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    monkeypatch.setenv(launched.GPUS, "")
+    monkeypatch.setenv(sweep.GPUS_VARIABLE, "")
     for n_jobs in (3, -1):
         with pytest.raises(ConfigError, match=rf"hydra\.launcher\.n_jobs={n_jobs}"):
-            launched.share_gpus(joblib(n_jobs), "auto")
-    launched.share_gpus(joblib(3), "cpu")
-    assert launched.GPUS not in os.environ
-    launched.share_gpus(joblib(2), "auto")
+            sweep.share_gpus(joblib(n_jobs), "auto")
+    sweep.share_gpus(joblib(3), "cpu")
+    assert sweep.GPUS_VARIABLE not in os.environ
+    sweep.share_gpus(joblib(2), "auto")
     taken, held = [], []
     for _ in range(2):  # two processes
-        monkeypatch.setattr(launched, "_HELD", [])
+        sweep.take_gpu.cache_clear()
         for _ in range(2):  # two jobs of a process
-            launched.take_gpu()
+            held.append(sweep.take_gpu())
             taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        held += launched._HELD
     assert taken == ["5", "5", "7", "7"]
-    monkeypatch.setattr(launched, "_HELD", [])
+    sweep.take_gpu.cache_clear()
     # The first process ends and is replaced.
     monkeypatch.setattr("time.sleep", lambda _: held[0].release())
-    launched.take_gpu()
+    sweep.take_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
@@ -169,7 +171,7 @@ def test_two_processes_that_start_a_sweep_share_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_outcomes_of_jobs_are_gathered_and_kept(processes: int, tmp_path: Path) -> None:
+def test_outcomes_of_jobs_are_gathered_and_read_outcomes(processes: int, tmp_path: Path) -> None:
     command = ["-m", *TINY, "permutation=none", "pruner=glob([m*,w*])", "sparsity=2:4,2:5"]
     joblib = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={processes}"]
     first = run_command(*command, *joblib[: 2 * (processes > 1)], cwd=tmp_path)
@@ -182,10 +184,10 @@ def test_outcomes_of_jobs_are_gathered_and_kept(processes: int, tmp_path: Path) 
         assert {environment["hardware"]["threads"] for environment in environments} == {share}
     # The same sweep, whatever launches it: a plan leaves its outcomes, a run in use is skipped.
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
-    before = kept(folder)
+    before = read_outcomes(folder)
     run_command(*command, "plan=true", cwd=tmp_path)
-    assert kept(folder) == before
-    (lock,) = Path(kept(folder)[0].directory or "").glob(".lock-*")
+    assert read_outcomes(folder) == before
+    (lock,) = Path(read_outcomes(folder)[0].directory or "").glob(".lock-*")
     with FileLock(lock):
         again = run_command(*command, "force=true", cwd=tmp_path)
     assert "1 ran, 1 skipped, 2 failed" in again.stdout
@@ -209,15 +211,17 @@ def test_the_search_repeats_itself_and_outlives_a_failing_trial(tmp_path: Path) 
     command += ["temperature.start=interval(0.1, 3.0)"]
     first = run_command(*command, cwd=tmp_path)
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
-    before = [job.overrides for job in kept(folder)]
-    assert {job.outcome for job in kept(folder)} == {"ran", "failed"}
+    before = [job.overrides for job in read_outcomes(folder)]
+    assert {job.outcome for job in read_outcomes(folder)} == {"ran", "failed"}
     assert "Traceback" not in first.stderr
-    finished = [tmp_path / job.directory / "metrics.json" for job in kept(folder) if job.directory]
+    finished = [
+        tmp_path / job.directory / "metrics.json" for job in read_outcomes(folder) if job.directory
+    ]
     best = min(objective(read_json(file)) for file in finished)
     assert f"best_value: {best}" in (folder / "optimization_results.yaml").read_text()
     run_command(*command, cwd=tmp_path)
-    assert [job.overrides for job in kept(folder)] == before
-    assert {job.outcome for job in kept(folder)} == {"skipped", "failed"}
+    assert [job.overrides for job in read_outcomes(folder)] == before
+    assert {job.outcome for job in read_outcomes(folder)} == {"skipped", "failed"}
 
 
 def test_a_search_minimises_the_perplexity_or_the_error() -> None:
