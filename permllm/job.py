@@ -26,10 +26,9 @@ from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
-from permllm.pruning.calibration import calibrate
-from permllm.pruning.layerwise import PrunedModel, prune_layers
+from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
-from permllm.pruning.stages import find_masks, find_permutations, record_pruning
+from permllm.pruning.stages import calibrate, find_masks, find_permutations
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel

@@ -24,9 +24,9 @@ from permllm.pruner.magnitude import Magnitude
 from permllm.pruner.ria import RIA
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
-from permllm.pruning.calibration import calibrate_dense
 from permllm.pruning.layerwise import PrunedModel, prune_layers
 from permllm.pruning.methods import Job, Methods, ModelGroups
+from permllm.pruning.stages import calibrate_dense
 from permllm.reconstruction.base import NoReconstruction
 from permllm.settings.config import NMPattern, RunConfig, read_config
 from permllm.store.directory import Record

@@ -209,7 +209,7 @@ def half_pruned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: object) -> None:
         raise DataError("no second layer")
 
-    monkeypatch.setattr("permllm.pruning.stages._figures", broken)
+    monkeypatch.setattr("permllm.pruning.layerwise._figures", broken)
     with pytest.raises(DataError, match="no second layer"):
         permllm.prune(model, None, texts=WINDOWS, permutation="heuristic")
 

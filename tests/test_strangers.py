@@ -22,7 +22,7 @@ from permllm.export.verify import verify
 from permllm.models import families
 from permllm.models.families import channel_groups
 from permllm.models.load import load_model
-from permllm.pruning.calibration import calibrate_dense
+from permllm.pruning.stages import calibrate_dense
 from permllm.settings.config import read_config
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import permuted_nm_mask
@@ -41,7 +41,7 @@ FILES = {
         import torch
 
         from permllm.runtime import parallel
-        from permllm.pruning.calibration import Pruner
+        from permllm.pruning.stages import Pruner
         from permllm.sparsity.saliency import SaliencyFactors
         from permllm.sparsity.statistics import InputStatistic
 

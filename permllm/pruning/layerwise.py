@@ -1,5 +1,6 @@
 """Pruning of one decoder layer after the other, with the states of one layer in memory."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
+from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_order
-from permllm.pruning.calibration import member_factors
 from permllm.pruning.methods import Job, learning_problem, windows_for
+from permllm.pruning.stages import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
@@ -23,16 +25,22 @@ from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.sparsity.statistics import InputStatistics
-from permllm.store.files import PRUNED_LAYERS, layer_file
+from permllm.store.files import MASKS, PERMUTATIONS, PRUNED_LAYERS, WEIGHTS, layer_file
 from permllm.store.tensors import (
     PrunedLayer,
     load_layer,
+    load_masks,
+    load_orders,
     load_tensor,
     mask_name,
     save_layer,
+    save_masks,
+    save_tensors,
     violations,
     weight_name,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -285,3 +293,51 @@ def _comparing(
     parallel.all_reduce(sums.values())  # each rank has read its share of the windows
     for name, (difference, reference) in sums.items():
         errors[name] = float(difference / reference.clamp_min(1e-300))
+
+
+def record_pruning(job: Job, pruned: PrunedModel) -> None:
+    """Write permutations, masks, changed weights and measures of a pruned model to the record."""
+    record = job.record
+    if pruned.violations:
+        log.warning(
+            "the pruned model is not N:M: %d groups of M have more than N nonzeros",
+            pruned.violations,
+        )
+    record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
+    record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
+    figures = _figures(job, pruned)
+    if figures["sparsity"]["weights_kept"]:
+        _keep_weights(job)
+    record.metrics |= figures
+
+
+def _keep_weights(job: Job) -> None:
+    """Write the changed weights of each layer."""
+    for index, groups in by_layer(job.loaded.model, job.groups.pruned, "keep"):
+        paths = [path for group in groups for path in group.members]
+        if paths:
+            weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
+            job.record.keep(layer_file(WEIGHTS, index), weights, save_tensors)
+
+
+def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
+    """Return the measures of a pruned model for `metrics.json`, before its evaluation."""
+    patterns = differing_patterns(job.groups.every, job.groups.pruned)
+    of_model = sum(group.channels * sum(group.rows) for group in job.groups.every)
+    weights = sum(group.channels * sum(group.rows) for group in job.groups.pruned)
+    nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
+    return {
+        "compute_dtype": str(job.products).removeprefix("torch."),
+        "sparsity": {
+            "pattern": str(job.config.pattern),
+            **({"patterns": patterns} if patterns else {}),
+            "fraction": (weights - nonzeros) / weights,
+            "of_model": (weights - nonzeros) / of_model,
+            "violations": pruned.violations,
+            "weights_changed": job.methods.change_weights,
+            "weights_kept": job.methods.change_weights and job.config.save_weights,
+        },
+        "retained_saliency": pruned.retained,
+        "output_error": pruned.output_error,
+        "moved_channels": pruned.moved,
+    }

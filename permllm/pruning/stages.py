@@ -1,29 +1,88 @@
-"""Stages between a dense model and the loop that prunes its layers: calibrate, permute, mask.
+"""Stages before the pruning of the layers: calibration, permutation, mask.
 
 The stages share arguments: `windows` of the text, int64 `(windows, tokens)`, the calibration
-windows first, and `calibration`, the result of
-`permllm.pruning.calibration.calibrate`.
+windows first, and `calibration`, the result of `calibrate`.
 """
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from permllm.models.families import linear_at
-from permllm.models.selection import differing_patterns
+from permllm.errors import ConfigError, TrainingError
+from permllm.models.checkpoint import all_finite
+from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.layers import LayerStream, last_states
 from permllm.permutation.base import checked_order
-from permllm.pruning.calibration import DenseCalibration
-from permllm.pruning.layerwise import PrunedModel
+from permllm.pruner.base import Pruner
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.runtime.precision import products_in
-from permllm.sparsity.collecting import by_layer
-from permllm.store.files import MASKS, PERMUTATIONS, WEIGHTS, layer_file
+from permllm.sparsity.collecting import by_layer, collecting
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.sparsity.statistics import InputStatistics
+from permllm.store.cache import cached, tensor_digest
+from permllm.store.files import MASKS, PERMUTATIONS
 from permllm.store.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.training.problem import LearningProblem
 
-log = logging.getLogger(__name__)
+
+@dataclass
+class DenseCalibration:
+    """Result of the calibration pass through the dense model.
+
+    Attributes:
+        factors: saliency factors of every linear, by module path, on the CPU.
+        target: target of learning, the output of the last decoder layer, `(windows, tokens,
+            hidden)` on the host.
+    """
+
+    factors: dict[str, SaliencyFactors]
+    target: Tensor
+
+
+def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
+    """Calibrate all linears of the dense model, or read the result from the cache.
+
+    All linears, so that jobs with other `keep_dense` can reuse the result. The targets depend only
+    on model and text, so jobs with another pruner find them in the cache.
+
+    Args:
+        job: job with the dense model.
+        windows: int64 `(windows, tokens)`, the calibration windows first. The result also has the
+            targets of those windows after them from which permutations and masks learn.
+    """
+    samples = job.config.calibration.samples
+    tokens = windows[:samples]
+    pruner = job.methods.pruner
+    paper = job.config.permutation.get("conventions") == "paper"
+    norm_tokens = windows.shape[1] if paper else 1
+
+    @cache  # one pass gives factors and target
+    def calibrated() -> DenseCalibration:
+        return calibrate_dense(
+            job.loaded.model,
+            job.groups.every,
+            tokens,
+            pruner,
+            batch_size=job.config.calibration.batch_size,
+            compute_dtype=job.products,
+            norm_tokens=norm_tokens,
+        )
+
+    # A third-party pruner is not cached, because the key has only the version of this package.
+    if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        key = {"pruner": dict(job.config.pruner), "norm_tokens": norm_tokens}
+        packed = _cached_tensors(
+            job, tokens, "saliency", lambda: packed_factors(calibrated().factors), **key
+        )
+        factors = unpacked_factors(packed)
+    else:
+        factors = calibrated().factors
+    target = _cached_tensors(job, tokens, "target", lambda: {"target": calibrated().target})
+    return DenseCalibration(factors, _with_further_targets(job, windows, target["target"]))
 
 
 def _dense_problem(
@@ -73,49 +132,140 @@ def find_masks(
     return job.record.kept(MASKS, compute, save_masks, load_masks)
 
 
-def record_pruning(job: Job, pruned: PrunedModel) -> None:
-    """Write permutations, masks, changed weights and measures of a pruned model to the record."""
-    record = job.record
-    if pruned.violations:
-        log.warning(
-            "the pruned model is not N:M: %d groups of M have more than N nonzeros",
-            pruned.violations,
-        )
-    record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
-    record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
-    figures = _figures(job, pruned)
-    if figures["sparsity"]["weights_kept"]:
-        _keep_weights(job)
-    record.metrics |= figures
+def calibrate_dense(
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    pruner: Pruner,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
+    norm_tokens: int = 1,
+) -> DenseCalibration:
+    """Return the saliency factors of all linears of the dense model, and the target of learning.
+
+    Args:
+        model: dense model of a known family.
+        groups: all its channel groups.
+        tokens: int64 `(windows, tokens)`.
+        pruner: pruner that makes the factors; only one layer's statistics are in memory.
+        batch_size: windows in a forward.
+        compute_dtype: dtype of the model's matrix products; None: dtype of its weights.
+        norm_tokens: as in `InputStatistics`.
+    """
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    factors: dict[str, SaliencyFactors] = {}
+    for index, members in by_layer(model, groups, "calibrate"):
+        with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
+            stream.advance(index)
+        for group in members:
+            of_group = member_factors(model, group, pruner, statistics[group.name])
+            for path, of_linear in of_group.items():
+                factors[path] = of_linear.to("cpu")
+    return DenseCalibration(factors, stream.states())
 
 
-def _keep_weights(job: Job) -> None:
-    """Write the changed weights of each layer."""
-    for index, groups in by_layer(job.loaded.model, job.groups.pruned, "keep"):
-        paths = [path for group in groups for path in group.members]
-        if paths:
-            weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
-            job.record.keep(layer_file(WEIGHTS, index), weights, save_tensors)
+def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
+    """Return the targets of the calibration windows and of the further windows that methods read.
+
+    Targets of windows that only the reconstruction reads stay uninitialised.
+    """
+    samples = len(target)
+    stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
+    further = windows[samples : max(stops, default=0)]
+    if not len(further):
+        return target
+    batch_size = job.config.calibration.batch_size
+    computed = _cached_tensors(
+        job,
+        further,
+        "target",
+        lambda: {"target": last_states(job.loaded.model, further, batch_size, job.products)},
+    )
+    targets = target.new_empty(len(windows), *target.shape[1:])
+    targets[:samples] = target
+    targets[samples : samples + len(further)] = computed["target"]
+    return targets
 
 
-def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
-    """Return the measures of a pruned model for `metrics.json`, before its evaluation."""
-    patterns = differing_patterns(job.groups.every, job.groups.pruned)
-    of_model = sum(group.channels * sum(group.rows) for group in job.groups.every)
-    weights = sum(group.channels * sum(group.rows) for group in job.groups.pruned)
-    nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
-    return {
-        "compute_dtype": str(job.products).removeprefix("torch."),
-        "sparsity": {
-            "pattern": str(job.config.pattern),
-            **({"patterns": patterns} if patterns else {}),
-            "fraction": (weights - nonzeros) / weights,
-            "of_model": (weights - nonzeros) / of_model,
-            "violations": pruned.violations,
-            "weights_changed": job.methods.change_weights,
-            "weights_kept": job.methods.change_weights and job.config.save_weights,
-        },
-        "retained_saliency": pruned.retained,
-        "output_error": pruned.output_error,
-        "moved_channels": pruned.moved,
+def _cached_tensors(
+    job: Job, tokens: Tensor, kind: str, compute: Callable[[], dict[str, Tensor]], **key: Any
+) -> dict[str, Tensor]:
+    """Return tensors by name that depend on model, text and `key`, from the cache if possible.
+
+    Results of a model without an identity are not cached.
+    """
+    if not job.loaded.identity:
+        return compute()
+    identity = {
+        "model": job.loaded.identity,
+        "tokens": tensor_digest(tokens),
+        "batch_size": job.config.calibration.batch_size,
+        "compute_dtype": str(job.products),
+        "device": job.device.type,
     }
+    return cached(kind, identity | key, compute)
+
+
+def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
+    """Return factors by module path as tensors by name, without loss."""
+    packed: dict[str, Tensor] = {}
+    for path, of_linear in factors.items():
+        packed[f"{path}/power"] = torch.tensor(of_linear.power)
+        packed[f"{path}/column"] = of_linear.column
+        if of_linear.row is not None:
+            packed[f"{path}/row"] = of_linear.row
+    return packed
+
+
+def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
+    """Return the factors out of the result of `packed_factors`."""
+    paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
+    return {
+        path: SaliencyFactors(
+            int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row")
+        )
+        for path in paths
+    }
+
+
+def member_factors(
+    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
+) -> dict[str, SaliencyFactors]:
+    """Return the saliency factors of the linears of a group, by path.
+
+    Raises:
+        ConfigError: the pruner does not return valid factors.
+        TrainingError: the factors are not finite, perhaps because a float16 model overflows.
+    """
+    factors = {}
+    for path in group.members:
+        weight = linear_at(model, path).weight
+        factors[path] = _checked(pruner, path, weight, pruner.factors(weight, statistics))
+    return factors
+
+
+def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
+    """Return the factors of a linear after a check; raise as `member_factors`."""
+    where = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
+    if not isinstance(factors, SaliencyFactors):
+        raise ConfigError(f"{where} are a {type(factors).__name__}; expected SaliencyFactors")
+    rows, channels = weight.shape
+    column = factors.column
+    row = factors.row
+    terms = 1 if row is None else len(column)
+    fits = column.shape in ((terms, channels), (rows, channels))
+    if not fits or (row is not None and row.shape != (terms, rows)):
+        shapes = f"column {tuple(column.shape)}, row {row if row is None else tuple(row.shape)}"
+        raise ConfigError(
+            f"{where} are {shapes}; expected column (K, {channels}) and row (K, {rows}), or a "
+            f"score ({rows}, {channels}) and None"
+        )
+    for part in (column,) if row is None else (column, row):
+        if not all_finite(part):
+            raise TrainingError(
+                f"the saliency of {path} is not finite: are its inputs too large for "
+                f"{weight.dtype}, or its weights broken?"
+            )
+        if bool(part.amin() < 0):
+            raise ConfigError(f"{where} are negative; expected 0 or more")
+    return factors

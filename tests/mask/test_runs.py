@@ -15,7 +15,7 @@ from permllm.export.verify import verify
 from permllm.mask.learned import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
-from permllm.pruning import calibration
+from permllm.pruning import stages
 from permllm.store.files import read_json
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
@@ -120,7 +120,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=2)
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
-    real, real_states = Training.__init__, calibration.last_states
+    real, real_states = Training.__init__, stages.last_states
 
     def watched(
         self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any
@@ -135,7 +135,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
         return real_states(model, tokens, *more)
 
     monkeypatch.setattr(Training, "__init__", watched)
-    monkeypatch.setattr(calibration, "last_states", watched_states)
+    monkeypatch.setattr(stages, "last_states", watched_states)
     run(tmp_path, *words)
     assert settings.further == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])

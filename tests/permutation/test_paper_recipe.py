@@ -17,8 +17,8 @@ from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.lcp.lcp import LCP
-from permllm.pruning.calibration import calibrate
 from permllm.pruning.methods import Job, ModelGroups, learning_problem, methods_of
+from permllm.pruning.stages import calibrate
 from permllm.settings.config import RunConfig
 from permllm.sparsity.method import instantiate
 from permllm.store.directory import Record

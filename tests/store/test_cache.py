@@ -15,8 +15,8 @@ from permllm.data.texts import perplexity_texts
 from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.errors import DataError
 from permllm.models.load import LoadedModel
-from permllm.pruning.calibration import DenseCalibration, calibrate
 from permllm.pruning.methods import Job, checked_groups, methods_of
+from permllm.pruning.stages import DenseCalibration, calibrate
 from permllm.settings.config import CalibrationConfig, PerplexityConfig
 from permllm.store.cache import cached
 from permllm.store.directory import Record
@@ -113,7 +113,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
     first = {pruner: share(pruner) for pruner in ("wanda", "ria")}
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
     assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
-    monkeypatch.setattr("permllm.pruning.calibration.calibrate_dense", lambda *_, **__: refuse())
+    monkeypatch.setattr("permllm.pruning.stages.calibrate_dense", lambda *_, **__: refuse())
     for pruner, before in first.items():
         again = share(pruner)
         assert torch.equal(again.target, before.target)
