@@ -109,7 +109,6 @@ def _complete(
     if not record.pruned:
         record.check_products(products)
     footprint = _footprint(config, methods, device)
-    _check_shares(config, methods, record)
     parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
@@ -222,21 +221,6 @@ def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
     text = calibration_text(config.calibration).text
     if isinstance(text, HubText) and not pruned:
         text.digest(calibration=True)
-
-
-def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> None:
-    """Raise ConfigError if some ranks would have no window of their own to learn from."""
-    processes = parallel.world_size()
-    for group, method in methods.learned.items():
-        counts = {
-            f"{group}.batch_size": method.batch_size,
-            f"{group}.samples": getattr(method, "samples", None),
-        }
-        for name, value in (counts | {"calibration.samples": config.calibration.samples}).items():
-            if value and value < processes and not record.has(group):
-                raise ConfigError(
-                    f"{name}={value}: {processes} processes need at least {name}={processes}"
-                )
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
