@@ -70,7 +70,7 @@ def transformers_reads(what: object) -> Iterator[None]:
         raise DataError(f"transformers cannot load {what}: {reason}") from error
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def checkpoint_config(folder: Path) -> PreTrainedConfig:
     """Read the config of a checkpoint's folder.
 
     Raises:
@@ -264,7 +264,7 @@ def close(logits: Tensor, expected: Tensor) -> bool:
 
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
-    read_config(folder)
+    checkpoint_config(folder)
     files = weight_files(folder)
     dtypes = {name: dtype for file in files for name, dtype in _dtypes(file).items()}
     generation = folder / "generation_config.json"

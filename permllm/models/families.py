@@ -123,6 +123,11 @@ class ChannelGroup:
     pattern: NMPattern | None = None
 
     @property
+    def weights(self) -> int:
+        """Return the number of weights of all members."""
+        return self.channels * sum(self.rows)
+
+    @property
     def prefix(self) -> str:
         """Return the path of the decoder layer, with a dot at the end."""
         return self.name.removesuffix(self.table.name)

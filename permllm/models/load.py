@@ -30,11 +30,11 @@ from permllm.models.checkpoint import (
     check_dense,
     check_runs,
     check_values,
+    checkpoint_config,
     close,
     head_of_its_own,
     indexed_files,
     parameter_names,
-    read_config,
     read_weights,
     tensor_reader,
     transformers_reads,
@@ -44,7 +44,7 @@ from permllm.models.families import FAMILIES, after_layers, decoder_layers, fami
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
-from permllm.models.offload import Offloaded, OnDisk, place, placement_of
+from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
 
@@ -106,13 +106,13 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         # Without a dtype, which would round the rotary frequencies; they stay in float32.
         nn.Module.to(model, device=device)
     elif placement == "host":
-        place(model, Offloaded(model, device))
+        set_placement(model, Offloaded(model, device))
         _outside_to(model, device)
     elif placement == "sharded" and folder is None:  # a folder's model is sharded while it is read
         from permllm.models.sharded import Sharded  # here, because the import takes seconds
 
         parameters = dict(model.named_parameters())
-        place(model, Sharded(model, device, lambda name: parameters[name].data))
+        set_placement(model, Sharded(model, device, lambda name: parameters[name].data))
         _outside_to(model, device)
     with placement_of(model).whole():
         check_runs(called, model)
@@ -212,7 +212,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
         raise ConfigError(
             f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
         )
-    actual = read_config(folder)
+    actual = checkpoint_config(folder)
     check_dense(str(folder), actual)
     for key, stated in config.architecture.items():
         value = getattr(actual, key, None)
@@ -277,7 +277,9 @@ def _by_layers(
             f"tensors, and {folder} has others; take model.placement=host"
         )
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoint_config(folder), dtype=dtype
+        )
     state = model.state_dict()
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
@@ -291,10 +293,10 @@ def _by_layers(
     if placement == "sharded":
         from permllm.models.sharded import Sharded
 
-        place(model, Sharded(model, device, read))
+        set_placement(model, Sharded(model, device, read))
         return model
     on_disk = OnDisk(model, device, read)
-    place(model, on_disk)
+    set_placement(model, on_disk)
     for index, layer in enumerate(decoder_layers(model)):
         with on_disk.layer(index):
             check_values(folder, layer, f"{layers}{index}")

@@ -100,11 +100,11 @@ _PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
 
 
 def placement_of(model: nn.Module) -> Placement:
-    """Return the placement of a model's weights; without a call of `place` it is `device`."""
+    """Return the placement of a model's weights: `device`, or the one of `set_placement`."""
     return _PLACEMENTS.get(model) or Placement(model)
 
 
-def place(model: nn.Module, placement: Placement) -> None:
+def set_placement(model: nn.Module, placement: Placement) -> None:
     """Set the placement of a model's weights."""
     _PLACEMENTS[model] = placement
 
