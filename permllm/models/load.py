@@ -25,7 +25,8 @@ from permllm.data.hub import hub_snapshot
 from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
-    WEIGHTS,
+    WEIGHT_FILES,
+    ReadTensor,
     check_checkpoint,
     check_dense,
     check_runs,
@@ -73,7 +74,7 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig, seed: int) -> LoadedModel:
-    """Load the model that the settings name.
+    """Load the model that the settings name, after `meta_model` has checked its config.
 
     Args:
         config: the model's settings; `placement=auto` means `device`.
@@ -82,20 +83,27 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     Raises:
         DataError: the model cannot be downloaded or found (licence, token, name, network, wheel),
             or is damaged.
-        ConfigError: the model's architecture differs from the settings, the model cannot be pruned,
-            or `bos` is set and the tokenizer has no BOS.
+        ConfigError: the model cannot be pruned, or `bos` is set and the tokenizer has no BOS.
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
     dtype = getattr(torch, config.dtype)
     called = config.path or config.hub_name or config.name
     folder = dense_folder(config)
+    read = None
     if folder is None:
-        model, tokenizer, identity = _random(config, seed, dtype)
+        model = _random(config, seed, dtype)
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        architecture = json.dumps(config.architecture, sort_keys=True)
+        identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:
-        if config.source != "hub":  # `dense_folder` has checked a hub model before its download
-            _without_values(config, folder)
-        model, tokenizer = _from_folder(folder, dtype, device, placement)
+        if placement in ("disk", "sharded"):
+            read = _reader_by_layer(folder, placement)
+            model = _without_layers(folder, dtype, device, read)
+        else:
+            onto = device if placement == "device" else torch.device("cpu")
+            model = read_weights(folder, dtype, onto)
+        tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
     if head_of_its_own(model):
         # The files may hold a separate head although the config ties it. lm-eval ties weights again
@@ -105,14 +113,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     if placement == "device":
         # Without a dtype, which would round the rotary frequencies; they stay in float32.
         nn.Module.to(model, device=device)
-    elif placement == "host":
-        set_placement(model, Offloaded(model, device))
-        _outside_to(model, device)
-    elif placement == "sharded" and folder is None:  # a folder's model is sharded while it is read
-        from permllm.models.sharded import Sharded  # here, because the import takes seconds
-
-        parameters = dict(model.named_parameters())
-        set_placement(model, Sharded(model, device, lambda name: parameters[name].data))
+    else:
+        _place_layers(model, placement, device, read)
         _outside_to(model, device)
     with placement_of(model).whole():
         check_runs(called, model)
@@ -239,43 +241,37 @@ def _architecture(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def _random(
-    config: ModelConfig, seed: int, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     architecture = _architecture(config)
     with torch.random.fork_rng(devices=[]), transformers_reads(config.name):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-    identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}:{config.dtype}"
-    return model, ByT5Tokenizer(extra_ids=0), identity
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
 
-def _from_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device, placement: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if placement in ("disk", "sharded"):
-        model = _by_layers(folder, dtype, device, placement)
-    else:
-        onto = device if placement == "device" else torch.device("cpu")
-        model = read_weights(folder, dtype, onto)
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with transformers_reads(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer("A broken tokenizer fails at its first words.")
-    return model, tokenizer
+    return tokenizer
 
 
-def _by_layers(
-    folder: Path, dtype: torch.dtype, device: torch.device, placement: str
-) -> PreTrainedModel:
-    """Load a folder without its decoder layers, which are read one at a time or in parts."""
+def _reader_by_layer(folder: Path, placement: str) -> ReadTensor:
+    """Return the reader of a folder's tensors, whose layers are read one at a time or in parts."""
     read = tensor_reader(folder, check_checkpoint(folder))
     if read is None:
         raise ConfigError(
             f"model.placement={placement} needs safetensors files with the model's own names of "
             f"tensors, and {folder} has others; take model.placement=host"
         )
+    return read
+
+
+def _without_layers(
+    folder: Path, dtype: torch.dtype, device: torch.device, read: ReadTensor
+) -> PreTrainedModel:
+    """Load a folder; the parameters of its decoder layers stay on the meta device."""
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             checkpoint_config(folder), dtype=dtype
@@ -287,20 +283,28 @@ def _by_layers(
         if name in buffers or not name.startswith(layers):
             set_module_tensor_to_device(model, name, device, read(name).clone(), state[name].dtype)
     model.tie_weights()
-    _outside_to(model, device)
     model.generation_config = generation_of(folder)
     check_values(folder, model)
-    if placement == "sharded":
-        from permllm.models.sharded import Sharded
-
-        set_placement(model, Sharded(model, device, read))
-        return model
-    on_disk = OnDisk(model, device, read)
-    set_placement(model, on_disk)
-    for index, layer in enumerate(decoder_layers(model)):
-        with on_disk.layer(index):
-            check_values(folder, layer, f"{layers}{index}")
     return model
+
+
+def _place_layers(
+    model: PreTrainedModel, placement: str, device: torch.device, read: ReadTensor | None
+) -> None:
+    """Set the placement `host`, `disk` or `sharded`; `read` reads the layers of a folder."""
+    if placement == "host":
+        set_placement(model, Offloaded(model, device))
+    elif placement == "sharded":
+        from permllm.models.sharded import Sharded  # here, because the import takes seconds
+
+        parameters = dict(model.named_parameters())
+        set_placement(model, Sharded(model, device, read or (lambda name: parameters[name].data)))
+    elif read:
+        on_disk = OnDisk(model, device, read)
+        set_placement(model, on_disk)
+        for index in range(len(decoder_layers(model))):
+            with on_disk.layer(index) as layer:
+                check_values("model.placement=disk", layer, f"{family_of(model).layers}.{index}")
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:
@@ -323,12 +327,12 @@ def _hub_folder(config: ModelConfig) -> Path:
     name = config.hub_name or ""
     folder = hub_snapshot(name, config.revision, _SETTINGS)
     _without_values(config, folder)
-    for index, single in WEIGHTS:
+    for index, single in WEIGHT_FILES:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         hub_snapshot(name, folder.name, files)
         if all((folder / file).is_file() for file in files):
             return folder
-    kinds = ", ".join(single for _, single in WEIGHTS)
+    kinds = ", ".join(single for _, single in WEIGHT_FILES)
     raise DataError(
         f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, "
         "or an index of several"

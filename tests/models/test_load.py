@@ -51,7 +51,7 @@ def test_the_identity_follows_the_weights(folder: Path) -> None:
 def test_an_architecture_that_is_not_the_stated_one_is_refused(folder: Path) -> None:
     stated = {"model_type": "qwen3", "hidden_size": 64}
     with pytest.raises(ConfigError, match=r"model\.architecture\.hidden_size=64"):
-        load_model(local(folder, architecture=stated), seed=0)
+        meta_model(local(folder, architecture=stated))
 
 
 def test_random_weights_follow_the_seed() -> None:
