@@ -286,8 +286,7 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
             kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
             wrong.append(f"has {name} as {dtype}: {kind}")
     if wrong:
-        more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
-        raise DataError(f"{folder} {wrong[0]}{more}: its files and its config do not agree")
+        raise DataError(f"{folder} {wrong[0]}: its files and its config do not agree")
     return model
 
 

@@ -332,8 +332,4 @@ def _hub_folder(config: ModelConfig) -> Path:
         hub_snapshot(name, folder.name, files)
         if all((folder / file).is_file() for file in files):
             return folder
-    kinds = ", ".join(single for _, single in WEIGHT_FILES)
-    raise DataError(
-        f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, "
-        "or an index of several"
-    )
+    raise DataError(f"model {name} at {folder.name} has no weights on the hub or in the cache")

@@ -69,7 +69,7 @@ HALF = {name: torch.zeros(200, 32) for name in (HEAD, EMBEDDING)}
 BROKEN: dict[str, tuple[Any, Settings, str]] = {
     "a linear is missing": ({UP: None}, {}, f"lacks {UP}"),
     "the head is missing": ({HEAD: None}, {}, f"lacks {HEAD}"),
-    "a linear is renamed": ({UP: None, "up.weight": torch.ones(2)}, {}, f"{UP}, and 1 more"),
+    "a linear is renamed": ({UP: None, "up.weight": torch.ones(2)}, {}, f"lacks {UP}"),
     "a tensor too many": ({"x\n": torch.ones(2)}, {}, r"config asks for none, x\\n:"),
     "another shape": ({UP: torch.ones(60, 32)}, {}, f"another shape .* {UP}"),
     "integers": ({UP: torch.ones(64, 32, dtype=torch.int8)}, {}, f"{UP} as I8"),
