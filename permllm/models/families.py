@@ -342,12 +342,11 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
             its forward was replaced by something other than a hook of accelerate.
     """
     module = model.get_submodule(path)
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    weight = module._parameters.get("weight")  # None in a parametrised linear
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if not plain or replaced or weight is None or weight.dtype not in _WEIGHTS:
+    # A parametrised or quantised linear has a class of its own.
+    if type(module) is not nn.Linear or replaced or module.weight.dtype not in _WEIGHTS:
         raise ConfigError(
             f"{path} is a {type(module).__name__}, but no plain Linear of floats: "
             "quantised or adapted models cannot be pruned"
         )
-    return module  # type: ignore[return-value]
+    return module

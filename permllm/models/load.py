@@ -87,22 +87,23 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
-    dtype = getattr(torch, config.dtype)
     called = config.path or config.hub_name or config.name
     folder = dense_folder(config)
     read = None
     if folder is None:
-        model = _random(config, seed, dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _built(config, _architecture(config))
         tokenizer = ByT5Tokenizer(extra_ids=0)
         architecture = json.dumps(config.architecture, sort_keys=True)
         identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:
         if placement in ("disk", "sharded"):
             read = _reader_by_layer(folder, placement)
-            model = _without_layers(folder, dtype, device, read)
+            model = _without_layers(config, folder, device, read)
         else:
             onto = device if placement == "device" else torch.device("cpu")
-            model = read_weights(folder, dtype, onto)
+            model = read_weights(folder, getattr(torch, config.dtype), onto)
         tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
     if head_of_its_own(model):
@@ -227,25 +228,22 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
 
 
 def _on_meta(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
-    with transformers_reads(config.name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture, dtype=getattr(torch, config.dtype)
-        )
+    with torch.device("meta"):
+        model = _built(config, architecture)
     family_of(model)
     return model
+
+
+def _built(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model with new weights."""
+    with transformers_reads(config.name):
+        return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
 
 
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
     settings = dict(config.architecture)
     with transformers_reads(f"model.architecture of model={config.name}"):
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
-
-
-def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    architecture = _architecture(config)
-    with torch.random.fork_rng(devices=[]), transformers_reads(config.name):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -269,13 +267,11 @@ def _reader_by_layer(folder: Path, placement: str) -> ReadTensor:
 
 
 def _without_layers(
-    folder: Path, dtype: torch.dtype, device: torch.device, read: ReadTensor
+    config: ModelConfig, folder: Path, device: torch.device, read: ReadTensor
 ) -> PreTrainedModel:
     """Load a folder; the parameters of its decoder layers stay on the meta device."""
-    with transformers_reads(folder), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            checkpoint_config(folder), dtype=dtype
-        )
+    with init_empty_weights(include_buffers=False):
+        model = _built(config, checkpoint_config(folder))
     state = model.state_dict()
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
