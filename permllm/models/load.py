@@ -94,7 +94,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _built(config, _architecture(config))
-        tokenizer = ByT5Tokenizer(extra_ids=0)
+        tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer(extra_ids=0)
         architecture = json.dumps(config.architecture, sort_keys=True)
         identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:

@@ -299,7 +299,7 @@ class Footprint:
             memory += self.vocabulary * (head + 16 * chunk_of(self.device, self.vocabulary))
             products += tokens * self.vocabulary * 8 * self.hidden
             moved += tokens * self.vocabulary * _VOCABULARY_BYTES
-        weight_bytes = _MASKED_BYTES
+        weight_bytes: float = _MASKED_BYTES
         parameter_bytes = _PARAMETER_BYTES
         if method is self.methods.permutation:
             weight_bytes = _PERMUTED_BYTES + _EXCHANGED_BYTES / self.ranks

@@ -9,7 +9,6 @@ from permllm.errors import ConfigError
 from permllm.planning.footprint import Footprint
 from permllm.planning.speed import CARDS
 from permllm.pruning.methods import Methods, checked_groups, methods_of
-from permllm.runtime import parallel
 from permllm.runtime.devices import processes_here
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.settings.config import PLACEMENTS, Placement, RunConfig
@@ -24,10 +23,12 @@ def placements(footprint: Footprint) -> list[Placement]:
     """Return the placements that a job can have, from the fastest to the slowest."""
     if footprint.methods.needs_device:
         return ["device"]
-    # One process has no other process to share layers with, and a random model has no files.
-    without = {"sharded"} if parallel.world_size() == 1 else set()
-    without |= {"disk"} if footprint.config.model.source == "random" else set()
-    return [name for name in PLACEMENTS if name not in without]
+    possible = list(PLACEMENTS)
+    if footprint.ranks == 1:  # no other process to share layers with
+        possible.remove("sharded")
+    if footprint.config.model.source == "random":  # no files
+        possible.remove("disk")
+    return possible
 
 
 def placement_for(footprint: Footprint) -> Placement:
@@ -36,7 +37,7 @@ def placement_for(footprint: Footprint) -> Placement:
     If no placement fits, the job tries the one that needs least memory, because needs are
     estimates. A warning then names settings that would fit.
     """
-    name, reasons = _first_that_fits(footprint)
+    name, reasons = first_that_fits(footprint)
     if name:
         if reasons:
             log.info("model.placement=%s, because %s", name, "; ".join(reasons))
@@ -45,11 +46,6 @@ def placement_for(footprint: Footprint) -> Placement:
     would = "; ".join(would_fit(footprint)) or "no other setting is known to fit"
     log.warning("no model.placement fits: %s. Trying %s; %s", "; ".join(reasons), last, would)
     return last
-
-
-def fits(footprint: Footprint) -> bool:
-    """Tell if the job fits in the memory with a placement that the settings allow."""
-    return _first_that_fits(footprint)[0] is not None
 
 
 def would_fit(footprint: Footprint) -> list[str]:
@@ -63,7 +59,7 @@ def would_fit(footprint: Footprint) -> list[str]:
         except ConfigError:  # another setting of this job contradicts it
             continue
         other = Footprint(changed, footprint.model, methods, footprint.device)
-        placement, _ = _first_that_fits(other)
+        placement, _ = first_that_fits(other)
         if placement:
             needs = other.needs(placement)
             sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB on the host"
@@ -103,7 +99,7 @@ def _allowed(footprint: Footprint) -> list[Placement]:
     return placements(footprint) if placement == "auto" else [placement]
 
 
-def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
+def first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
     """Return the first placement that fits, or None, and why earlier ones do not fit."""
     device = footprint.device
     card = footprint.config.plan_on
@@ -111,7 +107,7 @@ def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]
     if card:
         on_card = CARDS[card][-1] * 1e9
         host = math.inf  # unknown
-    reasons = []
+    reasons: list[str] = []
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
         if footprint.on_a_host:

@@ -8,7 +8,7 @@ from rich.table import Table
 from permllm.command import terminal
 from permllm.models.families import ChannelGroup
 from permllm.planning.footprint import Footprint
-from permllm.planning.placement import FITS, fits, placement_for, placements
+from permllm.planning.placement import FITS, first_that_fits, placement_for, placements
 from permllm.planning.speed import speed_of
 
 # Memory sizes of accelerators in GB.
@@ -64,7 +64,8 @@ def _estimates(of: Footprint) -> Table:
     speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     on_a_gpu = Footprint(of.config, of.model, of.methods, torch.device("cuda"))
     placement = placement_for(of)
-    choice = "chosen" if fits(of) else "does not fit"
+    first, _ = first_that_fits(of)
+    choice = "chosen" if first else "does not fit"
     title = "GB by stage and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
     rest = ("on the host", "peak", "on a GPU, a card of", "minutes")
