@@ -264,29 +264,35 @@ def close(logits: Tensor, expected: Tensor) -> bool:
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
     checkpoint_config(folder)
-    files = weight_files(folder)
-    dtypes = {name: dtype for file in files for name, dtype in _dtypes(file).items()}
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_json(generation)  # because transformers ignores a damaged one
-    always = {"local_files_only": True, "trust_remote_code": False}
-    always |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    dtypes = {name: dtype for file in weight_files(folder) for name, dtype in _dtypes(file).items()}
     with transformers_reads(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options | always)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
     model, report = loaded
-    wrong = []
-    for key, what in _REPORT.items():
+    for key, verb in _REPORT.items():
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
-        wrong += [f"{what} {printable(name)}" for name in names]
+        if names:
+            raise DataError(
+                f"{folder} {verb} {printable(names[0])}: its files and its config do not agree"
+            )
     prefix = f"{model.base_model_prefix}."  # old files leave it out
     own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
     for name, dtype in sorted(dtypes.items()):
         weight = name.removeprefix(prefix) in own or name.endswith("weight")
         if weight and dtype not in _FLOATING:
-            kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
-            wrong.append(f"has {name} as {dtype}: {kind}")
-    if wrong:
-        raise DataError(f"{folder} {wrong[0]}: its files and its config do not agree")
+            raise DataError(
+                f"{folder} has {name} as {dtype}: weights must be floating-point numbers "
+                "(quantised models cannot be pruned)"
+            )
     return model
 
 
