@@ -114,21 +114,18 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     calls = _Calls()
     names = {module: name for name, module in model.named_modules()}
 
-    def reads(module: nn.Module, args: Any) -> None:
-        calls.order.append(names[module])
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        name = names[module]
+        calls.order.append(name)
         if isinstance(module, nn.Linear):
-            calls.read[names[module]] = args[0]
-
-    def writes(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, nn.Linear):
-            calls.written[names[module]] = output, output._version
+            calls.read[name] = args[0]
+            calls.written[name] = output, output._version
 
     def returns(module: nn.Module, args: Any, output: Any) -> None:
         calls.tuples = isinstance(output, tuple)
 
     leaves = [module for module in names if not list(module.children())]
-    hooks = [leaf.register_forward_pre_hook(reads, prepend=True) for leaf in leaves]
-    hooks += [leaf.register_forward_hook(writes) for leaf in leaves]
+    hooks = [leaf.register_forward_hook(record) for leaf in leaves]
     hooks += [layer.register_forward_hook(returns) for layer in layers]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     log = logging.getLogger("torch._subclasses.fake_tensor")

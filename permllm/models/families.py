@@ -61,12 +61,9 @@ class GroupTable:
         return self.members if self.reader is None else (self.reader,)
 
     def produced(self) -> Iterator[tuple[str, Part]]:
-        """Yield each producer with the part of its rows that are the channels."""
-        if self.parts:
-            yield from zip(self.producers, self.parts, strict=False)
-        else:
-            for producer in self.producers:
-                yield producer, "whole"
+        """Return each producer with the part of its rows that are the channels."""
+        parts: tuple[Part, ...] = self.parts or ("whole",) * len(self.producers)
+        return zip(self.producers, parts, strict=True)
 
 
 @dataclass(frozen=True)
