@@ -107,6 +107,7 @@ class Footprint:
         self.model = model
         self.methods = methods
         self.device = device
+        self.on_a_host = device.type == "cpu"
         self.ranks = parallel.world_size()
         layers = decoder_layers(model)
         layer_sizes = [sum(value.numel() for value in layer.parameters()) for layer in layers]
@@ -136,8 +137,7 @@ class Footprint:
         # Operations of a forward of the calibration text.
         self.forward = 2 * self.all_layers * self.text
         texts = config.evaluation.perplexity
-        tokens = texts.limit * texts.seqlen if texts.limit else _TEST_TOKENS
-        self.measured = tokens / self.ranks
+        self.measured = (texts.limit * texts.seqlen if texts.limit else _TEST_TOKENS) / self.ranks
 
     def _plan_of(self, method: Any) -> LearningPlan:
         """Return the plan of a permutation or mask; without stages if the method does not learn."""
@@ -149,11 +149,6 @@ class Footprint:
         """Tell whether layers are copied to the device one at a time."""
         return placement in ("disk", "sharded") or (placement == "host" and not self.on_a_host)
 
-    @property
-    def on_a_host(self) -> bool:
-        """Tell whether the device is a CPU, whose memory is the host's."""
-        return self.device.type == "cpu"
-
     def needs(self, placement: str) -> Needs:
         """Return the memory that a placement needs."""
         weights = self.parameters
@@ -164,8 +159,7 @@ class Footprint:
         weights *= self.item
         if placement == "sharded":
             weights += self.all_layers * self.item // self.ranks
-        costs = self.stages(placement)
-        stages = {name: weights + cost.memory for name, cost in costs.items()}
+        stages = {name: weights + cost.memory for name, cost in self.stages(placement).items()}
         device = max(stages.values())
         host = self._on_the_host(placement)
         peak = device + host + host_memory() if self.on_a_host else device
@@ -257,10 +251,10 @@ class Footprint:
 
     def _learn_weights(self, streams: bool) -> StageCost:
         """Return the stage in which the kept weights of all layers learn."""
-        kept = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
+        weights = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
         # Positions of kept weights, and rounded copies of float32 weights.
-        waiting = 4 + (2 * self.pruned // kept if self.item == 4 else 0)
-        plan = LearningPlan([range(self.layers)], kept)
+        waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
+        plan = LearningPlan([range(self.layers)], weights)
         return self._learn(self.methods.reconstruction, plan, waiting, streams)
 
     def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> StageCost:
@@ -277,8 +271,8 @@ class Footprint:
         of_rank = ceil(method.batch_size / self.ranks)
         together = min(of_rank, method.micro_batch_size or of_rank) * self.seqlen
         gathers = method is self.methods.mask and self.config.permutation.get("name") != "none"
-        kept = kept_a_token(self.every, self.hidden, self.item, gathers) * self.item
-        activations = together * kept * plan.depth
+        layer_bytes = kept_a_token(self.every, self.hidden, self.item, gathers) * self.item
+        activations = together * layer_bytes * plan.depth
         recomputes = streams or method.activation_checkpointing
         if recomputes is None:
             recomputes = activations > KEPT_ON_A_HOST
@@ -292,7 +286,7 @@ class Footprint:
         tokens = steps * method.batch_size * self.seqlen / self.ranks
         measured = (1 + method.select_from) * samples * self.seqlen / self.ranks
         products = (tokens * (4 if recomputes else 3) + measured) * 2 * self.all_layers * share
-        moved = tokens * kept * self.layers * share * _KEPT_BYTES
+        moved = tokens * layer_bytes * self.layers * share * _KEPT_BYTES
         if method.loss == "kl":
             # A copy of the head in the dtype of products; four values for each logit of a chunk.
             head = 2 * self.hidden if self.item > 2 else 0
