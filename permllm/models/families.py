@@ -62,7 +62,8 @@ class GroupTable:
 
     def produced(self) -> Iterator[tuple[str, Part]]:
         """Return each producer with the part of its rows that are the channels."""
-        parts: tuple[Part, ...] = self.parts or ("whole",) * len(self.producers)
+        whole: tuple[Part, ...] = ("whole",)
+        parts = self.parts or whole * len(self.producers)
         return zip(self.producers, parts, strict=True)
 
 
