@@ -126,7 +126,7 @@ def _complete(
             _check_identity(record, loaded)
             _check_perplexity_texts(config, loaded)
             windows = None if record.pruned else _calibration_windows(config, loaded)
-        job = Job(config, methods, record, logger, loaded, footprint.model_groups, products)
+        job = Job(config, methods, record, logger, loaded, footprint.groups, products)
 
         with record.stage("evaluate dense", device):
             evaluate(loaded, config.evaluation, "dense", record)

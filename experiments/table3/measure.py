@@ -7,6 +7,7 @@ The measurement needs the model's sizes, not its weights.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from experiments.measuring import check_whole, main
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
-from permllm.planning.speed import interleaved
+from permllm.planning.speed import clock
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.nm import nm_mask
 
@@ -33,6 +34,8 @@ _PATTERN = NMPattern(2, 4)
 # The paper's rows, with the indices of their channel groups in a layer: attention input (0) and
 # output (1), MLP input (2) and output (3).
 _ROWS = {"qkvo_proj": (0, 1), "up_gate_proj": (2,), "down_proj": (3,)}
+# Shorter measurements would be distorted by the clock, the first launch and the last wait.
+_LEAST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         works["dense"] = partial(_products, weights, xs)
         if sparse:
             works["2:4"] = partial(_products, [_semi_structured(weight) for weight in weights], xs)
-        found = interleaved(works, own.repeats, device)
+        found = _interleaved(works, own.repeats, device)
         rows.append(
             {"row": name, "shapes": [list(shape) for shape in shapes]} | _milliseconds(found)
         )
@@ -104,7 +107,7 @@ def _permutation(
         "gather": partial(x.index_select, -1, order.to(torch.int32)),
         "matrix": partial(torch.matmul, x, matrix),
     }
-    return {"channels": channels} | _milliseconds(interleaved(works, own.repeats, device))
+    return {"channels": channels} | _milliseconds(_interleaved(works, own.repeats, device))
 
 
 def lines(results: dict[str, Any]) -> list[str]:
@@ -159,6 +162,27 @@ def _products(weights: list[Tensor], xs: dict[int, Tensor]) -> list[Tensor]:
 
 def _semi_structured(weight: Tensor) -> Tensor:
     return to_sparse_semi_structured(weight * nm_mask(weight.abs().float(), _PATTERN))
+
+
+def _interleaved(
+    works: dict[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Measure works in turns, and return the seconds of a call for each work and turn.
+
+    A measurement takes as many calls, at most 1000, as need `_LEAST_SECONDS`. Two turns before do
+    not count: the first compiles and allocates, the second finds the number of calls.
+    """
+    for work in works.values():
+        work()
+    calls = {}
+    for name, work in works.items():
+        once = max(clock(work, device), 1e-9)
+        calls[name] = math.ceil(min(max(_LEAST_SECONDS / once, 1), 1000))
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(clock(work, device, calls[name]))
+    return times
 
 
 def _milliseconds(found: dict[str, list[float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from permllm.models.families import ChannelGroup
 from permllm.sparsity.method import Method
 from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningPlan
+from permllm.training.settings import Descent, LearningPlan
 
 
 class Mask(Method):
@@ -18,22 +18,19 @@ class Mask(Method):
     Attributes:
         local: True: the pruner chooses the mask of each linear while it prunes. False: a
             `FoundMask` finds all masks before.
-    """
-
-    local: bool = True
-
-
-class FoundMask(Mask, ABC):
-    """Base of the methods that find the masks of all linears together, in all ranks.
-
-    Attributes:
         statistics: statistics of the linears' inputs that the method sums over the calibration
             text (`permllm.sparsity`).
     """
 
+    local: bool = True
+    statistics: Statistics = ()
+
+
+class FoundMask(Mask, ABC):
+    """Base of the methods that find the masks of all linears together, in all ranks."""
+
     local = False
     found_dense = "mask"
-    statistics: Statistics = ()
 
     @abstractmethod
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -45,15 +42,10 @@ class FoundMask(Mask, ABC):
         """
 
 
-class LearnedMask(FoundMask):
-    """Base of the methods that train, in all ranks together.
-
-    Attributes:
-        batch_size: windows in a step.
-    """
+class LearnedMask(FoundMask, Descent):
+    """Base of the methods that train, in all ranks together."""
 
     learned = True
-    batch_size: int
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:

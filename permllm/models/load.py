@@ -25,16 +25,17 @@ from permllm.data.hub import hub_snapshot
 from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
-    WEIGHTS,
+    WEIGHT_FILES,
+    ReadTensor,
     check_checkpoint,
     check_dense,
     check_runs,
     check_values,
+    checkpoint_config,
     close,
     head_of_its_own,
     indexed_files,
     parameter_names,
-    read_config,
     read_weights,
     tensor_reader,
     transformers_reads,
@@ -44,7 +45,7 @@ from permllm.models.families import FAMILIES, after_layers, decoder_layers, fami
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
-from permllm.models.offload import Offloaded, OnDisk, place, placement_of
+from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
 
@@ -73,7 +74,7 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig, seed: int) -> LoadedModel:
-    """Load the model that the settings name.
+    """Load the model that the settings name, after `meta_model` has checked its config.
 
     Args:
         config: the model's settings; `placement=auto` means `device`.
@@ -82,20 +83,28 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     Raises:
         DataError: the model cannot be downloaded or found (licence, token, name, network, wheel),
             or is damaged.
-        ConfigError: the model's architecture differs from the settings, the model cannot be pruned,
-            or `bos` is set and the tokenizer has no BOS.
+        ConfigError: the model cannot be pruned, or `bos` is set and the tokenizer has no BOS.
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
-    dtype = getattr(torch, config.dtype)
     called = config.path or config.hub_name or config.name
     folder = dense_folder(config)
+    read = None
     if folder is None:
-        model, tokenizer, identity = _random(config, seed, dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _built(config, _architecture(config))
+        tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer(extra_ids=0)
+        architecture = json.dumps(config.architecture, sort_keys=True)
+        identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:
-        if config.source != "hub":  # `dense_folder` has checked a hub model before its download
-            _without_values(config, folder)
-        model, tokenizer = _from_folder(folder, dtype, device, placement)
+        if placement in ("disk", "sharded"):
+            read = _reader_by_layer(folder, placement)
+            model = _without_layers(config, folder, device, read)
+        else:
+            onto = device if placement == "device" else torch.device("cpu")
+            model = read_weights(folder, getattr(torch, config.dtype), onto)
+        tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
     if head_of_its_own(model):
         # The files may hold a separate head although the config ties it. lm-eval ties weights again
@@ -105,14 +114,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     if placement == "device":
         # Without a dtype, which would round the rotary frequencies; they stay in float32.
         nn.Module.to(model, device=device)
-    elif placement == "host":
-        place(model, Offloaded(model, device))
-        _outside_to(model, device)
-    elif placement == "sharded" and folder is None:  # a folder's model is sharded while it is read
-        from permllm.models.sharded import Sharded  # here, because the import takes seconds
-
-        parameters = dict(model.named_parameters())
-        place(model, Sharded(model, device, lambda name: parameters[name].data))
+    else:
+        _place_layers(model, placement, device, read)
         _outside_to(model, device)
     with placement_of(model).whole():
         check_runs(called, model)
@@ -212,7 +215,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
         raise ConfigError(
             f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
         )
-    actual = read_config(folder)
+    actual = checkpoint_config(folder)
     check_dense(str(folder), actual)
     for key, stated in config.architecture.items():
         value = getattr(actual, key, None)
@@ -225,12 +228,16 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
 
 
 def _on_meta(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
-    with transformers_reads(config.name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture, dtype=getattr(torch, config.dtype)
-        )
+    with torch.device("meta"):
+        model = _built(config, architecture)
     family_of(model)
     return model
+
+
+def _built(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model with new weights."""
+    with transformers_reads(config.name):
+        return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
 
 
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
@@ -239,45 +246,32 @@ def _architecture(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def _random(
-    config: ModelConfig, seed: int, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    architecture = _architecture(config)
-    with torch.random.fork_rng(devices=[]), transformers_reads(config.name):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-    identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}:{config.dtype}"
-    return model, ByT5Tokenizer(extra_ids=0), identity
-
-
-def _from_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device, placement: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if placement in ("disk", "sharded"):
-        model = _by_layers(folder, dtype, device, placement)
-    else:
-        onto = device if placement == "device" else torch.device("cpu")
-        model = read_weights(folder, dtype, onto)
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with transformers_reads(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer("A broken tokenizer fails at its first words.")
-    return model, tokenizer
+    return tokenizer
 
 
-def _by_layers(
-    folder: Path, dtype: torch.dtype, device: torch.device, placement: str
-) -> PreTrainedModel:
-    """Load a folder without its decoder layers, which are read one at a time or in parts."""
+def _reader_by_layer(folder: Path, placement: str) -> ReadTensor:
+    """Return the reader of a folder's tensors, whose layers are read one at a time or in parts."""
     read = tensor_reader(folder, check_checkpoint(folder))
     if read is None:
         raise ConfigError(
             f"model.placement={placement} needs safetensors files with the model's own names of "
             f"tensors, and {folder} has others; take model.placement=host"
         )
-    with transformers_reads(folder), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype)
+    return read
+
+
+def _without_layers(
+    config: ModelConfig, folder: Path, device: torch.device, read: ReadTensor
+) -> PreTrainedModel:
+    """Load a folder; the parameters of its decoder layers stay on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        model = _built(config, checkpoint_config(folder))
     state = model.state_dict()
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
@@ -285,20 +279,28 @@ def _by_layers(
         if name in buffers or not name.startswith(layers):
             set_module_tensor_to_device(model, name, device, read(name).clone(), state[name].dtype)
     model.tie_weights()
-    _outside_to(model, device)
     model.generation_config = generation_of(folder)
     check_values(folder, model)
-    if placement == "sharded":
-        from permllm.models.sharded import Sharded
-
-        place(model, Sharded(model, device, read))
-        return model
-    on_disk = OnDisk(model, device, read)
-    place(model, on_disk)
-    for index, layer in enumerate(decoder_layers(model)):
-        with on_disk.layer(index):
-            check_values(folder, layer, f"{layers}{index}")
     return model
+
+
+def _place_layers(
+    model: PreTrainedModel, placement: str, device: torch.device, read: ReadTensor | None
+) -> None:
+    """Set the placement `host`, `disk` or `sharded`; `read` reads the layers of a folder."""
+    if placement == "host":
+        set_placement(model, Offloaded(model, device))
+    elif placement == "sharded":
+        from permllm.models.sharded import Sharded  # here, because the import takes seconds
+
+        parameters = dict(model.named_parameters())
+        set_placement(model, Sharded(model, device, read or (lambda name: parameters[name].data)))
+    elif read:
+        on_disk = OnDisk(model, device, read)
+        set_placement(model, on_disk)
+        for index in range(len(decoder_layers(model))):
+            with on_disk.layer(index) as layer:
+                check_values("model.placement=disk", layer, f"{family_of(model).layers}.{index}")
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:
@@ -321,13 +323,9 @@ def _hub_folder(config: ModelConfig) -> Path:
     name = config.hub_name or ""
     folder = hub_snapshot(name, config.revision, _SETTINGS)
     _without_values(config, folder)
-    for index, single in WEIGHTS:
+    for index, single in WEIGHT_FILES:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         hub_snapshot(name, folder.name, files)
         if all((folder / file).is_file() for file in files):
             return folder
-    kinds = ", ".join(single for _, single in WEIGHTS)
-    raise DataError(
-        f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, "
-        "or an index of several"
-    )
+    raise DataError(f"model {name} at {folder.name} has no weights on the hub or in the cache")

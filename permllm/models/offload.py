@@ -26,12 +26,11 @@ from permllm.models.families import decoder_layers, family_of
 from permllm.runtime.memory import to_device
 from permllm.store.tensors import load_tensor
 
-Change = Callable[[Tensor], Tensor]
-Mask = Callable[[], Tensor]
-Read = Callable[[], Tensor]
+ChangeWeight = Callable[[Tensor], Tensor]
+GetTensor = Callable[[], Tensor]
 
 
-class Placement:
+class LayerPlacement:
     """Placement `device`, and base of the others: all weights are always on the device.
 
     Args:
@@ -63,7 +62,7 @@ class Placement:
         """Enter the decoder layer of the module at a path, as `layer` does."""
         return self.layer(int(path.removeprefix(f"{self._prefix}.").partition(".")[0]))
 
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: GetTensor | None = None) -> None:
         """Give a linear a new weight.
 
         Args:
@@ -82,11 +81,11 @@ class Placement:
             names: name of the tensor for each linear.
         """
 
-    def rearrange(self, linear: nn.Linear, change: Change) -> None:
+    def rearrange(self, linear: nn.Linear, change: ChangeWeight) -> None:
         """Apply a function to a linear's weight from now on."""
         linear.weight.data = change(linear.weight.data)
 
-    def restore(self, linear: nn.Linear, change: Change) -> None:
+    def restore(self, linear: nn.Linear, change: ChangeWeight) -> None:
         """Undo the latest `rearrange` of a linear by the inverse function."""
         self.rearrange(linear, change)
 
@@ -96,15 +95,15 @@ class Placement:
         yield
 
 
-_PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
+_PLACEMENTS: WeakKeyDictionary[nn.Module, LayerPlacement] = WeakKeyDictionary()
 
 
-def placement_of(model: nn.Module) -> Placement:
-    """Return the placement of a model's weights; without a call of `place` it is `device`."""
-    return _PLACEMENTS.get(model) or Placement(model)
+def placement_of(model: nn.Module) -> LayerPlacement:
+    """Return the placement of a model's weights: `device`, or the one of `set_placement`."""
+    return _PLACEMENTS.get(model) or LayerPlacement(model)
 
 
-def place(model: nn.Module, placement: Placement) -> None:
+def set_placement(model: nn.Module, placement: LayerPlacement) -> None:
     """Set the placement of a model's weights."""
     _PLACEMENTS[model] = placement
 
@@ -126,8 +125,8 @@ class Stored:
     module: nn.Module
     name: str
     absent: Tensor
-    read: Read
-    changes: list[Change] = field(default_factory=list)
+    read: GetTensor
+    changes: list[ChangeWeight] = field(default_factory=list)
 
     def put(self, value: Tensor) -> None:
         """Make the module compute with a value."""
@@ -135,7 +134,7 @@ class Stored:
         self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
 
 
-class Offloaded(Placement):
+class Offloaded(LayerPlacement):
     """Placement `host`: weights are in host memory, pinned for a GPU, until a layer is entered.
 
     A GPU fetches the next layer in the same direction meanwhile. A layer stays on the device until
@@ -170,11 +169,11 @@ class Offloaded(Placement):
                 if name == "weight":
                     self._of_linear[module] = stored
 
-    def source(self, name: str, parameter: nn.Parameter) -> Read:
+    def source(self, name: str, parameter: nn.Parameter) -> GetTensor:
         """Return a function that reads a parameter, which has this name in the model."""
         return self.keep(parameter.data)
 
-    def keep(self, value: Tensor) -> Read:
+    def keep(self, value: Tensor) -> GetTensor:
         """Store the value of a parameter, and return a function that reads it."""
         held = value.cpu().pin_memory() if self._stream is not None else value
         return lambda: held
@@ -242,7 +241,7 @@ class Offloaded(Placement):
         return values
 
     @override
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: GetTensor | None = None) -> None:
         """Store a new weight of a linear; the mask is not needed."""
         stored = self._of_linear[linear]
         value = weight.detach().to(self.device, stored.absent.dtype)
@@ -251,18 +250,18 @@ class Offloaded(Placement):
         self._follow(linear, lambda _: value)
 
     @override
-    def rearrange(self, linear: nn.Linear, change: Change) -> None:
+    def rearrange(self, linear: nn.Linear, change: ChangeWeight) -> None:
         """Apply a function each time the linear's layer is entered, and now if it is."""
         self._of_linear[linear].changes.append(change)
         self._follow(linear, change)
 
     @override
-    def restore(self, linear: nn.Linear, change: Change) -> None:
+    def restore(self, linear: nn.Linear, change: ChangeWeight) -> None:
         """Drop the latest function, and apply its inverse to a weight on the device."""
         self._of_linear[linear].changes.pop()
         self._follow(linear, change)
 
-    def _follow(self, linear: nn.Linear, change: Change) -> None:
+    def _follow(self, linear: nn.Linear, change: ChangeWeight) -> None:
         """Change a weight that is on the device, and drop its layer if it was fetched ahead."""
         stored = self._of_linear[linear]
         self._ahead.pop(stored.layer, None)
@@ -301,12 +300,12 @@ class OnDisk(Offloaded):
         super().__init__(model, device)
 
     @override
-    def source(self, name: str, parameter: nn.Parameter) -> Read:
+    def source(self, name: str, parameter: nn.Parameter) -> GetTensor:
         """Return a function that reads a parameter from the files."""
         return partial(self._read, name)
 
     @override
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: GetTensor | None = None) -> None:
         """Keep the mask of a new weight, or the weight itself where there is no mask."""
         if mask is None:
             super().replace(linear, weight)

@@ -32,32 +32,19 @@ def pruned_groups(
         sparsity_of: N:M by name.
 
     Raises:
-        ConfigError: a name fits no linear, or only linears that stay dense; no linear is left to
-            prune; two names give a linear two patterns; linears that read the same channels get
-            different patterns.
+        ConfigError: a name fits no linear; no linear is left to prune; two names give a linear two
+            patterns; linears that read the same channels get different patterns.
     """
     dense: set[str] = set()
     for name in keep_dense:
         dense |= _named("keep_dense", name, groups)
     patterns: dict[str, NMPattern] = {}
-    names: dict[str, str] = {}  # name in `sparsity_of` from which a linear has its pattern
     for name, text in sparsity_of.items():
-        paths = _named("sparsity_of", name, groups) - dense
-        if not paths:
-            dense_names = ",".join(keep_dense)
-            raise ConfigError(
-                f"sparsity_of.{name}={text}: keep_dense=[{dense_names}] keeps all of it dense"
-            )
         named_pattern = NMPattern.parse(text, f"sparsity_of.{name}")
-        for path in sorted(paths):
-            if path not in patterns:
-                patterns[path] = named_pattern
-                names[path] = name
-            elif patterns[path] != named_pattern:
-                raise ConfigError(
-                    f"sparsity_of: {names[path]} gives {path} {patterns[path]}, "
-                    f"and {name} gives it {text}"
-                )
+        for path in sorted(_named("sparsity_of", name, groups) - dense):
+            other = patterns.setdefault(path, named_pattern)
+            if other != named_pattern:
+                raise ConfigError(f"sparsity_of: names give {path} both {other} and {text}")
     pruned = _without_dense(groups, pattern, dense, patterns)
     if not pruned:
         raise ConfigError(
@@ -127,13 +114,14 @@ def _without_dense(
 
 
 def _one_pattern(patterns: dict[str, NMPattern]) -> NMPattern:
-    (first, pattern), *others = patterns.items()
-    for path, other in others:
-        if other != pattern:
-            both = f"{first} would be {pattern}, and {path}, which reads the same channels, {other}"
-            names = ", ".join(path.rpartition(".")[2] for path in patterns)
-            raise ConfigError(f"sparsity_of: {both}; name all of {names}, or keep some dense")
-    return pattern
+    """Return the pattern of the linears of a group, by path."""
+    if len(set(patterns.values())) > 1:
+        different = ", ".join(f"{path} would be {pattern}" for path, pattern in patterns.items())
+        raise ConfigError(
+            f"sparsity_of: {different}; they read the same channels: give all of them one pattern, "
+            "or keep some dense"
+        )
+    return next(iter(patterns.values()))
 
 
 def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
@@ -144,23 +132,16 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
             raise ConfigError(
                 f"{key}: the model has no layer {name}; valid are {-layers} to {layers - 1}"
             )
-        return {
-            path for group in groups if group.layer == int(name) % layers for path in group.members
-        }
-    words_of_name = f".{name}."
+        index = int(name) % layers
+        return {path for group in groups if group.layer == index for path in group.members}
     paths = {
         path
         for group in groups
         for path in group.members
-        if words_of_name in f".{path}." or words_of_name in f".{group.name}."
+        if f".{name}." in f".{path}. .{group.name}."
     }
     if not paths:
-        words = {
-            path.removeprefix(group.prefix)
-            for group in groups
-            for path in (*group.members, group.name)
-        }
-        words |= {part for word in words for part in word.split(".")}
-        valid = ", ".join(sorted(words))
+        members = {path.rpartition(".")[2] for group in groups for path in group.members}
+        valid = ", ".join(sorted(members))
         raise ConfigError(f"{key}: the model's decoder layers have no {name!r}, but {valid}")
     return paths

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
 from permllm.errors import DataError
-from permllm.models.checkpoint import Read, all_finite
+from permllm.models.checkpoint import ReadTensor, all_finite
 from permllm.models.offload import Offloaded
 
 
@@ -35,7 +35,7 @@ class Sharded(Offloaded):
 
     sharded = True
 
-    def __init__(self, model: nn.Module, device: torch.device, read: Read) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, read: ReadTensor) -> None:
         assert dist.group.WORLD is not None
         self._mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         self._read = read

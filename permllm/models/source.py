@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from permllm.models.checkpoint import Read, check_checkpoint, skeleton_like, tensor_reader
+from permllm.models.checkpoint import ReadTensor, check_checkpoint, skeleton_like, tensor_reader
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model
 from permllm.settings.config import ModelConfig
 
@@ -44,7 +44,7 @@ class DenseSource:
     save_tokenizer: Callable[[Path], Any]
     generation: GenerationConfig
     identity: str
-    read: Read
+    read: ReadTensor
 
 
 def dense_source(config: ModelConfig, seed: int) -> DenseSource:

@@ -13,7 +13,7 @@ from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.method import Method
 from permllm.store.tensors import is_permutation
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningPlan
+from permllm.training.settings import Descent, LearningPlan
 
 Constraint = Literal["free", "foldable"]
 
@@ -24,11 +24,13 @@ class Permutation(Method, ABC):
     Attributes:
         local: the method has `order`, which finds the permutation of one channel group from its
             saliency alone, also if this saliency is not the dense model's.
+        searches: the method solves assignments, in the time that the heuristic takes.
         constraint: constraint of the permutations (see `permllm.permutation.foldable`); None:
             unknown until they are found.
     """
 
     local: bool = False
+    searches: bool = False
     constraint: Constraint | None = "free"
 
     @abstractmethod
@@ -77,16 +79,11 @@ class Identity(LocalPermutation):
         return {group.name: torch.arange(group.channels) for group in problem.groups}
 
 
-class LearnedPermutation(Permutation):
-    """Base of the methods that train, in all ranks together.
-
-    Attributes:
-        batch_size: windows in a step.
-    """
+class LearnedPermutation(Permutation, Descent):
+    """Base of the methods that train, in all ranks together."""
 
     learned = True
     found_dense = "permutation"
-    batch_size: int
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:

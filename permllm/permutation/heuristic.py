@@ -51,6 +51,7 @@ Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
 class Heuristic(LocalPermutation):
     """RIA's channel reallocation, for each shared permutation of the constraint."""
 
+    searches = True
     constraint: Constraint = "free"
 
     @property

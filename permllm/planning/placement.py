@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,6 @@ from permllm.errors import ConfigError
 from permllm.planning.footprint import Footprint
 from permllm.planning.speed import CARDS
 from permllm.pruning.methods import Methods, checked_groups, methods_of
-from permllm.runtime import parallel
 from permllm.runtime.devices import processes_here
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.settings.config import PLACEMENTS, Placement, RunConfig
@@ -25,10 +23,12 @@ def placements(footprint: Footprint) -> list[Placement]:
     """Return the placements that a job can have, from the fastest to the slowest."""
     if footprint.methods.needs_device:
         return ["device"]
-    # One process has no other process to share layers with, and a random model has no files.
-    without = {"sharded"} if parallel.world_size() == 1 else set()
-    without |= {"disk"} if footprint.config.model.source == "random" else set()
-    return [name for name in PLACEMENTS if name not in without]
+    possible = list(PLACEMENTS)
+    if footprint.ranks == 1:  # no other process to share layers with
+        possible.remove("sharded")
+    if footprint.config.model.source == "random":  # no files
+        possible.remove("disk")
+    return possible
 
 
 def placement_for(footprint: Footprint) -> Placement:
@@ -37,7 +37,7 @@ def placement_for(footprint: Footprint) -> Placement:
     If no placement fits, the job tries the one that needs least memory, because needs are
     estimates. A warning then names settings that would fit.
     """
-    name, reasons = _first_that_fits(footprint)
+    name, reasons = first_that_fits(footprint)
     if name:
         if reasons:
             log.info("model.placement=%s, because %s", name, "; ".join(reasons))
@@ -48,42 +48,38 @@ def placement_for(footprint: Footprint) -> Placement:
     return last
 
 
-def fits(footprint: Footprint) -> bool:
-    """Tell if the job fits in the memory with a placement that the settings allow."""
-    return _first_that_fits(footprint)[0] is not None
-
-
 def would_fit(footprint: Footprint) -> list[str]:
     """Return settings with which the job would fit, each with the memory that it needs."""
     suggestions = []
-    for word, changed in _changes(footprint.config, footprint.methods):
+    for word, values in _changes(footprint.config, footprint.methods).items():
+        changed = replace(footprint.config, **values)
         try:
             methods = methods_of(changed)
             groups = checked_groups(changed, methods, footprint.model)
         except ConfigError:  # another setting of this job contradicts it
             continue
         other = Footprint(changed, footprint.model, methods, groups, footprint.device)
-        if name := _first_that_fits(other)[0]:
-            needs = other.needs(name)
+        placement, _ = first_that_fits(other)
+        if placement:
+            needs = other.needs(placement)
             sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB on the host"
-            suggestions.append(f"{word} would fit: {sizes}, with model.placement={name}")
+            suggestions.append(f"{word} would fit: {sizes}, with model.placement={placement}")
     return suggestions
 
 
-def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConfig]]:
-    """Yield settings that need less memory, and the config with each."""
+def _changes(config: RunConfig, methods: Methods) -> dict[str, dict[str, Any]]:
+    """Return settings that need less memory, and the values of the config that each changes."""
+    changes: dict[str, dict[str, Any]] = {}
     if config.model.placement != "auto":
-        yield "model.placement=auto", replace(config, model=replace(config.model, placement="auto"))
-    for group, method in methods.learned.items():
-        smaller: dict[str, Any] = {"micro_batch_size": 1}
-        if getattr(method, "layers_per_stage", None) == "all":
-            smaller["layers_per_stage"] = 4
-        for key, value in smaller.items():
-            changed = {group: getattr(config, group) | {key: value}}
-            yield f"{group}.{key}={value}", replace(config, **changed)
+        changes["model.placement=auto"] = {"model": replace(config.model, placement="auto")}
+    for group in methods.learned:
+        settings = getattr(config, group)
+        changes[f"{group}.micro_batch_size=1"] = {group: settings | {"micro_batch_size": 1}}
+        if settings.get("layers_per_stage", "all") == "all":
+            changes[f"{group}.layers_per_stage=4"] = {group: settings | {"layers_per_stage": 4}}
+    lowrank = {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
     if config.mask.get("name") == "score":
-        lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
-        yield "mask=lowrank", replace(config, mask=lowrank)
+        changes["mask=lowrank"] = {"mask": config.mask | lowrank}
     if methods.mask.learned:
         lcp = {
             "name": "lcp",
@@ -93,7 +89,8 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
             "temperature": config.temperature,
         }
         mask = {"name": "pruner", "_target_": "permllm.mask.base.Mask"}
-        yield "method=order-folded", replace(config, permutation=lcp, mask=mask)
+        changes["method=order-folded"] = {"permutation": lcp, "mask": mask}
+    return changes
 
 
 def _allowed(footprint: Footprint) -> list[Placement]:
@@ -102,30 +99,30 @@ def _allowed(footprint: Footprint) -> list[Placement]:
     return placements(footprint) if placement == "auto" else [placement]
 
 
-def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
+def first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
     """Return the first placement that fits, or None, and why earlier ones do not fit."""
     device = footprint.device
     card = footprint.config.plan_on
     host: float = available_host_memory() // processes_here()
-    if card:  # its host is unknown
-        free = CARDS[card][-1] * 1e9
-        host = math.inf
-    else:
-        free = host if device.type == "cpu" else free_memory(device)
-    reasons = list[str]()
+    if card:
+        on_card = CARDS[card][-1] * 1e9
+        host = math.inf  # unknown
+    reasons: list[str] = []
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
-        on_device = needs.device
-        on_host = needs.host
-        if device.type == "cpu":
-            on_device += on_host
-            on_host = 0
-        lacking = [
-            f"{size / 1e9:.1f} GB, more than {FITS:.0%} of the {has / 1e9:.1f} GB free on {place}"
-            for place, size, has in ((device, on_device, free), ("the host", on_host, host))
-            if size > FITS * has
-        ]
-        if not lacking:
+        if footprint.on_a_host:
+            reason = _lack(needs.device + needs.host, host, device)
+        else:
+            free = on_card if card else free_memory(device)
+            reason = _lack(needs.device, free, device) or _lack(needs.host, host, "the host")
+        if not reason:
             return placement, reasons
-        reasons.append(f"{placement} needs {lacking[0]}")
+        reasons.append(f"{placement} needs {reason}")
     return None, reasons
+
+
+def _lack(size: int, free: float, place: object) -> str:
+    """Return why a size does not fit into the free bytes of a place, or nothing if it fits."""
+    if size <= FITS * free:
+        return ""
+    return f"{size / 1e9:.1f} GB, more than {FITS:.0%} of the {free / 1e9:.1f} GB free on {place}"

@@ -1,6 +1,5 @@
 """Seconds of a call, and speed of a device: nominal for the name of a card, or else measured."""
 
-import math
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -11,8 +10,6 @@ from torch import nn
 
 from permllm.runtime.precision import half_products
 
-# Shorter measurements would be distorted by the clock, the first launch and the last wait.
-_LEAST_SECONDS = 0.02
 # For each card: nominal TFLOP/s of dense products in bfloat16 and float32, GB/s and GB of memory.
 CARDS = {
     "l4": (121, 30, 300, 24),
@@ -43,13 +40,18 @@ def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dt
         return Speed(rates, _SHARE * 1e9 * moved)
     size = 1024 if device.type == "cpu" else 8192
     square = torch.ones(size, size, device=device)
-    works: dict[Any, Any] = {"copy": square.clone}
-    for dtype in dtypes:
-        works[dtype] = partial(nn.functional.linear, square.to(dtype), square.to(dtype))
+    rates = {}
     with half_products(torch.bfloat16, device):
-        times: dict[Any, list[float]] = interleaved(works, 3, device)
-    rates = {dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes}
-    return Speed(rates, 2 * square.nbytes / min(times["copy"]))
+        for dtype in dtypes:
+            product = partial(nn.functional.linear, square.to(dtype), square.to(dtype))
+            rates[dtype] = 2 * size**3 / _least_seconds(product, device)
+    return Speed(rates, 2 * square.nbytes / _least_seconds(square.clone, device))
+
+
+def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of the fastest of a few calls; the first call compiles and allocates."""
+    work()
+    return min(clock(work, device) for _ in range(4))
 
 
 def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
@@ -62,24 +64,3 @@ def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> floa
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - started) / calls
-
-
-def interleaved(
-    works: dict[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Measure works in turns, and return the seconds of a call for each work and turn.
-
-    A measurement takes as many calls, at most 1000, as need `_LEAST_SECONDS`. Two turns before do
-    not count: the first compiles and allocates, the second finds the number of calls.
-    """
-    for work in works.values():
-        work()
-    calls = {}
-    for name, work in works.items():
-        once = max(clock(work, device), 1e-9)
-        calls[name] = math.ceil(min(max(_LEAST_SECONDS / once, 1), 1000))
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            times[name].append(clock(work, device, calls[name]))
-    return times

@@ -323,8 +323,8 @@ def _keep_weights(job: Job) -> None:
 def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     """Return the measures of a pruned model for `metrics.json`, before its evaluation."""
     patterns = differing_patterns(job.groups.every, job.groups.pruned)
-    of_model = sum(group.channels * sum(group.rows) for group in job.groups.every)
-    weights = sum(group.channels * sum(group.rows) for group in job.groups.pruned)
+    of_model = sum(group.weights for group in job.groups.every)
+    weights = sum(group.weights for group in job.groups.pruned)
     nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     return {
         "compute_dtype": str(job.products).removeprefix("torch."),

@@ -10,6 +10,7 @@ from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
 from permllm.sparsity.statistics import InputStatistics, Statistics
 from permllm.training.problem import LearningProblem
+from permllm.training.settings import Descent
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,20 @@ class PrunedNetwork:
     masks: Collection[Tensor]
 
 
-class Reconstruction(Method):
+class Reconstruction(Method, Descent):
     """Base of the reconstructions, of one linear after the other and then of the whole model.
 
     Attributes:
         learned: True: `network` trains the kept weights of all layers together, in all ranks. The
-            class then has `batch_size`, the windows in a step, and may have `loss`, a name in
-            `permllm.training.losses`.
+            class then has `batch_size`, and may have the other attributes of `Descent`.
         changes_weights: False: the reconstruction changes nothing.
         statistics: classes of the statistics that `linear` needs (`permllm.sparsity`).
+        iterations: number of iterations of `linear`, each with two products of the weight.
     """
 
     changes_weights: bool = True
     statistics: Statistics = ()
+    iterations: int = 0
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the new weight of a linear, zero outside of the mask."""

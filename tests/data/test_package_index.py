@@ -144,7 +144,7 @@ def test_a_model_that_is_cut_is_joined(
     one = Wheel("some-data==1.0", "0" * 64, "", size=1)
     parts = tuple((one, f"part{number}") for number in range(3))
     sha256 = hashlib.sha256(whole).hexdigest()
-    model = from_wheel.WheelModel("some-data==1.0", sha256, parts)
+    model = from_wheel.GGUFModel("some-data==1.0", sha256, parts)
     monkeypatch.setitem(from_wheel._MODELS, "gemma3-270m", model)
     config = ModelConfig(name="x", source="wheel", wheel="gemma3-270m")
     folder = dense_folder(config)

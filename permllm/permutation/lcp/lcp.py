@@ -62,6 +62,11 @@ class LCP(LearningSettings, LearnedPermutation):
         if self.epochs == 1 and self.steps is None and self.select_from > 1:
             self.select_from = 0  # a single epoch has nothing to select from
 
+    @property
+    def searches(self) -> bool:  # type: ignore[override]
+        """Tell whether the heuristic finds the permutations at the start."""
+        return self.init == "heuristic"
+
     @override
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError if M does not divide `block_size`, or a temperature is not positive."""
