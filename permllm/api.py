@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,11 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
-from permllm.data.texts import NamedText, Text, perplexity_texts
-from permllm.data.windows import calibration_tokens, windows_of
+from permllm.data.lookup import calibration_text, perplexity_texts
+from permllm.data.texts import Documents
+from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
-from permllm.evaluation.perplexity import perplexity as measure
-from permllm.evaluation.perplexity import perplexity_windows
+from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.write import PrunedModel, Request, write_checkpoint
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
@@ -109,19 +108,15 @@ def prune(
     # The tokenizer may be None where texts are tokens. Nothing asks for it then.
     read_by = cast(PreTrainedTokenizerBase, tokenizer)
 
-    def calibration_windows() -> Tensor:
+    def windows() -> Tensor:
         if isinstance(texts, Tensor):
             return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
-        if isinstance(texts, str):
-            windows = calibration_tokens(
-                read_by, config.calibration, config.seed, config.model.bos, config.further
-            )
-        else:
-            windows = windows_of(
-                read_by, texts, config.calibration, config.seed, config.model.bos, config.further
-            )
-        check_windows("texts", windows, model)
-        return windows
+        text = calibration_text(config.calibration) if isinstance(texts, str) else Documents(texts)
+        drawn = calibration_windows(
+            read_by, text, config.calibration, config.seed, config.model.bos, config.further
+        )
+        check_windows("texts", drawn, model)
+        return drawn
 
     record = Record()
     if model.device.type == "cpu":
@@ -142,7 +137,7 @@ def prune(
         )
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
-        pruned = prune_model(job, calibration_windows)
+        pruned = prune_model(job, windows)
     report = {
         "name": config.name,
         "config_hash": config.hash,
@@ -188,14 +183,11 @@ def perplexity(
     if isinstance(texts, Tensor):
         windows = texts[:limit]
     else:
-        if named:
-            text = perplexity_texts(config)[0]
-        else:
-            text = NamedText("texts", _Documents(texts), False)
-        windows = perplexity_windows(cast(PreTrainedTokenizerBase, tokenizer), text, config, bos)
-    check_windows("texts", windows, model)
+        (text,) = perplexity_texts(config).values() if named else [Documents(texts)]
+        loaded = LoadedModel(model, cast(PreTrainedTokenizerBase, tokenizer), "", bos)
+        windows = perplexity_windows(loaded, text, config, "texts")
     with _as_loaded(model), half_products(model.dtype, model.device):
-        return float(measure(model, windows, batch_tokens)["value"])
+        return float(measure_perplexity(model, windows, batch_tokens)["value"])
 
 
 def save(
@@ -278,17 +270,6 @@ def results(*places: str | Path) -> pd.DataFrame:
         ConfigError: a place does not exist, or none holds a finished run.
     """
     return Table(collect(map(Path, places)).runs).frame
-
-
-@dataclass
-class _Documents(Text):
-    """Text of documents in memory."""
-
-    documents: Sequence[str]
-
-    def evaluation(self) -> str:
-        """Return the documents, joined by a blank line."""
-        return "\n\n".join(self.documents)
 
 
 def _dtype(model: PreTrainedModel) -> str:
