@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from permllm.data.hub import hub_snapshot
-from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
-from permllm.data.windows import calibration_tokens
+from permllm.data.lookup import JobTexts, texts_of_job
+from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
 from permllm.evaluation.measure import evaluate
@@ -60,7 +60,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         PermLLMError: an error that the user can fix.
     """
     choose_cache(config.paths.cache_dir)
-    check_texts(config.calibration, config.evaluation.perplexity)
+    texts = texts_of_job(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
     request = export_request(config, methods)
     device = resolve_device(config.model.device)
@@ -86,7 +86,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
                 unlogged,
             )
         else:
-            _unfinished(config, methods, record, device)
+            _unfinished(config, methods, texts, record, device)
         if request is not None:
             parallel.on_main(lambda: _export(request, record))
         if parallel.rank() == 0:
@@ -105,7 +105,11 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
 
 
 def _unfinished(
-    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
+    config: RunConfig,
+    methods: Methods,
+    texts: JobTexts,
+    record: RunDirectory,
+    device: torch.device,
 ) -> None:
     """Run the stages of a run that are not finished."""
     check_tasks(config.evaluation)
@@ -114,7 +118,7 @@ def _unfinished(
         record.check_products(products)
     footprint = _footprint(config, methods, device)
     _check_shares(config, methods, record)
-    parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
+    parallel.on_main(lambda: _download(config, texts, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
@@ -135,22 +139,17 @@ def _unfinished(
 
         parallel.on_main(open_logs)
         held.enter_context(half_products(getattr(torch, config.model.dtype), device))
-        _stages(config, methods, record, logger, device, products)
+        _stages(config, methods, texts, record, logger, device, products)
 
 
-def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
-    """Download the texts of the hub before the weights, so that a missing text ends the job early.
+def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
+    """Download the texts before the weights, so that a missing text ends the job early.
 
     Raises DataError if the model or a text is not available. Without the hub it names the model.
     """
     if config.model.source == "hub":
         hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
-    for named in perplexity_texts(config.evaluation.perplexity):
-        if isinstance(named.text, HubText):
-            named.text.digest(calibration=False)
-    text = calibration_text(config.calibration).text
-    if isinstance(text, HubText) and not pruned:
-        text.digest(calibration=True)
+    texts.download(calibration=not pruned)
 
 
 def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> None:
@@ -195,6 +194,7 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
 def _stages(
     config: RunConfig,
     methods: Methods,
+    texts: JobTexts,
     record: RunDirectory,
     logger: RunLogger,
     device: torch.device,
@@ -214,39 +214,49 @@ def _stages(
                 f"{loaded.identity}"
             )
         groups = checked_groups(config, methods, loaded.model)
-        _check_perplexity_texts(config, loaded)
-        windows = None if record.pruned else _calibration_windows(config, loaded)
+        measured = _perplexity_windows(config, texts, loaded, record)
+        windows = None if record.pruned else _calibration_windows(config, texts, loaded)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
     with record.stage("evaluate dense", device):
-        evaluate(loaded, config.evaluation, "dense", record)
+        evaluate(loaded, config.evaluation, measured, "dense", record)
     if windows is None:
         log.info("continuing %s after pruning", record.directory)
         apply_record(loaded.model, loaded.identity, record.directory)
     else:
         record.metrics["texts"] = {
-            "calibration": calibration_text(config.calibration).text.digest(calibration=True)
+            "calibration": parallel.on_main(lambda: texts.calibration.digest(calibration=True))
         }
         prune_model(job, lambda: windows)
     with record.stage("evaluate sparse", device):
-        evaluate(loaded, config.evaluation, "sparse", record)
+        evaluate(loaded, config.evaluation, measured, "sparse", record)
 
     record.finish()
     logger.summary(flat_figures(record.metrics))
 
 
-def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:
-    """Raise DataError if a text is too short or has tokens that the model does not know."""
+def _perplexity_windows(
+    config: RunConfig, texts: JobTexts, loaded: LoadedModel, record: RunDirectory
+) -> dict[str, Tensor]:
+    """Return the windows of each text for perplexity, and record the digests of the texts."""
     settings = config.evaluation.perplexity
-    for named in perplexity_texts(settings):
-        windows = perplexity_windows(loaded.tokenizer, named, settings, config.model.bos)
-        check_windows(f"evaluation.perplexity: {named.name}", windows, loaded.model)
+    if texts.perplexity:
+        record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
+    return {
+        name: perplexity_windows(loaded, text, settings, f"evaluation.perplexity: {name}")
+        for name, text in texts.perplexity.items()
+    }
 
 
-def _calibration_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
-    """Return the windows of the calibration text. Errors as `_check_perplexity_texts`."""
-    windows = calibration_tokens(
-        loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
+def _calibration_windows(config: RunConfig, texts: JobTexts, loaded: LoadedModel) -> Tensor:
+    """Return the windows of the calibration text. Raises DataError if the model cannot read it."""
+    windows = calibration_windows(
+        loaded.tokenizer,
+        texts.calibration,
+        config.calibration,
+        config.seed,
+        config.model.bos,
+        config.further,
     )
     check_windows("calibration", windows, loaded.model)
     return windows
