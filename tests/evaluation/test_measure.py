@@ -10,7 +10,7 @@ import pytest
 
 from permllm.data.texts import TEXTS
 from permllm.evaluation import measure
-from permllm.evaluation.lm_eval import task_label
+from permllm.evaluation.lm_eval import name_of_results
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.models.load import LoadedModel, load_model
@@ -35,7 +35,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def task(model: object, tokenizer: object, name: str, *_: object) -> dict[str, Any]:
         names.append(Path(name).stem)
-        return {task_label(name): dict(VALUES)}
+        return {name_of_results(name): dict(VALUES)}
 
     monkeypatch.setattr(measure, "measure_perplexity", counted)
     monkeypatch.setattr(measure, "run_task", task)
