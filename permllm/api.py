@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
-from permllm.data.lookup import calibration_text, perplexity_texts
+from permllm.data.lookup import PERPLEXITY, calibration_text, text_named
 from permllm.data.texts import Documents
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
@@ -105,18 +105,20 @@ def prune(
         )
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
-    # The tokenizer may be None where texts are tokens. Nothing asks for it then.
-    read_by = cast(PreTrainedTokenizerBase, tokenizer)
+    # Nothing asks for the tokenizer if texts are tokens.
+    loaded = LoadedModel(model, tokenizer, "", config.model.bos)  # type: ignore[arg-type]
 
     def windows() -> Tensor:
         if isinstance(texts, Tensor):
-            return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
-        text = calibration_text(config.calibration) if isinstance(texts, str) else Documents(texts)
-        drawn = calibration_windows(
-            read_by, text, config.calibration, config.seed, config.model.bos, config.further
-        )
-        check_windows("texts", drawn, model)
-        return drawn
+            tokens = texts.cpu().clone()  # a tensor of inference mode cannot have gradients
+        else:
+            settings = config.calibration
+            text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
+            tokens = calibration_windows(
+                loaded.tokenizer, text, settings, config.seed, loaded.bos, config.further
+            )
+        check_windows("texts", tokens, model)
+        return tokens
 
     record = Record()
     if model.device.type == "cpu":
@@ -132,11 +134,9 @@ def prune(
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
-        job = Job(
-            config, methods, record, NO_LOGGER, LoadedModel(model, read_by, ""), groups, products
-        )
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
+        job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
         pruned = prune_model(job, windows)
     report = {
         "name": config.name,
@@ -177,14 +177,15 @@ def perplexity(
             model does not know.
     """
     _check(model, tokenizer, texts)
-    named = texts if isinstance(texts, str) else None
-    settings = {"dataset": named, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
+    dataset = texts if isinstance(texts, str) else None
+    settings = {"dataset": dataset, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
     config = validated(PerplexityConfig, settings)
     if isinstance(texts, Tensor):
         windows = texts[:limit]
+        check_windows("texts", windows, model)
     else:
-        (text,) = perplexity_texts(config).values() if named else [Documents(texts)]
-        loaded = LoadedModel(model, cast(PreTrainedTokenizerBase, tokenizer), "", bos)
+        text = Documents(texts) if dataset is None else text_named(PERPLEXITY, dataset, "evaluates")
+        loaded = LoadedModel(model, tokenizer, "", bos)  # type: ignore[arg-type]
         windows = perplexity_windows(loaded, text, config, "texts")
     with _as_loaded(model), half_products(model.dtype, model.device):
         return float(measure_perplexity(model, windows, batch_tokens)["value"])
@@ -290,7 +291,6 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
     if isinstance(texts, Tensor):
         if texts.dtype != torch.int64 or texts.dim() != 2 or not texts.numel() or texts.min() < 0:
             raise ConfigError("texts: expected documents, a name, or int64 (windows, seqlen)")
-        check_windows("texts", texts, model)
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
             "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"
@@ -306,11 +306,8 @@ def _composed(
 ) -> DictConfig:
     """Compose the settings as the command line would, with the model and the text as given."""
     path = str(model.config._name_or_path or model.config.model_type)
-    options = {
-        "model": "local",
-        "logger": "none",
-        "calibration": texts if isinstance(texts, str) else "text",
-    }
+    calibration = texts if isinstance(texts, str) else "text"
+    options = {"model": "local", "logger": "none", "calibration": calibration}
     values: dict[str, Any] = {
         "model.name": path.rstrip("/").rsplit("/", 1)[-1],
         "model.path": path,
@@ -349,21 +346,19 @@ def _composed(
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore its state at the end."""
-    training = [(module, module.training) for module in model.modules()]
-    gradients = [
-        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
-    ]
+    training = {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
-    for parameter, _, _ in gradients:
-        parameter.grad = None  # learning would add to it
+    model.zero_grad()  # learning would add to gradients
     try:
         yield
     finally:
-        for module, was in training:
-            module.training = was
-        for parameter, required, gradient in gradients:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
+        for module, trains in training.items():
+            module.training = trains
+        for parameter, requires_grad in required.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradients[parameter]
 
 
 @contextmanager
@@ -371,9 +366,8 @@ def _random_numbers_kept() -> Iterator[None]:
     """Restore the states of the random generators, on every device, at the end."""
     python = random.getstate()
     numbers = np.random.get_state()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

@@ -9,8 +9,9 @@ from permllm.data.texts import TEXTS, Text, TextFile
 from permllm.errors import ConfigError, check_one_of, first_line
 from permllm.settings.config import CalibrationConfig, PerplexityConfig
 
-# Name in the settings for a file of the user.
+# Name in the settings for a file of the user, and key of the texts for perplexity.
 _FILE = "text"
+PERPLEXITY = "evaluation.perplexity.dataset"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -
                 )
         elif text is texts.calibration and text.one_use:
             raise ConfigError(
-                f"evaluation.perplexity.dataset={name!r} is not held out from "
+                f"{PERPLEXITY}={name!r} is not held out from "
                 f"calibration.dataset={name!r}, which uses the whole text"
             )
     return texts
@@ -76,7 +77,7 @@ def calibration_text(config: CalibrationConfig) -> Text:
         return TextFile("calibration.data_files", config.data_files)
     if config.data_files:
         raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
-    return _text("calibration.dataset", config.dataset, "calibrates")
+    return text_named("calibration.dataset", config.dataset, "calibrates")
 
 
 def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
@@ -84,17 +85,16 @@ def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
     if config.data_files:
         text = TextFile("evaluation.perplexity.data_files", config.data_files)
         return {Path(config.data_files).stem: text}
-    key = "evaluation.perplexity.dataset"
     texts = dict[str, Text]()
     for dataset in config.names:
         name = dataset.rpartition(".")[2]
         if name in texts:
-            raise ConfigError(f"{key}={config.names} has {name} twice")
-        texts[name] = _text(key, dataset, "evaluates")
+            raise ConfigError(f"{PERPLEXITY}={config.names} has {name} twice")
+        texts[name] = text_named(PERPLEXITY, dataset, "evaluates")
     return texts
 
 
-def _text(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> Text:
+def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> Text:
     """Return a text by its name in `TEXTS`, or by the dotted name of a module with a `TEXT`."""
     if "." not in name:
         check_one_of(key, name, [valid for valid, text in TEXTS.items() if getattr(text, use)])
