@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from permllm.errors import ConfigError
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import load_model, meta_model
-from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_bad_checkpoints import local
@@ -59,26 +58,3 @@ def test_random_weights_follow_the_seed() -> None:
     first, again, other = (load_model(config, seed).model.lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_a_device_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))  # a machine that has it
-    with pytest.raises(ConfigError, match=r"model\.device='mps'"):
-        resolve_device("mps")
-
-
-def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("cuda") == torch.device("cuda:0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for own in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", own)
-        assert resolve_device("auto") == resolve_device("cuda") == torch.device(f"cuda:{own}")
-    with pytest.raises(ConfigError, match=r"model\.device=cuda:1"):
-        resolve_device("cuda:1")
-    assert resolve_device("cpu") == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="3 processes"):
-        resolve_device("auto")
