@@ -133,12 +133,9 @@ def _disjoint(
     """Draw windows that do not overlap."""
     needed = (config.samples + further) * piece
     if len(tokens) < needed:
-        samples = f"calibration.samples={config.samples}"
-        if further:
-            samples += f" and {further} further windows"
         raise DataError(
-            f"the calibration text has {len(tokens)} tokens, but {samples} of "
-            f"calibration.seqlen={config.seqlen} need {needed}: "
+            f"the calibration text has {len(tokens)} tokens, but {config.samples + further} "
+            f"windows (calibration.samples) of calibration.seqlen={config.seqlen} need {needed}: "
             f"the text has {len(tokens) // piece} such windows"
         )
     offset = order.randrange(len(tokens) % piece + 1)

@@ -43,7 +43,7 @@ def test_disjoint_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
 
 def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
     assert drawn(["x" * 99], 10, 10, "disjoint").shape == (10, 10)
-    needs = r"has 100 tokens, but calibration\.samples=11 of calibration\.seqlen=10 need 110"
+    needs = r"has 100 tokens, but 11 windows .* of calibration\.seqlen=10 need 110"
     with pytest.raises(DataError, match=needs):
         drawn(["x" * 99], 11, 10, "disjoint")
     with pytest.raises(DataError, match=r"none of the 5 documents .*calibration\.seqlen"):
