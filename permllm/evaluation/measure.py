@@ -90,9 +90,7 @@ def _perplexity(
     loaded: LoadedModel, settings: EvaluationConfig, name: str, windows: Tensor, which: str
 ) -> Results:
     tokens = settings.perplexity.batch_tokens
-    values = measure_perplexity(loaded.model, windows, tokens, f"{which} perplexity")
-    values["scores"] = values.pop("losses")
-    return {name: values}
+    return {name: measure_perplexity(loaded.model, windows, tokens, f"{which} perplexity")}
 
 
 def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str) -> Results:

@@ -77,7 +77,7 @@ def measure_perplexity(
         label: label of the progress bar.
 
     Returns:
-        `value`, `window` (tokens of a window), `tokens` (predicted tokens), `losses` (nats of each
+        `value`, `window` (tokens of a window), `tokens` (predicted tokens), `scores` (nats of each
         window).
     """
     count, window = windows.shape
@@ -97,7 +97,7 @@ def measure_perplexity(
     tokens = count * (window - 1)
     mean = total / tokens
     value = math.exp(mean) if mean < 700 else math.inf
-    return {"value": value, "window": window, "tokens": tokens, "losses": losses}
+    return {"value": value, "window": window, "tokens": tokens, "scores": losses}
 
 
 def _nats_of_windows(

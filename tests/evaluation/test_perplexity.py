@@ -32,7 +32,7 @@ def test_value_equals_the_definition() -> None:
     result = measure_perplexity(model, windows, batch_tokens=20)
     assert result["value"] == pytest.approx(math.exp(sum(losses) / 27), rel=1e-5)
     assert (result["window"], result["tokens"]) == (10, 27)
-    assert result["losses"] == pytest.approx(losses, rel=1e-5)
+    assert result["scores"] == pytest.approx(losses, rel=1e-5)
     alone = measure_perplexity(model, windows, batch_tokens=1)["value"]
     assert alone == pytest.approx(result["value"], rel=1e-6)
 
@@ -53,7 +53,7 @@ def test_a_large_vocabulary_has_logits_of_some_tokens_at_a_time(
 
     model.lm_head.register_forward_hook(counted)
     result = measure_perplexity(model, windows, batch_tokens=20)
-    assert result["losses"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert result["scores"] == pytest.approx(expected.tolist(), rel=1e-5)
     assert at_a_time[-9:] == [3, 3, 3] * 3
     assert max(at_a_time) < 10
 
