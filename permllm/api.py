@@ -3,9 +3,8 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,11 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
-from permllm.data.texts import NamedText, Text, perplexity_texts
-from permllm.data.windows import calibration_tokens, windows_of
+from permllm.data.lookup import PERPLEXITY, calibration_text, text_named
+from permllm.data.texts import Documents
+from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
-from permllm.evaluation.perplexity import perplexity as measure
-from permllm.evaluation.perplexity import perplexity_windows
+from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.write import PrunedModel, Request, write_checkpoint
 from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
@@ -106,22 +105,20 @@ def prune(
         )
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
-    # The tokenizer may be None where texts are tokens. Nothing asks for it then.
-    read_by = cast(PreTrainedTokenizerBase, tokenizer)
+    # Nothing asks for the tokenizer if texts are tokens.
+    loaded = LoadedModel(model, tokenizer, "", config.model.bos)  # type: ignore[arg-type]
 
-    def calibration_windows() -> Tensor:
+    def windows() -> Tensor:
         if isinstance(texts, Tensor):
-            return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
-        if isinstance(texts, str):
-            windows = calibration_tokens(
-                read_by, config.calibration, config.seed, config.model.bos, config.further
-            )
+            tokens = texts.cpu().clone()  # a tensor of inference mode cannot have gradients
         else:
-            windows = windows_of(
-                read_by, texts, config.calibration, config.seed, config.model.bos, config.further
+            settings = config.calibration
+            text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
+            tokens = calibration_windows(
+                loaded.tokenizer, text, settings, config.seed, loaded.bos, config.further
             )
-        check_windows("texts", windows, model)
-        return windows
+        check_windows("texts", tokens, model)
+        return tokens
 
     record = Record()
     if model.device.type == "cpu":
@@ -137,12 +134,10 @@ def prune(
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
-        job = Job(
-            config, methods, record, NO_LOGGER, LoadedModel(model, read_by, ""), groups, products
-        )
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
-        pruned = prune_model(job, calibration_windows())
+        job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
+        pruned = prune_model(job, windows())
     report = {
         "name": config.name,
         "config_hash": config.hash,
@@ -182,20 +177,18 @@ def perplexity(
             model does not know.
     """
     _check(model, tokenizer, texts)
-    named = texts if isinstance(texts, str) else None
-    settings = {"dataset": named, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
+    dataset = texts if isinstance(texts, str) else None
+    settings = {"dataset": dataset, "seqlen": seqlen, "limit": limit, "batch_tokens": batch_tokens}
     config = validated(PerplexityConfig, settings)
     if isinstance(texts, Tensor):
         windows = texts[:limit]
+        check_windows("texts", windows, model)
     else:
-        if named:
-            text = perplexity_texts(config)[0]
-        else:
-            text = NamedText("texts", _Documents(texts), False)
-        windows = perplexity_windows(cast(PreTrainedTokenizerBase, tokenizer), text, config, bos)
-    check_windows("texts", windows, model)
+        text = Documents(texts) if dataset is None else text_named(PERPLEXITY, dataset, "evaluates")
+        loaded = LoadedModel(model, tokenizer, "", bos)  # type: ignore[arg-type]
+        windows = perplexity_windows(loaded, text, config, "texts")
     with _as_loaded(model), half_products(model.dtype, model.device):
-        return float(measure(model, windows, batch_tokens)["value"])
+        return float(measure_perplexity(model, windows, batch_tokens)["value"])
 
 
 def save(
@@ -280,17 +273,6 @@ def results(*places: str | Path) -> pd.DataFrame:
     return Table(collect(map(Path, places)).runs).frame
 
 
-@dataclass
-class _Documents(Text):
-    """Text of documents in memory."""
-
-    documents: Sequence[str]
-
-    def evaluation(self) -> str:
-        """Return the documents, joined by a blank line."""
-        return "\n\n".join(self.documents)
-
-
 def _dtype(model: PreTrainedModel) -> str:
     """Return the dtype of a model as settings have it."""
     return str(model.dtype).removeprefix("torch.")
@@ -309,7 +291,6 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
     if isinstance(texts, Tensor):
         if texts.dtype != torch.int64 or texts.dim() != 2 or not texts.numel() or texts.min() < 0:
             raise ConfigError("texts: expected documents, a name, or int64 (windows, seqlen)")
-        check_windows("texts", texts, model)
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
             "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"
@@ -325,11 +306,8 @@ def _composed(
 ) -> DictConfig:
     """Compose the settings as the command line would, with the model and the text as given."""
     path = str(model.config._name_or_path or model.config.model_type)
-    options = {
-        "model": "local",
-        "logger": "none",
-        "calibration": texts if isinstance(texts, str) else "text",
-    }
+    calibration = texts if isinstance(texts, str) else "text"
+    options = {"model": "local", "logger": "none", "calibration": calibration}
     values: dict[str, Any] = {
         "model.name": path.rstrip("/").rsplit("/", 1)[-1],
         "model.path": path,
@@ -347,8 +325,8 @@ def _composed(
     groups = {
         key: overrides.pop(key) for key in list(overrides) if (conf_directory() / key).is_dir()
     }
-    words = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
-    words += [f"{key}={name}" for key, name in (options | groups).items()]
+    options |= groups | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
+    words = [f"{key}={name}" for key, name in options.items()]
     callers_hydra = GlobalHydra.instance().hydra  # the caller's application may use Hydra itself
     GlobalHydra.instance().clear()
     try:
@@ -368,21 +346,19 @@ def _composed(
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore its state at the end."""
-    training = [(module, module.training) for module in model.modules()]
-    gradients = [
-        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
-    ]
+    training = {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
-    for parameter, _, _ in gradients:
-        parameter.grad = None  # learning would add to it
+    model.zero_grad()  # learning would add to gradients
     try:
         yield
     finally:
-        for module, was in training:
-            module.training = was
-        for parameter, required, gradient in gradients:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
+        for module, trains in training.items():
+            module.training = trains
+        for parameter, requires_grad in required.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradients[parameter]
 
 
 @contextmanager
@@ -390,9 +366,8 @@ def _random_numbers_kept() -> Iterator[None]:
     """Restore the states of the random generators, on every device, at the end."""
     python = random.getstate()
     numbers = np.random.get_state()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from permllm.data.hub import hub_snapshot
-from permllm.data.texts import HubText, calibration_text, check_texts, perplexity_texts
-from permllm.data.windows import calibration_tokens
+from permllm.data.lookup import JobTexts, texts_of_job
+from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import check_tasks
 from permllm.evaluation.measure import evaluate
@@ -75,7 +75,7 @@ def run(config: RunConfig) -> JobResult | None:
         PermLLMError: an error that the user can fix.
     """
     choose_cache(config.paths.cache_dir)
-    check_texts(config.calibration, config.evaluation.perplexity)
+    texts = texts_of_job(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
     request = export_request(config, methods)
     device = _prepared_device(config)
@@ -91,7 +91,7 @@ def run(config: RunConfig) -> JobResult | None:
         if skipped:
             log.info("%s is finished already; force=true runs and logs it again", record.directory)
         else:
-            _complete(config, methods, record, device)
+            _complete(config, methods, texts, record, device)
         if request is not None:
             parallel.on_main(lambda: _export(request, record))
         if parallel.rank() == 0:
@@ -100,7 +100,11 @@ def run(config: RunConfig) -> JobResult | None:
 
 
 def _complete(
-    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
+    config: RunConfig,
+    methods: Methods,
+    texts: JobTexts,
+    record: RunDirectory,
+    device: torch.device,
 ) -> None:
     """Run the stages that a run lacks."""
     check_tasks(config.evaluation)
@@ -109,7 +113,7 @@ def _complete(
     if not record.pruned:
         record.check_products(products)
     footprint = _footprint(config, methods, device)
-    parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
+    parallel.on_main(lambda: _download(config, texts, record.pruned))
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if not record.pruned:
@@ -124,21 +128,23 @@ def _complete(
         with record.stage("load", device):
             loaded = load_model(config.model, config.seed)
             _check_identity(record, loaded)
-            _check_perplexity_texts(config, loaded)
-            windows = None if record.pruned else _calibration_windows(config, loaded)
+            windows_of_texts = _perplexity_windows(config, texts, loaded)
+            windows = None if record.pruned else _calibration_windows(config, texts, loaded)
+        if texts.perplexity:
+            record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
 
         with record.stage("evaluate dense", device):
-            evaluate(loaded, config.evaluation, "dense", record)
+            evaluate(loaded, config.evaluation, windows_of_texts, "dense", record)
         if windows is None:
             log.info("continuing %s after pruning", record.directory)
             apply_record(loaded.model, loaded.identity, record.directory)
         else:
-            text = calibration_text(config.calibration).text
-            record.metrics["texts"] = {"calibration": text.digest(calibration=True)}
+            digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
+            record.metrics["texts"] = {"calibration": digest}
             prune_model(job, windows)
         with record.stage("evaluate sparse", device):
-            evaluate(loaded, config.evaluation, "sparse", record)
+            evaluate(loaded, config.evaluation, windows_of_texts, "sparse", record)
 
         record.finish()
         logger.summary(flat_figures(record.metrics))
@@ -208,19 +214,14 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
     return Footprint(config, model, methods, groups, device)
 
 
-def _fetch_from_hub(config: RunConfig, pruned: bool) -> None:
-    """Download the texts of the hub before the weights, so that a missing text ends the job early.
+def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
+    """Download the texts before the weights, so that a missing text ends the job early.
 
     Raises DataError if the model or a text is not available. Without the hub it names the model.
     """
     if config.model.source == "hub":
         hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
-    for named in perplexity_texts(config.evaluation.perplexity):
-        if isinstance(named.text, HubText):
-            named.text.digest(calibration=False)
-    text = calibration_text(config.calibration).text
-    if isinstance(text, HubText) and not pruned:
-        text.digest(calibration=True)
+    texts.download(calibration=not pruned)
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
@@ -256,18 +257,26 @@ def _check_identity(record: RunDirectory, loaded: LoadedModel) -> None:
         )
 
 
-def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:
-    """Raise DataError if a text is too short or has tokens that the model does not know."""
+def _perplexity_windows(
+    config: RunConfig, texts: JobTexts, loaded: LoadedModel
+) -> dict[str, Tensor]:
+    """Return the windows of each text for perplexity. Raises DataError as `perplexity_windows`."""
     settings = config.evaluation.perplexity
-    for named in perplexity_texts(settings):
-        windows = perplexity_windows(loaded.tokenizer, named, settings, config.model.bos)
-        check_windows(f"evaluation.perplexity: {named.name}", windows, loaded.model)
+    return {
+        name: perplexity_windows(loaded, text, settings, f"evaluation.perplexity: {name}")
+        for name, text in texts.perplexity.items()
+    }
 
 
-def _calibration_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
-    """Return the windows of the calibration text. Errors as `_check_perplexity_texts`."""
-    windows = calibration_tokens(
-        loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
+def _calibration_windows(config: RunConfig, texts: JobTexts, loaded: LoadedModel) -> Tensor:
+    """Return the windows of the calibration text. Raises DataError if the model cannot read it."""
+    windows = calibration_windows(
+        loaded.tokenizer,
+        texts.calibration,
+        config.calibration,
+        config.seed,
+        config.model.bos,
+        config.further,
     )
     check_windows("calibration", windows, loaded.model)
     return windows

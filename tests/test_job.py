@@ -16,9 +16,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from permllm import job
-from permllm.data.texts import TEXTS, perplexity_texts
+from permllm.data.texts import TEXTS
 from permllm.errors import ConfigError, DataError
-from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
@@ -93,10 +93,9 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
             weight = linear_at(model, path).weight
             assert violations(weight, orders[group.name], config.pattern) == 0
             assert not weight[~masks[path]].any()
-    (text,) = perplexity_texts(config.evaluation.perplexity)
-    windows = perplexity_windows(loaded.tokenizer, text, config.evaluation.perplexity)
+    windows = perplexity_windows(loaded, BUILTIN, config.evaluation.perplexity, "builtin")
     expected = metrics["perplexity"]["sparse"]["builtin"]["value"]
-    assert perplexity(model, windows, 2048)["value"] == pytest.approx(expected, rel=1e-6)
+    assert measure_perplexity(model, windows, 2048)["value"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_history_has_a_line_a_pass(learned: tuple[dict[str, Any], Path]) -> None:

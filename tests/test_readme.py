@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from permllm.runtime.version import __version__
 from tests.conftest import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
@@ -47,6 +48,7 @@ def test_every_option_that_the_readme_names_exists() -> None:
 
 def test_the_citation_of_the_readme_is_that_of_the_file() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == __version__
     (paper,) = citation["references"]
     text = re.sub(r"[{}]", "", README)
     assert f"version = {citation['version']}," in text

@@ -16,7 +16,8 @@ from transformers import ByT5Tokenizer
 
 import permllm
 from permllm import job
-from permllm.data.windows import calibration_tokens
+from permllm.data.texts import TEXTS
+from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, TrainingError
 from permllm.export.verify import verify
 from permllm.models import families
@@ -127,7 +128,8 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
     assert sum(metrics["moved_channels"].values()) > 0
     settings = read_config(composed(SEARCH, "model=tiny", *chosen))
     model = load_model(settings.model, 0).model
-    windows = calibration_tokens(ByT5Tokenizer(extra_ids=0), settings.calibration, seed=0)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    windows = calibration_windows(tokenizer, TEXTS["builtin"], settings.calibration, seed=0)
     factors = calibrate_dense(
         model, channel_groups(model), windows, instantiate("pruner", settings.pruner), 4
     ).factors

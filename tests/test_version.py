@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 
-import yaml
-
 from permllm.runtime.version import __version__
 from tests.conftest import ROOT
 
@@ -18,15 +16,6 @@ def test_the_package_takes_it_from_the_module() -> None:
     assert (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8").count(
         f'"{__version__}"'
     ) == 1
-
-
-def test_the_citation_has_it() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    needed = {"cff-version", "message", "title", "authors", "license", "references"}
-    assert needed <= citation.keys()
-    assert citation["version"] == __version__
-    (paper,) = citation["references"]
-    assert {"type", "title", "authors", "year"} <= paper.keys()
 
 
 def test_the_changelog_has_a_part_for_it() -> None:

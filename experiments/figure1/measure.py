@@ -19,8 +19,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import check_whole, main
-from permllm.data.texts import calibration_text
-from permllm.data.windows import calibration_tokens
+from permllm.data.lookup import calibration_text
+from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.layers import LayerStream
@@ -180,7 +180,10 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     pattern = group.pattern or config.pattern
     check_divides(pattern, group.channels, group.name)
     pruner = instantiate("pruner", config.pruner)
-    tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed, loaded.bos)
+    text = calibration_text(config.calibration)
+    tokens = calibration_windows(
+        loaded.tokenizer, text, config.calibration, config.seed, loaded.bos
+    )
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     stream = LayerStream(loaded.model, tokens, config.calibration.batch_size, products)
     for index in range(group.layer):
@@ -211,7 +214,7 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         "what": "orders of one channel group: share of saliency retained, "
         "squared output error over the squared output",
         "model": loaded.identity,
-        "text": calibration_text(config.calibration).text.digest(calibration=True),
+        "text": calibration_text(config.calibration).digest(calibration=True),
         "group": group.name,
         "members": list(group.members),
         "pruner": config.pruner["name"],

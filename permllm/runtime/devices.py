@@ -18,30 +18,24 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: there is no such device, or several processes would share it.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    processes = processes_here()
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ConfigError(
-                f"{processes} processes need {processes} GPUs, and this machine has {count}"
-            )
-        return torch.device("cuda", local_rank)
-    if device == "auto":
-        return torch.device("cpu")
-    if device.startswith("cuda:") and processes > 1:
+    name = device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    elif name != "cpu" and processes_here() > 1:
         raise ConfigError(
-            f"model.device={device} is one GPU for {processes} processes; "
-            "model.device=cuda gives each its own"
+            f"model.device={device}: several processes need cuda, which gives each its own GPU"
         )
     # Other devices have no float64, in which statistics are summed.
-    if device.partition(":")[0] in ("cpu", "cuda"):
+    if name.partition(":")[0] in ("cpu", "cuda"):
         try:
-            return torch.ones(1, device=device).device
+            return torch.ones(1, device=name).device
         except (RuntimeError, AssertionError):
             pass
     raise ConfigError(
-        f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU"
+        f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU "
+        "for each process"
     )
 
 

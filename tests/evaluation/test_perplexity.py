@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from permllm.data.texts import TEXTS, perplexity_texts
+from permllm.data.texts import TEXTS
 from permllm.errors import DataError
-from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.models import head
+from permllm.models.load import LoadedModel
 from permllm.settings.config import PerplexityConfig
 from tests.conftest import tiny_model
 
@@ -28,11 +29,11 @@ def test_value_equals_the_definition() -> None:
         for position in range(1, 10):
             log_p = model(input_ids=window[None, :position]).logits[0, -1].log_softmax(-1)
             losses[-1] -= float(log_p[window[position]])
-    result = perplexity(model, windows, batch_tokens=20)
+    result = measure_perplexity(model, windows, batch_tokens=20)
     assert result["value"] == pytest.approx(math.exp(sum(losses) / 27), rel=1e-5)
     assert (result["window"], result["tokens"]) == (10, 27)
-    assert result["losses"] == pytest.approx(losses, rel=1e-5)
-    alone = perplexity(model, windows, batch_tokens=1)["value"]
+    assert result["scores"] == pytest.approx(losses, rel=1e-5)
+    alone = measure_perplexity(model, windows, batch_tokens=1)["value"]
     assert alone == pytest.approx(result["value"], rel=1e-6)
 
 
@@ -51,8 +52,8 @@ def test_a_large_vocabulary_has_logits_of_some_tokens_at_a_time(
         at_a_time.append(output.shape[-2])
 
     model.lm_head.register_forward_hook(counted)
-    result = perplexity(model, windows, batch_tokens=20)
-    assert result["losses"] == pytest.approx(expected.tolist(), rel=1e-5)
+    result = measure_perplexity(model, windows, batch_tokens=20)
+    assert result["scores"] == pytest.approx(expected.tolist(), rel=1e-5)
     assert at_a_time[-9:] == [3, 3, 3] * 3
     assert max(at_a_time) < 10
 
@@ -60,11 +61,11 @@ def test_a_large_vocabulary_has_logits_of_some_tokens_at_a_time(
 def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     config = PerplexityConfig("builtin", seqlen=100)
-    (named,) = perplexity_texts(config)
     tokens = tokenizer(BUILTIN.evaluation())["input_ids"]
-    assert named.name == "builtin"
-    windows = perplexity_windows(tokenizer, named, config)
+    loaded = LoadedModel(tiny_model("llama"), tokenizer, "")
+    windows = perplexity_windows(loaded, BUILTIN, config, "builtin")
     assert windows.flatten().tolist() == tokens[: len(tokens) // 100 * 100]
-    assert perplexity_windows(tokenizer, named, replace(config, limit=3)).shape == (3, 100)
-    with pytest.raises(DataError, match="fewer than one"):
-        perplexity_windows(tokenizer, named, replace(config, seqlen=100_000))
+    few = replace(config, limit=3)
+    assert perplexity_windows(loaded, BUILTIN, few, "builtin").shape == (3, 100)
+    with pytest.raises(DataError, match=r"builtin: it has .* fewer than one"):
+        perplexity_windows(loaded, BUILTIN, replace(config, seqlen=100_000), "builtin")

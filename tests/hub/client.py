@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from lm_eval.tasks import TaskManager
 
 from permllm import job
-from permllm.data.texts import HubText, calibration_text, perplexity_texts
-from permllm.data.windows import calibration_tokens
+from permllm.data.texts import TEXTS, HubText
+from permllm.data.windows import calibration_windows
 from permllm.errors import PermLLMError
 from permllm.evaluation import lm_eval
 from permllm.evaluation.perplexity import perplexity_windows
@@ -73,13 +73,12 @@ def online(root: Path) -> None:
 
     def calibration(name: str) -> list[Any]:
         config = CalibrationConfig(name, samples=4, seqlen=48, sampling=SAMPLING[name])
-        windows = calibration_tokens(llama.tokenizer, config, seed=0)
-        return [calibration_text(config).text.digest(calibration=True), windows.tolist()]
+        windows = calibration_windows(llama.tokenizer, TEXTS[name], config, seed=0)
+        return [TEXTS[name].digest(calibration=True), windows.tolist()]
 
     def perplexity(name: str) -> list[Any]:
-        (named,) = perplexity_texts(config := PerplexityConfig(name, seqlen=48))
-        windows = perplexity_windows(llama.tokenizer, named, config)
-        return [named.text.digest(calibration=False), windows.tolist()]
+        windows = perplexity_windows(llama, TEXTS[name], PerplexityConfig(name, seqlen=48), name)
+        return [TEXTS[name].digest(calibration=False), windows.tolist()]
 
     def task(name: str) -> list[Any]:
         limit = settings.TaskConfig(limit=2)
@@ -125,7 +124,7 @@ def failures(root: Path) -> None:
     note("moved", run, "big/moves")
     note("anew", run, "big/moves", "force=true")
     (glue / ".gated").touch()
-    note("text gated", HubText("nyu-mll/glue", "gated.jsonl").digest, True)
+    note("text gated", HubText("nyu-mll/glue", "gated.jsonl").download, True)
 
 
 def down(root: Path) -> None:

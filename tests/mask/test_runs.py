@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from permllm import job
-from permllm.data.windows import calibration_tokens
+from permllm.data.lookup import calibration_text
+from permllm.data.windows import calibration_windows
 from permllm.export.verify import verify
 from permllm.mask.learned import MaskLearner
 from permllm.models.layers import last_states
@@ -117,7 +118,10 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     words += ["reconstruction.skip=6", "reconstruction.samples=4"]
     settings = config("model=tiny", *words)
     loaded = load_model(settings.model, settings.seed)
-    drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=2)
+    text = calibration_text(settings.calibration)
+    drawn = calibration_windows(
+        loaded.tokenizer, text, settings.calibration, settings.seed, further=2
+    )
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
     real, real_states = Training.__init__, stages.last_states

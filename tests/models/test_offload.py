@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from permllm import job
 from permllm.errors import ConfigError, DataError
-from permllm.evaluation.perplexity import perplexity
+from permllm.evaluation.perplexity import measure_perplexity
 from permllm.models.families import decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
@@ -69,7 +69,7 @@ def test_perplexity_has_the_same_bits(
     found = []
     for placement in ("device", *PLACEMENTS):
         model = load_model(settings(folder, placement, dtype=dtype), 0).model
-        found.append(perplexity(model, windows, 32))
+        found.append(measure_perplexity(model, windows, 32))
     assert found[0] == found[1] == found[2]
 
 
@@ -105,7 +105,8 @@ def test_generation_settings_come_from_the_files(tmp_path: Path) -> None:
     for file, settings_of in (("generation_config.json", {}), ("config.json", config)):
         (export / file).write_text(json.dumps(settings_of | {"repetition_penalty": 1.5}))
         models = [load_model(settings(export, one), 0).model for one in ("device", "disk")]
-        assert perplexity(models[0], windows, 32) == perplexity(models[1], windows, 32)
+        on_device, on_disk = (measure_perplexity(model, windows, 32) for model in models)
+        assert on_device == on_disk
         source = dense_source(settings(export, "device"), 0)
         generations = [*(model.generation_config for model in models), source.generation]
         assert {one.repetition_penalty for one in generations if one} == {1.5}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
-from permllm.data.windows import calibration_tokens
+from permllm.data.lookup import calibration_text
+from permllm.data.windows import calibration_windows
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruner.magnitude import Magnitude
 from permllm.reconstruction.admm import ADMM
@@ -151,8 +152,10 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
     assert config(*words, "reconstruction.skip=4").further == 4
     assert config(*words, "reconstruction.skip=0").hash == whole.hash
     assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
-    found = calibration_tokens(ByT5Tokenizer(extra_ids=0), asked.calibration, 0, further=3)
-    assert found.shape == (7, 16)
+    text = calibration_text(asked.calibration)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    windows = calibration_windows(tokenizer, text, asked.calibration, 0, further=3)
+    assert windows.shape == (7, 16)
 
 
 def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(

@@ -15,7 +15,9 @@ from permllm.runtime.compiling import attempted, compiled
 
 
 @pytest.mark.usefixtures("kernels_may_fail")
-def test_a_failure_is_one_warning_and_final(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_one_warning_and_plain_code(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
 
     def broken(value: int) -> int:
@@ -28,6 +30,8 @@ def test_a_failure_is_one_warning_and_final(caplog: pytest.LogCaptureFixture) ->
     assert [attempt(1), attempt(2), attempt(3)] == [1, None, None]
     assert calls == [1, 2]
     assert caplog.messages == ["slower without: no driver"]
+    monkeypatch.setattr(torch, "compile", Mock(return_value=broken))
+    assert compiled(lambda value: 3 * value, "slower without")(2) == 6
     full = attempted(Mock(side_effect=torch.OutOfMemoryError()), "slower without")
     with pytest.raises(torch.OutOfMemoryError):  # which is not hidden
         full()
@@ -44,14 +48,6 @@ def test_a_failure_is_raised_for_somebody_who_wants_everything(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(RuntimeError):
         attempted(failing, "slower without")()
-
-
-@pytest.mark.usefixtures("kernels_may_fail")
-def test_without_a_compiler_the_function_itself_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = Mock(side_effect=RuntimeError("no compiler found"))
-    monkeypatch.setattr(torch, "compile", Mock(return_value=failing))
-    double = compiled(lambda value: 2 * value, "slower without")
-    assert double(3) == 6
 
 
 def test_equal_sizes_are_no_reason_to_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:

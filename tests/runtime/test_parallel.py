@@ -174,9 +174,10 @@ def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_ranks(tmp_path: Path) ->
 
 # Both ranks meet the first error; one alone meets the second, while the other waits for it.
 ERRORS = """
+from datetime import timedelta
 from permllm.errors import ConfigError, DataError
 from permllm.runtime import parallel
-parallel._SAME_ERROR = 1.0
+parallel._ALL_FAIL = timedelta(seconds=1)
 parallel.start()
 for number in range(3):
     try:

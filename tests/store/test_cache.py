@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
-from permllm.data.texts import perplexity_texts
-from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.errors import DataError
 from permllm.models.load import LoadedModel
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import DenseCalibration, calibrate
-from permllm.settings.config import CalibrationConfig, PerplexityConfig
 from permllm.store.cache import cached
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
@@ -130,25 +127,3 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
     ):
         with pytest.raises(AssertionError, match="computed again"):
             share(*changed)
-
-
-def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("some words of text, " * 50)
-    settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, seqlen=20)
-    tokens = calibration_tokens(TOKENIZER, settings, seed=0)
-    (named,) = perplexity_texts(PerplexityConfig(None, seqlen=20, data_files=str(file)))
-    whole = all_tokens(TOKENIZER, named)
-    assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
-    monkeypatch.setattr("permllm.data.texts._read_rows", lambda *_, **__: refuse())
-    assert torch.equal(calibration_tokens(TOKENIZER, settings, seed=0), tokens)
-    assert torch.equal(all_tokens(TOKENIZER, named), whole)
-    for tokenizer, seed in ((TOKENIZER, 1), (ByT5Tokenizer(extra_ids=1), 0)):
-        with pytest.raises(AssertionError, match="computed again"):
-            calibration_tokens(tokenizer, settings, seed)
-    file.write_text("other words of text, " * 50)
-    with pytest.raises(AssertionError, match="computed again"):
-        calibration_tokens(TOKENIZER, settings, seed=0)
-    assert tokenizer_digest(TOKENIZER) != tokenizer_digest(ByT5Tokenizer(extra_ids=3))

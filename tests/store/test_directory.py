@@ -104,7 +104,7 @@ def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> Non
     """Stop one run at each of its stages in turn."""
     stops: list[Stop] = [line_with("temperature", 2), line_with("mask_flips")]
     stops += [line_with("weights_learned"), (job, "prune_layers", lambda *_: True)]
-    stops += [(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])]
+    stops += [(measure, "measure_perplexity", lambda *arguments: "sparse" in arguments[-1])]
     stops += [(job, "export_run", lambda *_: True)]
     assert "continuing" not in (whole / "run.log").read_text()
     for owner, name, when in stops:
@@ -197,7 +197,9 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
 
 def test_a_killed_evaluation_leaves_the_others_and_force_none(cache: Path, tmp_path: Path) -> None:
     first, directory = run(tmp_path, "export=simulate")
-    begun(tmp_path, OTHER, measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])
+    begun(
+        tmp_path, OTHER, measure, "measure_perplexity", lambda *arguments: "sparse" in arguments[-1]
+    )
     assert read_json(directory / "metrics.json")["perplexity"] == first["perplexity"]
     assert is_finished(directory, settings(tmp_path).evaluation_identity)
     assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)

@@ -1,0 +1,117 @@
+"""Texts that the settings of a job name."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from permllm.data.texts import TEXTS, Text, TextFile
+from permllm.errors import ConfigError, check_one_of, first_line
+from permllm.settings.config import CalibrationConfig, PerplexityConfig
+
+# Name in the settings for a file of the user, and key of the texts for perplexity.
+_FILE = "text"
+PERPLEXITY = "evaluation.perplexity.dataset"
+
+
+@dataclass(frozen=True)
+class JobTexts:
+    """Texts of a job, which the settings name.
+
+    Attributes:
+        calibration: the text for calibration.
+        perplexity: texts for perplexity, by their names in results. Empty: it is not measured.
+    """
+
+    calibration: Text
+    perplexity: dict[str, Text]
+
+    def download(self, calibration: bool) -> None:
+        """Download what the texts lack, so that a missing text ends a job before it loads a model.
+
+        Args:
+            calibration: False: without the text for calibration, which a pruned run does not read.
+
+        Raises:
+            DataError: a text cannot be downloaded.
+        """
+        for text in self.perplexity.values():
+            text.download(calibration=False)
+        if calibration:
+            self.calibration.download(calibration=True)
+
+    def perplexity_digests(self) -> dict[str, str]:
+        """Return the digest of each text for perplexity by its name."""
+        return {name: text.digest(calibration=False) for name, text in self.perplexity.items()}
+
+
+def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> JobTexts:
+    """Return the texts of a job, without a download.
+
+    Raises:
+        ConfigError: a name is not valid, or perplexity would be measured on the documents of
+            calibration.
+        DataError: a file does not exist, or its suffix is not known.
+    """
+    texts = JobTexts(calibration_text(calibration), perplexity_texts(perplexity))
+    for name, text in texts.perplexity.items():
+        if calibration.data_files and perplexity.data_files:
+            if text.digest(calibration=False) == texts.calibration.digest(calibration=True):
+                raise ConfigError(
+                    f"evaluation.perplexity.data_files={perplexity.data_files!r} is also the file "
+                    "of calibration: give a held-out text"
+                )
+        elif text is texts.calibration and text.one_use:
+            raise ConfigError(
+                f"{PERPLEXITY}={name!r} is not held out from "
+                f"calibration.dataset={name!r}, which uses the whole text"
+            )
+    return texts
+
+
+def calibration_text(config: CalibrationConfig) -> Text:
+    """Return the text for calibration. Errors as in `texts_of_job`."""
+    if config.dataset == _FILE:
+        if not config.data_files:
+            raise ConfigError("calibration=text needs calibration.data_files=PATH")
+        return TextFile("calibration.data_files", config.data_files)
+    if config.data_files:
+        raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
+    return text_named("calibration.dataset", config.dataset, "calibrates")
+
+
+def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
+    """Return the texts for perplexity by their names in results. Errors as in `texts_of_job`."""
+    if config.data_files:
+        text = TextFile("evaluation.perplexity.data_files", config.data_files)
+        return {Path(config.data_files).stem: text}
+    texts = dict[str, Text]()
+    for dataset in config.names:
+        name = dataset.rpartition(".")[2]
+        if name in texts:
+            raise ConfigError(f"{PERPLEXITY}={config.names} has {name} twice")
+        texts[name] = text_named(PERPLEXITY, dataset, "evaluates")
+    return texts
+
+
+def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> Text:
+    """Return a text by its name in `TEXTS`, or by the dotted name of a module with a `TEXT`."""
+    if "." not in name:
+        check_one_of(key, name, [valid for valid, text in TEXTS.items() if getattr(text, use)])
+        return TEXTS[name]
+    text = _imported(f"{key}={name}", name)
+    if not getattr(text, use):
+        raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
+    return text
+
+
+def _imported(key: str, module: str) -> Text:
+    try:
+        text = getattr(import_module(module), "TEXT", None)
+    except Exception as error:  # third-party code may raise any error
+        raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
+    if not isinstance(text, Text):
+        raise ConfigError(
+            f"{key}: the module needs a TEXT, whose class derives from permllm.data.texts.Text"
+        )
+    return text

@@ -1,0 +1,96 @@
+"""Texts that settings name: options, files that are refused early, and modules of one's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import ByT5Tokenizer
+
+from permllm.data.lookup import calibration_text, perplexity_texts
+from permllm.data.texts import TEXTS
+from permllm.data.windows import calibration_windows
+from permllm.errors import ConfigError, DataError
+from permllm.evaluation.perplexity import perplexity_windows
+from permllm.models.load import LoadedModel
+from permllm.settings.config import CalibrationConfig, PerplexityConfig
+from tests.conftest import ROOT, tiny_model
+
+TOKENIZER = ByT5Tokenizer(extra_ids=0)
+MINE = """
+from permllm.data.texts import Text
+
+class Mine(Text):
+    calibrates = evaluates = True
+    max_windows = 3
+    def calibration(self, seed): return ["forward " * 20]
+    def evaluation(self): return "backward " * 20
+
+TEXT = Mine()
+"""
+
+
+def test_every_text_to_calibrate_on_has_its_option() -> None:
+    folder = ROOT / "conf" / "calibration"
+    options = {file.stem for file in folder.glob("[!_]*.yaml")}
+    assert options == {name for name in TEXTS if TEXTS[name].calibrates} | {"text"}
+    for option in options - {"text"}:
+        settings = yaml.safe_load((folder / f"{option}.yaml").read_text())
+        assert calibration_text(CalibrationConfig(settings["dataset"])) is TEXTS[option]
+
+
+def test_a_path_that_is_no_file_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    for name in ("folder.txt", "pipe.txt", "device.txt", "notes.md"):
+        config = CalibrationConfig("text", data_files=str(tmp_path / name))
+        with pytest.raises(DataError, match=rf"^calibration\.data_files={tmp_path}/{name}"):
+            calibration_text(config)
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a module `ownpackage.mine` of someone's own."""
+    (tmp_path / "own" / "ownpackage").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ownpackage"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    return tmp_path / "own" / "ownpackage" / "mine.py"
+
+
+def test_a_text_of_ones_own_calibrates_and_evaluates(mine: Path) -> None:
+    mine.write_text(MINE)
+    config = CalibrationConfig(dataset="ownpackage.mine", samples=2, seqlen=16)
+    for window in calibration_windows(TOKENIZER, calibration_text(config), config, seed=0):
+        assert TOKENIZER.decode(window, skip_special_tokens=True) in "forward " * 20
+    settings = PerplexityConfig("ownpackage.mine", seqlen=32)
+    texts = perplexity_texts(settings)
+    assert texts.keys() == {"mine"}
+    loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "")
+    assert perplexity_windows(loaded, texts["mine"], settings, "mine").shape == (3, 32)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "cannot be imported: No module named 'ownpackage"),
+        ("raise ValueError('a reason\\nof two lines')", "cannot be imported: a reason"),
+        ("", "the module needs a TEXT"),
+        (MINE.replace("Mine()", "Mine"), "the module needs a TEXT"),
+        (MINE.replace("= evaluates", ""), "is not valid: its text has `evaluates = False`"),
+    ],
+)
+def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, message: str) -> None:
+    if source is not None:
+        mine.write_text(source)
+    with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset=") as caught:
+        perplexity_texts(PerplexityConfig("ownpackage.mine", seqlen=32))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
