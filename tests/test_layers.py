@@ -59,7 +59,7 @@ def test_a_room_imports_only_from_those_before_it() -> None:
 def test_learning_stands_on_its_settings() -> None:
     """Inside of LCP: the learner before the method."""
     lcp = PACKAGE / "permutation" / "lcp"
-    order = ("order_learner", "lcp")
+    order = ("permutation_learner", "lcp")
     for place, module in enumerate(order):
         later = {f"permllm.permutation.lcp.{name}" for name in order[place + 1 :]}
         assert not later & set(imports_of(lcp / f"{module}.py"))

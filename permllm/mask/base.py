@@ -7,7 +7,6 @@ from torch import Tensor
 
 from permllm.models.families import ChannelGroup
 from permllm.sparsity.method import Method
-from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningPlan
 
@@ -26,14 +25,11 @@ class Mask(Method):
 class FoundMask(Mask, ABC):
     """Base of the methods that find the masks of all linears together, in all ranks.
 
-    Attributes:
-        statistics: statistics of the linears' inputs that the method sums over the calibration
-            text (`permllm.sparsity`).
+    Their `statistics` are sums over the calibration text.
     """
 
     local = False
     found_dense = "mask"
-    statistics: Statistics = ()
 
     @abstractmethod
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -46,14 +42,9 @@ class FoundMask(Mask, ABC):
 
 
 class LearnedMask(FoundMask):
-    """Base of the methods that train, in all ranks together.
-
-    Attributes:
-        batch_size: windows in a step.
-    """
+    """Base of the methods that train, in all ranks together."""
 
     learned = True
-    batch_size: int
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:

@@ -24,16 +24,26 @@ class Permutation(Method, ABC):
     Attributes:
         local: the method has `order`, which finds the permutation of one channel group from its
             saliency alone, also if this saliency is not the dense model's.
+        searches: the method searches for permutations by `permllm.permutation.heuristic`.
         constraint: constraint of the permutations (see `permllm.permutation.foldable`); None:
             unknown until they are found.
     """
 
     local: bool = False
+    searches: bool = False
     constraint: Constraint | None = "free"
 
     @abstractmethod
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutations, int64 `(C_in,)` on the CPU, by group."""
+
+    def norm_tokens(self, window: int) -> int:
+        """Return the number of tokens that count as one in a norm of the dense model's inputs.
+
+        Args:
+            window: number of tokens in a calibration window.
+        """
+        return 1
 
 
 class LocalPermutation(Permutation):
@@ -78,15 +88,10 @@ class Identity(LocalPermutation):
 
 
 class LearnedPermutation(Permutation):
-    """Base of the methods that train, in all ranks together.
-
-    Attributes:
-        batch_size: windows in a step.
-    """
+    """Base of the methods that train, in all ranks together."""
 
     learned = True
     found_dense = "permutation"
-    batch_size: int
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:

@@ -52,6 +52,7 @@ class Heuristic(LocalPermutation):
     """RIA's channel reallocation, for each shared permutation of the constraint."""
 
     constraint: Constraint = "free"
+    searches = True
 
     @property
     def local(self) -> bool:  # type: ignore[override]

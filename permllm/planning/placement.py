@@ -82,7 +82,7 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
             changed = {group: getattr(config, group) | {key: value}}
             yield f"{group}.{key}={value}", replace(config, **changed)
     if config.mask.get("name") == "score":
-        lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
+        lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.lowrank.LowRankMask"}
         yield "mask=lowrank", replace(config, mask=lowrank)
     if methods.mask.learned:
         lcp = {

@@ -79,7 +79,7 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
         config.pruner,
         batch_size=batch_size,
         compute_dtype=job.products,
-        norm_tokens=drawn.shape[1] if config.permutation.get("conventions") == "paper" else 1,
+        norm_tokens=job.methods.permutation.norm_tokens(drawn.shape[1]),
     )
     stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
     further = slice(samples, max(stops, default=0))

@@ -10,7 +10,6 @@ from permllm.errors import ConfigError
 from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
-StraightThrough = Literal["swap", "hard", "soft"]
 
 
 class LearningPlan(NamedTuple):

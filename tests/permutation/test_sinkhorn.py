@@ -11,8 +11,7 @@ from torch import Tensor
 
 from permllm.permutation.lcp import assignment
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
-from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
+from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, logit_gradient, normalize
 from permllm.runtime import parallel
 from permllm.sparsity.blocks import BlockStack
 from tests.problems import random, sinkhorn
@@ -92,8 +91,8 @@ def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_ea
     softs = [sinkhorn(apart[name].effective(number), 0.5, 3) for name, number in stacks]
     for found, soft in zip(batch.parts(batch.soft).values(), softs, strict=True):
         torch.testing.assert_close(found, soft, rtol=1e-12, atol=0)
-    assert not any(bool(stand_in.any()) for stand_in in batch.stand_ins)
-    for some in (batch.stand_ins, softs):  # of two portions, and the second stack used twice
+    assert not any(bool(placeholder.any()) for placeholder in batch.placeholders)
+    for some in (batch.placeholders, softs):  # of two portions, and the second stack used twice
         (some[0] * weights[0]).sum().backward(retain_graph=True)
         (2 * (some[1] * weights[1]).sum() + (some[2] * weights[2]).sum()).backward()
     batch.backward()

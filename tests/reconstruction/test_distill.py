@@ -23,9 +23,9 @@ from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
 from permllm.store.directory import Record, RunDirectory
 from permllm.store.files import DISTILL_CHECKPOINT
-from permllm.training import loop as training
 from permllm.training import objective
-from permllm.training.learner import Moment, Stage
+from permllm.training import trainer as training
+from permllm.training.learner import Progress, Stage
 from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
 from tests.problems import CPU, problem, pruned, same, tokens
@@ -55,7 +55,7 @@ def test_kept_weights_learn_as_adam_says() -> None:
             assert not linear.weight.requires_grad
         optimizer.step()
         scheduler.step()
-        learner.begin(Moment(step, STEPS, 0, 1))
+        learner.begin(Progress(step, STEPS, 0, 1))
     for weight, linear, kept in zip(before, linears, masks, strict=True):
         mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
         for step in range(STEPS):
@@ -172,13 +172,13 @@ def test_steps_go_through_the_samples_as_often_as_they_take(
 ) -> None:
     assert same(whole, distilled(epochs=1, steps=10))
     seen: list[Tensor] = []
-    real = training.Training.step
+    real = training.Trainer.step
 
-    def watched(self: training.Training, batch: Tensor, *more: Any) -> Any:
+    def watched(self: training.Trainer, batch: Tensor, *more: Any) -> Any:
         seen.append(batch)
         return real(self, batch, *more)
 
-    monkeypatch.setattr(training.Training, "step", watched)
+    monkeypatch.setattr(training.Trainer, "step", watched)
     distilled(epochs=1, steps=7)
     assert [len(batch) for batch in seen] == 7 * [2]
     assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
@@ -195,8 +195,6 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     stage, values = Stage(0, range(2), None, target), sum(int(mask.sum()) for mask in masks)
     rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
     with weights.gradients(), products_in(products, CPU):
-        loop = training.Training(settings, learning, stage, weights, "distill", "file")
-        # Gradients and two moments, then gradients alone.
-        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded
-        loop.step(torch.arange(2), Moment(0, 4, 0, 1))
-        assert loop._not_yet_taken(target) == 4 * values + rounded
+        loss = objective.Objective(settings, learning, stage, weights)
+        # Gradients and two moments.
+        assert loss._first_step_bytes(target) == 4 * 3 * values + rounded
