@@ -133,7 +133,7 @@ class ScoreMask(LearningSettings, LearnedMask):
         groups: list[ChannelGroup],
         orders: Mapping[str, Tensor],
         stage: Stage,
-    ) -> AbstractContextManager[dict[str, list[ScoreLinear]]]:
+    ) -> AbstractContextManager[dict[str, ScoreLinear]]:
         """Replace the linears of a stage by masked linears inside the returned context.
 
         Their weights are stored permuted.
@@ -164,7 +164,7 @@ class MaskLearner(Learner):
     Args:
         problem: problem with the model.
         groups: pruned channel groups of the stage.
-        linears: masked linears by group, whose scores learn.
+        linears: masked linears of these groups by path, whose scores learn.
         earlier: masks of the earlier stages, like `best`.
 
     Attributes:
@@ -175,24 +175,23 @@ class MaskLearner(Learner):
         self,
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
-        linears: Mapping[str, Sequence[ScoreLinear]],
+        linears: Mapping[str, ScoreLinear],
         earlier: Mapping[str, Tensor],
     ) -> None:
         self._placement = placement_of(problem.model)
         self.groups = groups
-        self.linears = {
-            path: linear
-            for group in groups
-            for path, linear in zip(group.members, linears[group.name], strict=True)
-        }
+        self.linears = linears
         self.earlier = dict(earlier)
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
-        self.gathers = any(linear.perm is not None for linear in self.linears.values())
-        keeping = [linear for linear in self.linears.values() if linear.scores.keeps_masked]
-        self.masked_weights = sum(linear.linear.weight.numel() for linear in keeping)
+        self.gathers = any(linear.perm is not None for linear in linears.values())
+        self.masked_weights = sum(
+            linear.linear.weight.numel()
+            for linear in linears.values()
+            if linear.scores.keeps_masked
+        )
         self.scores = nn.ModuleDict(
-            {path.replace(".", "/"): linear.scores for path, linear in self.linears.items()}
+            {path.replace(".", "/"): linear.scores for path, linear in linears.items()}
         )
 
     @override

@@ -173,7 +173,7 @@ def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -
         scores = (search.scores(position) for search in active)
         for search, sources in zip(active, solve(assigned, scores), strict=True):
             search.exchange(position, sources)
-    return [search.order() for search in searches]
+    return [search.permutation() for search in searches]
 
 
 class Search:
@@ -214,16 +214,19 @@ class Search:
         places = self.perm.view(-1, self.m)
         places[:, position] = places[sources, position]
 
-    def order(self) -> Tensor:
+    def permutation(self) -> Tensor:
         """Return the present permutation, or the identity if it retains as much saliency."""
         identity = torch.arange(len(self.perm))
-        retained = [0.0, 0.0]
+        return self.perm if self._retained(self.perm) > self._retained(identity) else identity
+
+    def _retained(self, perm: Tensor) -> float:
+        """Return the saliency that the masks of permuted channels retain."""
+        retained = 0.0
         for part, pattern in self._saliency():
             for rows in part.split(_ROWS_AT_A_TIME):
-                for index, order in enumerate((identity, self.perm)):
-                    permuted = rows[:, order.to(rows.device)]
-                    retained[index] += saliency_sum(permuted, nm_mask(permuted, pattern))
-        return self.perm if retained[1] > retained[0] else identity
+                permuted = rows[:, perm.to(rows.device)]
+                retained += saliency_sum(permuted, nm_mask(permuted, pattern))
+        return retained
 
 
 def allocate(total: Tensor, m: int) -> Tensor:

@@ -43,8 +43,8 @@ class Method:
     batch_size: int = 1
     micro_batch_size: int | None = None
     activation_checkpointing: bool | None = None
-    layers_per_stage: int | str | None = None
-    loss: str | None = None
+    layers_per_stage: Any = None
+    loss: Any = None
     select_from: int = 0
 
     def validate(self, config: RunConfig) -> None:
@@ -102,13 +102,10 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         raise refused(error, arguments, key) from error
     except TypeError as error:
-        parameters = signature(kind).parameters
-        unknown = [name for name in arguments if name not in parameters]
-        if unknown and not any(
-            parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()
-        ):
-            option = settings.get("name", target)
-            raise ConfigError(
-                f"{key}.{unknown[0]}={arguments[unknown[0]]}: {key}={option} has no such setting"
-            ) from error
+        for name, value in arguments.items():
+            if name not in signature(kind).parameters:
+                option = settings.get("name", target)
+                raise ConfigError(
+                    f"{key}.{name}={value}: {key}={option} has no such setting"
+                ) from error
         raise ConfigError(f"{key}: {first_line(error)}") from error

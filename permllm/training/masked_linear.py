@@ -29,8 +29,8 @@ def replaced_linears(
     replacement: Callable[[ChannelGroup, str, nn.Linear], MaskedLinear],
     change: Callable[[ChannelGroup, Tensor], Tensor],
     back: Callable[[ChannelGroup, Tensor], Tensor],
-) -> Iterator[dict[str, list[MaskedLinear]]]:
-    """Replace every linear of some groups inside the context; yield the masked linears by group.
+) -> Iterator[dict[str, MaskedLinear]]:
+    """Replace every linear of some groups inside the context; yield the masked linears by path.
 
     Args:
         model: model of a known family.
@@ -41,18 +41,16 @@ def replaced_linears(
     """
     placement = placement_of(model)
     replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []
-    masked_linears: dict[str, list[MaskedLinear]] = {}
+    masked_linears: dict[str, MaskedLinear] = {}
     try:
         for group in groups:
-            masked_linears[group.name] = []
             with placement.layer(group.layer):
                 for path in group.members:
                     linear = linear_at(model, path)
-                    masked_linear = replacement(group, path, linear)
+                    masked_linears[path] = replacement(group, path, linear)
                     placement.rearrange(linear, partial(change, group))
                     replaced.append((group, path, linear))
-                    model.set_submodule(path, masked_linear)
-                    masked_linears[group.name].append(masked_linear)
+                    model.set_submodule(path, masked_linears[path])
         yield masked_linears
     finally:
         for group, path, linear in replaced:

@@ -28,7 +28,8 @@ _WARPS = 4
 
 def mask(out: Tensor, chunk: ChannelChunk) -> Tensor:
     """Do as `permllm.training.kernels.Kernels.mask`, and return `out`."""
-    _launch_mask(out, chunk, {})
+    # `out` replaces pointers that the kernel does not read.
+    _launch_mask(out, chunk, grad=out, limits=out, stay=out, thresholds=False)
     return out
 
 
@@ -42,7 +43,7 @@ def exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tens
     limits = empty(4, channels // chunk.m, rows)
     stay = empty(channels, triton.cdiv(rows, _rows_of(chunk.m)))
     grad = grad.contiguous()
-    _launch_mask(out, chunk, {"grad": grad, "limits": limits, "stay": stay})
+    _launch_mask(out, chunk, grad, limits, stay, thresholds=True)
     changes = empty(blocks, size, groups)
     grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
     with torch.cuda.device_of(out):  # Triton launches on the current device
@@ -54,20 +55,18 @@ def exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tens
     return with_own(changes, stay.sum(1), chunk.m)
 
 
-def _launch_mask(out: Tensor, chunk: ChannelChunk, thresholds: dict[str, Tensor]) -> None:
+def _launch_mask(
+    out: Tensor, chunk: ChannelChunk, grad: Tensor, limits: Tensor, stay: Tensor, thresholds: bool
+) -> None:
     channels = chunk.factors.column.shape[1]
     rows = chunk.weight_t.shape[1]
     m = chunk.m
-    # `out` replaces pointers that the kernel does not read.
-    grad = thresholds.get("grad", out)
-    limits = thresholds.get("limits", out)
-    stay = thresholds.get("stay", out)
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
     with torch.cuda.device_of(out):
         _mask[grid](
             *_pointers(chunk), grad, limits, stay, out, rows, channels, **_saliency_kind(chunk),
             N=chunk.n, M=m, LANES=triton.next_power_of_2(m), ROWS=_rows_of(m),
-            THRESHOLDS=bool(thresholds), num_warps=1,
+            THRESHOLDS=thresholds, num_warps=1,
         )  # fmt: skip
 
 

@@ -7,12 +7,9 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
-from permllm.permutation.lcp import assignment
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, logit_gradient, normalize
-from permllm.runtime import parallel
 from permllm.sparsity.blocks import BlockStack
 from tests.problems import random, sinkhorn
 
@@ -43,34 +40,6 @@ def test_hard_permutation_is_the_best_of_all(sharpness: float) -> None:
         best = max(float(block[order, range(5)].sum()) for order in orders)
         assert perm.tolist() in orders
         assert float(block[perm, range(5)].sum()) == pytest.approx(best, abs=1e-12)
-
-
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_ranks_solve_a_share_of_the_blocks_each_and_have_all(
-    ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = ((9, 8), (1, 4), (12, 16))
-    softs = [sinkhorn(0.1 * random(blocks, size, size), 1.0, 5) for blocks, size in sizes]
-    expected, solve, solved = harden(softs), assignment.linear_sum_assignment, [0] * ranks
-    total = [torch.zeros_like(perm) for perm in expected]
-
-    def all_reduce(mine: list[Tensor]) -> None:
-        for whole, part in zip(total, mine, strict=True):
-            whole += part
-
-    def counted(costs: object) -> object:
-        solved[parallel.rank()] += 1
-        return solve(costs)
-
-    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
-    monkeypatch.setattr(parallel, "all_reduce", all_reduce)
-    monkeypatch.setattr(assignment, "linear_sum_assignment", counted)
-    for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        harden(softs)
-    assert all(map(torch.equal, total, expected))
-    assert sum(solved) == 21  # all but the small one, which is settled without
-    assert max(solved) <= -(-9 // ranks) + -(-12 // ranks)
 
 
 @pytest.mark.parametrize("scale", [None, 1.5])

@@ -148,7 +148,7 @@ class LCP(LearningSettings, LearnedPermutation):
 
     def masked_linears(
         self, problem: LearningProblem, shared: list[SharedOrder], stage: Stage, kernels: Kernels
-    ) -> AbstractContextManager[dict[str, list[PermutationLinear]]]:
+    ) -> AbstractContextManager[dict[str, PermutationLinear]]:
         """Replace the linears of a stage by masked linears inside the returned context.
 
         Their weights are stored column by column, so that a permutation of channels gathers rows.
@@ -186,7 +186,7 @@ class LCP(LearningSettings, LearnedPermutation):
         shared: list[SharedOrder],
         orders: dict[str, Tensor],
         logits: dict[str, BlockLogits],
-        linears: dict[str, list[PermutationLinear]],
+        linears: dict[str, PermutationLinear],
     ) -> PermutationLearner:
         """Return the learner of a stage; the arguments are those of `PermutationLearner`."""
 

@@ -32,7 +32,7 @@ class PermutationLearner(Learner):
         shared: all shared permutations of the model.
         orders: their values at the start, int64 `(channels,)` by name.
         logits: logits of each permutation that learns, by name.
-        linears: masked linears of each channel group in the stage.
+        linears: masked linears of the stage, by path.
         temperature: returns the temperature of the soft permutations in a step.
         halves: number of half iterations in Sinkhorn's normalisation.
 
@@ -46,7 +46,7 @@ class PermutationLearner(Learner):
         shared: list[SharedOrder],
         orders: Mapping[str, Tensor],
         logits: dict[str, BlockLogits],
-        linears: dict[str, list[PermutationLinear]],
+        linears: dict[str, PermutationLinear],
         temperature: Callable[[Progress], float],
         halves: int,
     ) -> None:
@@ -123,8 +123,8 @@ class PermutationLearner(Learner):
             if torch.is_grad_enabled() and order.name in self.blocks:
                 hard = order.expand_rows(self._hard[order.name])
                 soft = order.expand_blocks(self._soft[order.name])
-            for linear in self.linears[group.name]:
-                linear.set_permutation(perm, hard, soft)
+            for path in group.members:
+                self.linears[path].set_permutation(perm, hard, soft)
 
     @override
     def step_values(self, progress: Progress) -> dict[str, Tensor]:
