@@ -96,14 +96,12 @@ class SharedOrder:
 
     def shared(self, order: Tensor) -> Tensor | None:
         """Return the shared permutation, int64 `(channels,)`, that expands to `order`, or None."""
-        order = order.cpu()
-        local = order.view(-1, self.repeats, self.segment) - self._starts(
-            self.repeats, order.device
-        )
+        copies = order.cpu().view(-1, self.repeats, self.segment)
+        local = copies - self._starts(self.repeats, copies.device)
         inside = (local >= 0) & (local < self.segment)
         if not bool(inside.all()) or not bool((local == local[:, :1]).all()):
             return None
-        return (local[:, :1] + self._starts(1, order.device)).flatten()
+        return (local[:, :1] + self._starts(1, copies.device)).flatten()
 
     def _starts(self, repeats: int, device: torch.device) -> Tensor:
         """Return the first position of each copy of each segment, `(segments, repeats, 1)`."""
