@@ -63,10 +63,10 @@ def softmax_gradients(
     grad_mask = _mask_gradients(w, s, chunk, grad)
     largest = reduce(torch.maximum, s)
     exponentials = [(part - largest).exp() for part in s]
-    total = sum(exponentials[1:], exponentials[0])
+    total = reduce(torch.add, exponentials)
     soft_mask = [part / total for part in exponentials]
     products = [of_mask * soft for of_mask, soft in zip(grad_mask, soft_mask, strict=True)]
-    mean = sum(products[1:], products[0])
+    mean = reduce(torch.add, products)
     grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
     return (
         _masked(w, keep, dtype),
@@ -103,7 +103,7 @@ def thresholds(
             torch.where(rank == position, part, 0.0)
             for rank, part in zip(ranks, places, strict=True)
         ]
-        return sum(picked[1:], picked[0])
+        return reduce(torch.add, picked)
 
     next_d = at(n, d)
     stay = [

@@ -339,7 +339,10 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
         if problem.directory is None or not (problem.directory / file).is_file():
             return None
         try:
-            return load_state(problem.directory / file, problem.device)
+            state = load_state(problem.directory / file, problem.device)
+            if "stage" not in state:
+                raise DataError(f"{file} is of another version of PermLLM")
+            return state
         except DataError as error:
             log.warning("%s: learning starts over", error)
             return None

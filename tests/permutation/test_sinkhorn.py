@@ -60,8 +60,9 @@ def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_ea
     softs = [sinkhorn(apart[name].effective(number), 0.5, 3) for name, number in stacks]
     for found, soft in zip(batch.parts(batch.soft).values(), softs, strict=True):
         torch.testing.assert_close(found, soft, rtol=1e-12, atol=0)
-    assert not any(bool(placeholder.any()) for placeholder in batch.placeholders)
-    for some in (batch.placeholders, softs):  # of two portions, and the second stack used twice
+    placeholders = list(batch.placeholders.values())
+    assert not any(bool(placeholder.any()) for placeholder in placeholders)
+    for some in (placeholders, softs):  # of two portions, and the second stack used twice
         (some[0] * weights[0]).sum().backward(retain_graph=True)
         (2 * (some[1] * weights[1]).sum() + (some[2] * weights[2]).sum()).backward()
     batch.backward()

@@ -91,7 +91,7 @@ class PermutationLearner(Learner):
         for batch, blocks in zip(self._batches, hardened, strict=True):
             del batch.soft
             hard |= batch.parts(blocks)
-            soft |= zip(batch.stacks, batch.placeholders, strict=True)
+            soft |= batch.placeholders
         self.present = dict(self.present)
         for name, block in self.blocks.items():
             stacks = [(name, number) for number in range(len(block.logits))]

@@ -76,8 +76,7 @@ class SoftBatch:
         temperature, halves: as in `normalize`.
 
     Attributes:
-        stacks: as given.
-        placeholders: leaf tensors, `(blocks, B, B)` for each stack.
+        placeholders: leaf tensors, `(blocks, B, B)`, by stack.
         soft: soft permutations of all stacks, concatenated, `(blocks, B, B)`, not differentiable;
             may be deleted.
     """
@@ -89,18 +88,21 @@ class SoftBatch:
         temperature: float,
         halves: int,
     ) -> None:
-        self.stacks = stacks
+        self._stacks = stacks
         self._logits = logits
         self._temperature = temperature
         effective = self._effective()
         self._counts = [len(stack) for stack in effective]
         self.soft, self._potentials = normalize(_joined(effective), temperature, halves)
         zero = self.soft.new_zeros(())
-        self.placeholders = [zero.expand(stack.shape).requires_grad_() for stack in effective]
+        self.placeholders = {
+            stack: zero.expand(values.shape).requires_grad_()
+            for stack, values in zip(stacks, effective, strict=True)
+        }
 
     def parts(self, values: Tensor) -> dict[tuple[str, int], Tensor]:
         """Return the part of each stack in values `(blocks, ...)`."""
-        return dict(zip(self.stacks, values.split(self._counts), strict=True))
+        return dict(zip(self._stacks, values.split(self._counts), strict=True))
 
     def backward(self) -> None:
         """Send the gradients of the placeholders on to the logits.
@@ -108,7 +110,7 @@ class SoftBatch:
         Raises TrainingError if a placeholder has no gradient.
         """
         gradients = []
-        for (name, _), placeholder in zip(self.stacks, self.placeholders, strict=True):
+        for (name, _), placeholder in self.placeholders.items():
             if placeholder.grad is None:
                 raise TrainingError(f"the loss does not depend on the permutation of {name}")
             gradients.append(placeholder.grad)
@@ -119,7 +121,7 @@ class SoftBatch:
         torch.autograd.backward(effective, of_logits.split(self._counts))
 
     def _effective(self) -> list[Tensor]:
-        return [self._logits[name].effective(number) for name, number in self.stacks]
+        return [self._logits[name].effective(number) for name, number in self._stacks]
 
 
 def soft_batches(
