@@ -22,8 +22,7 @@ from permllm.store.files import MASK_CHECKPOINT
 from permllm.store.tensors import PackedMasks, packed_mask, unpacked_mask
 from permllm.training.kernels import chosen_kernels
 from permllm.training.learner import Learner, Progress, Stage
-from permllm.training.masked_linear import replaced_linears
-from permllm.training.problem import LearningProblem
+from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.trainer import StageSchedule
 

@@ -23,7 +23,6 @@ from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency, saliency_t
 from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER, Kernels
-from permllm.training.masked_linear import masked_product
 
 
 class Scores(nn.Module, ABC):
@@ -143,7 +142,8 @@ class _ScoreProduct(torch.autograd.Function):
         ctx.module = module
         ctx.score_dtype = parameters[0].dtype
         ctx.input_dtype = x.dtype
-        return masked_product(states, masked_t, module.linear.bias)
+        y = product(states, masked_t)
+        return y if module.linear.bias is None else y.add_(module.linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

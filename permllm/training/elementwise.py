@@ -45,7 +45,7 @@ def masked_chunk(chunk: ChannelChunk, dtype: torch.dtype) -> Tensor:
 def softmax_gradients(
     chunk: ChannelChunk, grad: Tensor, dtype: torch.dtype, hard: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the parts of the gradient of `hard` or `soft`, see `permutation.lcp.masked_linear`.
+    """Return the parts of the gradient of `straight_through=hard` or `soft` (LCP's linear).
 
     Args:
         chunk: chunk of the weight.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permllm.models.head import Head
-from permllm.permutation.lcp.masked_linear import PermutationLinear
+from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.runtime import precision
 from permllm.runtime.precision import (

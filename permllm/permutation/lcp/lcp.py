@@ -27,8 +27,8 @@ from permllm.permutation.foldable import (
     shared_orders,
 )
 from permllm.permutation.heuristic import heuristic_orders
-from permllm.permutation.lcp.masked_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.permutation_learner import PermutationLearner, members
+from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import RunConfig
 from permllm.settings.values import SETTINGS, Amount, Count, Whole
@@ -37,8 +37,7 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.store.files import CHECKPOINT
 from permllm.training.kernels import Kernels, chosen_kernels
 from permllm.training.learner import Progress, Stage
-from permllm.training.masked_linear import replaced_linears
-from permllm.training.problem import LearningProblem
+from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.trainer import StageSchedule
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import SharedOrder
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.masked_linear import PermutationLinear
+from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, soft_batches
 from permllm.training.learner import Learner, Progress
 

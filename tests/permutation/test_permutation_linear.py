@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.masked_linear import PermutationLinear, StraightThrough
+from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import NMPattern
 from permllm.sparsity.blocks import split_blocks

@@ -23,6 +23,12 @@ entry of c is added and the displaced entry is removed:
 
 Here `t[r, b - p]` is the N-th largest entry of b without p. For the own group of c, p is c. There
 is no softmax. The sum takes C_out C_in B / M comparisons.
+
+Masks are made in the transposed layout `(C_in, C_out)`: a channel is a contiguous row, a
+permutation gathers rows, and a group of M is M consecutive rows. Forward keeps neither saliency nor
+mask for backward, which recomputes both, a chunk of channels at a time. All products have one
+dtype: that of the weights, or autocast's inside of `permllm.runtime.precision.products_in`.
+Saliencies and masks use the weights in their own dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +44,6 @@ from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER, Kernels
-from permllm.training.masked_linear import masked_product
 
 StraightThrough = Literal["swap", "hard", "soft"]
 
@@ -204,7 +209,8 @@ class _PermutationProduct(torch.autograd.Function):
         ctx.save_for_backward(states if soft else None, weight, perm, hard)
         ctx.module = module
         ctx.soft_dtype = soft[0].dtype if soft else None
-        return masked_product(states, masked_t, module.linear.bias)
+        y = product(states, masked_t)
+        return y if module.linear.bias is None else y.add_(module.linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
