@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from permllm.runtime.memory import to_device, to_host
 _BLOCKS_A_THREAD = 128
 # Channels in the largest block that a GPU solves.
 _LARGEST = 1024
+# Costs of a block, and its permutation, which is overwritten.
+_Block: TypeAlias = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     blocks.
     """
     perms = [soft.argmax(1) for soft in softs]
-    unsolved: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    unsolved: list[_Block] = []
     for soft, perm in zip(softs, perms, strict=True):
         channel_left = torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1)
         blocks = channel_left.nonzero().flatten()
@@ -81,8 +83,7 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     return perms
 
 
-def _assign(blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-    """Solve blocks, each a pair of costs and the permutation to overwrite."""
+def _assign(blocks: list[_Block]) -> None:
     for costs, perm in blocks:
         source, position = linear_sum_assignment(costs)
         perm[position] = source
