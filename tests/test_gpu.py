@@ -14,7 +14,7 @@ from permllm import job
 from permllm.permutation.lcp.assignment import harden
 from permllm.settings.config import read_config
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.training.elementwise import Piece
+from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER, ON_GPU
 from tests.settings.test_config import composed
 
@@ -71,7 +71,7 @@ def test_kernels_in_triton_are_the_eager_ones(
     weight_t, grad = (torch.randn(256, 96, generator=generator).to(DEVICE, dtype) for _ in range(2))
     channels = torch.randperm(256, generator=generator).to(DEVICE)
     column = torch.rand(1, 256, generator=generator).to(DEVICE)
-    piece = Piece(weight_t, channels, SaliencyFactors(1, column), 2, 4)
+    piece = ChannelChunk(weight_t, channels, SaliencyFactors(1, column), 2, 4)
     ours, theirs = torch.zeros_like(grad), torch.zeros_like(grad)
     changes = [ON_GPU.exchanges(ours, piece, grad, 32), EAGER.exchanges(theirs, piece, grad, 32)]
     torch.testing.assert_close(*changes, rtol=1e-4, atol=1e-4)

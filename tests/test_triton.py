@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.training.elementwise import Piece
+from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER
 from tests.conftest import ROOT
 
@@ -29,12 +29,12 @@ CODE = """
 import sys, torch
 from permllm.permutation.lcp.assignment_triton import assign
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.training.elementwise import Piece
+from permllm.training.elementwise import ChannelChunk
 from permllm.training.triton_kernels import exchanges, mask
 pieces, softs = torch.load(sys.argv[1])
 made = []
 for (weight, channels, factors, n, m), grad, size in pieces:
-    piece = Piece(weight, channels, SaliencyFactors(*factors), n, m)
+    piece = ChannelChunk(weight, channels, SaliencyFactors(*factors), n, m)
     masked, again = torch.zeros_like(grad), torch.zeros_like(grad)
     mask(masked, piece)
     made.append((masked, again, exchanges(again, piece, grad, size)))
@@ -74,7 +74,7 @@ INFINITE = (torch.nan, torch.inf, -torch.inf)
 Found = tuple[list[tuple[Tensor, Tensor, Tensor]], dict[str, Tensor]]
 
 
-def given(case: Case) -> tuple[Piece, Tensor]:
+def given(case: Case) -> tuple[ChannelChunk, Tensor]:
     """Return two blocks of a weight that has more channels, and the gradient of the weight."""
     generator = torch.Generator().manual_seed(case.m * case.size + case.rows)
     channels, rows = 2 * case.size, case.rows
@@ -98,7 +98,7 @@ def given(case: Case) -> tuple[Piece, Tensor]:
         weight, grad = weight[:channels], grad[:channels]
     kept = None if case.form == "dense" else chosen
     factors = SaliencyFactors(case.power, column, row if case.form == "two terms" else None)
-    return Piece(weight, kept, factors, case.n, case.m), grad
+    return ChannelChunk(weight, kept, factors, case.n, case.m), grad
 
 
 def blocks(kind: str, size: int) -> Tensor:

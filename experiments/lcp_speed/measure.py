@@ -30,7 +30,7 @@ from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.logits import soft_batches
+from permllm.permutation.lcp.sinkhorn import soft_batches
 from permllm.permutation.lcp.temperature import Constant
 from permllm.planning.speed import clock
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
@@ -40,10 +40,11 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.store.environment import hardware
 from permllm.store.files import CHECKPOINT
 from permllm.training.kernels import chosen_kernels
-from permllm.training.learner import Moment, Stage
-from permllm.training.loop import Training
+from permllm.training.learner import Progress, Stage
 from permllm.training.losses import cosine_loss
+from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
+from permllm.training.trainer import Trainer
 
 # Tokens of each sequence of a step.
 SEQUENCE = 128
@@ -322,11 +323,11 @@ def _row(
     }
     dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     compute = compute_dtype(config.compute_dtype, dtype, device)
-    kernels = chosen_kernels(device, True, 0, [_PATTERN])
+    kernels = chosen_kernels(LCP(**settings, compile=True), problem, problem.groups)
     shared = shared_orders(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
     stage = Stage(0, range(1), None, problem.target)
-    moment = Moment(1, 2, 0, 1)
+    progress = Progress(1, 2, 0, 1)
     # The logits of both change from step to step, as in a run, because the assignment of constant
     # logits is faster.
     logits = {
@@ -339,14 +340,15 @@ def _row(
             found = {"plain": clock(plain, device)}
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
-                with lcp.masked(problem, shared, stage, kernels) as linears:
+                with lcp.masked_linears(problem, shared, stage, kernels) as linears:
                     learner = lcp.learner(shared, orders, logits[name], linears)
-                    training = Training(lcp, problem, stage, learner, "lcp", CHECKPOINT)
+                    objective = Objective(lcp, problem, stage, learner)
+                    trainer = Trainer(objective, "lcp", CHECKPOINT)
                     # Not timed, because the first step of an optimizer allocates its moments.
-                    training.step(everything, moment)
+                    trainer.step(everything, progress)
                     reset_peak_memory(device)
                     found[name] = clock(
-                        lambda training=training: training.step(everything, moment), device
+                        lambda trainer=trainer: trainer.step(everything, progress), device
                     )  # type: ignore[misc]
                     if name == "lcp":
                         peak = max(peak, peak_memory(device))

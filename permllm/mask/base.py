@@ -7,9 +7,8 @@ from torch import Tensor
 
 from permllm.models.families import ChannelGroup
 from permllm.sparsity.method import Method
-from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import Descent, LearningPlan
+from permllm.training.settings import LearningPlan
 
 
 class Mask(Method):
@@ -18,16 +17,16 @@ class Mask(Method):
     Attributes:
         local: True: the pruner chooses the mask of each linear while it prunes. False: a
             `FoundMask` finds all masks before.
-        statistics: statistics of the linears' inputs that the method sums over the calibration
-            text (`permllm.sparsity`).
     """
 
     local: bool = True
-    statistics: Statistics = ()
 
 
 class FoundMask(Mask, ABC):
-    """Base of the methods that find the masks of all linears together, in all ranks."""
+    """Base of the methods that find the masks of all linears together, in all ranks.
+
+    Their `statistics` are sums over the calibration text.
+    """
 
     local = False
     found_dense = "mask"
@@ -42,7 +41,7 @@ class FoundMask(Mask, ABC):
         """
 
 
-class LearnedMask(FoundMask, Descent):
+class LearnedMask(FoundMask):
     """Base of the methods that train, in all ranks together."""
 
     learned = True

@@ -91,35 +91,34 @@ def refined_mask(
     # Transposed, so that operations on a group are vectorised over the output rows.
     weight_t = weight.t().to(gram.dtype).contiguous()
     keep = mask.t().clone(memory_format=torch.contiguous_format)
-    away = torch.where(keep, 0.0, weight_t)
-    product = gram @ away
+    removed = torch.where(keep, 0.0, weight_t)
+    product = gram @ removed
     squares = weight_t.square() * gram.diagonal().unsqueeze(1)
     places = torch.arange(m, device=weight.device).unsqueeze(1)
     size = m * max(1, _BLOCK // m)
     for _ in range(sweeps):
-        before = keep.clone()
+        keep_before = keep.clone()
         for first in range(0, len(keep), size):
             block = slice(first, min(first + size, len(keep)))
-            of_block = product[block].clone()
-            away_before = away[block].clone()
+            block_product = product[block].clone()
+            removed_before = removed[block].clone()
             for start in range(first, block.stop, m):
                 group = slice(start, start + m)
                 w = weight_t[group]
-                group_mask = keep[group]
-                linear = 2 * w * of_block[start - first : start - first + m]
-                pruning = torch.where(group_mask, squares[group] + linear, torch.inf)
-                keeping = torch.where(group_mask, torch.inf, squares[group] - linear)
+                linear = 2 * w * block_product[start - first : start - first + m]
+                pruning = torch.where(keep[group], squares[group] + linear, torch.inf)
+                keeping = torch.where(keep[group], torch.inf, squares[group] - linear)
                 both = (2 * gram[group, group]).unsqueeze(2) * w.unsqueeze(0) * w.unsqueeze(1)
                 changes = pruning.unsqueeze(1) + keeping.unsqueeze(0) - both
                 change, pair = changes.flatten(0, 1).min(0)
-                exchanged = change < 0
-                leaves = pair // m
-                comes = pair % m
-                group_mask ^= exchanged & ((places == leaves) | (places == comes))
-                now = torch.where(group_mask, 0.0, w)
-                of_block.addmm_(gram[block, group], now - away[group])
-                away[group] = now
-            product.addmm_(gram[:, block], away[block] - away_before)
-        if torch.equal(keep, before):
+                lowers = change < 0
+                leaving = pair // m
+                entering = pair % m
+                keep[group] ^= lowers & ((places == leaving) | (places == entering))
+                removed_after = torch.where(keep[group], 0.0, w)
+                block_product.addmm_(gram[block, group], removed_after - removed[group])
+                removed[group] = removed_after
+            product.addmm_(gram[:, block], removed[block] - removed_before)
+        if torch.equal(keep, keep_before):
             break
     return keep.t()

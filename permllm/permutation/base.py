@@ -13,7 +13,7 @@ from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.method import Method
 from permllm.store.tensors import is_permutation
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import Descent, LearningPlan
+from permllm.training.settings import LearningPlan
 
 Constraint = Literal["free", "foldable"]
 
@@ -24,7 +24,7 @@ class Permutation(Method, ABC):
     Attributes:
         local: the method has `order`, which finds the permutation of one channel group from its
             saliency alone, also if this saliency is not the dense model's.
-        searches: the method solves assignments, in the time that the heuristic takes.
+        searches: the method searches for permutations by `permllm.permutation.heuristic`.
         constraint: constraint of the permutations (see `permllm.permutation.foldable`); None:
             unknown until they are found.
     """
@@ -36,6 +36,14 @@ class Permutation(Method, ABC):
     @abstractmethod
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutations, int64 `(C_in,)` on the CPU, by group."""
+
+    def norm_tokens(self, window: int) -> int:
+        """Return the number of tokens that count as one in a norm of the dense model's inputs.
+
+        Args:
+            window: number of tokens in a calibration window.
+        """
+        return 1
 
 
 class LocalPermutation(Permutation):
@@ -79,7 +87,7 @@ class Identity(LocalPermutation):
         return {group.name: torch.arange(group.channels) for group in problem.groups}
 
 
-class LearnedPermutation(Permutation, Descent):
+class LearnedPermutation(Permutation):
     """Base of the methods that train, in all ranks together."""
 
     learned = True

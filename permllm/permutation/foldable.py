@@ -62,11 +62,8 @@ class SharedOrder:
         Args:
             order: the shared permutation, int64 `(channels,)`.
         """
-        if self.repeats == 1:
-            return order
-        local = self.expand_rows(order - self._starts(order.device))
-        copies = torch.arange(0, len(local), self.segment, device=order.device)
-        return local + copies.repeat_interleave(self.segment)
+        local = order.view(-1, 1, self.segment) - self._starts(1, order.device)
+        return (local + self._starts(self.repeats, order.device)).flatten()
 
     def expand_rows(self, values: Tensor) -> Tensor:
         """Repeat values `(channels,)` of the segments to `(channels * repeats,)`."""
@@ -99,16 +96,17 @@ class SharedOrder:
 
     def shared(self, order: Tensor) -> Tensor | None:
         """Return the shared permutation, int64 `(channels,)`, that expands to `order`, or None."""
-        starts = torch.arange(0, len(order), self.segment).repeat_interleave(self.segment)
-        local = (order.cpu() - starts).view(-1, self.repeats, self.segment)
+        copies = order.cpu().view(-1, self.repeats, self.segment)
+        local = copies - self._starts(self.repeats, copies.device)
         inside = (local >= 0) & (local < self.segment)
-        if not bool(inside.all()) or not torch.equal(local, local[:, :1].expand_as(local)):
+        if not bool(inside.all()) or not bool((local == local[:, :1]).all()):
             return None
-        return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
+        return (local[:, :1] + self._starts(1, copies.device)).flatten()
 
-    def _starts(self, device: torch.device) -> Tensor:
-        starts = torch.arange(0, self.channels, self.segment, device=device)
-        return starts.repeat_interleave(self.segment)
+    def _starts(self, repeats: int, device: torch.device) -> Tensor:
+        """Return the first position of each copy of each segment, `(segments, repeats, 1)`."""
+        starts = torch.arange(0, self.channels * repeats, self.segment, device=device)
+        return starts.view(-1, repeats, 1)
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
@@ -180,9 +178,7 @@ def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, 
         orders: their values, int64 `(channels,)`, by their names.
     """
     return {
-        group.name: order.expand(orders[order.name]).clone()
-        for order in shared
-        for group in order.groups
+        group.name: order.expand(orders[order.name]) for order in shared for group in order.groups
     }
 
 

@@ -53,6 +53,7 @@ class Heuristic(LocalPermutation):
 
     searches = True
     constraint: Constraint = "free"
+    searches = True
 
     @property
     def local(self) -> bool:  # type: ignore[override]
@@ -67,7 +68,7 @@ class Heuristic(LocalPermutation):
     @override
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Search for the permutation of a group."""
-        return heuristic_order(lambda: [(saliency, pattern)])
+        return heuristic_order(partial(_in_one_part, saliency, pattern))
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
@@ -142,14 +143,16 @@ def segments_of(
         scores = torch.cat([saliency_of(path) for path in group.members])
         return shared.collect(scores), group.pattern or pattern
 
+    if len(shared.groups) > 1:  # on the residual stream, which is one segment
+        return [lambda: map(on_shared_positions, shared.groups)]
     # The saliency of one group fits into memory, so that its segments can share it.
-    held = [on_shared_positions(shared.groups[0])] if len(shared.groups) == 1 else None
+    scores, group_pattern = on_shared_positions(shared.groups[0])
+    segments = scores.split(shared.segment, dim=1)
+    return [partial(_in_one_part, segment, group_pattern) for segment in segments]
 
-    def segment_from(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
-        for scores, group_pattern in held or map(on_shared_positions, shared.groups):
-            yield scores[:, start : start + shared.segment], group_pattern
 
-    return [partial(segment_from, start) for start in range(0, shared.channels, shared.segment)]
+def _in_one_part(saliency: Tensor, pattern: NMPattern) -> list[tuple[Tensor, NMPattern]]:
+    return [(saliency, pattern)]
 
 
 def heuristic_order(saliency: Parts) -> Tensor:
@@ -173,7 +176,7 @@ def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -
         scores = (search.scores(position) for search in active)
         for search, sources in zip(active, solve(assigned, scores), strict=True):
             search.exchange(position, sources)
-    return [search.order() for search in searches]
+    return [search.permutation() for search in searches]
 
 
 class Search:
@@ -199,31 +202,33 @@ class Search:
 
     def scores(self, position: int) -> Tensor:
         """Return `assignment_scores` for one of the `m` positions, on the CPU."""
+        parts = (self._part_scores(part, pattern, position) for part, pattern in self._saliency())
+        return reduce(torch.add, parts).cpu()
+
+    def _part_scores(self, part: Tensor, pattern: NMPattern, position: int) -> Tensor:
         places = self.perm.view(-1, self.m)
-        total: Tensor | None = None
-        for part, pattern in self._saliency():
-            place = position % pattern.m  # position in the group of a smaller M
-            inside = places[:, position - place : position - place + pattern.m].flatten()
-            scores = assignment_scores(part, inside, place, pattern)
-            total = scores if total is None else total + scores
-        assert total is not None
-        return total.cpu()
+        place = position % pattern.m  # position in the group of a smaller M
+        inside = places[:, position - place : position - place + pattern.m].flatten()
+        return assignment_scores(part, inside, place, pattern)
 
     def exchange(self, position: int, sources: Tensor) -> None:
         """Give each group the channel at `position` of its source group, int64 `(groups,)`."""
         places = self.perm.view(-1, self.m)
         places[:, position] = places[sources, position]
 
-    def order(self) -> Tensor:
+    def permutation(self) -> Tensor:
         """Return the present permutation, or the identity if it retains as much saliency."""
         identity = torch.arange(len(self.perm))
-        retained = [0.0, 0.0]
+        return self.perm if self._retained(self.perm) > self._retained(identity) else identity
+
+    def _retained(self, perm: Tensor) -> float:
+        """Return the saliency that the masks of permuted channels retain."""
+        retained = 0.0
         for part, pattern in self._saliency():
             for rows in part.split(_ROWS_AT_A_TIME):
-                for index, order in enumerate((identity, self.perm)):
-                    permuted = rows[:, order.to(rows.device)]
-                    retained[index] += saliency_sum(permuted, nm_mask(permuted, pattern))
-        return self.perm if retained[1] > retained[0] else identity
+                permuted = rows[:, perm.to(rows.device)]
+                retained += saliency_sum(permuted, nm_mask(permuted, pattern))
+        return retained
 
 
 def allocate(total: Tensor, m: int) -> Tensor:

@@ -77,7 +77,7 @@ def _changes(config: RunConfig, methods: Methods) -> dict[str, dict[str, Any]]:
         changes[f"{group}.micro_batch_size=1"] = {group: settings | {"micro_batch_size": 1}}
         if settings.get("layers_per_stage", "all") == "all":
             changes[f"{group}.layers_per_stage=4"] = {group: settings | {"layers_per_stage": 4}}
-    lowrank = {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
+    lowrank = {"name": "lowrank", "_target_": "permllm.mask.lowrank.LowRankMask"}
     if config.mask.get("name") == "score":
         changes["mask=lowrank"] = {"mask": config.mask | lowrank}
     if methods.mask.learned:

@@ -7,19 +7,17 @@ from torch import Tensor
 from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 
 
 class Pruner(Method, ABC):
     """Base of the pruners.
 
     Attributes:
-        statistics: classes of the statistics that `factors` and `update` need.
         updates_weights: True: `update` chooses the mask and corrects the kept weights. False: the
             mask keeps the N most salient weights of every M.
     """
 
-    statistics: Statistics = ()
     updates_weights: bool = False
 
     @abstractmethod

@@ -1,7 +1,5 @@
 """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774)."""
 
-from collections.abc import Callable
-
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -65,18 +63,12 @@ class SparseGPT(Pruner):
         # The inverse of the permuted Hessian is the permuted inverse.
         upper = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
         keep = None if mask is None else mask[:, perm]
-        prune = by_columns if w.device.type == "cpu" else by_groups
         original = perm.argsort()
-        keep = prune_columns(w, upper, pattern, keep, prune)[:, original]
+        keep = prune_columns(w, upper, pattern, keep)[:, original]
         return torch.where(keep, w[:, original].to(weight.dtype), 0.0), keep
 
 
-Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tensor]]
-
-
-def prune_columns(
-    w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None, prune: Prune
-) -> Tensor:
+def prune_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None) -> Tensor:
     """Prune columns from the first to the last, and return the mask, bool `(C_out, C_in)`.
 
     Args:
@@ -84,70 +76,39 @@ def prune_columns(
         upper: `(C_in, C_in)`, the upper Cholesky factor of the inverse Hessian.
         pattern: N:M.
         keep: the mask; None: choose it.
-        prune: `by_columns` or `by_groups`.
     """
     step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
-    masks = []
+    mask = torch.empty_like(w, dtype=torch.bool) if keep is None else keep
     for start in range(0, w.shape[1], step):
         block = slice(start, start + step)
         after = slice(start + step, None)
-        block_keep = None if keep is None else keep[:, block]
-        errors, mask = prune(w[:, block], upper[block, block], pattern, block_keep)
+        errors = _prune_block(
+            w[:, block], upper[block, block], pattern, mask[:, block], choose=keep is None
+        )
         w[:, after] -= errors @ upper[block, after]
-        masks.append(mask)
-    return torch.cat(masks, 1)
+    return mask
 
 
-def by_columns(
-    w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Prune the columns of a block one after the other; return their errors and the mask."""
+def _prune_block(
+    w: Tensor, upper: Tensor, pattern: NMPattern, mask: Tensor, choose: bool
+) -> Tensor:
+    """Prune the columns of a block one after the other, and return their errors.
+
+    Args:
+        w, upper, pattern: as in `prune_columns`.
+        mask: the mask.
+        choose: choose the mask of each group from the weights corrected so far, and write it.
+    """
     errors = torch.empty_like(w)
-    mask = torch.empty_like(w, dtype=torch.bool) if keep is None else keep
     for j in range(w.shape[1]):
-        if keep is None and j % pattern.m == 0:
+        if choose and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
             score = (w[:, group] / upper.diagonal()[group]).square()
             mask[:, group] = keep_largest(score, pattern.n, dim=1)
         error = torch.where(mask[:, j], 0.0, w[:, j] / upper[j, j])
         w[:, j:].addr_(error, upper[j, j:], alpha=-1.0)
         errors[:, j] = error
-    return errors, mask
-
-
-def by_groups(
-    w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Prune a block as `by_columns` does, up to rounding, in a third of a GPU's launches.
-
-    Weights are divided by the diagonal of `upper`. Then the errors `e` of a row in a group solve a
-    triangular system: `e_j + sum_{i < j} e_i upper_ij = w_j` if j is pruned, and `e_j = 0` if j is
-    kept.
-    """
-    scale = upper.diagonal()
-    upper = upper / scale
-    scaled = w / scale
-    errors = []
-    dropped = []
-    for start in range(0, w.shape[1], pattern.m):
-        group = slice(start, start + pattern.m)
-        of_group = scaled[:, group]
-        if keep is None:
-            order = of_group.abs().argsort(dim=1, descending=True, stable=True)
-            drop = torch.zeros_like(of_group, dtype=torch.bool)
-            drop.scatter_(1, order[:, pattern.n :], True)
-        else:
-            drop = ~keep[:, group]
-        systems = upper[group, group] * drop.unsqueeze(1)
-        sides = (of_group * drop).unsqueeze(1)
-        error = torch.linalg.solve_triangular(
-            systems, sides, upper=True, left=False, unitriangular=True
-        )[:, 0]
-        scaled[:, start:].addmm_(error, upper[group, start:], alpha=-1.0)
-        errors.append(error)
-        dropped.append(drop)
-    w.copy_(scaled.mul_(scale))
-    return torch.cat(errors, 1), ~torch.cat(dropped, 1)
+    return errors
 
 
 def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:

@@ -57,8 +57,7 @@ def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
     samples = job.config.calibration.samples
     tokens = windows[:samples]
     pruner = job.methods.pruner
-    paper = job.config.permutation.get("conventions") == "paper"
-    norm_tokens = windows.shape[1] if paper else 1
+    norm_tokens = job.methods.permutation.norm_tokens(windows.shape[1])
 
     @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:

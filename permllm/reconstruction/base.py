@@ -8,9 +8,8 @@ from typing_extensions import override
 
 from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import Descent
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,16 @@ class PrunedNetwork:
     masks: Collection[Tensor]
 
 
-class Reconstruction(Method, Descent):
+class Reconstruction(Method):
     """Base of the reconstructions, of one linear after the other and then of the whole model.
 
     Attributes:
-        learned: True: `network` trains the kept weights of all layers together, in all ranks. The
-            class then has `batch_size`, and may have the other attributes of `Descent`.
+        learned: True: `network` trains the kept weights of all layers together, in all ranks.
         changes_weights: False: the reconstruction changes nothing.
-        statistics: classes of the statistics that `linear` needs (`permllm.sparsity`).
-        iterations: number of iterations of `linear`, each with two products of the weight.
+        iterations: number of iterations over a linear, each with two products with its Hessian.
     """
 
     changes_weights: bool = True
-    statistics: Statistics = ()
     iterations: int = 0
 
     def linear(self, pruned: PrunedLinear) -> Tensor:

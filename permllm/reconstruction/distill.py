@@ -23,9 +23,9 @@ from permllm.reconstruction.obs import OBS
 from permllm.settings.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.store.files import DISTILL_CHECKPOINT
-from permllm.training.course import Course
-from permllm.training.learner import Learner, Moment, Stage
+from permllm.training.learner import Learner, Progress, Stage
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
+from permllm.training.trainer import StageSchedule
 
 # Reconstructions of single linears before learning.
 _STARTS = {"masked": NoReconstruction(), "obs": OBS(), "admm": ADMM()}
@@ -61,7 +61,7 @@ class Distill(DescentSettings, Reconstruction):
         weights = KeptWeights(pruned.linears, pruned.masks)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
-            Course(settings, problem, "distill", DISTILL_CHECKPOINT).train(stage, weights)
+            StageSchedule(settings, problem, "distill", DISTILL_CHECKPOINT).train(stage, weights)
 
 
 class KeptWeights(Learner):
@@ -114,13 +114,13 @@ class KeptWeights(Learner):
 
     @override
     @torch.no_grad()
-    def begin(self, moment: Moment | None) -> None:
+    def begin(self, progress: Progress | None) -> None:
         """Write the values into the weights."""
         for weight, places, value in zip(self._weights, self._places, self.values, strict=True):
             weight.put_(places.long(), value.to(weight.dtype))
 
     @override
-    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+    def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the number of kept weights."""
         return {"weights_learned": sum(value.numel() for value in self.values)}
 

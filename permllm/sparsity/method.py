@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import signature
+from math import ceil
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from permllm.errors import ConfigError, first_line
 from permllm.settings.config import RunConfig
 from permllm.settings.values import refused
+from permllm.sparsity.statistics import Statistics
 
 
 class Method:
@@ -21,10 +23,29 @@ class Method:
         learned: the method trains.
         found_dense: group of a method that needs the statistics of the dense model; None: any
             statistics will do.
+        statistics: classes of the statistics of the linears' inputs that the method needs.
+        samples: number of windows to learn from; None: as many as for the statistics.
+        skip: number of windows before them; None: 0.
+        batch_size: windows in a step.
+        micro_batch_size: windows in a forward of a step; None: all windows of the step.
+        activation_checkpointing: backward recomputes each layer; None: if memory needs it.
+        layers_per_stage: number of layers that learn together, or `all`; None: the method does not
+            learn in stages.
+        loss: name in `permllm.training.losses`; None: the method does not train, or by its own.
+        select_from: number of last epochs whose result is measured.
     """
 
     learned: bool = False
     found_dense: str | None = None
+    statistics: Statistics = ()
+    samples: int | None = None
+    skip: int | None = None
+    batch_size: int = 1
+    micro_batch_size: int | None = None
+    activation_checkpointing: bool | None = None
+    layers_per_stage: Any = None
+    loss: Any = None
+    select_from: int = 0
 
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError if settings of the run and of this method contradict each other."""
@@ -47,6 +68,10 @@ class Method:
     def needs_device(self) -> str | None:
         """Return the reason why all weights must be on the device at once; None: no reason."""
         return None
+
+    def steps_for(self, windows: int) -> int:
+        """Return the number of steps of learning from some windows; by default, of one epoch."""
+        return ceil(windows / self.batch_size)
 
 
 def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
@@ -77,13 +102,10 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         raise refused(error, arguments, key) from error
     except TypeError as error:
-        parameters = signature(kind).parameters
-        unknown = [name for name in arguments if name not in parameters]
-        if unknown and not any(
-            parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()
-        ):
-            option = settings.get("name", target)
-            raise ConfigError(
-                f"{key}.{unknown[0]}={arguments[unknown[0]]}: {key}={option} has no such setting"
-            ) from error
+        for name, value in arguments.items():
+            if name not in signature(kind).parameters:
+                option = settings.get("name", target)
+                raise ConfigError(
+                    f"{key}.{name}={value}: {key}={option} has no such setting"
+                ) from error
         raise ConfigError(f"{key}: {first_line(error)}") from error

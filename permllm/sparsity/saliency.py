@@ -39,9 +39,13 @@ class SaliencyFactors:
         """Tell whether `column` has a factor for each weight (a dense score)."""
         return self.row is None and len(self.column) > 1
 
-    def permuted(self, perm: Tensor) -> Self:
+    def by_channel(self) -> Self:
+        """Return the same factors with each channel of a dense score in a row of memory."""
+        return replace(self, column=self.column.t().contiguous().t()) if self.dense else self
+
+    def permuted(self, perm: Tensor | slice) -> Self:
         """Return the factors of `W[:, perm]`; int64 `perm` may select any channels."""
-        return replace(self, column=self.column[:, perm])
+        return replace(self, column=self.column.t()[perm].t())
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same factors on `device`."""

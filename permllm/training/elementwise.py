@@ -1,4 +1,4 @@
-"""Elementwise work of a masked linear on a piece of its channels.
+"""Elementwise work of a masked linear on a chunk of its channels.
 
 The functions here make the saliency, the N:M mask, and the parts of a permutation's gradient. They
 hold the M places of all groups as M tensors and join these at the end, so that a compiler makes one
@@ -15,12 +15,12 @@ from permllm.sparsity.nm import keep_largest_of, ranks_of
 from permllm.sparsity.saliency import SaliencyFactors, saliency_t
 
 
-class Piece(NamedTuple):
+class ChannelChunk(NamedTuple):
     """Channels of a linear with their saliency factors: whole groups of M, permuted.
 
     Attributes:
         weight_t: `(C_in, C_out)`, a channel in a row.
-        channels: int64 `(k,)`, the channels of the piece; None: all channels of `weight_t`.
+        channels: int64 `(k,)`, the channels of the chunk; None: all channels of `weight_t`.
         factors: saliency factors of these k channels.
         n, m: the pattern N:M.
     """
@@ -32,41 +32,41 @@ class Piece(NamedTuple):
     m: int
 
     def of(self, values: Tensor) -> Tensor:
-        """Return the rows of the piece, `(k, C_out)`, in a tensor shaped like `weight_t`."""
+        """Return the rows of the chunk, `(k, C_out)`, in a tensor shaped like `weight_t`."""
         return values if self.channels is None else values.index_select(0, self.channels)
 
 
-def masked_piece(piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Return the piece times its N:M mask, `(k, C_out)`."""
-    w = _places(piece.of(piece.weight_t), piece.m)
-    return _masked(w, keep_largest_of(_saliencies(w, piece), piece.n), dtype)
+def masked_chunk(chunk: ChannelChunk, dtype: torch.dtype) -> Tensor:
+    """Return the chunk times its N:M mask, `(k, C_out)`."""
+    w = _places(chunk.of(chunk.weight_t), chunk.m)
+    return _masked(w, keep_largest_of(_saliencies(w, chunk), chunk.n), dtype)
 
 
 def softmax_gradients(
-    piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
+    chunk: ChannelChunk, grad: Tensor, dtype: torch.dtype, hard: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the parts of the gradient of `hard` or `soft` (see `permllm.training.masked_linear`).
+    """Return the parts of the gradient of `straight_through=hard` or `soft` (LCP's linear).
 
     Args:
-        piece: piece of the weight.
+        chunk: chunk of the weight.
         grad: gradient of the masked `weight_t`, `(C_in, C_out)`.
         dtype: dtype of the results.
         hard: True returns the hard mask; False returns the softmax of each group.
 
     Returns:
-        Five tensors `(k, C_out)`: the piece times its mask, its saliency, the gradient of the
+        Five tensors `(k, C_out)`: the chunk times its mask, its saliency, the gradient of the
         saliency, the gradient of the mask, and the mask (hard or soft).
     """
-    w = _places(piece.of(piece.weight_t), piece.m)
-    s = _saliencies(w, piece)
-    keep = keep_largest_of(s, piece.n)
-    grad_mask = _mask_gradients(w, s, piece, grad)
+    w = _places(chunk.of(chunk.weight_t), chunk.m)
+    s = _saliencies(w, chunk)
+    keep = keep_largest_of(s, chunk.n)
+    grad_mask = _mask_gradients(w, s, chunk, grad)
     largest = reduce(torch.maximum, s)
     exponentials = [(part - largest).exp() for part in s]
-    total = sum(exponentials[1:], exponentials[0])
+    total = reduce(torch.add, exponentials)
     soft_mask = [part / total for part in exponentials]
     products = [of_mask * soft for of_mask, soft in zip(grad_mask, soft_mask, strict=True)]
-    mean = sum(products[1:], products[0])
+    mean = reduce(torch.add, products)
     grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
     return (
         _masked(w, keep, dtype),
@@ -78,32 +78,32 @@ def softmax_gradients(
 
 
 def thresholds(
-    piece: Piece, grad: Tensor, dtype: torch.dtype
+    chunk: ChannelChunk, grad: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the entries of each group that decide the gradient of `swap`.
 
     Args:
-        piece, grad: as in `softmax_gradients`; k channels in g = k / M groups.
+        chunk, grad: as in `softmax_gradients`; k channels in g = k / M groups.
         dtype: dtype of the first result.
 
     Returns:
-        The piece times its mask, its saliency, and the gradient of all mask entries, `(k, C_out)`
+        The chunk times its mask, its saliency, and the gradient of all mask entries, `(k, C_out)`
         each. Then four tensors `(g, C_out)`: the saliency of the smallest kept and of the largest
         pruned entry, and the gradients of these two mask entries. At last `(k,)`, the change of the
         loss if a channel stays in its group, relative to its removal.
     """
-    n = piece.n
-    w = _places(piece.of(piece.weight_t), piece.m)
-    s = _saliencies(w, piece)
+    n = chunk.n
+    w = _places(chunk.of(chunk.weight_t), chunk.m)
+    s = _saliencies(w, chunk)
     ranks = ranks_of(s)
-    d = _mask_gradients(w, s, piece, grad)
+    d = _mask_gradients(w, s, chunk, grad)
 
     def at(position: int, places: list[Tensor]) -> Tensor:
         picked = [
             torch.where(rank == position, part, 0.0)
             for rank, part in zip(ranks, places, strict=True)
         ]
-        return sum(picked[1:], picked[0])
+        return reduce(torch.add, picked)
 
     next_d = at(n, d)
     stay = [
@@ -160,16 +160,18 @@ def _masked(w: list[Tensor], keep: list[Tensor], dtype: torch.dtype) -> Tensor:
     return _join([torch.where(mask, part, 0.0) for mask, part in zip(keep, w, strict=True)], dtype)
 
 
-def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
-    power = piece.factors.power
-    column = piece.factors.column
-    row = piece.factors.row
+def _saliencies(w: list[Tensor], chunk: ChannelChunk) -> list[Tensor]:
+    power = chunk.factors.power
+    column = chunk.factors.column
+    row = chunk.factors.row
     return [
-        saliency_t(part, SaliencyFactors(power, column[:, place :: piece.m], row))
+        saliency_t(part, SaliencyFactors(power, column[:, place :: chunk.m], row))
         for place, part in enumerate(w)
     ]
 
 
-def _mask_gradients(w: list[Tensor], s: list[Tensor], piece: Piece, grad: Tensor) -> list[Tensor]:
-    places = _places(piece.of(grad), piece.m)
+def _mask_gradients(
+    w: list[Tensor], s: list[Tensor], chunk: ChannelChunk, grad: Tensor
+) -> list[Tensor]:
+    places = _places(chunk.of(grad), chunk.m)
     return [part.to(s[0].dtype) * weight for part, weight in zip(places, w, strict=True)]

@@ -1,22 +1,24 @@
 """Kernels of a masked linear: eager, compiled by Inductor on a CPU, or in Triton on a GPU."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from permllm.models.families import ChannelGroup
 from permllm.runtime.compiling import attempted, compiled
-from permllm.settings.config import NMPattern
 from permllm.training.elementwise import (
-    Piece,
+    ChannelChunk,
     joining,
-    masked_piece,
+    masked_chunk,
     softmax_gradients,
     thresholds,
     with_own,
 )
+from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningSettings
 
 # Weights times steps from which compiling saves time on a CPU: it takes 10 to 20 s, and saves about
 # 100 ns for each weight in each step.
@@ -32,30 +34,31 @@ class Kernels:
         compile_: compile the functions for a CPU, at their first call.
 
     Attributes:
-        piece: number of weights in a piece, so small that its temporaries stay in a core's cache.
+        chunk_size: number of weights in a chunk, so small that its temporaries stay in a core's
+            cache.
     """
 
     def __init__(self, compile_: bool = False) -> None:
-        functions: list[Callable[..., Any]] = [masked_piece, softmax_gradients, thresholds, joining]
+        functions: list[Callable[..., Any]] = [masked_chunk, softmax_gradients, thresholds, joining]
         if compile_:
             failure = "learning runs without a compiled kernel"
             functions = [compiled(function, failure) for function in functions]
         self._masked, self._softmax_gradients, self._thresholds, self._joining = functions
-        self.piece = 1 << 20 if compile_ else 1 << 17
+        self.chunk_size = 1 << 20 if compile_ else 1 << 17
         # Eager code would allocate a tensor that compares the channels with all groups.
         self._all_groups_at_once = compile_
 
-    def mask(self, out: Tensor, piece: Piece) -> None:
-        """Write the piece times its N:M mask into its rows of `out (C_in, C_out)`."""
-        _write(out, piece, self._masked(piece, out.dtype))
+    def mask(self, out: Tensor, chunk: ChannelChunk) -> None:
+        """Write the chunk times its N:M mask into its rows of `out (C_in, C_out)`."""
+        _write(out, chunk, self._masked(chunk, out.dtype))
 
-    def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
+    def exchanges(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
         """Do as `mask`, and return how the loss changes when channels change groups.
 
         The changes are of first order: the loss counts as linear in the mask.
 
         Args:
-            out, piece: as in `mask`.
+            out, chunk: as in `mask`.
             grad: gradient of the masked `weight_t`, `(C_in, C_out)`.
             size: B, the number of channels in a block.
 
@@ -64,10 +67,10 @@ class Kernels:
             if the channel replaces a random member. For its own group it is the change if the
             channel stays, relative to its removal.
         """
-        masked, saliency, gradient, limits, stay = self._thresholds(piece, grad, out.dtype)
-        _write(out, piece, masked)
+        masked, saliency, gradient, limits, stay = self._thresholds(chunk, grad, out.dtype)
+        _write(out, chunk, masked)
         blocks = len(saliency) // size
-        count = size // piece.m
+        count = size // chunk.m
         s = saliency.view(blocks, size, -1)
         d = gradient.view(blocks, size, -1)
         groups = [part.view(blocks, count, -1) for part in limits]
@@ -75,15 +78,15 @@ class Kernels:
         parts = []
         for first in range(0, count, step):
             some = tuple(part[:, first : first + step] for part in groups)
-            parts.append(self._joining(s, d, some, piece.n / piece.m))
-        return with_own(torch.cat(parts, 2), stay, piece.m)
+            parts.append(self._joining(s, d, some, chunk.n / chunk.m))
+        return with_own(torch.cat(parts, 2), stay, chunk.m)
 
     def softmax_gradients(
-        self, out: Tensor, piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
+        self, out: Tensor, chunk: ChannelChunk, grad: Tensor, dtype: torch.dtype, hard: bool
     ) -> list[Tensor]:
         """Do as `mask`, and return the other four results of `softmax_gradients`."""
-        masked, *others = self._softmax_gradients(piece, grad, dtype, hard)
-        _write(out, piece, masked)
+        masked, *others = self._softmax_gradients(chunk, grad, dtype, hard)
+        _write(out, chunk, masked)
         return others
 
 
@@ -92,45 +95,45 @@ class GPUKernels(Kernels):
 
     def __init__(self) -> None:
         super().__init__()
-        self.piece = 1 << 25  # so large that the work hides the launches
+        self.chunk_size = 1 << 25  # so large that the work hides the launches
         self._fast_mask = attempted(_triton_mask, "masks are made without a Triton kernel")
         self._fast_exchanges = attempted(
             _triton_exchanges, "exchanges are computed without a Triton kernel"
         )
 
     @override
-    def mask(self, out: Tensor, piece: Piece) -> None:
+    def mask(self, out: Tensor, chunk: ChannelChunk) -> None:
         """Do as the base, in one launch for float32 factors."""
-        if piece.factors.column.dtype != torch.float32 or self._fast_mask(out, piece) is None:
-            super().mask(out, piece)
+        if chunk.factors.column.dtype != torch.float32 or self._fast_mask(out, chunk) is None:
+            super().mask(out, chunk)
 
     @override
-    def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
+    def exchanges(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
         """Do as the base, in two launches for float32 factors."""
         fast = None
-        if piece.factors.column.dtype == torch.float32:
-            fast = self._fast_exchanges(out, piece, grad, size)
-        return super().exchanges(out, piece, grad, size) if fast is None else fast
+        if chunk.factors.column.dtype == torch.float32:
+            fast = self._fast_exchanges(out, chunk, grad, size)
+        return super().exchanges(out, chunk, grad, size) if fast is None else fast
 
 
-def _write(out: Tensor, piece: Piece, masked: Tensor) -> None:
-    """Write a masked piece into its rows of `out`, in the dtype of `out`."""
-    if piece.channels is None:
+def _write(out: Tensor, chunk: ChannelChunk, masked: Tensor) -> None:
+    """Write a masked chunk into its rows of `out`, in the dtype of `out`."""
+    if chunk.channels is None:
         out.copy_(masked)
     else:
-        out.index_copy_(0, piece.channels, masked.to(out.dtype))
+        out.index_copy_(0, chunk.channels, masked.to(out.dtype))
 
 
-def _triton_mask(out: Tensor, piece: Piece) -> Tensor:
+def _triton_mask(out: Tensor, chunk: ChannelChunk) -> Tensor:
     from permllm.training.triton_kernels import mask  # Triton may be missing
 
-    return mask(out, piece)
+    return mask(out, chunk)
 
 
-def _triton_exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
+def _triton_exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
     from permllm.training.triton_kernels import exchanges
 
-    return exchanges(out, piece, grad, size)
+    return exchanges(out, chunk, grad, size)
 
 
 EAGER = Kernels()
@@ -139,18 +142,17 @@ ON_GPU = GPUKernels()
 
 
 def chosen_kernels(
-    device: torch.device, compile_: bool | None, work: float, patterns: Iterable[NMPattern]
+    settings: LearningSettings, problem: LearningProblem, groups: list[ChannelGroup]
 ) -> Kernels:
-    """Return the kernels for a device.
+    """Return the kernels for the linears of groups that learn together.
 
-    Args:
-        device: device of the weights; only kernels for a CPU are compiled.
-        compile_: True compiles, False does not; None: compile if `work` is large enough.
-        work: number of weights times number of steps.
-        patterns: N:M of the masks.
+    Only kernels for a CPU are compiled, if the settings ask for it, or else if it saves time.
     """
-    if device.type != "cpu":
+    if problem.device.type != "cpu":
         return ON_GPU
-    wanted = work > _COMPILE_FROM if compile_ is None else compile_
-    fits = all(pattern.m <= _COMPILE_UP_TO for pattern in patterns)
+    weights = sum(group.channels * sum(group.rows) for group in groups)
+    wanted = settings.compile
+    if wanted is None:
+        wanted = weights * settings.steps_for(len(problem.tokens)) > _COMPILE_FROM
+    fits = all(problem.pattern_of(group).m <= _COMPILE_UP_TO for group in groups)
     return COMPILED if wanted and fits else EAGER

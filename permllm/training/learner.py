@@ -1,4 +1,4 @@
-"""Interface between the training loop and the parameters that learn in a stage.
+"""Interface between the trainer and the parameters that learn in a stage.
 
 A stage is a number of consecutive decoder layers that learn together.
 """
@@ -28,7 +28,7 @@ class Stage:
     target: Tensor
 
 
-class Moment(NamedTuple):
+class Progress(NamedTuple):
     """Progress of the training of a stage.
 
     Attributes:
@@ -68,7 +68,7 @@ class Learner(ABC):
     def keep(self) -> None:  # noqa: B027 - may do nothing
         """Keep the present result as the best one; a learner may use its last result instead."""
 
-    def begin(self, moment: Moment) -> None:  # noqa: B027
+    def begin(self, progress: Progress) -> None:  # noqa: B027
         """Prepare a step, or a measurement of the present result.
 
         Raises:
@@ -81,20 +81,13 @@ class Learner(ABC):
     def collect(self) -> None:  # noqa: B027
         """Write the gradients of the `parameters`, after backward."""
 
-    def flips(self) -> Tensor | None:
-        """Return the number of decisions that changed since the last step; None: uncounted.
-
-        The loop calls it once in each step. The number is a scalar on the device.
-        """
-        return None
-
-    def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:
-        """Return the measures of a step; `flips` is the number of changed decisions."""
+    def step_values(self, progress: Progress) -> dict[str, Tensor]:
+        """Return the measures of a step, scalars on the device; called once in each step."""
         return {}
 
     def begin_epoch(self) -> None:  # noqa: B027
         """Prepare an epoch."""
 
-    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+    def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the measures of an epoch, at its end."""
         return {}

@@ -89,10 +89,11 @@ def head_divergence(
     sparse = head.reads(output).flatten(0, -2)
     if head.plain:
         weight = head.weight_in(product_dtype(sparse))
-        chunk: _Divergence = partial(_plain_divergence, weight, divergence)
+        of_states: _Divergence = partial(_plain_divergence, weight, divergence)
     else:
-        chunk = partial(_own_divergence, head)
-    return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
+        of_states = partial(_own_divergence, head)
+    chunk = chunk_of(sparse.device, len(head.weight))
+    return _HeadDivergence.apply(sparse, dense, of_states, chunk)
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -103,18 +104,20 @@ class _HeadDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Divergence, tokens: int) -> Tensor:
-        """Return the mean divergence; `chunk` takes so many `tokens` at a time."""
+    def forward(
+        ctx: Any, sparse: Tensor, dense: Tensor, of_states: _Divergence, chunk: int
+    ) -> Tensor:
+        """Return the mean of the divergence `of_states`, for `chunk` tokens at a time."""
+        with_gradient = ctx.needs_input_grad[0]
         total = _wide(sparse.new_zeros(()))
-        grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
-        for first in range(0, len(sparse), tokens):
-            part = slice(first, first + tokens)
-            divergence, of_part = chunk(sparse[part], dense[part], grad is not None)
+        grad = torch.empty_like(sparse) if with_gradient else sparse.new_empty(0)
+        for first in range(0, len(sparse), chunk):
+            tokens = slice(first, first + chunk)
+            divergence, gradient = of_states(sparse[tokens], dense[tokens], with_gradient)
             total += divergence
-            if grad is not None and of_part is not None:
-                grad[part] = of_part
-        if grad is not None:
-            ctx.save_for_backward(grad)
+            if gradient is not None:
+                grad[tokens] = gradient
+        ctx.save_for_backward(grad)
         ctx.tokens = len(sparse)
         return total / len(sparse)
 

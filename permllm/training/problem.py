@@ -1,9 +1,11 @@
-"""Model, text and targets of learning."""
+"""Model, text and targets of learning; masked linears in the places of the model's linears."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.settings.config import NMPattern
 from permllm.sparsity.saliency import SaliencyFactors, saliency
+
+MaskedLinear = TypeVar("MaskedLinear", bound=nn.Module)
 
 
 @dataclass
@@ -65,3 +69,39 @@ class LearningProblem:
         """Return the saliency of a linear, `(C_out, C_in)` on the device."""
         with placement_of(self.model).layer_of(path):
             return saliency(linear_at(self.model, path).weight, self.factors_of(path))
+
+
+@contextmanager
+def replaced_linears(
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    replacement: Callable[[ChannelGroup, str, nn.Linear], MaskedLinear],
+    change: Callable[[ChannelGroup, Tensor], Tensor],
+    back: Callable[[ChannelGroup, Tensor], Tensor],
+) -> Iterator[dict[str, MaskedLinear]]:
+    """Replace every linear of some groups inside the context; yield the masked linears by path.
+
+    Args:
+        model: model of a known family.
+        groups: channel groups of the linears.
+        replacement: returns the masked linear for the linear at a path; called before `change`.
+        change: returns a weight in the layout for learning.
+        back: returns such a weight in its original layout.
+    """
+    placement = placement_of(model)
+    replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []
+    masked_linears: dict[str, MaskedLinear] = {}
+    try:
+        for group in groups:
+            with placement.layer(group.layer):
+                for path in group.members:
+                    linear = linear_at(model, path)
+                    masked_linears[path] = replacement(group, path, linear)
+                    placement.rearrange(linear, partial(change, group))
+                    replaced.append((group, path, linear))
+                    model.set_submodule(path, masked_linears[path])
+        yield masked_linears
+    finally:
+        for group, path, linear in replaced:
+            placement.restore(linear, partial(back, group))
+            model.set_submodule(path, linear)

@@ -10,7 +10,6 @@ from permllm.errors import ConfigError
 from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
-StraightThrough = Literal["swap", "hard", "soft"]
 
 
 class LearningPlan(NamedTuple):
@@ -41,32 +40,8 @@ class LearningPlan(NamedTuple):
         return max(map(len, self.spans))
 
 
-class Descent:
-    """Base of what learns by gradient descent, with the values of `plan=true` for other methods.
-
-    Attributes:
-        batch_size: windows in a step.
-        micro_batch_size: windows of a rank in memory at a time; None: all of its windows of a step.
-        activation_checkpointing: backward computes activations again; None: if they are large.
-        samples: windows of the text; None: those of the calibration.
-        loss: name of the loss.
-        select_from: number of epochs after which the loss of all windows is measured.
-    """
-
-    batch_size: int
-    micro_batch_size: int | None = None
-    activation_checkpointing: bool | None = None
-    samples: int | None = None
-    loss: Loss | None = None
-    select_from: int = 0
-
-    def steps_for(self, samples: int) -> int:
-        """Return the number of steps in a stage that learns from `samples` windows."""
-        return math.ceil(samples / self.batch_size)
-
-
 @dataclass(kw_only=True, config=SETTINGS)
-class DescentSettings(Descent):
+class DescentSettings:
     """Settings of gradient descent through the whole model; see `conf/_descent.yaml`."""
 
     learning_rate: Positive = 1e-2

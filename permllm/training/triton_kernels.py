@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from permllm.training.elementwise import Piece, with_own
+from permllm.training.elementwise import ChannelChunk, with_own
 
 # Weights in a program of `_mask`, which one warp holds in registers.
 _TILE = 1024
@@ -26,48 +26,47 @@ _ROWS = 32
 _WARPS = 4
 
 
-def mask(out: Tensor, piece: Piece) -> Tensor:
+def mask(out: Tensor, chunk: ChannelChunk) -> Tensor:
     """Do as `permllm.training.kernels.Kernels.mask`, and return `out`."""
-    _launch_mask(out, piece, {})
+    # `out` replaces pointers that the kernel does not read.
+    _launch_mask(out, chunk, grad=out, limits=out, stay=out, thresholds=False)
     return out
 
 
-def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
+def exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
     """Do as `permllm.training.kernels.Kernels.exchanges`; the result is float32."""
-    channels = piece.factors.column.shape[1]
-    rows = piece.weight_t.shape[1]
-    groups = size // piece.m
+    channels = chunk.factors.column.shape[1]
+    rows = chunk.weight_t.shape[1]
+    groups = size // chunk.m
     blocks = channels // size
     empty = partial(torch.empty, dtype=torch.float32, device=out.device)
-    limits = empty(4, channels // piece.m, rows)
-    stay = empty(channels, triton.cdiv(rows, _rows_of(piece.m)))
+    limits = empty(4, channels // chunk.m, rows)
+    stay = empty(channels, triton.cdiv(rows, _rows_of(chunk.m)))
     grad = grad.contiguous()
-    _launch_mask(out, piece, {"grad": grad, "limits": limits, "stay": stay})
+    _launch_mask(out, chunk, grad, limits, stay, thresholds=True)
     changes = empty(blocks, size, groups)
     grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
     with torch.cuda.device_of(out):  # Triton launches on the current device
         _exchange[grid](
-            *_pointers(piece), grad, limits, changes, rows, channels, size, groups,
-            piece.n / piece.m, **_saliency_kind(piece),
+            *_pointers(chunk), grad, limits, changes, rows, channels, size, groups,
+            chunk.n / chunk.m, **_saliency_kind(chunk),
             CHANNELS=_CHANNELS, GROUPS=_GROUPS, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
-    return with_own(changes, stay.sum(1), piece.m)
+    return with_own(changes, stay.sum(1), chunk.m)
 
 
-def _launch_mask(out: Tensor, piece: Piece, thresholds: dict[str, Tensor]) -> None:
-    channels = piece.factors.column.shape[1]
-    rows = piece.weight_t.shape[1]
-    m = piece.m
-    # `out` replaces pointers that the kernel does not read.
-    grad = thresholds.get("grad", out)
-    limits = thresholds.get("limits", out)
-    stay = thresholds.get("stay", out)
+def _launch_mask(
+    out: Tensor, chunk: ChannelChunk, grad: Tensor, limits: Tensor, stay: Tensor, thresholds: bool
+) -> None:
+    channels = chunk.factors.column.shape[1]
+    rows = chunk.weight_t.shape[1]
+    m = chunk.m
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
     with torch.cuda.device_of(out):
         _mask[grid](
-            *_pointers(piece), grad, limits, stay, out, rows, channels, **_saliency_kind(piece),
-            N=piece.n, M=m, LANES=triton.next_power_of_2(m), ROWS=_rows_of(m),
-            THRESHOLDS=bool(thresholds), num_warps=1,
+            *_pointers(chunk), grad, limits, stay, out, rows, channels, **_saliency_kind(chunk),
+            N=chunk.n, M=m, LANES=triton.next_power_of_2(m), ROWS=_rows_of(m),
+            THRESHOLDS=thresholds, num_warps=1,
         )  # fmt: skip
 
 
@@ -76,22 +75,22 @@ def _rows_of(m: int) -> int:
     return max(32, _TILE // triton.next_power_of_2(m))
 
 
-def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pointers(chunk: ChannelChunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return weight, channels, and the factors of channels and of rows.
 
     Another tensor replaces a missing one; the kernel does not read it.
     """
-    factors = piece.factors
+    factors = chunk.factors
     column = factors.column.t() if factors.dense else factors.column
-    channels = column if piece.channels is None else piece.channels
+    channels = column if chunk.channels is None else chunk.channels
     row = column if factors.row is None else factors.row.contiguous()
-    return piece.weight_t.contiguous(), channels, column.contiguous(), row
+    return chunk.weight_t.contiguous(), channels, column.contiguous(), row
 
 
-def _saliency_kind(piece: Piece) -> dict[str, Any]:
-    factors = piece.factors
+def _saliency_kind(chunk: ChannelChunk) -> dict[str, Any]:
+    factors = chunk.factors
     return {
-        "GATHER": piece.channels is not None,
+        "GATHER": chunk.channels is not None,
         "POWER": factors.power,
         "TERMS": 0 if factors.row is None else len(factors.row),
         "DENSE": factors.dense,

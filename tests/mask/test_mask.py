@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.mask.learned import LowRankMask, ScoreMask
+from permllm.mask.lowrank import LowRankMask
+from permllm.mask.score import ScoreMask
 from permllm.models.families import linear_at
 from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.training import loop
-from permllm.training.loop import Training
+from permllm.training import trainer
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.problems import PATTERN, Interrupt, check_masks, output_loss, problem, pruned, same
@@ -70,8 +70,8 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
 def test_an_interrupted_training_continues_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str | int
 ) -> None:
-    monkeypatch.setattr(loop, "_EVERY", 0.0)
-    monkeypatch.setattr(loop, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(trainer, "_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "_TIMES_WRITING", 0.0)
     # With a scaler of gradients, which is a part of what goes on.
     dtype = torch.float16 if stage == "all" else torch.float32
     method = mask("score", batch_size=2, layers_per_stage=stage, epochs=3)
@@ -111,7 +111,7 @@ def test_only_what_learns_now_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
         return found
 
     monkeypatch.setattr(ScoreMask, "scores", noted)
-    monkeypatch.setattr(Training, "run", lambda _: alive.append(len(scores)))
+    monkeypatch.setattr(trainer.Trainer, "run", lambda _: alive.append(len(scores)))
     learning = problem()
     mask("score", layers_per_stage=1).masks(learning, ordered(learning, "heuristic"))
     assert alive == [sum(len(group.members) for group in learning.groups) // 2] * 2

@@ -13,13 +13,13 @@ from permllm import job
 from permllm.data.lookup import calibration_text
 from permllm.data.windows import calibration_windows
 from permllm.export.verify import verify
-from permllm.mask.learned import MaskLearner
+from permllm.mask.score import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import stages
 from permllm.store.files import read_json
-from permllm.training.loop import Training
-from permllm.training.problem import LearningProblem
+from permllm.training.objective import Objective
+from permllm.training.trainer import Trainer
 from tests.settings.test_config import config
 from tests.test_job import run
 
@@ -60,18 +60,18 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
     interrupted: str,
 ) -> None:
     learned: list[str] = []
-    real = Training.run
+    real = Trainer.run
 
     def fail(*args: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
-    def stopped(self: Training) -> None:
+    def stopped(self: Trainer) -> None:
         learned.append(self.name)
         if interrupted == "masks" and self.name == "mask" and learned.count("mask") == 1:
             fail()
         real(self)
 
-    monkeypatch.setattr(Training, "run", stopped)
+    monkeypatch.setattr(Trainer, "run", stopped)
     with monkeypatch.context() as patched:
         if interrupted == "prune":
             patched.setattr(job, "prune_layers", fail)
@@ -92,17 +92,17 @@ def test_a_learner_without_measures_of_its_own_keeps_its_history_once(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupt learned masks of a package, whose lines have no key that we know."""
-    monkeypatch.setattr(MaskLearner, "epoch_values", lambda self, moment: {})
-    real = Training._epoch
+    monkeypatch.setattr(MaskLearner, "epoch_values", lambda self, progress: {})
+    real = Trainer._epoch
 
-    def stop_in_the_second(self: Training, epoch: int, *rest: Any) -> None:
+    def stop_in_the_second(self: Trainer, epoch: int, *rest: Any) -> None:
         if self.name == "mask" and epoch == 1:
             raise KeyboardInterrupt
         real(self, epoch, *rest)
 
     words = ("permutation.epochs=1", *BOTH)
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_epoch", stop_in_the_second)
+        patch.setattr(Trainer, "_epoch", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *words)
     _, directory = run(tmp_path, *words)
@@ -124,21 +124,20 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     )
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
-    real, real_states = Training.__init__, stages.last_states
+    real, real_states = Trainer.__init__, stages.last_states
 
-    def watched(
-        self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any
-    ) -> None:
+    def watched(self: Trainer, objective: Objective, *more: Any) -> None:
+        problem = objective.problem
         seen.append(problem.tokens)
         dense = last_states(loaded.model, problem.tokens, 4, torch.float32)
         torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
-        real(self, settings, problem, *more, **others)
+        real(self, objective, *more)
 
     def watched_states(model: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
         computed.append(tokens)
         return real_states(model, tokens, *more)
 
-    monkeypatch.setattr(Training, "__init__", watched)
+    monkeypatch.setattr(Trainer, "__init__", watched)
     monkeypatch.setattr(stages, "last_states", watched_states)
     run(tmp_path, *words)
     assert settings.further == 2

@@ -129,7 +129,7 @@ def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
     whole = torch.cat([learning.saliency_of(path) for path in paths])
     (streamed,) = segments_of(shared[RESIDUAL], saliency_of, PATTERN)
     assert torch.equal(heuristic_order(streamed), heuristic_order(lambda: [(whole, PATTERN)]))
-    assert asked == paths * (PATTERN.m + 2)  # once for the totals, once a position, once to compare
+    assert asked == paths * (PATTERN.m + 3)  # totals, positions, twice to compare
 
 
 def test_the_heuristic_stays_inside_heads_and_counts_all_their_copies() -> None:

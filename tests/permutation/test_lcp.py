@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,21 +20,19 @@ from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, foldable, shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
-from permllm.permutation.lcp.order_learner import OrderLearner
+from permllm.permutation.lcp.permutation_learner import PermutationLearner
+from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
 from permllm.runtime.precision import products_in
 from permllm.runtime.signals import ending_signals
 from permllm.sparsity.blocks import split_blocks
-from permllm.training import loop
-from permllm.training.course import Course
 from permllm.training.kernels import EAGER
-from permllm.training.learner import Moment, Stage
-from permllm.training.loop import Training
+from permllm.training.learner import Progress, Stage
 from permllm.training.losses import cosine_loss
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
+from permllm.training.trainer import LayerOutputs, Trainer
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
@@ -68,12 +64,12 @@ def begin(settings: LCP, learning: LearningProblem) -> dict[str, BlockLogits]:
 def gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockLogits]) -> Any:
     """Return the gradients of a step over all samples by the first logits of each order."""
     shared = shared_orders(learning.groups, settings.constraint)
-    stage, moment = Stage(0, range(2), None, learning.target), Moment(0, 1, 0, 1)
+    stage, progress = Stage(0, range(2), None, learning.target), Progress(0, 1, 0, 1)
     start = {order.name: torch.arange(order.channels) for order in shared}
-    with settings.masked(learning, shared, stage, EAGER) as linears:
+    with settings.masked_linears(learning, shared, stage, EAGER) as linears:
         learner = settings.learner(shared, start, blocks, linears)
         objective = Objective(settings, learning, stage, learner)
-        learner.begin(moment)
+        learner.begin(progress)
         objective.backward(torch.arange(len(learning.tokens)))
     return {name: block.logits[0].grad for name, block in blocks.items()}
 
@@ -81,10 +77,10 @@ def gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockL
 def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
 
-    def run(training: Training) -> None:
+    def run(training: Trainer) -> None:
         seen.append(training.optimizer.defaults["weight_decay"])
 
-    monkeypatch.setattr(Training, "run", run)
+    monkeypatch.setattr(Trainer, "run", run)
     learned(weight_decay=0.1)
     assert seen == [0.1]
 
@@ -134,13 +130,13 @@ def test_flips_are_the_share_of_channels_that_moved_since_the_last_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     orders: list[Tensor] = []
-    real = OrderLearner.flips
+    real = PermutationLearner.step_values
 
-    def seen(learner: OrderLearner) -> Tensor:
+    def seen(learner: PermutationLearner, progress: Progress) -> dict[str, Tensor]:
         orders.append(torch.cat([*learner.present.values()]).clone())
-        return real(learner)
+        return real(learner, progress)
 
-    monkeypatch.setattr(OrderLearner, "flips", seen)
+    monkeypatch.setattr(PermutationLearner, "step_values", seen)
     flips: list[float] = []
     learning = problem(on_step=lambda _, values: flips.append(values["flips"]))
     lcp(init="random", learning_rate=0.05, epochs=3).orders(learning)  # two steps an epoch
@@ -182,7 +178,7 @@ def test_a_permutation_on_which_the_loss_does_not_depend_is_named() -> None:
     }
     stacks = [("used", 0), ("unused", 0)]
     batch = SoftBatch(logits, stacks, temperature=1.0, halves=4)
-    batch.stand_ins[0].grad = random(1, 4, 4, seed=1)
+    batch.placeholders[stacks[0]].grad = random(1, 4, 4, seed=1)
     with pytest.raises(TrainingError, match="unused"):
         batch.backward()
 
@@ -192,21 +188,6 @@ def test_a_single_epoch_is_not_measured_because_there_is_none_to_select_from() -
         told: list[dict[str, Any]] = []
         learned(told, **settings)
         assert sum(line["measured_loss"] is not None for line in told) == min(measured, len(told))
-
-
-def test_the_progress_bar_says_how_long_steps_and_measurements_take(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, mininterval=0, disable=False))
-    lcp(init="random", epochs=2, batch_size=3, select_from=1).orders(problem())
-    pattern = r"(\d+)%[^\r]* (\S+) left, \S+ gone(?:, step=(\d/\d))?"
-    bar = re.findall(pattern, capsys.readouterr().err)
-    # A step has the work of three forwards, the measurement of the last epoch that of two steps.
-    shares = [round(100 * done / 14) for done in (3, 6, 9, 12)]
-    steps = [(str(share), f"{step}/4") for step, share in enumerate(shares, 1)]
-    seen = dict.fromkeys((share, step) for share, _, step in bar)
-    assert list(seen) == [("0", ""), *steps, ("100", "4/4")]
-    assert all(re.fullmatch(r"\d\d:\d\d", left) for share, left, _ in bar if share != "0")
 
 
 def test_seeds_give_equal_results_however_layers_are_recomputed_and_other_seeds_others() -> None:
@@ -291,7 +272,7 @@ def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(LayerStream, "advance", Mock(side_effect=Interrupt))
     with pytest.raises(Interrupt):
-        Course(lcp(), learning, "lcp", "checkpoint.pt").inputs(1, none_kept)
+        LayerOutputs(learning, none_kept).after(1)
     assert same(model.state_dict(), before)
 
 

@@ -24,9 +24,10 @@ from permllm.sparsity.method import instantiate
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
 from permllm.training.kernels import EAGER
-from permllm.training.learner import Moment, Stage
-from permllm.training.loop import Training
+from permllm.training.learner import Progress, Stage
+from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
+from permllm.training.trainer import Trainer
 from tests.conftest import tiny_model
 from tests.problems import straight_through, tokens
 from tests.settings.test_config import config
@@ -129,13 +130,13 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
         block.scale.data.mul_(1.5)
     reference: Any = copy.deepcopy(blocks)
     stage = Stage(0, range(2), None, problem.target)
-    with method.masked(problem, shared, stage, EAGER) as linears:
+    with method.masked_linears(problem, shared, stage, EAGER) as linears:
         learner = method.learner(shared, start, blocks, linears)
-        training = Training(method, problem, stage, learner, "lcp", "checkpoint")
+        trainer = Trainer(Objective(method, problem, stage, learner), "lcp", "checkpoint")
         # Two steps an epoch: in the second of four.
-        moment = Moment(3, training.steps, 1, training.epochs)
-        temperature = learner.temperature(moment)
-        loss, _ = training.step(BATCH, moment)
+        progress = Progress(3, trainer.steps, 1, trainer.epochs)
+        temperature = learner.temperature(progress)
+        loss = trainer.step(BATCH, progress)["loss"]
 
     norm = norms(model, problem.groups)
     target = last_output(model, tokens()[BATCH]).detach()

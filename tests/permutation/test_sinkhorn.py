@@ -7,13 +7,9 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
-from permllm.permutation.lcp import assignment
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
-from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
-from permllm.runtime import parallel
+from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, logit_gradient, normalize
 from permllm.sparsity.blocks import BlockStack
 from tests.problems import random, sinkhorn
 
@@ -46,34 +42,6 @@ def test_hard_permutation_is_the_best_of_all(sharpness: float) -> None:
         assert float(block[perm, range(5)].sum()) == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_ranks_solve_a_share_of_the_blocks_each_and_have_all(
-    ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = ((9, 8), (1, 4), (12, 16))
-    softs = [sinkhorn(0.1 * random(blocks, size, size), 1.0, 5) for blocks, size in sizes]
-    expected, solve, solved = harden(softs), assignment.linear_sum_assignment, [0] * ranks
-    total = [torch.zeros_like(perm) for perm in expected]
-
-    def all_reduce(mine: list[Tensor]) -> None:
-        for whole, part in zip(total, mine, strict=True):
-            whole += part
-
-    def counted(costs: object) -> object:
-        solved[parallel.rank()] += 1
-        return solve(costs)
-
-    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
-    monkeypatch.setattr(parallel, "all_reduce", all_reduce)
-    monkeypatch.setattr(assignment, "linear_sum_assignment", counted)
-    for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        harden(softs)
-    assert all(map(torch.equal, total, expected))
-    assert sum(solved) == 21  # all but the small one, which is settled without
-    assert max(solved) <= -(-9 // ranks) + -(-12 // ranks)
-
-
 @pytest.mark.parametrize("scale", [None, 1.5])
 def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_each_alone(
     scale: float | None,
@@ -92,8 +60,9 @@ def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_ea
     softs = [sinkhorn(apart[name].effective(number), 0.5, 3) for name, number in stacks]
     for found, soft in zip(batch.parts(batch.soft).values(), softs, strict=True):
         torch.testing.assert_close(found, soft, rtol=1e-12, atol=0)
-    assert not any(bool(stand_in.any()) for stand_in in batch.stand_ins)
-    for some in (batch.stand_ins, softs):  # of two portions, and the second stack used twice
+    placeholders = list(batch.placeholders.values())
+    assert not any(bool(placeholder.any()) for placeholder in placeholders)
+    for some in (placeholders, softs):  # of two portions, and the second stack used twice
         (some[0] * weights[0]).sum().backward(retain_graph=True)
         (2 * (some[1] * weights[1]).sum() + (some[2] * weights[2]).sum()).backward()
     batch.backward()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from permllm.pruner.sparsegpt import SparseGPT, by_columns, by_groups, prune_columns
+from permllm.pruner.sparsegpt import SparseGPT, prune_columns
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask
 from permllm.sparsity.saliency import saliency
@@ -52,18 +50,17 @@ def reference_update(
     return w * kept, kept
 
 
-@pytest.mark.parametrize("prune", [by_columns, by_groups])
 @pytest.mark.parametrize("pattern", ["1:4", "4:8", "20:40"])
 @pytest.mark.parametrize("given", [False, True])
 def test_columns_are_pruned_as_by_elimination_from_the_inverse_hessian(
-    prune: Any, pattern: str, given: bool
+    pattern: str, given: bool
 ) -> None:
     weight, inputs, _ = layer(280, rows=5)  # more than two of the blocks taken at a time
     nm, w, hessian = NMPattern.parse(pattern), weight.double(), hessian_of(inputs)
     keep = nm_mask(weight.abs(), nm) if given else None
     expected, mask = reference_update(w, hessian, nm, keep)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    found = prune_columns(w, factor, nm, keep, prune)
+    found = prune_columns(w, factor, nm, keep)
     assert torch.equal(found, mask)
     torch.testing.assert_close(w * found, expected, rtol=1e-9, atol=1e-9)
 

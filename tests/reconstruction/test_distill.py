@@ -1,4 +1,4 @@
-"""Distillation: its optimizer against Adam's formula, and one that is killed and continued."""
+"""Distillation: gradients of kept weights, and one that is killed and continued."""
 
 from __future__ import annotations
 
@@ -24,49 +24,34 @@ from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
 from permllm.store.directory import Record, RunDirectory
 from permllm.store.files import DISTILL_CHECKPOINT
-from permllm.training import loop as training
 from permllm.training import objective
-from permllm.training.learner import Moment, Stage
+from permllm.training import trainer as training
+from permllm.training.learner import Progress, Stage
 from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
 from tests.problems import CPU, problem, pruned, same, tokens
 from tests.settings.test_config import config
 
-STEPS, RATE = 7, 0.05
 
-
-def test_kept_weights_learn_as_adam_says() -> None:
-    """Go down `sum(weight^4 + weight)` of two linears."""
+def test_kept_weights_get_the_gradients_of_their_places_and_are_written_back() -> None:
     torch.manual_seed(0)
     linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64) for rows in (3, 5)]
     masks = [torch.rand(rows, 8) < 0.5 for rows in (3, 5)]
     for linear, mask in zip(linears, masks, strict=True):
-        linear.requires_grad_(False).weight.mul_(10 * mask)
-    before = [linear.weight.clone() for linear in linears]
+        linear.requires_grad_(False).weight.mul_(mask)
     learner = KeptWeights(linears, masks)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=RATE, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        with learner.gradients():
-            for linear in linears:
-                (linear.weight.pow(4).sum() + linear.weight.sum()).backward()
-        for linear in linears:
-            assert linear.weight.grad is None
-            assert not linear.weight.requires_grad
-        optimizer.step()
-        scheduler.step()
-        learner.begin(Moment(step, STEPS, 0, 1))
-    for weight, linear, kept in zip(before, linears, masks, strict=True):
-        mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
-        for step in range(STEPS):
-            gradient = (4 * weight**3 + 1) * kept
-            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-            rate = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
-            corrected = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            weight = weight - rate * mean / (1 - 0.9 ** (step + 1)) / corrected
-        torch.testing.assert_close(linear.weight, weight, rtol=1e-9, atol=1e-12)
-        assert not linear.weight[~kept].any()
+    with learner.gradients():
+        for _ in range(2):  # of two portions
+            sum(linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears).backward()
+    for linear, mask, value in zip(linears, masks, learner.parameters(), strict=True):
+        kept = linear.weight[mask]
+        torch.testing.assert_close(value.grad, 2 * (4 * kept**3 + 1))
+        assert linear.weight.grad is None
+        assert not linear.weight.requires_grad
+        value += 1
+        learner.begin(Progress(0, 1, 0, 1))
+        assert torch.equal(linear.weight[mask], kept + 1)
+        assert not linear.weight[~mask].any()
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -175,13 +160,13 @@ def test_steps_go_through_the_samples_as_often_as_they_take(
 ) -> None:
     assert same(whole, distilled(epochs=1, steps=10))
     seen: list[Tensor] = []
-    real = training.Training.step
+    real = training.Trainer.step
 
-    def watched(self: training.Training, batch: Tensor, *more: Any) -> Any:
+    def watched(self: training.Trainer, batch: Tensor, *more: Any) -> Any:
         seen.append(batch)
         return real(self, batch, *more)
 
-    monkeypatch.setattr(training.Training, "step", watched)
+    monkeypatch.setattr(training.Trainer, "step", watched)
     distilled(epochs=1, steps=7)
     assert [len(batch) for batch in seen] == 7 * [2]
     assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
@@ -198,8 +183,6 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     stage, values = Stage(0, range(2), None, target), sum(int(mask.sum()) for mask in masks)
     rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
     with weights.gradients(), products_in(products, CPU):
-        loop = training.Training(settings, learning, stage, weights, "distill", "file")
-        # Gradients and two moments, then gradients alone.
-        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded
-        loop.step(torch.arange(2), Moment(0, 4, 0, 1))
-        assert loop._not_yet_taken(target) == 4 * values + rounded
+        loss = objective.Objective(settings, learning, stage, weights)
+        # Gradients and two moments.
+        assert loss._first_step_bytes(target) == 4 * 3 * values + rounded

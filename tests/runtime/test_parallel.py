@@ -23,7 +23,7 @@ from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.files import read_json
 from permllm.store.sweep import read_outcomes, share_gpus
 from permllm.store.tensors import load_masks
-from permllm.training import loop as training
+from permllm.training import trainer as training
 from tests.conftest import ROOT, run_command
 from tests.settings.test_config import config
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permllm.models.head import Head
-from permllm.permutation.lcp.logits import BlockLogits
+from permllm.permutation.lcp.permutation_linear import PermutationLinear
+from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.runtime import precision
 from permllm.runtime.precision import (
     ThroughFloat32,
@@ -24,8 +25,6 @@ from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.losses import head_divergence
-from permllm.training.masked_linear import MaskedLinear
-from permllm.training.scores import Scores
 from tests.conftest import tiny_model
 from tests.problems import CPU, sinkhorn
 
@@ -48,16 +47,16 @@ def test_only_float32_is_rounded(
     assert compute_dtype(setting, getattr(torch, weights), CPU) == getattr(torch, found)
 
 
-def masked(linear: nn.Linear) -> tuple[MaskedLinear, BlockLogits]:
+def masked(linear: nn.Linear) -> tuple[PermutationLinear, BlockLogits]:
     """Return a linear of 32 channels that follows an order, and the logits of the order."""
     logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    scores = Scores(SaliencyFactors(1, torch.ones(1, 32)))
-    return MaskedLinear(linear, scores, NMPattern(2, 4), logits.stacks), logits
+    factors = SaliencyFactors(1, torch.ones(1, 32))
+    return PermutationLinear(linear, factors, NMPattern(2, 4), logits.stacks), logits
 
 
-def set_order(module: MaskedLinear, logits: BlockLogits) -> None:
+def set_order(module: PermutationLinear, logits: BlockLogits) -> None:
     softs = [sinkhorn(logits.effective(0), 1.0, 5)]
-    module.set_order(logits.base, torch.arange(16).repeat(2), softs)
+    module.set_permutation(logits.base, torch.arange(16).repeat(2), softs)
 
 
 def test_a_masked_linear_rounds_the_factors_of_products_and_not_its_mask() -> None:

@@ -6,6 +6,7 @@ Without gradients, as a step's passes are: for the other mode a kernel would be 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from torch import Tensor
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.elementwise import Piece
+from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import COMPILED, EAGER, ON_GPU, GPUKernels, Kernels, chosen_kernels
-from tests.problems import CPU, random, shuffled
+from permllm.training.settings import LearningSettings
+from tests.problems import problem, random, shuffled
 
 PATTERNS = [(2, 4), (1, 4), (6, 8), (12, 24)]
 slow = pytest.mark.slow
@@ -29,7 +31,7 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def tied(n: int, m: int, power: int, with_row: bool) -> tuple[Piece, Tensor]:
+def tied(n: int, m: int, power: int, with_row: bool) -> tuple[ChannelChunk, Tensor]:
     """Return a piece with few distinct values, whose groups are full of ties, and a gradient."""
 
     def few(*shape: int) -> Tensor:
@@ -38,12 +40,12 @@ def tied(n: int, m: int, power: int, with_row: bool) -> tuple[Piece, Tensor]:
     weight_t, row = few(4 * m, 20) * random(4 * m, 20).sign().float(), few(2, 20)
     column = few(2 if with_row else 1, 3 * m)
     factors = SaliencyFactors(power, column, row if with_row else None)
-    piece = Piece(weight_t, shuffled(4 * m)[: 3 * m], factors, n, m)
+    piece = ChannelChunk(weight_t, shuffled(4 * m)[: 3 * m], factors, n, m)
     return piece, random(4 * m, 20, seed=1).float()
 
 
 def check_mask_and_gradients(
-    kernels: Kernels, piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
+    kernels: Kernels, piece: ChannelChunk, grad: Tensor, dtype: torch.dtype, hard: bool
 ) -> None:
     weight = piece.of(piece.weight_t)
     score = saliency(weight.t(), piece.factors)
@@ -93,7 +95,7 @@ def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
     column = random(rows if dense else 1, size * blocks, seed=2).to(dtype).abs() + 0.5
     order = shuffled(size * blocks)
     # A dense score lies as a masked linear has it, a channel a row.
-    piece = Piece(weight_t, order, SaliencyFactors(1, column.t()[order].t()), n, m)
+    piece = ChannelChunk(weight_t, order, SaliencyFactors(1, column.t()[order].t()), n, m)
     masked = torch.empty_like(weight_t)
     found = kernels.exchanges(masked, piece, grad, size)
     score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()
@@ -133,18 +135,20 @@ def test_without_a_driver_a_gpu_has_the_eager_functions(caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize(
-    ("asked", "work", "m", "expected"),
+    ("asked", "steps", "m", "expected"),
     [
-        (None, 1e6, 4, EAGER),
-        (None, 1e12, 8, COMPILED),
-        (True, 1e6, 4, COMPILED),
-        (False, 1e12, 4, EAGER),
-        (True, 1e12, 16, EAGER),
+        (None, 10, 4, EAGER),
+        (None, 10**7, 8, COMPILED),
+        (True, 10, 4, COMPILED),
+        (False, 10**7, 4, EAGER),
+        (True, 10**7, 16, EAGER),
     ],
 )
 def test_a_cpu_compiles_where_that_pays(
-    asked: bool | None, work: float, m: int, expected: Kernels
+    asked: bool | None, steps: int, m: int, expected: Kernels
 ) -> None:
-    patterns = [NMPattern(2, 4), NMPattern(m // 2, m)]
-    assert chosen_kernels(CPU, asked, work, patterns) is expected
-    assert chosen_kernels(torch.device("cuda"), asked, work, patterns) is ON_GPU
+    learning = problem(pattern=NMPattern(m // 2, m))
+    settings = LearningSettings(compile=asked, steps=steps)
+    assert chosen_kernels(settings, learning, learning.groups) is expected
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert chosen_kernels(settings, on_a_gpu, learning.groups) is ON_GPU

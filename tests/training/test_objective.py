@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.mask.learned import ScoreMask
+from permllm.mask.score import ScoreMask
 from permllm.models.families import channel_groups
 from permllm.permutation.base import Identity
 from permllm.training.learner import Learner, Stage

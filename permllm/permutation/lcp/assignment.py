@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from permllm.runtime import parallel
 from permllm.runtime.compiling import attempted
 from permllm.runtime.memory import to_device, to_host
 
@@ -17,6 +16,8 @@ from permllm.runtime.memory import to_device, to_host
 _BLOCKS_A_THREAD = 128
 # Channels in the largest block that a GPU solves.
 _LARGEST = 1024
+# Costs of a block, and its permutation, which is overwritten.
+_Block: TypeAlias = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 @torch.no_grad()
@@ -24,50 +25,31 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
     """Return the hard permutation of each block (PermLLM, equation 5).
 
     It is the permutation matrix P that maximises `<P, P_soft> = sum_ij P[i, j] P_soft[i, j]`, with
-    the soft permutation `P_soft`. With n ranks, each solves every n-th block.
+    the soft permutation `P_soft`. A GPU with Triton solves its blocks, and else the host.
 
     Args:
-        softs: stacks of blocks, `(blocks, B, B)` each, on one device, equal in all ranks; row =
-            source channel, column = target position.
+        softs: stacks of blocks, `(blocks, B, B)` each, on one device; row = source channel, column
+            = target position.
 
     Returns:
-        int64 `(blocks, B)` for each stack, on the same device, equal in all ranks. Entry j of a
-        block is the source channel at position j (`P[perm[j], j] = 1`).
+        int64 `(blocks, B)` for each stack, on the same device. Entry j of a block is the source
+        channel at position j (`P[perm[j], j] = 1`).
 
     Raises:
         ValueError: an entry is not finite.
     """
-    rank = parallel.rank()
-    ranks = parallel.world_size()
-    if ranks == 1:
-        return _solved(softs)
-    _check_finite(softs)  # all ranks raise together
-    perms = [torch.zeros(soft.shape[:2], dtype=torch.int64, device=soft.device) for soft in softs]
-    solved = _solved([soft[rank::ranks] for soft in softs])
-    for perm, solved_blocks in zip(perms, solved, strict=True):
-        perm[rank::ranks] = solved_blocks
-    parallel.all_reduce(perms)
-    return perms
-
-
-def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
-    """Solve blocks on their GPU if it has Triton, and on the host otherwise."""
     device = softs[0].device
     solved = None
     if device.type == "cuda":
-        fits = max(soft.shape[1] for soft in softs) <= _LARGEST
-        solved = _on_gpu(softs) if fits else None
+        if max(soft.shape[1] for soft in softs) <= _LARGEST:
+            solved = _on_gpu(softs)
         if solved is None:  # in one transfer, because the host waits for each
             together = to_host(torch.cat([soft.flatten() for soft in softs]))
             parts = together.split([soft.numel() for soft in softs])
             softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
-    _check_finite(softs)
-    return solved or [to_device(perm, device) for perm in _on_host(softs)]
-
-
-def _check_finite(softs: Sequence[Tensor]) -> None:
     if not bool(torch.stack([soft.sum().isfinite() for soft in softs]).all()):
         raise ValueError("a soft permutation is not finite")
+    return solved or [to_device(perm, device) for perm in _on_host(softs)]
 
 
 def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
@@ -87,7 +69,7 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     blocks.
     """
     perms = [soft.argmax(1) for soft in softs]
-    unsolved: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    unsolved: list[_Block] = []
     for soft, perm in zip(softs, perms, strict=True):
         channel_left = torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1)
         blocks = channel_left.nonzero().flatten()
@@ -101,8 +83,7 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     return perms
 
 
-def _assign(blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-    """Solve blocks, each a pair of costs and the permutation to overwrite."""
+def _assign(blocks: list[_Block]) -> None:
     for costs, perm in blocks:
         source, position = linear_sum_assignment(costs)
         perm[position] = source

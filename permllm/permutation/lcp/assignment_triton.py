@@ -28,9 +28,8 @@ def assign(soft: Tensor) -> Tensor:
     count, size, _ = soft.shape
     perms = torch.empty(count, size, dtype=torch.int64, device=soft.device)
     lanes = triton.next_power_of_2(size)
-    if count:  # a rank may have no block
-        with torch.cuda.device_of(soft):  # Triton launches on the current device
-            _assign[(count,)](soft, perms, size, lanes, num_warps=max(1, min(8, lanes // 64)))
+    with torch.cuda.device_of(soft):  # Triton launches on the current device
+        _assign[(count,)](soft, perms, size, lanes, num_warps=max(1, min(8, lanes // 64)))
     return perms
 
 

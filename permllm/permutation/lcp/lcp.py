@@ -7,12 +7,13 @@ through the soft permutations.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.errors import ConfigError, check_positive
@@ -26,21 +27,19 @@ from permllm.permutation.foldable import (
     shared_orders,
 )
 from permllm.permutation.heuristic import heuristic_orders
-from permllm.permutation.lcp.logits import BlockLogits
-from permllm.permutation.lcp.order_learner import OrderLearner, members
+from permllm.permutation.lcp.permutation_learner import PermutationLearner, members
+from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
+from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import RunConfig
 from permllm.settings.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.store.files import CHECKPOINT
-from permllm.training.course import Course
-from permllm.training.kernels import Kernels
-from permllm.training.learner import Moment, Stage
-from permllm.training.masked_linear import MaskedLinear
-from permllm.training.problem import LearningProblem
-from permllm.training.scores import Scores
-from permllm.training.settings import LearningPlan, LearningSettings, StraightThrough
-from permllm.training.stand_ins import StandIns, kernels_for, learning_orders
+from permllm.training.kernels import Kernels, chosen_kernels
+from permllm.training.learner import Progress, Stage
+from permllm.training.problem import LearningProblem, replaced_linears
+from permllm.training.settings import LearningPlan, LearningSettings
+from permllm.training.trainer import StageSchedule
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -64,7 +63,7 @@ class LCP(LearningSettings, LearnedPermutation):
 
     @property
     def searches(self) -> bool:  # type: ignore[override]
-        """Tell whether the heuristic finds the permutations at the start."""
+        """Tell whether learning starts from the heuristic's permutations."""
         return self.init == "heuristic"
 
     @override
@@ -119,70 +118,93 @@ class LCP(LearningSettings, LearnedPermutation):
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the permutations of all groups, stage by stage."""
         shared = shared_orders(problem.groups, self.constraint)
-        course = Course(self, problem, "lcp", CHECKPOINT)
-        if course.state is not None:
-            orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
-        else:
+        schedule = StageSchedule(self, problem, "lcp", CHECKPOINT)
+        if schedule.state is None:
             spans = self.spans(len(decoder_layers(problem.model)))
             orders = self.start_orders(problem, shared, spans[0].start)
-        used_by = {group.name: order for order in shared for group in order.groups}
+        else:
+            best = schedule.state["learner"]["best"]
+            orders = {name: order.cpu() for name, order in best.items()}
+        shared_of = {group.name: order for order in shared for group in order.groups}
 
         def present_mask(group: ChannelGroup, path: str) -> Tensor:
-            score = problem.saliency_of(path)
-            order = used_by[group.name]
-            perm = order.expand(orders[order.name]).to(score.device)
-            return permuted_nm_mask(score, perm, problem.pattern_of(group))
+            saliency = problem.saliency_of(path)
+            order = shared_of[group.name]
+            perm = order.expand(orders[order.name]).to(saliency.device)
+            return permuted_nm_mask(saliency, perm, problem.pattern_of(group))
 
-        for stage in course.stages(lambda span: bool(orders_within(shared, span)), present_mask):
+        for stage in schedule.stages(lambda span: bool(orders_within(shared, span)), present_mask):
             learning = orders_within(shared, stage.layers)
             logits = self.start_logits(problem, learning, orders)
             groups = [group for order in learning for group in order.groups]
-            kernels = kernels_for(self, problem, groups)
-            with self.masked(problem, shared, stage, kernels) as linears:
+            kernels = chosen_kernels(self, problem, groups)
+            with self.masked_linears(problem, shared, stage, kernels) as linears:
                 learner = self.learner(shared, orders, logits, linears)
-                course.train(stage, learner)
+                schedule.train(stage, learner)
                 orders = learner.best
                 del logits, learner  # frees their memory before the next stage
         return expanded(shared, orders)
 
-    def masked(
+    def masked_linears(
         self, problem: LearningProblem, shared: list[SharedOrder], stage: Stage, kernels: Kernels
-    ) -> StandIns:
-        """Replace the linears of a stage by masked linears, which use the pruner's saliency."""
+    ) -> AbstractContextManager[dict[str, PermutationLinear]]:
+        """Replace the linears of a stage by masked linears inside the returned context.
 
-        def scores_of(path: str) -> Scores:
+        Their weights are stored column by column, so that a permutation of channels gathers rows.
+        """
+        stacks = {
+            group: order.stacks(self.block_size, order.repeats)
+            for order, group in members(shared, stage.layers)
+        }
+
+        def masked_linear(group: ChannelGroup, path: str, linear: nn.Linear) -> PermutationLinear:
             factors = problem.factors_of(path)
             if self.conventions == "ours":  # sets the sharpness of the softmax alone
                 mean = problem.saliency_of(path).mean()
                 scale = 1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny)
                 factors = replace(factors, column=factors.column * scale)
-            return Scores(factors)
+            return PermutationLinear(
+                linear,
+                factors,
+                problem.pattern_of(group),
+                stacks[group],
+                self.straight_through,
+                kernels,
+            )
 
-        stacks = {
-            group: order.stacks(self.block_size, order.repeats)
-            for order, group in members(shared, stage.layers)
-        }
-        return learning_orders(problem, stacks, scores_of, self.straight_through, kernels)
+        return replaced_linears(
+            problem.model,
+            stacks,
+            masked_linear,
+            change=lambda _, weight: weight.t().contiguous().t(),
+            back=lambda _, weight: weight.contiguous(),
+        )
 
     def learner(
         self,
         shared: list[SharedOrder],
         orders: dict[str, Tensor],
         logits: dict[str, BlockLogits],
-        linears: dict[str, list[MaskedLinear]],
-    ) -> OrderLearner:
-        """Return the learner of a stage; the arguments are those of `OrderLearner`."""
-        paper = self.conventions == "paper"
+        linears: dict[str, PermutationLinear],
+    ) -> PermutationLearner:
+        """Return the learner of a stage; the arguments are those of `PermutationLearner`."""
 
-        def temperature(moment: Moment) -> float:
-            if paper:
-                return self.temperature(moment.epoch / moment.epochs)
-            return self.temperature(moment.step / max(1, moment.steps - 1))
+        def temperature(progress: Progress) -> float:
+            if self.conventions == "paper":
+                return self.temperature(progress.epoch / progress.epochs)
+            return self.temperature(progress.step / max(1, progress.steps - 1))
 
-        # The paper's released code starts with a softmax over rows. This is the first half of the
-        # first iteration, if there is an iteration.
-        halves = 2 * self.sinkhorn_iterations or int(paper)
-        return OrderLearner(shared, orders, logits, linears, temperature, halves)
+        halves = 2 * self.sinkhorn_iterations
+        if halves == 0 and self.conventions == "paper":
+            # The paper's released code starts with a softmax over rows. This is the first half of
+            # the first iteration, if there is an iteration.
+            halves = 1
+        return PermutationLearner(shared, orders, logits, linears, temperature, halves)
+
+    @override
+    def norm_tokens(self, window: int) -> int:
+        """Return `window` for the norms of the paper's released code, which divide by windows."""
+        return window if self.conventions == "paper" else 1
 
     def start_orders(
         self, problem: LearningProblem, shared: list[SharedOrder], first: int
@@ -205,8 +227,7 @@ class LCP(LearningSettings, LearnedPermutation):
         relative to the given permutations. With `init=random` (the paper) they are `U / sqrt(B)`,
         with a learnable scale that starts at sqrt(B).
         """
-        near = self.init == "heuristic"
-        root = math.sqrt(self.block_size)
+        scale = math.sqrt(self.block_size) if self.init == "random" else None
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
@@ -216,11 +237,11 @@ class LCP(LearningSettings, LearnedPermutation):
             for stack in stacks:
                 shape = (stack.count, stack.size, stack.size)
                 uniform = torch.rand(shape, generator=generator) * 2 - 1
-                if near:
+                if scale is None:
                     start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
-                    start.append(uniform / root)
-            blocks = BlockLogits(orders[order.name], stacks, start, None if near else root)
+                    start.append(uniform / scale)
+            blocks = BlockLogits(orders[order.name], stacks, start, scale)
             logits[order.name] = blocks.to(problem.device, dtype)
         return logits
 

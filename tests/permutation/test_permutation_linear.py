@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.logits import BlockLogits
+from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
+from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import NMPattern
 from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.masked_linear import MaskedLinear
-from permllm.training.scores import Scores
-from permllm.training.settings import StraightThrough
 from tests.problems import random, shuffled, sinkhorn, straight_through
 
 
@@ -41,11 +39,11 @@ def step(
     stacks = split_blocks(40, 16)
     start = [random(stack.count, stack.size, stack.size, seed=seed) for stack in stacks]
     logits = BlockLogits(shuffled(40, seed), stacks, [stack.clone() for stack in start])
-    module = MaskedLinear(linear, Scores(factors), pattern, stacks, way)
+    module = PermutationLinear(linear, factors, pattern, stacks, way)
     soft = [sinkhorn(logits.effective(number), 0.7, 3) for number in range(len(stacks))]
     hard = torch.cat([perm.flatten() for perm in harden(soft)])
-    order = logits.order(hard)
-    module.set_order(order, hard, soft)
+    order = logits.permutation(hard)
+    module.set_permutation(order, hard, soft)
     x, grad = random(3, 7, 40, seed=seed).requires_grad_(), random(3, 7, 10, seed=seed + 1)
     output = module(x)
     output.backward(grad)

@@ -10,9 +10,9 @@ from typing_extensions import override
 from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import SharedOrder
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
-from permllm.training.learner import Learner, Moment
-from permllm.training.masked_linear import MaskedLinear
+from permllm.permutation.lcp.permutation_linear import PermutationLinear
+from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, soft_batches
+from permllm.training.learner import Learner, Progress
 
 
 def members(
@@ -25,14 +25,14 @@ def members(
                 yield order, group
 
 
-class OrderLearner(Learner):
+class PermutationLearner(Learner):
     """Learner of the shared permutations in a stage.
 
     Args:
         shared: all shared permutations of the model.
         orders: their values at the start, int64 `(channels,)` by name.
         logits: logits of each permutation that learns, by name.
-        linears: masked linears of each channel group in the stage.
+        linears: masked linears of the stage, by path.
         temperature: returns the temperature of the soft permutations in a step.
         halves: number of half iterations in Sinkhorn's normalisation.
 
@@ -46,8 +46,8 @@ class OrderLearner(Learner):
         shared: list[SharedOrder],
         orders: Mapping[str, Tensor],
         logits: dict[str, BlockLogits],
-        linears: dict[str, list[MaskedLinear]],
-        temperature: Callable[[Moment], float],
+        linears: dict[str, PermutationLinear],
+        temperature: Callable[[Progress], float],
         halves: int,
     ) -> None:
         self.shared = shared
@@ -61,13 +61,17 @@ class OrderLearner(Learner):
         bases = [block.base for block in logits.values()]
         self.channels = sum(map(len, bases))
         self.device = bases[0].device
-        self.present = {name: order.to(self.device) for name, order in orders.items()}
+        self.present = self._on_device(orders)
         self.best = {name: order.cpu() for name, order in orders.items()}
         self._hard: dict[str, Tensor] = {}
-        self._softs: dict[str, list[Tensor]] = {}
+        self._soft: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
         # Permutations of the last step, and of the last epoch's end.
-        self._at_step = self._at_epoch = self.present
+        self._at_step = self.present
+        self._at_epoch = self.present
+
+    def _on_device(self, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: order.to(self.device) for name, order in orders.items()}
 
     @override
     def parameters(self) -> list[Tensor]:
@@ -75,27 +79,33 @@ class OrderLearner(Learner):
 
     @override
     @torch.no_grad()
-    def begin(self, moment: Moment) -> None:
+    def begin(self, progress: Progress) -> None:
         """Make the soft and the hard permutations of a step."""
-        self._batches = soft_batches(self.blocks, self.temperature(moment), self.halves)
-        hards: dict[tuple[str, int], Tensor] = {}
-        softs: dict[tuple[str, int], Tensor] = {}
+        self._batches = soft_batches(self.blocks, self.temperature(progress), self.halves)
         try:
-            solved = harden([batch.soft for batch in self._batches])
+            hardened = harden([batch.soft for batch in self._batches])
         except ValueError as error:
-            parts = (part for batch in self._batches for part in batch.parts(batch.soft).items())
-            broken = next(name for (name, _), soft in parts if not bool(soft.isfinite().all()))
-            raise ValueError(f"the soft permutation of {broken} is not finite") from error
-        for batch, hard in zip(self._batches, solved, strict=True):
+            raise ValueError(f"the soft permutation of {self._broken()} is not finite") from error
+        hard: dict[tuple[str, int], Tensor] = {}
+        soft: dict[tuple[str, int], Tensor] = {}
+        for batch, blocks in zip(self._batches, hardened, strict=True):
             del batch.soft
-            hards |= batch.parts(hard)
-            softs |= zip(batch.stacks, batch.stand_ins, strict=True)
+            hard |= batch.parts(blocks)
+            soft |= batch.placeholders
         self.present = dict(self.present)
         for name, block in self.blocks.items():
             stacks = [(name, number) for number in range(len(block.logits))]
-            self._softs[name] = [softs[stack] for stack in stacks]
-            self._hard[name] = torch.cat([hards[stack].flatten() for stack in stacks])
-            self.present[name] = block.order(self._hard[name])
+            self._soft[name] = [soft[stack] for stack in stacks]
+            self._hard[name] = torch.cat([hard[stack].flatten() for stack in stacks])
+            self.present[name] = block.permutation(self._hard[name])
+
+    def _broken(self) -> str:
+        """Return the name of a permutation whose soft permutation is not finite."""
+        for batch in self._batches:
+            for (name, _), soft in batch.parts(batch.soft).items():
+                if not bool(soft.isfinite().all()):
+                    return name
+        raise AssertionError
 
     @override
     def collect(self) -> None:
@@ -112,35 +122,35 @@ class OrderLearner(Learner):
             soft: list[Tensor] = []
             if torch.is_grad_enabled() and order.name in self.blocks:
                 hard = order.expand_rows(self._hard[order.name])
-                soft = order.expand_blocks(self._softs[order.name])
-            for linear in self.linears[group.name]:
-                linear.set_order(perm, hard, soft)
+                soft = order.expand_blocks(self._soft[order.name])
+            for path in group.members:
+                self.linears[path].set_permutation(perm, hard, soft)
 
     @override
-    def flips(self) -> Tensor:
-        """Return the number of channels that moved since the last step."""
+    def step_values(self, progress: Progress) -> dict[str, Tensor]:
+        """Return the temperature, and the share of channels that moved since the last step."""
+        temperature = torch.tensor(
+            self.temperature(progress), dtype=torch.float64, device=self.device
+        )
         moved = self._moved(self._at_step)
         self._at_step = self.present
-        return moved
-
-    @override
-    def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:
-        """Return the temperature, and the share of channels that moved."""
-        return {"temperature": self.temperature(moment), "flips": flips / self.channels}
+        return {"temperature": temperature, "flips": moved}
 
     @override
     def begin_epoch(self) -> None:
         self._at_epoch = self.present
 
     @override
-    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+    def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the temperature, and the share of channels that moved in the epoch."""
-        return self.step_values(moment, float(self._moved(self._at_epoch)))
+        moved = float(self._moved(self._at_epoch))
+        return {"temperature": self.temperature(progress), "flips": moved}
 
     def _moved(self, before: dict[str, Tensor]) -> Tensor:
-        """Count the channels that have moved since `before`, as a scalar on the device."""
-        now = torch.cat([self.present[name] for name in self.blocks])
-        return (torch.cat([before[name] for name in self.blocks]) != now).sum()
+        """Return the share of channels that have moved since `before`, a scalar on the device."""
+        earlier = torch.cat([before[name] for name in self.blocks])
+        present = torch.cat([self.present[name] for name in self.blocks])
+        return (earlier != present).sum().double() / self.channels
 
     @override
     def keep(self) -> None:
@@ -158,11 +168,8 @@ class OrderLearner(Learner):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        def moved_here(key: str) -> dict[str, Tensor]:
-            return {name: order.to(self.device) for name, order in state[key].items()}
-
-        self.best = {name: order.cpu() for name, order in state["best"].items()}
         self.logits.load_state_dict(state["logits"])
-        self.present = moved_here("present")
-        self._at_step = moved_here("at_step")
-        self._at_epoch = moved_here("at_epoch")
+        self.best = {name: order.cpu() for name, order in state["best"].items()}
+        self.present = self._on_device(state["present"])
+        self._at_step = self._on_device(state["at_step"])
+        self._at_epoch = self._on_device(state["at_epoch"])

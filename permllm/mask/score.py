@@ -1,8 +1,8 @@
-"""Masks that learn by scores, stage by stage, under given permutations."""
+"""Masks by a score for each weight, which learn stage by stage under given permutations."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.mask.base import LearnedMask
+from permllm.mask.score_linear import ScoreLinear, Scores, log_saliency_t
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.settings.config import RunConfig
@@ -19,13 +20,38 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.files import MASK_CHECKPOINT
 from permllm.store.tensors import PackedMasks, packed_mask, unpacked_mask
-from permllm.training.course import Course
-from permllm.training.learner import Learner, Moment
-from permllm.training.masked_linear import MaskedLinear
-from permllm.training.problem import LearningProblem
-from permllm.training.scores import FreeScores, LowRankScores, Scores
+from permllm.training.kernels import chosen_kernels
+from permllm.training.learner import Learner, Progress, Stage
+from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.settings import LearningPlan, LearningSettings
-from permllm.training.stand_ins import kernels_for, learning_scores
+from permllm.training.trainer import StageSchedule
+
+
+class FreeScores(Scores):
+    """Score for each weight, `(C_in, C_out)`, that starts at the logarithm of the saliency.
+
+    Args:
+        weight: weight of the linear, `(C_out, C_in)`.
+        factors: saliency factors of the linear, permuted like the weight.
+    """
+
+    keeps_masked = True
+
+    def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
+        super().__init__()
+        # Contiguous, because chunks of channels are read and `all_reduce` needs contiguous
+        # gradients.
+        self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
+
+    @override
+    def at(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
+        """Return the scores."""
+        return SaliencyFactors(0, self.free.data[channels].t())
+
+    @override
+    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
+        """Return the gradients of the scores."""
+        return [of_scores]
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -76,51 +102,59 @@ class ScoreMask(LearningSettings, LearnedMask):
     @override
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
         """Learn the masks of all linears, stage by stage."""
-        course = Course(self, problem, "mask", MASK_CHECKPOINT)
+        schedule = StageSchedule(self, problem, "mask", MASK_CHECKPOINT)
+        orders = {name: order.to(problem.device) for name, order in orders.items()}
         packed: dict[str, Tensor] = {}
-        if course.state is not None:
-            packed = _on_cpu(course.state["learner"]["earlier"])
+        if schedule.state is not None:
+            packed = _on_cpu(schedule.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
             if path in packed:
                 return unpacked_mask(packed[path], linear_at(problem.model, path).weight.shape)
-            order = orders[group.name].to(problem.device)
-            return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
+            saliency = problem.saliency_of(path)
+            return permuted_nm_mask(saliency, orders[group.name], problem.pattern_of(group))
 
         pruned = {group.layer for group in problem.groups}
-        for stage in course.stages(lambda layers: not pruned.isdisjoint(layers), mask_of):
+        for stage in schedule.stages(lambda span: not pruned.isdisjoint(span), mask_of):
             groups = [group for group in problem.groups if group.layer in stage.layers]
-            kernels = kernels_for(self, problem, groups)
-            generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
-            scores_of = partial(self.scores, generator=generator)
-            with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
+            with self.masked_linears(problem, groups, orders, stage) as linears:
                 learner = MaskLearner(problem, groups, linears, packed)
-                course.train(stage, learner)
+                schedule.train(stage, learner)
                 packed |= learner.best
                 del linears, learner  # frees their memory before the next stage
         return PackedMasks(
             (path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members
         )
 
+    def masked_linears(
+        self,
+        problem: LearningProblem,
+        groups: list[ChannelGroup],
+        orders: Mapping[str, Tensor],
+        stage: Stage,
+    ) -> AbstractContextManager[dict[str, ScoreLinear]]:
+        """Replace the linears of a stage by masked linears inside the returned context.
 
-@dataclass(kw_only=True, config=SETTINGS)
-class LowRankMask(ScoreMask):
-    """Masks by the log saliency, a term for each channel and a product of low rank."""
+        Their weights are stored permuted.
+        """
+        kernels = chosen_kernels(self, problem, groups)
+        generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
 
-    rank: Whole = 8
-    kind = LowRankScores
+        def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
+            return weight.t()[orders[group.name]].t()
 
-    @override
-    def scores(
-        self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
-    ) -> Scores:
-        """Return the scores of a linear at the start."""
-        return LowRankScores(weight, factors, self.rank, generator)
+        def original(group: ChannelGroup, weight: Tensor) -> Tensor:
+            return weight.t()[orders[group.name].argsort()].t().contiguous()
 
-    @override
-    def count(self, group: ChannelGroup) -> int:
-        """Return the number of parameters of a group's linears."""
-        return sum(group.channels + self.rank * (group.channels + rows) for rows in group.rows)
+        def masked_linear(group: ChannelGroup, path: str, linear: nn.Linear) -> ScoreLinear:
+            perm = orders[group.name]
+            factors = problem.factors_of(path).permuted(perm)
+            scores = self.scores(permuted(group, linear.weight.data), factors, generator)
+            identity = torch.equal(perm, torch.arange(len(perm), device=perm.device))
+            moved = None if identity else perm
+            return ScoreLinear(linear, scores, problem.pattern_of(group), moved, kernels)
+
+        return replaced_linears(problem.model, groups, masked_linear, permuted, original)
 
 
 class MaskLearner(Learner):
@@ -129,7 +163,7 @@ class MaskLearner(Learner):
     Args:
         problem: problem with the model.
         groups: pruned channel groups of the stage.
-        linears: masked linears by group, whose scores learn.
+        linears: masked linears of these groups by path, whose scores learn.
         earlier: masks of the earlier stages, like `best`.
 
     Attributes:
@@ -140,24 +174,23 @@ class MaskLearner(Learner):
         self,
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
-        linears: Mapping[str, Sequence[MaskedLinear]],
+        linears: Mapping[str, ScoreLinear],
         earlier: Mapping[str, Tensor],
     ) -> None:
         self._placement = placement_of(problem.model)
         self.groups = groups
-        self.linears = {
-            path: linear
-            for group in groups
-            for path, linear in zip(group.members, linears[group.name], strict=True)
-        }
+        self.linears = linears
         self.earlier = dict(earlier)
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
-        self.gathers = any(linear.order is not None for linear in self.linears.values())
-        keeping = [linear for linear in self.linears.values() if linear.scores.keeps_masked]
-        self.masked_weights = sum(linear.linear.weight.numel() for linear in keeping)
+        self.gathers = any(linear.perm is not None for linear in linears.values())
+        self.masked_weights = sum(
+            linear.linear.weight.numel()
+            for linear in linears.values()
+            if linear.scores.keeps_masked
+        )
         self.scores = nn.ModuleDict(
-            {path.replace(".", "/"): linear.scores for path, linear in self.linears.items()}
+            {path.replace(".", "/"): linear.scores for path, linear in linears.items()}
         )
 
     @override
@@ -179,13 +212,14 @@ class MaskLearner(Learner):
         self._at_epoch = self.present()
 
     @override
-    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+    def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the share of mask entries that changed in the epoch."""
-        now = self.present()
+        present = self.present()
         changed = sum(
-            int(unpacked_mask(now[path] ^ before).sum()) for path, before in self._at_epoch.items()
+            int(unpacked_mask(present[path] ^ before).sum())
+            for path, before in self._at_epoch.items()
         )
-        return {"mask_flips": changed / sum(8 * len(bits) for bits in now.values())}
+        return {"mask_flips": changed / sum(8 * len(bits) for bits in present.values())}
 
     @override
     def keep(self) -> None:

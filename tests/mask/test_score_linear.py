@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from permllm.mask.lowrank import LowRankScores
+from permllm.mask.score import FreeScores
+from permllm.mask.score_linear import ScoreLinear, Scores
 from permllm.runtime.precision import products_in
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.masked_linear import MaskedLinear
-from permllm.training.scores import FreeScores, LowRankScores, Scores
 from tests.problems import random, shuffled
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
@@ -69,7 +70,7 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
     linear, narrow = linear.float(), SaliencyFactors(1, factors.column.float())
     there = permuted(linear, order)
     scores = FreeScores(there.weight, narrow.permuted(order))
-    module = MaskedLinear(there, scores, PATTERN, order=order)
+    module = ScoreLinear(there, scores, PATTERN, order)
     x, grad = random(5, CHANNELS, seed=4).float(), random(5, ROWS, seed=5).float()
     inputs = x.clone().requires_grad_()
     with products_in(torch.bfloat16, torch.device("cpu")):
@@ -106,7 +107,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> N
         for name, parameter in moved.named_parameters():
             values = getattr(scores, name)
             parameter.copy_(values if name == "left" else values[order])
-    module = MaskedLinear(there, moved, PATTERN, order=order)
+    module = ScoreLinear(there, moved, PATTERN, order)
     ours_x = x.clone().requires_grad_()
     ours = module(ours_x)
     ours.backward(grad)
