@@ -346,11 +346,11 @@ class Session:
         if len(jobs) > 1:
             from permllm.report.read import collect
             from permllm.report.render import print_comparison, print_jobs
-            from permllm.report.table import Table
+            from permllm.report.table import table_of
 
             finished = [Path(job.directory) for job in jobs if job.directory]
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
-                print_comparison(Table(runs))
+                print_comparison(table_of(runs))
             labels = sweep.labels([job.overrides for job in jobs])
             print_jobs(
                 [

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from permllm.cli import call
 from permllm.report.compare import paired
 from permllm.report.read import collect
-from permllm.report.table import Table
+from permllm.report.table import Table, find, table_of
 from permllm.store.files import read_json, write_json
 from tests.kept import evaluation, make_run
 
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 TASKS = ("rte", "piqa")
-HEADER = ["measure", "permutation=lcp", "permutation=none", "difference", "95 % interval", "over"]
+HEADER = ["measure", "permutation=lcp", "permutation=none", "difference", "over"]
 Numbers = NDArray[np.float64]
 
 
@@ -38,8 +38,9 @@ def scored(folder: Path, nats: Numbers, tasks: dict[str, Numbers], **settings: A
 
 
 def rows_of(folder: Path) -> tuple[Table, int, int]:
-    table = Table(collect([folder]).runs)
-    return table, *(table.find(f"permutation={name}", "--compare") for name in ("lcp", "none"))
+    table = table_of(collect([folder]).runs)
+    names = ("permutation=lcp", "permutation=none")
+    return table, *(find(table.labels, name, "--compare") for name in names)
 
 
 def percentile_interval(difference: Numbers) -> tuple[float, float]:
@@ -129,8 +130,8 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(
     for name, runs in made.items():
         for seed, nats in enumerate(runs):
             make_run(tmp_path / f"{name}{seed}", 0.0, evaluation(nats), permutation=name, seed=seed)
-    table = Table(collect([tmp_path]).runs)
-    rows = {table.label(row, "permutation"): row for row in range(3)}
+    table = table_of(collect([tmp_path]).runs)
+    rows = {table.labels.at[row, "permutation"]: row for row in range(3)}
 
     def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
         sparse = {row: [nats[text]["sparse"][of].mean() for nats in made[row]] for row in shifts}
@@ -197,10 +198,10 @@ def test_other_windows_of_a_text_are_another_column_within_a_model(tmp_path: Pat
         if permutation != "heuristic":  # as in a record of version 1
             write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
     expected = {PERPLEXITY, f"{PERPLEXITY}, windows 0", f"{PERPLEXITY}, windows 1"}
-    names = {name for name in Table(collect([tmp_path]).runs).kinds if "perplexity" in name}
+    names = {name for name in table_of(collect([tmp_path]).runs).kinds if "perplexity" in name}
     assert names == expected
     scored(tmp_path / "heuristic", nats, tasks, permutation="heuristic", model="another")
-    one = Table(collect([tmp_path / "lcp", tmp_path / "heuristic"]).runs)
+    one = table_of(collect([tmp_path / "lcp", tmp_path / "heuristic"]).runs)
     assert {name for name in one.kinds if "perplexity" in name} == {PERPLEXITY}
 
 
@@ -215,8 +216,9 @@ def test_the_command_compares_two_rows_and_all(
     expected = math.expm1(ours[0].mean() - theirs[0].mean())
     (line,) = (line for line in lines if line.startswith(f"| {PERPLEXITY}"))
     cells = line.strip("| ").split(" | ")
-    assert cells[3] == f"{expected * 100:+.1f}%"
-    low, high = (float(word.rstrip("%")) for word in cells[4].split(" to "))
+    change, interval = cells[3].split(" ", 1)
+    assert change == f"{expected * 100:+.1f}%"
+    low, high = (float(word) for word in interval.strip("[]").split(", "))
     assert low < expected * 100 < high
     assert call("results", [*words, "--json"]) == 0
     found = {line["measure"]: line for line in json.loads(capsys.readouterr().out)}
