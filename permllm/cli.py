@@ -380,13 +380,13 @@ def objective(metrics: dict[str, Any]) -> float:
     With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
     task too infinity.
     """
-    from permllm.report.measures import average_accuracy
+    from permllm.report.measures import mean_accuracy
 
     texts = metrics.get("perplexity", {}).get("sparse", {})
     perplexities = [float(values["value"]) for values in texts.values()]
     if perplexities:
         return math.prod(perplexities) ** (1 / len(perplexities))
-    _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))
+    accuracy = mean_accuracy(metrics.get("tasks", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
 
 

@@ -70,7 +70,7 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: st
     """Return our runs, and a file of runs of the paper's `recipe`, beside one of its tables."""
     shown = {"columns": "pruner,permutation"} | shown
     found = _table(folder, RECORDS, baseline, **shown)
-    compared = Comparison(table, found.models)
+    compared = Comparison(table, found.labels["model"])
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
     parts = [

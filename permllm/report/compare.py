@@ -28,7 +28,7 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
         means over the seeds; None: not defined. `interval`: ends of the interval with 95 % of the
         resampled differences; None: there is none. `over`: text with the number of windows or
-        items and the seeds, or with the reason why there is no interval.
+        items, or with the reason why there is no interval.
     """
     difference = _difference(table, row, other, name)
     kind = table.kinds[name]
@@ -45,22 +45,20 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     if kind == "perplexity":
         ends = [math.expm1(end) for end in ends]
     over = f"{sum(sample.shape[1] for sample in samples)} {unit}"
-    if unit == "windows" and len(samples) > 1:
-        over += f" of {len(samples)} texts"
-    if len(seeds) > 1:
-        over += f", seeds {', '.join(map(str, seeds))}"
     return {"difference": difference, "interval": ends, "over": over}
 
 
 def _difference(table: Table, row: int, other: int, name: str) -> float | None:
-    mean = float(table.means.at[row, name])
-    other_mean = float(table.means.at[other, name])
+    values = table.members(row)[name]
+    other_values = table.members(other)[name]
     if table.kinds[name] in ("accuracy", "share"):
-        return mean - other_mean
-    if table.kinds[name] == "perplexity":
-        mean = float(np.exp(np.log(table.members(row)[name]).mean()))
-        other_mean = float(np.exp(np.log(table.members(other)[name]).mean()))
-    return mean / other_mean - 1 if other_mean and math.isfinite(other_mean) else None
+        return float(values.mean() - other_values.mean())
+    with np.errstate(all="ignore"):  # what is not finite has no difference
+        if table.kinds[name] == "perplexity":
+            change = np.expm1(np.log(values).mean() - np.log(other_values).mean())
+        else:
+            change = values.mean() / other_values.mean() - 1
+    return float(change) if np.isfinite(change) else None
 
 
 def _samples(table: Table, row: int, other: int, name: str, unit: str) -> list[Numbers]:

@@ -32,8 +32,9 @@ ZEROS = "zeros"
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
 FACTS = ["windows", "beginning", "text", "passages", "tasks", "items", "split", "bos", "file"]
-# Groups of methods, with the option that does nothing.
-METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
+# Groups of methods, and the option of some that does nothing.
+METHODS = ("permutation", "mask", "reconstruction")
+IDLE = {"mask": "pruner", "reconstruction": "none"}
 # With "z" a mean that rounding leaves just below zero is shown without a minus.
 _FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
@@ -99,43 +100,49 @@ def run_measures(
 
 def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
     """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation."""
-    settings = evaluation.get("evaluation", {})
-    ending = FP8 if settings.get("weights") == "fp8" else ""
     measures = _perplexities(evaluation, model, which)
-    tasks = evaluation.get("tasks", {}).get(which, {})
-    scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
-    task_settings = settings.get("tasks", {})
     accuracies = {}
-    for task, values in tasks.items():
-        metrics = _task(task, values, task_settings, scores.get(task, {}))
+    for task, values in _part(evaluation, "tasks", which).items():
+        settings = _part(evaluation, "evaluation", "tasks", values.get("asked")) or {}
+        metrics = _task(task, values, settings, _part(evaluation, "scores", "tasks", which, task))
         measures += metrics.values()
-        accuracies[task] = metrics.get(ACC)
-    counted, mean, error = average_accuracy(tasks)
-    if len(counted) > 1:
-        averaged = [measure for task, measure in accuracies.items() if measure and task in counted]
-        measures.append(_average(averaged, sorted(counted), mean, error))
-    return [replace(measure, name=measure.name + ending) for measure in measures]
+        if ACC in metrics and values["n"]:
+            accuracies[task] = metrics[ACC]
+    if len(accuracies) > 1:
+        measures.append(_average(accuracies))
+    fp8 = _part(evaluation, "evaluation").get("weights") == "fp8"
+    return [replace(measure, name=measure.name + FP8 * fp8) for measure in measures]
+
+
+def _part(values: Mapping[str, Any], *keys: Any) -> Any:
+    """Return a part of nested values; empty: there is none."""
+    for key in keys:
+        values = values.get(key, {})
+    return values
 
 
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
-    settings = evaluation.get("evaluation", {}).get("perplexity", {})
-    losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
-    digests = evaluation.get("evaluated_texts", {})
-    keys = {}
-    for key, names in evaluation.get("measured", {}).get(which, {}).items():
-        for name in names:
-            keys[key.partition("/")[0], name] = key
+    settings = _part(evaluation, "evaluation", "perplexity")
+    losses = _part(evaluation, "scores", "perplexity", which)
+    keys = {
+        name: key
+        for key, names in _part(evaluation, "measured", which).items()
+        for name in names
+        if key.startswith("perplexity/")
+    }
     measures = []
-    for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
+    for text, values in _part(evaluation, "perplexity", which).items():
         window = values["window"]
-        digest = plain(str(digests.get(text, "")))
+        digest = plain(str(_part(evaluation, "evaluated_texts", text)))
+        # For a file of the hub without its revision.
+        digest = re.sub("@[^/]*", "", digest) if "@" in digest else digest[:8]
         # A wheel's digest does not tell which of its passages were read. The key of the measure
         # has the digest of the windows. Old records have no keys.
-        key = keys.get(("perplexity", text))
+        key = keys.get(text)
         facts = {
             "windows": f"{values['tokens'] // (window - 1)} windows",
             "beginning": "with BOS" if settings.get("bos") else "without BOS",
-            "text": f"text {re.sub('@[^/]*', '', digest) if '@' in digest else digest[:8]}",
+            "text": f"text {digest}",
             "passages": f"windows {key.split('/')[3][:8]}" if key else None,
         }
         nats = [loss / (window - 1) for loss in losses.get(text, [])]
@@ -158,62 +165,53 @@ def _task(
     task: str, values: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any]
 ) -> dict[str, Measure]:
     """Return the measures of one task, by metric of lm-eval."""
-    task_settings = settings.get(str(values.get("asked"))) or {}
     facts = {
         "items": f"{values['n']} items",
         "split": f"split {plain(str(values.get('split')))}",
-        "bos": f"add_bos_token={task_settings.get('add_bos_token')}",
-        "file": f"file {str(task_settings.get('digest', ''))[:8]}",
+        "bos": f"add_bos_token={settings.get('add_bos_token')}",
+        "file": f"file {str(settings.get('digest', ''))[:8]}",
     }
     measures = {}
     for metric, value in values["metrics"].items():
         if value is None:
             continue
-        # Other metrics may not be means over the items, so that their scores are not used.
-        kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
-        item_scores = scores.get("metrics", {}).get(metric)
-        task_scores = {}
-        if kind == "accuracy" and item_scores:
-            task_scores[task] = ((scores["digest"], *scores["items"]), item_scores)
-        measures[metric] = Measure(
+        measure = Measure(
             plain(metric_label(task, values, metric)),
-            kind,
+            "accuracy" if metric.partition(",")[0] in _SHARES else "number",
             float(value),
             facts,
             stderr=values["stderr"].get(metric),
             limited=values["limited"],
             items=values["n"],
-            scores=task_scores,
             asked_for=metric != ACC and ACC in values["metrics"],
         )
+        item_scores = _part(scores, "metrics", metric)
+        # Other metrics may not be means over the items, so that their scores are not used.
+        if item_scores and measure.kind == "accuracy":
+            measure.scores[task] = ((scores["digest"], *scores["items"]), item_scores)
+        measures[metric] = measure
     return measures
 
 
-def _average(
-    accuracies: list[Measure], tasks: list[str], mean: float, error: float | None
-) -> Measure:
-    """Return the average of the accuracies of some tasks."""
-    items = sum(accuracy.items or 0 for accuracy in accuracies)
-    facts = {
-        "tasks": f"of {plain(', '.join(tasks))}",
-        "items": f"{items} items",
-        "bos": accuracies[0].facts["bos"],
-    }
-    scores: dict[str, Scores] = {}
-    if all(accuracy.scores for accuracy in accuracies):
-        for accuracy in accuracies:
-            scores |= accuracy.scores
-    return Measure(
+def _average(accuracies: dict[str, Measure]) -> Measure:
+    """Return the average of the accuracies of tasks. Its error assumes independent tasks."""
+    measures = accuracies.values()
+    items = sum(measure.items or 0 for measure in measures)
+    errors = [measure.stderr for measure in measures if measure.stderr is not None]
+    average = Measure(
         AVERAGE,
         "accuracy",
-        mean,
-        facts,
-        stderr=error,
-        limited=any(accuracy.limited for accuracy in accuracies),
+        statistics.fmean(measure.value for measure in measures),
+        {"tasks": f"of {plain(', '.join(sorted(accuracies)))}", "items": f"{items} items"},
+        stderr=math.hypot(*errors) / len(errors) if len(errors) == len(accuracies) else None,
+        limited=any(measure.limited for measure in measures),
         items=items,
-        scores=scores,
-        tasks=tuple(tasks),
+        tasks=tuple(sorted(accuracies)),
     )
+    if all(measure.scores for measure in measures):
+        for measure in measures:
+            average.scores.update(measure.scores)
+    return average
 
 
 def plain(text: str) -> str:
@@ -240,27 +238,21 @@ def number(value: float, kind: str, error: float | None = None) -> str:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """Return a run's permutation, and its mask and reconstruction unless they do nothing."""
-    names = [str(config["permutation"]["name"])]
-    for group in ("mask", "reconstruction"):
-        name = str((config.get(group) or {}).get("name", METHODS[group]))
-        if name != METHODS[group]:
+    names = [config["permutation"]["name"]]
+    for group, idle in IDLE.items():
+        name = config.get(group, {}).get("name", idle)
+        if name != idle:
             names.append(name)
     return ", ".join(names)
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
     """Return N:M of a run, with the number of linears that have another pattern."""
-    others = Counter(sparsity.get("patterns", {}).values())
-    dense = others.pop("dense", 0)
+    counts = Counter(sparsity.get("patterns", {}).values())
     parts = [sparsity["pattern"]]
-    for name, count in sorted(others.items()):
-        linears = "linears" if count > 1 else "linear"
-        parts.append(f"{count} {linears} {name}")
-    if dense:
-        parts.append(f"{dense} dense")
-    zeros = f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"
-    if len(parts) > 1:
-        parts.append(zeros)
+    parts += [f"{count} linears {name}" for name, count in sorted(counts.items())]
+    if counts:
+        parts.append(f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers")
     return ", ".join(parts)
 
 
@@ -277,32 +269,19 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def metric_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5 shots)`."""
+    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5-shot)`."""
     name, _, filter_name = metric.partition(",")
     several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
     label = f"{task} {name} {filter_name}" if several else f"{task} {name}"
     shots = values.get("num_fewshot")
-    if shots:
-        label += f" ({shots} shot)" if shots == 1 else f" ({shots} shots)"
-    return label
+    return f"{label} ({shots}-shot)" if shots else label
 
 
-def average_accuracy(
-    tasks: Mapping[str, Mapping[str, Any]],
-) -> tuple[list[str], float, float | None]:
-    """Return the tasks that have items and an accuracy, their mean accuracy and its standard error.
-
-    The error assumes independent tasks. It is None if the error of a task is not known. Without a
-    task the mean is NaN.
-    """
-    counted = [
-        name for name, task in tasks.items() if task["n"] and task["metrics"].get(ACC) is not None
-    ]
-    if not counted:
-        return [], math.nan, None
-    errors = [tasks[name]["stderr"].get(ACC) for name in counted]
-    mean = statistics.fmean(tasks[name]["metrics"][ACC] for name in counted)
-    return counted, mean, None if None in errors else math.hypot(*errors) / len(errors)
+def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return the mean accuracy of the tasks that have items and an accuracy; NaN: there is none."""
+    accuracies = [task["metrics"].get(ACC) for task in tasks.values() if task["n"]]
+    values = [accuracy for accuracy in accuracies if accuracy is not None]
+    return statistics.fmean(values) if values else math.nan
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
@@ -323,9 +302,8 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
     }
     flat["minutes"] = pruning_minutes(metrics["seconds"])
-    perplexity = metrics.get("perplexity", {})
-    dense = perplexity.get("dense", {})
-    sparse = perplexity.get("sparse", {})
+    dense = _part(metrics, "perplexity", "dense")
+    sparse = _part(metrics, "perplexity", "sparse")
     if both := dense.keys() & sparse.keys():
         above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
         flat["nats_above_dense"] = statistics.fmean(above)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.table import DENSE, DENSE_ROW, Table
+from permllm.report.table import DENSE, DENSE_ROW, Table, shared_value
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
@@ -140,9 +140,8 @@ def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
     lines = {}
     frame = table.frame[table.frame["row"].isin(rows)].reindex(columns=["model", DENSE + measure])
     for model, values in frame.groupby("model")[DENSE + measure]:
-        value = float(values.iloc[0])
-        # Machines differ in the order of sums.
-        if math.isfinite(value) and np.isclose(values, value, rtol=1e-4).all():
+        value = shared_value(values)
+        if value is not None:
             lines["dense" if frame["model"].nunique() == 1 else f"dense, {model}"] = value
     return lines
 
@@ -176,19 +175,11 @@ def plot_cost(table: Table, file: Path, name: str) -> None:
         axis.margins(x=0.15, y=0.1)
         axis.set(xscale="log", xlabel=f"{MINUTES} (area: peak of memory)")
         axis.set_ylabel(table.heading(name))
-        scales = [axis.xaxis]
-        if table.kinds[name] == "perplexity":
-            axis.set_yscale("log")
-            scales.append(axis.yaxis)
-        for scale in scales:
-            scale.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
-            scale.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         if table.kinds[name] == "share":
             axis.yaxis.set_major_formatter("{x:.0%}")
-        labels = table.labels.loc[frame.index, ["model", "sparsity"]]
-        shared = labels.loc[:, labels.nunique() == 1].iloc[0]
-        axis.set_title(", ".join(shared), fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend(**_LEGEND)
 
@@ -198,14 +189,15 @@ def plot_curves(table: Table, file: Path) -> None:
 
     Raises ConfigError if no run has learned, or the picture cannot be written.
     """
-    runs = [table.first(row) for row in table.labels.index]
-    if not any(run.history for run in runs):
+    histories = [table.first(row).history for row in table.labels.index]
+    if not any(histories):
         raise ConfigError(f"{file}: no run has a history of losses")
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(7, 4))
-        for name, run in zip(table.names(), runs, strict=True):
-            if losses := [entry.get("loss", math.nan) for entry in run.history]:
-                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name[:48])
+        for name, history in zip(table.names(), histories, strict=True):
+            if history:
+                losses = [entry.get("loss", math.nan) for entry in history]
+                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
         axis.legend(**_LEGEND)

@@ -1,7 +1,6 @@
 """The paper's published numbers beside ours."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ TABLES = [f"table{number}" for number in range(1, 9)]
 _FILE = Path(__file__).parent / "published.csv"
 # Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
+_PERPLEXITY = "wikitext2_ppl"
 # Settings that tables of the paper vary, with our names, and the paper's value in the other tables.
 _SETTINGS: dict[str, tuple[str, Any]] = {
     "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
@@ -45,20 +45,22 @@ class Comparison:
         ConfigError: our runs have several models, and the paper's table does not have all of them.
     """
 
-    def __init__(self, name: str, models: list[str]) -> None:
+    def __init__(self, name: str, models: Iterable[str]) -> None:
         self._rows = published(name)
-        paper_models = [*self._rows["model"].unique()]
-        missing = [model for model in models if model not in paper_models]
-        if missing and len(models) > 1:
+        ours = sorted({*models})
+        missing = [model for model in ours if model not in {*self._rows["model"]}]
+        if missing and len(ours) > 1:
             raise ConfigError(
-                f"--paper: the table has {', '.join(paper_models)}, not {', '.join(missing)}: "
-                "expected runs of one model, or of the table's models"
+                f"--paper: the table does not have {', '.join(missing)}: expected runs of one "
+                f"model, or of {', '.join(self._rows['model'].unique())}"
             )
         self.same_model = not missing
         self.notes: list[str] = []
-        self._only = models[0] if len(models) == 1 else ""
+        self._only = ours[0] if len(ours) == 1 else None
         if missing:
-            self._only = _STAND_IN if _STAND_IN in paper_models else paper_models[0]
+            rows = self._rows[self._rows["model"] == _STAND_IN]
+            self._rows = rows if len(rows) else self._rows
+            self._only = self._rows["model"].iloc[0]
             self.notes.append(
                 f"The paper's numbers belong to {self._only} and the paper's protocol, ours to "
                 f"{missing[0]}. Compare the order of the rows, not the values."
@@ -70,42 +72,45 @@ class Comparison:
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
     ) -> float | None:
         """Return the paper's number for a measure of a run; None: there is none."""
-        limited = ours and ours.limited and self.same_model
-        if limited or not self._has_tasks(ours) or not self._as_in_the_paper(config):
+        if not self._as_in_the_paper(config):
+            return None
+        if ours and ((ours.limited and self.same_model) or not self._has_tasks(ours)):
             return None
         pruner = config["pruner"]["name"]
         permutation = config["permutation"]["name"]
-        ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
-        settings = [
-            f"{name}={_value(config, name)}".replace("last_layers=None", "last_layers=all")
-            for name in self._varied - {""}
-        ]
-        rows = self._rows[self._rows["setting"].isin(["", *settings])]
+        method = f"{pruner}+{permutation}"
+        if permutation.startswith("lcp"):
+            method = f"permllm-{pruner}"
+        settings = [""]
+        for name in self._varied - {""}:
+            value = _value(config, name)
+            settings.append(f"{name}={'all' if value is None else value}")
         return self._number(
-            rows,
             measure,
-            model=config["model"]["name"] if self.same_model else self._only,
-            sparsity=config["sparsity"],
-            method=f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}",
+            model=[config["model"]["name"] if self.same_model else self._only],
+            sparsity=[config["sparsity"]],
+            method=[method.removesuffix("+none").replace("+heuristic", "+cp")],
+            setting=settings,
         )
 
     def dense(self, measure: str) -> float | None:
         """Return the paper's number of the dense model; None: there are several models."""
-        return self._number(self._rows, measure, model=self._only, method="dense")
+        return self._number(measure, model=[self._only], method=["dense"])
 
-    def _number(self, rows: pd.DataFrame, measure: str, **columns: str) -> float | None:
-        """Return the number in the rows with these texts in their columns; None: there is none."""
+    def _number(self, measure: str, **columns: list[str | None]) -> float | None:
+        """Return the number in the row with such texts in these columns; None: there is none."""
         metric = self._metric(measure)
-        for name, text in {**columns, "metric": metric}.items():
-            rows = rows[rows[name] == text]
-        scale = 1 if metric == "wikitext2_ppl" else 100
+        rows = self._rows[self._rows["metric"] == metric]
+        for name, texts in columns.items():
+            rows = rows[rows[name].isin(texts)]
+        scale = 1 if metric == _PERPLEXITY else 100
         return float(rows["value"].iloc[0]) / scale if len(rows) else None
 
-    def _has_tasks(self, ours: Measure | None) -> bool:
+    def _has_tasks(self, ours: Measure) -> bool:
         """Tell if an average of ours is over the tasks of the paper."""
-        metrics = {f"{task}_acc" for task in ours.tasks} if ours else set()
+        accuracies = {f"{task}_acc" for task in (*ours.tasks, "average")}
         of_paper = {name for name in self._rows["metric"] if name.endswith("_acc")}
-        return not metrics or metrics == of_paper - {"average_acc"}
+        return not ours.tasks or accuracies == of_paper
 
     def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
         """Tell if the settings that this table does not vary are those of the paper."""
@@ -114,18 +119,16 @@ class Comparison:
         dense = config.get("keep_dense") or config.get("sparsity_of")
         if method_of(config) != name or foldable or dense:
             return False
-        # With another model the texts differ anyway, as the note says.
-        matter = {"calibration"} if self.same_model else set()
-        if name.startswith("lcp"):
-            matter |= _SETTINGS.keys() - {"calibration"}
-        return all(_value(config, name) == _SETTINGS[name][1] for name in matter - self._varied)
+        settings = {*_SETTINGS} if name.startswith("lcp") else {"calibration"}
+        if not self.same_model:  # the texts differ anyway, as the note says
+            settings.discard("calibration")
+        return all(_value(config, name) == _SETTINGS[name][1] for name in settings - self._varied)
 
     def _metric(self, measure: str) -> str | None:
+        if measure.endswith(" acc"):
+            return f"{measure.removesuffix(' acc')}_acc"
         same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
-        if "perplexity" in measure and same and not measure.endswith(FP8):
-            return "wikitext2_ppl"
-        match = re.fullmatch(r"(\w+) acc", measure)
-        return f"{match[1]}_acc" if match else None
+        return _PERPLEXITY if "perplexity" in measure and same and FP8 not in measure else None
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

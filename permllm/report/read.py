@@ -151,9 +151,8 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             if job.directory and Path(job.directory).is_dir():
                 folders.append(Path(job.directory))
             else:
-                reason = job.reason or f"its directory {job.directory or ''} is gone"
-                outcome = "failed" if job.outcome == "failed" else "skipped"
-                notes.append(f"{outcome} {' '.join(job.overrides)}: {reason}")
+                reason = job.reason or f"its directory {job.directory} is gone"
+                notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     if not files and not notes:
@@ -264,15 +263,14 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
 def _line(run: Run) -> dict[str, Any]:
     """Return the values of a record but its name."""
     of_machine = ("runs_dir", "run_dir", "paths")
-    config = {key: value for key, value in run.config.items() if key not in of_machine}
     environment = dict(run.environment)
     if "command" in environment:
         words = environment["command"].split()
         environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
-    optional = {"environment": environment, "history": run.history}
     return {
-        "config": config,
+        "config": {key: value for key, value in run.config.items() if key not in of_machine},
         "metrics": run.metrics,
         "evaluations": run.evaluations,
-        **{key: value for key, value in optional.items() if value},
+        "environment": environment,
+        "history": run.history,
     }

@@ -190,35 +190,30 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     sparsity = metrics["sparsity"]
     seconds = metrics["seconds"]
     retained = statistics.fmean(metrics["retained_saliency"].values())
-    shares = (
-        f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
-        f"{retained:.2%} of the saliency retained"
-    )
-    stages = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+    stages = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
     if "planned_memory_bytes" in metrics:
         memory += f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)"
-    if metrics.get("placement", "device") != "device":
-        memory += f", model.placement={metrics['placement']}"
-    console = terminal()
-    console.print(f"sparsity  {patterns_text(sparsity)} ({shares})")
-    console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
-    console.print(f"memory    {memory}")
-    console.print(f"files     {directory}", soft_wrap=True)
+    lines = {
+        "sparsity": f"{patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, "
+        f"{sparsity['violations']} violations, {retained:.2%} of the saliency retained)",
+        "time": f"{sum(seconds.values()) / 60:.1f} min ({stages})",
+        "memory": memory,
+        "files": directory,
+    }
     export = metrics.get("export")
     if export and (directory / EXPORT).is_dir():
-        console.print(
-            f"export    {directory / EXPORT}: {export['bytes'] / 1e6:.1f} MB, {export['form']}, "
-            f"{export['dtype']}",
-            soft_wrap=True,
-        )
+        size = f"{export['bytes'] / 1e6:.1f} MB"
+        lines["export"] = f"{directory / EXPORT}: {size}, {export['form']}, {export['dtype']}"
+    for name, text in lines.items():
+        terminal().print(f"{name:9} {text}", markup=False, soft_wrap=True)
 
 
 def print_comparison(table: Table) -> None:
     """Print several finished runs, with a column for each row of their table."""
     frame = texts(table, table_cells(table)).drop(columns=table.settings)
-    names = dict(enumerate(table.names())) | {DENSE_ROW: "dense"}
-    rows = ([name, *(value or "-" for value in values)] for name, values in frame.items())
+    names = [*table.names(), "dense"]  # the row of the dense model is -1
+    rows = ([name, *values.replace("", "-")] for name, values in frame.items())
     _print_table("sparse models", ["", *(names[row] for row in frame.index)], rows, "right")
     for line in sources(frame):
         terminal().print(line, markup=False, highlight=False)
@@ -240,9 +235,3 @@ def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], s
     for row in rows:
         printed.add_row(*map(escape, row))
     terminal().print(printed if printed.row_count else "nothing was measured")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"

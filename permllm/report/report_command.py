@@ -89,7 +89,7 @@ def work(options: argparse.Namespace) -> Answer:
         if file.suffix == ".html":
             from permllm.report.page import page
 
-            paper = Comparison(options.paper, table.models) if options.paper else None
+            paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
             notes += paper.notes if paper else []
             write_text(file, page(table, notes, measure, paper))
         else:
@@ -132,7 +132,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
             f"--group {' or '.join(groups)}: no finished run; groups are {valid}, or * for all"
         )
     table = table_of(runs)
-    paper = Comparison(options.table, table.models)
+    paper = Comparison(options.table, table.labels["model"])
     cells = table_cells(table, paper)
     text = markdown(texts(table, cells))
     url = _published(table, text, options, entity) if options.publish else None

@@ -64,7 +64,7 @@ def work(options: argparse.Namespace) -> Answer:
     options.json = options.json or options.format == "json"
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
-    paper = Comparison(options.paper, table.models) if options.paper else None
+    paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
     table.show(options.columns, options.measures)
     note([*collection.notes, *table.notes, *(paper.notes if paper else [])])
     if options.compare:

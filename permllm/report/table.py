@@ -14,6 +14,7 @@ from permllm.report.measures import (
     AVERAGE,
     FACTS,
     FP8,
+    IDLE,
     METHODS,
     PERPLEXITY,
     ZEROS,
@@ -43,7 +44,7 @@ _OF_MODEL = r"^(model|model\.(hub_name|revision|architecture).*|inputs\.model\.p
 # Order of the first columns.
 _FIRST = [
     *("method", "model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask"),
-    *("reconstruction", "temperature", "block_size"),
+    "reconstruction",
 ]
 
 
@@ -91,11 +92,6 @@ class Table:
         """Return the first run of a row."""
         return self.runs[self.members(row).index[0]]
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models."""
-        return sorted(self.labels["model"].unique())
-
     def has(self, row: int, name: str) -> bool:
         """Tell if all runs of a row have a measure."""
         return not math.isnan(self.means.at[row, name])
@@ -106,14 +102,11 @@ class Table:
             return ""
         return number(self.means.at[row, name], self.kinds[name], self.errors.at[row, name])
 
-    def limited(self, name: str) -> bool:
-        """Tell if an accuracy was measured on only a part of the items in some run."""
-        measures = [run[name] for run in self.values if name in run]
-        return any(measure.limited and measure.kind != "perplexity" for measure in measures)
-
     def heading(self, name: str) -> str:
-        """Return the heading of a measure's column, with `(limited)` if it is limited."""
-        return f"{name} (limited)" if self.limited(name) else name
+        """Return the heading of a column, with `(limited)` if some run measured only a part."""
+        measures = [run[name] for run in self.values if name in run]
+        limited = any(measure.limited and measure.kind != "perplexity" for measure in measures)
+        return f"{name} (limited)" if limited else name
 
     def show(self, columns: str | None, measures: str | None) -> None:
         """Choose the columns to show; None: the usual columns.
@@ -127,20 +120,20 @@ class Table:
         """
         if columns:
             self.settings = _ranked({*columns.split(",")} & {*self.labels})
-            if not self.settings:
-                valid = ", ".join(varying(self.labels))
-                raise ConfigError(f"--columns {columns}: expected settings, such as {valid}")
+        if not self.settings:
+            valid = ", ".join(varying(self.labels))
+            raise ConfigError(f"--columns {columns}: expected settings, such as {valid}")
         if measures:
             wanted: set[str] = set()
             for part in measures.split(", "):
                 usual = {name for name in self.measures if part in name}
                 others = {name for name in self.kinds if part in name}
                 wanted |= {part} if part in others else usual or others
-            if not wanted:
-                valid = ", ".join(self.kinds)
-                raise ConfigError(f"--measures {measures}: expected names, or parts, of {valid}")
             every = dict.fromkeys([*self.measures, *self.kinds])
             self.measures = [name for name in every if name in wanted]
+        if not self.measures:
+            valid = ", ".join(self.kinds)
+            raise ConfigError(f"--measures {measures}: expected names, or parts, of {valid}")
 
     def main(self) -> str | None:
         """Return the measure by which rows are compared; None: there is none.
@@ -148,18 +141,27 @@ class Table:
         The first of these that all rows have: mean gap over several texts, if all gaps of a model
         have one start; perplexity; average accuracy; other accuracy.
         """
-        mean_gap = len(self.gaps.get(GAP, [])) > 1 and not several_starts(self.labels, self.starts)
-        candidates = [GAP] if mean_gap and GAP in self.measures else []
-        candidates += [name for name in self.measures if self.kinds[name] == "perplexity"]
-        accuracies = [name for name in self.measures if self.kinds[name] == "accuracy"]
-        candidates += sorted(accuracies, key=lambda name: not name.startswith(AVERAGE))
-        means = self.means.loc[self.labels.index]
-        shared = [name for name in candidates if means[name].notna().all()]
-        return next(iter([*shared, *candidates]), None)
+        candidates = []
+        if len(self.gaps.get(GAP, [])) > 1 and not several_starts(self.labels, self.starts):
+            candidates.append(GAP)
+        for kind in ("perplexity", "accuracy"):
+            names = [name for name in self.measures if self.kinds[name] == kind]
+            candidates += sorted(names, key=lambda name: not name.startswith(AVERAGE))
+        candidates = [name for name in candidates if name in self.measures]
+        means = self.means.loc[self.labels.index, candidates]
+        return next(iter([*means.dropna(axis=1), *candidates]), None)
 
     def names(self) -> list[str]:
-        """Return a short name for each row (`row_names`)."""
-        return row_names(self.labels, self.settings)
+        """Return a short name for each row, with its methods and the other settings shown."""
+        names = []
+        for _, texts in self.labels[self.settings].iterrows():
+            parts = [
+                value if name in _FIRST else f"{name.rpartition('.')[2]}={value}"
+                for name, value in texts.items()
+                if value not in ("", IDLE.get(name))
+            ]
+            names.append(", ".join(parts))
+        return names
 
 
 def table_of(runs: list[Run], baseline: str | None = None) -> Table:
@@ -177,17 +179,13 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     settings = varying(labels)
     labels = labels.sort_values(settings, key=lambda texts: texts.map(_sort_key))
     frame["row"] = labels.index.get_indexer(keys)
-    unpermuted = [run.methods == "none" for run in runs]
     labels = labels.reset_index(drop=True)
     start = find(labels, baseline, "--baseline") if baseline else None
+    unpermuted = [run.methods == "none" for run in runs]
     starts = start_rows(labels, {*frame["row"][unpermuted]}, start)
 
-    measures = {
-        name: measure
-        for run in values
-        for name, measure in run.items()
-        if not name.startswith(DENSE)
-    }
+    measures = {name: measure for run in values for name, measure in run.items()}
+    measures = {name: measures[name] for name in measures if not name.startswith(DENSE)}
     kinds = {name: measure.kind for name, measure in measures.items()}
     shown = [name for name, measure in measures.items() if not measure.asked_for]
     closed = closed_gaps(frame, starts, [name for name in shown if kinds[name] == "perplexity"])
@@ -198,18 +196,10 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     if gaps:
         end = shown.index(closed.columns[-1]) + 1
         shown[end:end] = gaps
-    means = row_means(frame[[*kinds]], frame["row"])
-    if means[ZEROS].map("{:.2%}".format).nunique() == 1:
+    if frame[ZEROS].map("{:.2%}".format).nunique() == 1:
         shown.remove(ZEROS)
         del kinds[ZEROS]
-    errors = frame.groupby("row")[[*kinds]].std().where(means.notna())
-    errors = errors.fillna(standard_errors(frame, values))
-    dense = shared_dense(frame, values)
-    if dense:
-        values_of_dense = {name: measure.value for name, measure in dense.items()}
-        means.loc[DENSE_ROW] = pd.Series(values_of_dense).reindex(means.columns)
-        errors_of_dense = {name: measure.stderr for name, measure in dense.items()}
-        errors.loc[DENSE_ROW] = pd.Series(errors_of_dense, dtype=float).reindex(means.columns)
+    means = row_means(frame[[*kinds]], frame["row"])
     table = Table(
         runs=runs,
         values=values,
@@ -217,7 +207,7 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
         labels=labels,
         kinds=kinds,
         means=means,
-        errors=errors,
+        errors=frame.groupby("row")[[*kinds]].std().where(means.notna()),
         starts=starts,
         gaps=gaps,
         baseline=start,
@@ -225,8 +215,35 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
         measures=shown,
         notes=[],
     )
+    add_standard_errors(table)
     table.notes = notes_of(table)
     return table
+
+
+def add_standard_errors(table: Table) -> None:
+    """Add the dense model, and the standard errors of the rows with a single run."""
+    stderrs = pd.DataFrame(
+        {name: measure.stderr for name, measure in measures.items()} for measures in table.values
+    ).astype(float)
+    rows = table.frame["row"]
+    single = stderrs.set_axis(rows)[~rows.duplicated(keep=False).to_numpy()]
+    table.errors = table.errors.fillna(single)
+    shared = [
+        name
+        for name in table.kinds
+        if f"{DENSE}{name}" in table.frame and shared_value(table.frame[f"{DENSE}{name}"])
+    ]
+    if shared:
+        names = [f"{DENSE}{name}" for name in shared]
+        table.means.loc[DENSE_ROW, shared] = table.frame.loc[0, names].to_numpy()
+        table.errors.loc[DENSE_ROW, shared] = stderrs.loc[0, names].to_numpy()
+
+
+def shared_value(values: pd.Series) -> float | None:
+    """Return the value of the dense model that runs share; None: they differ, or some lack it."""
+    first = float(values.iloc[0])
+    # Machines differ in the order of sums.
+    return first if np.isclose(values, first, rtol=1e-4, atol=0).all() else None
 
 
 def named_measures(runs: list[Run]) -> list[dict[str, Measure]]:
@@ -290,19 +307,14 @@ def find(labels: pd.DataFrame, text: str, option: str) -> int:
     # A value may be a list, so that only a comma before a name separates settings.
     for part in re.split(r",(?=[\w.]+=)", text):
         name, _, value = part.partition("=")
-        if name not in labels:
-            valid = ", ".join(varying(labels))
-            raise ConfigError(f"{option} {text}: {name} is no column; valid are {valid}")
-        present = ", ".join(sorted({*rows[name]} - {""}))
+        present = rows.get(name, pd.Series()).unique()
+        if value not in present:
+            valid = ", ".join(present) or f"settings of {', '.join(varying(labels))}"
+            raise ConfigError(f"{option} {text}: no row has {part}; valid are {valid}")
         rows = rows[rows[name] == value]
-        if rows.empty:
-            raise ConfigError(f"{option} {text}: no row has {part}; valid are {present}")
     if len(rows) > 1:
         differing = ", ".join(varying(rows))
-        raise ConfigError(
-            f"{option} {text}: {len(rows)} rows have these settings; they differ in {differing}: "
-            "add one"
-        )
+        raise ConfigError(f"{option} {text}: {len(rows)} rows fit; they differ in {differing}")
     return int(rows.index[0])
 
 
@@ -388,25 +400,6 @@ def texts_of_gaps(closed: pd.DataFrame) -> dict[str, list[str]]:
     return gaps
 
 
-def standard_errors(frame: pd.DataFrame, values: list[dict[str, Measure]]) -> pd.DataFrame:
-    """Return the standard errors of the measures of each row with a single run."""
-    errors = pd.DataFrame(
-        {name: measure.stderr for name, measure in measures.items()} for measures in values
-    )
-    single = ~frame["row"].duplicated(keep=False)
-    return errors[single].set_axis(frame["row"][single]).astype(float)
-
-
-def shared_dense(frame: pd.DataFrame, values: list[dict[str, Measure]]) -> dict[str, Measure]:
-    """Return the measures of the dense model that are equal in all runs."""
-    shared = {}
-    for name, measure in values[0].items():
-        # Machines differ in the order of sums.
-        if name.startswith(DENSE) and np.isclose(frame[name], measure.value, 1e-4, 0).all():
-            shared[name.removeprefix(DENSE)] = measure
-    return shared
-
-
 def notes_of(table: Table) -> list[str]:
     """Return lines for the reader about gaps, and measures that only some seeds have."""
     notes = []
@@ -426,21 +419,6 @@ def notes_of(table: Table) -> list[str]:
     if len(lacking):
         notes.append(f"some seeds of a row lack {', '.join(lacking)}")
     return notes
-
-
-def row_names(labels: pd.DataFrame, settings: list[str]) -> list[str]:
-    """Return a short name for each row, with its methods and the other settings shown."""
-    names = []
-    for _, texts in labels[settings].iterrows():
-        parts = []
-        for name, value in texts.items():
-            if name in ("method", "model", "sparsity", "pruner", "permutation"):
-                parts.append(value)
-            elif value and value != METHODS.get(name):
-                short = name.rpartition(".")[2]
-                parts.append(value if name in METHODS else f"{short}={value}")
-        names.append(", ".join(parts))
-    return names
 
 
 def _ranked(names: Iterable[str]) -> list[str]:

@@ -119,7 +119,7 @@ def test_accuracies_have_their_errors_and_a_mean_over_tasks_with_items(
     print_run(table.runs[0].metrics | {"seconds": {"prune": 61.0}}, tmp_path)
     printed = capsys.readouterr().out
     assert re.search("average acc, limited to 64 items +│ 60.00% ± 3.54%", printed)
-    assert "1 min 01 s" in printed
+    assert "1.0 min (prune 61.0 s)" in printed
 
 
 def test_evaluations_of_one_name_have_columns_of_their_own(tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
     assert found["against the baseline"].to_dict() == against
     make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
     for text, message in {
-        "block=3": "block is no column; valid are pruner, permutation",
+        "block=3": "no row has block=3; valid are settings of pruner, permutation",
         "permutation=magic": "no row has permutation=magic; valid are lcp, none",
-        "permutation=lcp": "2 rows have these settings; they differ in pruner: add one",
+        "permutation=lcp": "2 rows fit; they differ in pruner",
         "permutation=none,pruner=ria": "no row has pruner=ria; valid are wanda",
     }.items():
         with pytest.raises(ConfigError, match=f"--baseline {text}: {message}"):
@@ -370,7 +370,7 @@ def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_onl
         if row.method == "wanda" and row.model in models:
             ours = record(permutation="none", model=row.model)["config"]
             assert paper.value(ours, PERPLEXITY) == row.value
-    with pytest.raises(ConfigError, match="not smollm2-135m"):
+    with pytest.raises(ConfigError, match="does not have smollm2-135m"):
         Comparison("table1", ["llama-2-7b", "smollm2-135m"])
 
 
