@@ -82,9 +82,10 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: st
     if recipe:
         runs = markdown(_texts(_table(folder, recipe, **shown)))
         parts += ["The paper's recipe at the same budget:\n", runs]
-    theirs = published(table).drop(columns="table")
+    theirs = published(table)
     theirs["value"] = theirs["value"].map("{:g}".format)
-    by_metric = theirs.set_index([*theirs.columns.drop("value")])["value"].unstack(sort=False)
+    columns = ["model", "sparsity", "method", "setting", "metric"]
+    by_metric = theirs.set_index(columns)["value"].unstack(sort=False)
     parts += [f"The paper's {table.replace('table', 'table ')}:\n"]
     return "\n".join([*parts, as_text(by_metric.reset_index(), "md")])
 

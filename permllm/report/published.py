@@ -7,27 +7,26 @@ from typing import Any
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.report.measures import FP8, Measure, method_of
+from permllm.report.measures import FP8, Measure, method_of, setting_text
 from permllm.settings.config import flatten
 
 # The paper's tables.
 TABLES = [f"table{number}" for number in range(1, 9)]
+# Rows of the paper's tables. Columns of settings have our names; an empty text fits any value.
 _FILE = Path(__file__).parent / "published.csv"
+_TEXT = "calibration.dataset"
+_SETTINGS = {
+    *("sparsity", "pruner.name", "permutation.name", _TEXT, "block_size"),
+    *("permutation.sinkhorn_iterations", "permutation.last_layers"),
+}
 # Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
 _PERPLEXITY = "wikitext2_ppl"
-# Settings that tables of the paper vary, with our names, and the paper's value in the other tables.
-_SETTINGS: dict[str, tuple[str, Any]] = {
-    "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
-    "calibration": ("calibration.dataset", "c4"),
-    "block_size": ("block_size", 64),
-    "last_layers": ("permutation.last_layers", None),
-}
 
 
 def published(table: str) -> pd.DataFrame:
     """Return the rows of the file for one table of the paper, one of `TABLES`."""
-    rows = pd.read_csv(_FILE, keep_default_na=False)
+    rows = pd.read_csv(_FILE, keep_default_na=False, dtype=dict.fromkeys(_SETTINGS, str))
     return rows[rows["table"] == TABLES.index(table) + 1]
 
 
@@ -56,53 +55,54 @@ class Comparison:
             )
         self.same_model = not missing
         self.notes: list[str] = []
-        self._only = ours[0] if len(ours) == 1 else None
+        self.heading = "paper"
         if missing:
-            rows = self._rows[self._rows["model"] == _STAND_IN]
-            self._rows = rows if len(rows) else self._rows
-            self._only = self._rows["model"].iloc[0]
+            stand_in = self._rows[self._rows["model"] == _STAND_IN]
+            self._rows = stand_in if len(stand_in) else self._rows
+            model = self._rows["model"].iloc[0]
+            self._rows = self._rows[self._rows["model"] == model].assign(model=missing[0])
+            if {*self._rows[_TEXT]} <= {"", "c4"}:  # the texts differ, as the note says
+                self._rows[_TEXT] = ""
             self.notes.append(
-                f"The paper's numbers belong to {self._only} and the paper's protocol, ours to "
+                f"The paper's numbers belong to {model} and the paper's protocol, ours to "
                 f"{missing[0]}. Compare the order of the rows, not the values."
             )
-        self.heading = f"paper, {self._only}" if self._only else "paper"
-        self._varied = {setting.partition("=")[0] for setting in self._rows["setting"]}
+            self.heading = f"paper, {model}"
+        elif len(ours) == 1:
+            self.heading = f"paper, {ours[0]}"
+            self._rows = self._rows[self._rows["model"] == ours[0]]
 
     def value(
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
     ) -> float | None:
         """Return the paper's number for a measure of a run; None: there is none."""
-        if not self._as_in_the_paper(config):
+        settings = flatten(dict(config))
+        permutation = settings["permutation.name"]
+        foldable = settings.get("permutation.constraint", "free") != "free"
+        if foldable or method_of(config) != permutation:
+            return None
+        if settings.get("keep_dense") or settings.get("sparsity_of"):
             return None
         if ours and ((ours.limited and self.same_model) or not self._has_tasks(ours)):
             return None
-        pruner = config["pruner"]["name"]
-        permutation = config["permutation"]["name"]
-        method = f"{pruner}+{permutation}"
-        if permutation.startswith("lcp"):
-            method = f"permllm-{pruner}"
-        settings = [""]
-        for name in self._varied - {""}:
-            value = _value(config, name)
-            settings.append(f"{name}={'all' if value is None else value}")
-        return self._number(
-            measure,
-            model=[config["model"]["name"] if self.same_model else self._only],
-            sparsity=[config["sparsity"]],
-            method=[method.removesuffix("+none").replace("+heuristic", "+cp")],
-            setting=settings,
-        )
+        settings["permutation.name"] = permutation.removesuffix("-paper")
+        rows = self._rows[self._rows["model"] == settings["model.name"]]
+        for name in settings.keys() & _SETTINGS:
+            rows = rows[rows[name].isin(["", setting_text(settings[name])])]
+        return self._number(rows, measure)
 
     def dense(self, measure: str) -> float | None:
         """Return the paper's number of the dense model; None: there are several models."""
-        return self._number(measure, model=[self._only], method=["dense"])
+        rows = self._rows[self._rows["method"] == "dense"]
+        return self._number(rows, measure) if rows["model"].nunique() == 1 else None
 
-    def _number(self, measure: str, **columns: list[str | None]) -> float | None:
-        """Return the number in the row with such texts in these columns; None: there is none."""
-        metric = self._metric(measure)
-        rows = self._rows[self._rows["metric"] == metric]
-        for name, texts in columns.items():
-            rows = rows[rows[name].isin(texts)]
+    def _number(self, rows: pd.DataFrame, measure: str) -> float | None:
+        """Return the number of a measure in the first of some rows; None: there is none."""
+        same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
+        metric = f"{measure.removesuffix(' acc')}_acc"
+        if "perplexity" in measure and same and FP8 not in measure:
+            metric = _PERPLEXITY
+        rows = rows[rows["metric"] == metric]
         scale = 1 if metric == _PERPLEXITY else 100
         return float(rows["value"].iloc[0]) / scale if len(rows) else None
 
@@ -111,25 +111,3 @@ class Comparison:
         accuracies = {f"{task}_acc" for task in (*ours.tasks, "average")}
         of_paper = {name for name in self._rows["metric"] if name.endswith("_acc")}
         return not ours.tasks or accuracies == of_paper
-
-    def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
-        """Tell if the settings that this table does not vary are those of the paper."""
-        name = config["permutation"]["name"]
-        foldable = config["permutation"].get("constraint", "free") != "free"
-        dense = config.get("keep_dense") or config.get("sparsity_of")
-        if method_of(config) != name or foldable or dense:
-            return False
-        settings = {*_SETTINGS} if name.startswith("lcp") else {"calibration"}
-        if not self.same_model:  # the texts differ anyway, as the note says
-            settings.discard("calibration")
-        return all(_value(config, name) == _SETTINGS[name][1] for name in settings - self._varied)
-
-    def _metric(self, measure: str) -> str | None:
-        if measure.endswith(" acc"):
-            return f"{measure.removesuffix(' acc')}_acc"
-        same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
-        return _PERPLEXITY if "perplexity" in measure and same and FP8 not in measure else None
-
-
-def _value(config: Mapping[str, Any], name: str) -> Any:
-    return flatten(dict(config)).get(*_SETTINGS[name])
