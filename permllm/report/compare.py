@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from permllm.report.measures import change_text
 from permllm.report.table import DENSE, Table
 
 Numbers = NDArray[np.float64]
@@ -135,20 +136,22 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
     """Compare two rows in each perplexity, gap and accuracy that both have.
 
     Returns:
-        For each measure its name, its `kind`, both values as texts, and the result of `paired`.
+        For each measure its name, both values and their change as texts, and the result of
+        `paired`.
     """
     lines = []
     for name in table.measures:
         kind = table.kinds[name]
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
+            pair = paired(table, first, second, name)
             lines.append(
                 {
                     "measure": table.heading(name),
-                    "kind": kind,
                     "first": table.shown(first, name),
                     "second": table.shown(second, name),
-                    **paired(table, first, second, name),
+                    "change": change_text(pair["difference"], kind, pair["interval"]),
+                    **pair,
                 }
             )
     return lines

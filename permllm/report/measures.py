@@ -236,6 +236,18 @@ def number(value: float, kind: str, error: float | None = None) -> str:
     return text if error is None or math.isnan(error) else f"{text} ± {error:{form}}"
 
 
+def change_text(change: float | None, kind: str, interval: list[float] | None = None) -> str:
+    """Return the text of a change in a kind of measure; empty: it is not defined."""
+    if change is None:
+        return ""
+    unit = " points" if kind in ("accuracy", "share") else "%"
+    text = f"{change * 100:+.1f}{unit}"
+    if interval is None:
+        return text
+    low, high = interval
+    return f"{text} [{low * 100:+.1f}, {high * 100:+.1f}]"
+
+
 def method_of(config: Mapping[str, Any]) -> str:
     """Return a run's permutation, and its mask and reconstruction unless they do nothing."""
     names = [config["permutation"]["name"]]

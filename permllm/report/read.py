@@ -155,11 +155,6 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
                 notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
-    if not files and not notes:
-        raise ConfigError(
-            f"no runs below {', '.join(map(str, places))}: expected directories with a {METRICS}, "
-            "sweeps, or files of records"
-        )
     runs = []
     for file in sorted(files):
         for place, read in _readers(file):
@@ -172,7 +167,9 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     if not apart:
         runs = without_repeated(runs, notes)
     if not runs:
-        raise ConfigError("; ".join(["no finished run is among them", *notes]))
+        below = ", ".join(map(str, places))
+        expected = f"expected directories with a {METRICS}, sweeps, or files of records"
+        raise ConfigError("; ".join([f"no finished run below {below}: {expected}", *notes]))
     return Collection(runs, notes)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table as Printed
 
 from permllm.command import terminal
 from permllm.report.compare import paired
-from permllm.report.measures import AVERAGE, number, patterns_text, result_rows
+from permllm.report.measures import AVERAGE, change_text, number, patterns_text, result_rows
 from permllm.report.published import Comparison
 from permllm.report.table import DENSE_ROW, Table
 from permllm.store.files import EXPORT
@@ -155,33 +155,6 @@ def records(table: Table, cells: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def compared(measures: list[dict[str, Any]], names: list[str]) -> pd.DataFrame:
-    """Return the texts of the result of `permllm.report.compare.differences` for two rows."""
-    lines = [
-        [
-            measure["measure"],
-            measure["first"],
-            measure["second"],
-            change_text(measure["difference"], measure["kind"], measure["interval"]),
-            measure["over"],
-        ]
-        for measure in measures
-    ]
-    return pd.DataFrame(lines, columns=["measure", *names, "difference", "over"])
-
-
-def change_text(change: float | None, kind: str, interval: list[float] | None = None) -> str:
-    """Return the text of a change in a kind of measure; empty: it is not defined."""
-    if change is None:
-        return ""
-    unit = " points" if kind in ("accuracy", "share") else "%"
-    text = f"{change * 100:+.1f}{unit}"
-    if interval is None:
-        return text
-    low, high = interval
-    return f"{text} [{low * 100:+.1f}, {high * 100:+.1f}]"
 
 
 def print_run(metrics: dict[str, Any], directory: Path) -> None:

@@ -20,7 +20,6 @@ from permllm.report.read import collect, keep_runs
 from permllm.report.render import (
     FORMATS,
     as_text,
-    compared,
     records,
     sources,
     table_cells,
@@ -70,7 +69,9 @@ def work(options: argparse.Namespace) -> Answer:
     if options.compare:
         first, second = [find(table.labels, text, "--compare") for text in options.compare]
         measures = differences(table, first, second)
-        return Answer(measures, lambda: _show(compared(measures, options.compare), options.format))
+        frame = pd.DataFrame(measures, columns=["measure", "first", "second", "change", "over"])
+        frame = frame.set_axis(["measure", *options.compare, "difference", "over"], axis=1)
+        return Answer(measures, lambda: _show(frame, options.format))
     cells = table_cells(table, paper)
     return Answer(records(table, cells), lambda: _show(texts(table, cells), options.format))
 

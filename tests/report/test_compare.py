@@ -88,22 +88,6 @@ def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
     assert found["over"] == "190 items"
 
 
-def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
-    differences = []
-    for seed in range(3):
-        ours, theirs = drawn(10 + seed), drawn(20 + seed, shift=0.3)
-        scored(tmp_path / f"lcp{seed}", *ours, seed=seed)
-        scored(tmp_path / f"none{seed}", *theirs, permutation="none", seed=seed)
-        differences.append(ours[0] - theirs[0])
-    found = paired(*rows_of(tmp_path), PERPLEXITY)
-    assert found["interval"]
-    mean = np.mean(differences, axis=0)
-    assert math.log1p(found["difference"]) == pytest.approx(mean.mean(), abs=1e-12)
-    half = (math.log1p(found["interval"][1]) - math.log1p(found["interval"][0])) / 2
-    assert half == pytest.approx(1.96 * mean.std() / math.sqrt(len(mean)), rel=0.1)
-    assert found["over"] == "60 windows"
-
-
 SIZES = {"boolq-passages": 24, "wikitext2": 40, "sciq-support": 32}
 
 
