@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError
+from permllm.report.gaps import GAP, gap_closed
 from permllm.report.plots import points
 from permllm.report.published import Comparison, published
 from permllm.report.read import Run, collect
 from permllm.report.render import as_text, markdown, table_cells, texts
-from permllm.report.table import DENSE_ROW, GAP, Table, find, gap_closed, table_of
+from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
 from permllm.settings.config import NMPattern, flatten
 from permllm.sparsity.two_of_four import window_count

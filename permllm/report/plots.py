@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.table import DENSE, DENSE_ROW, Table, shared_value
+from permllm.report.gaps import DENSE
+from permllm.report.table import DENSE_ROW, Table, shared_value
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"

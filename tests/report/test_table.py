@@ -17,10 +17,11 @@ import yaml
 
 from permllm.cli import call
 from permllm.errors import ConfigError
+from permllm.report.gaps import several_starts
 from permllm.report.published import Comparison, published
 from permllm.report.read import collect
 from permllm.report.render import as_text, print_comparison, print_run, table_cells, texts
-from permllm.report.table import DENSE_ROW, Table, find, several_starts, table_of
+from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.store.files import read_lines, write_json
 from tests.conftest import run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
