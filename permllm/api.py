@@ -31,7 +31,7 @@ from permllm.models.load import LoadedModel, check_layers
 from permllm.models.source import DenseSource
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.report.read import collect
-from permllm.report.table import Table
+from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
@@ -270,7 +270,7 @@ def results(*places: str | Path) -> pd.DataFrame:
     Raises:
         ConfigError: a place does not exist, or none holds a finished run.
     """
-    return Table(collect(map(Path, places)).runs).frame
+    return table_of(collect(map(Path, places)).runs).frame
 
 
 def _dtype(model: PreTrainedModel) -> str:

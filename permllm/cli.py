@@ -211,9 +211,12 @@ def _run_hydra() -> int:
         failed = True
     finally:
         if sweep.FOLDER_VARIABLE in os.environ and is_first_rank():
-            from permllm.report.sweep_table import print_sweep
+            from permllm.report.render import print_sweep
 
-            failed |= print_sweep(Path(os.environ[sweep.FOLDER_VARIABLE]))
+            jobs = sweep.read_outcomes(Path(os.environ[sweep.FOLDER_VARIABLE]))
+            failed |= any(job.outcome == "failed" for job in jobs)
+            if len(jobs) > 1:
+                print_sweep(jobs)
     if "permllm.runtime.parallel" in sys.modules:  # a job has begun
         sys.modules["permllm.runtime.parallel"].stop()
     return int(failed)
@@ -328,11 +331,11 @@ def objective(metrics: dict[str, Any]) -> float:
     With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
     task too infinity.
     """
-    from permllm.report.measures import average_accuracy
+    from permllm.report.measures import mean_accuracy
 
     texts = metrics.get("perplexity", {}).get("sparse", {})
     perplexities = [float(values["value"]) for values in texts.values()]
     if perplexities:
         return math.prod(perplexities) ** (1 / len(perplexities))
-    _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))
+    accuracy = mean_accuracy(metrics.get("tasks", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy

@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
@@ -27,16 +28,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError
-from permllm.report.compare import published
+from permllm.report.gaps import GAP, gap_closed
 from permllm.report.plots import points
+from permllm.report.published import Comparison, published
 from permllm.report.read import Run, collect
-from permllm.report.render import as_text, beside, cells, machine, markdown, processor
-from permllm.report.table import GAP, Table, gap_closed
+from permllm.report.render import as_text, markdown, table_cells, texts
+from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
 from permllm.settings.config import NMPattern, flatten
 from permllm.sparsity.two_of_four import window_count
 from permllm.store.files import RECORDS, write_text
 from scripts.memory_table import gigabytes, memory
+from scripts.provenance import machine, processor
 
 _BLOCK = re.compile(r"(<!-- view: ([^\n]*) -->\n).*?(<!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
@@ -55,9 +58,12 @@ def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) ->
     With `sort` the rows follow the dense model's by this measure, the largest value first.
     """
     found = _table(folder, records, **shown)
-    frame = cells(found)
+    frame = _texts(found)
     if sort:
-        frame = _chosen(frame, found.means[sort].sort_values(ascending=False, kind="stable").index)
+        frame = _chosen(
+            frame,
+            found.means[sort].drop(DENSE_ROW).sort_values(ascending=False, kind="stable").index,
+        )
     return f"{markdown(frame)}\n{machine(found.runs)}"
 
 
@@ -65,21 +71,22 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: st
     """Return our runs, and a file of runs of the paper's `recipe`, beside one of its tables."""
     shown = {"columns": "pruner,permutation"} | shown
     found = _table(folder, RECORDS, baseline, **shown)
-    compared = beside(table, found)
+    compared = Comparison(table, found.labels["model"])
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
     parts = [
         f"\n    {command}\n",
-        markdown(cells(found, compared)),
-        f"{compared.note} {gap} the dense model.\n",
+        markdown(_texts(found, compared)),
+        f"{' '.join(compared.notes)} {gap} the dense model.\n",
         _provenance(found.runs),
     ]
     if recipe:
-        runs = markdown(cells(_table(folder, recipe, **shown)))
+        runs = markdown(_texts(_table(folder, recipe, **shown)))
         parts += ["The paper's recipe at the same budget:\n", runs]
-    theirs = pd.DataFrame(published(table)).drop(columns="table")
+    theirs = published(table)
     theirs["value"] = theirs["value"].map("{:g}".format)
-    by_metric = theirs.set_index([*theirs.columns.drop("value")])["value"].unstack(sort=False)
+    columns = ["model", "sparsity", "method", "setting", "metric"]
+    by_metric = theirs.set_index(columns)["value"].unstack(sort=False)
     parts += [f"The paper's {table.replace('table', 'table ')}:\n"]
     return "\n".join([*parts, as_text(by_metric.reset_index(), "md")])
 
@@ -98,7 +105,7 @@ def frontier(
         names = {_row(found, method): f"`{method}`" for method in methods.split()}
         found.labels["method"], found.settings = found.labels.index.map(names), ["method"]
         drawn = drawn[drawn.index.isin(names)]
-    frame = _chosen(cells(found), drawn.index)
+    frame = _chosen(_texts(found), drawn.index)
     costs = {
         "minutes": drawn["minutes"].map("{:.1f}".format),
         "on": [_computed_on(_fastest(found, row)) for row in drawn.index],
@@ -115,7 +122,7 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
     frame = found.labels[found.settings].copy()
     for name in [*found.measures]:
         found.measures = [name]  # `cells` compares rows in one measure
-        frame[name] = cells(found)["against the baseline"].to_numpy()[1:]
+        frame[name] = _texts(found)["against the baseline"]
     return markdown(frame.drop(found.baseline))
 
 
@@ -154,9 +161,9 @@ def bounds(folder: Path, methods: str, records: str) -> str:
         width = 4 * window_count(pattern) / pattern.m
         sizes = [f"{width * (bits / 2 + 1) / bits:.1%}" for bits in (16, 8)]
         costs.append([text, f"`{method}`", *sizes, f"{2 / width:.2f}"])
-    frame = _chosen(cells(found), rows).drop(columns=found.settings)
+    frame = _chosen(_texts(found), rows).drop(columns=found.settings)
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
-    used = [found.runs[run] for row in rows for run in found.rows[row]]
+    used = [found.runs[run] for row in rows for run in found.members(row).index]
     frame = pd.DataFrame(costs, frame.index, names).join(frame)
     return f"{markdown(frame)}\n{machine(used)}"
 
@@ -221,8 +228,10 @@ def landscape(folder: Path, theirs: str, reference: str, **ours: str) -> str:
     """
     found = pd.read_csv(folder / theirs, dtype=str, keep_default_na=False)
     found = found[found["reference_method"] == reference]
-    numbers = (found[[name]].astype(float).T for name in ("perplexity", "reference", "dense"))
-    found[GAP] = gap_closed(*numbers).iloc[0]
+    logarithms = np.log(found[["perplexity", "reference", "dense"]].astype(float))
+    found[GAP] = gap_closed(
+        logarithms["perplexity"], start=logarithms["reference"], dense=logarithms["dense"]
+    )
     found["method"] += found["note"].str.startswith("second-hand").map({True: " †", False: ""})
     found["source"] = (found["source"] + "; " + found["note"]).str.removesuffix("; ")
     found = found.rename(columns={"reference": reference, "changes_weights": "weights change"})
@@ -239,16 +248,16 @@ def landscape(folder: Path, theirs: str, reference: str, **ours: str) -> str:
 
 def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
     """Return our row of a method; a perplexity has a number for each text."""
-    texts, row = found.gaps[GAP], _row(found, words)
+    names, row = found.gaps[GAP], _row(found, words)
     fastest = _fastest(found, row)
     metrics, hardware = fastest.metrics, fastest.environment["hardware"]
     values = {
-        "dense": [found.dense[text][0] for text in texts],
-        reference: found.means.loc[found.baseline, texts],
-        "perplexity": found.means.loc[row, texts],
+        "dense": found.means.loc[DENSE_ROW, names],
+        reference: found.means.loc[found.baseline, names],
+        "perplexity": found.means.loc[row, names],
     }
     windows = {str(one["window"]) for one in metrics["perplexity"]["sparse"].values()}
-    seeds = sorted(str(found.runs[run].config["seed"]) for run in found.rows[row])
+    seeds = sorted(map(str, found.members(row)["seed"]))
     return {
         "method": f"ours: `{words.partition(',')[0].rpartition('/')[2]}`",
         "year": fastest.environment["started"][:4],
@@ -266,7 +275,7 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
 def ablation(folder: Path, records: str) -> str:
     """Return rows by perplexity, the worst first, with what differs from a job without settings."""
     runs = _runs(folder, records, apart=True)
-    of_runs = Table(runs)
+    of_runs = table_of(runs)
     (text,) = (name for name, kind in of_runs.kinds.items() if kind == "perplexity")
     lines, methods = of_runs.frame, ["pruner", "permutation", "reconstruction"]
     lines[methods] = "`" + lines[methods] + "`"
@@ -282,7 +291,7 @@ def ablation(folder: Path, records: str) -> str:
     found["records"] = groups["record"].agg(", ".join)
     found = found.sort_values("mean", ascending=False, kind="stable").reset_index()
     columns = ["settings", "perplexity", "final loss", "seconds", "processor", "records"]
-    dense = f"Dense: {of_runs.dense[text][0]:.1f}."
+    dense = f"Dense: {of_runs.means.at[DENSE_ROW, text]:.1f}."
     seconds = "Seconds of calibration, learning and pruning on two cores."
     return f"{markdown(found[methods + columns])}\n{dense} {seconds}"
 
@@ -314,7 +323,7 @@ def _usual(*methods: str) -> dict[str, Any]:
 
 
 def _settings_of(words: str) -> str:
-    """Return the settings by which `Table.find` finds the row of `METHOD,name=value,...`."""
+    """Return the settings by which `find` finds the row of `METHOD,name=value,...`."""
     method, *others = words.split(",", 1)
     config = composed([f"method={method}"])
     said = {key.removesuffix(".name"): OmegaConf.select(config, key) for key in _OF_METHODS}
@@ -323,7 +332,7 @@ def _settings_of(words: str) -> str:
 
 def _row(found: Table, words: str) -> int:
     """Return the row of `METHOD,name=value,...`."""
-    return found.find(_settings_of(words), "view")
+    return find(found.labels, _settings_of(words), "view")
 
 
 def _runs(folder: Path, records: str, apart: bool = False) -> list[Run]:
@@ -341,9 +350,14 @@ def _table(
     folder: Path, records: str, baseline: str = "", columns: str = "", measures: str = _SHOWN
 ) -> Table:
     """Return the table of files of records, with `columns` and `measures` as in `Table.show`."""
-    found = Table(_runs(folder, records), baseline)
+    found = table_of(_runs(folder, records), baseline)
     found.show(columns, measures)
     return found
+
+
+def _texts(found: Table, paper: Comparison | None = None) -> pd.DataFrame:
+    """Return the texts of a table's cells."""
+    return texts(found, table_cells(found, paper))
 
 
 def _gaps(folder: Path, records: str, baseline: str, columns: str = "") -> Table:
@@ -356,12 +370,12 @@ def _gaps(folder: Path, records: str, baseline: str, columns: str = "") -> Table
 
 def _chosen(frame: pd.DataFrame, rows: Iterable[int]) -> pd.DataFrame:
     """Return the dense model's cells, and those of some rows of a table in this order."""
-    return frame.iloc[[0, *(row + 1 for row in rows)]]
+    return frame.loc[[DENSE_ROW, *rows]]
 
 
 def _fastest(found: Table, row: int) -> Run:
     """Return the fastest run of a row, because other jobs of a machine only add to the minutes."""
-    return found.runs[int(found.frame["minutes"][found.rows[row]].idxmin())]
+    return found.runs[int(found.members(row)["minutes"].idxmin())]
 
 
 def _processor(run: Run) -> str:

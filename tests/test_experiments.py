@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from permllm.pruning.methods import methods_of
-from permllm.report.compare import Comparison, published
+from permllm.report.published import Comparison, published
 from permllm.settings.config import RunConfig, flatten, read_config
 from tests.conftest import ROOT, run_command
 
@@ -42,13 +42,13 @@ def _each_once(params: dict[str, list[str]]) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("table", SWEPT)
 def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -> None:
-    rows = [row for row in published(table) if row.method != "dense"]
+    rows = [row for row in published(table).itertuples() if row.method != "dense"]
     missing = {(row.model, row.method, row.setting) for row in rows}
     measure, metric = "wikitext2 perplexity (window 2048)", "wikitext2_ppl"
     if table == "table2":
         measure, metric = "hellaswag acc", "hellaswag_acc"
     for config in jobs(f"experiment={table}"):
-        value = Comparison(published(table), config.model.name).value(config.resolved, measure)
+        value = Comparison(table, [config.model.name]).value(config.resolved, measure)
         assert value is not None, config.name
         learned = config.permutation["name"] == "lcp-paper"
         ending = "+cp" if config.permutation["name"] == "heuristic" else ""

@@ -2,18 +2,15 @@
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from permllm.settings.config import flatten
 
-# Name of a measure, facts about how it was measured, and the model whose tokens were measured, or
-# nothing. If measures of one name and model differ in facts, these facts are part of the columns'
-# names. An empty fact is not known.
-Key = tuple[str, tuple[str, ...], str]
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured
 # on the same ones; and a number for each window (nats per token) or item (its score).
 Scores = tuple[tuple[Any, ...], list[float]]
@@ -29,20 +26,30 @@ ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 # Suffix of the names of measures with `evaluation.weights=fp8`.
 FP8 = " in fp8"
-# Groups of methods, with the option that does nothing.
-METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
+PERPLEXITY = " perplexity ("
+AVERAGE = "average acc"
+ZEROS = "zeros"
+# Facts about how measures were measured. Facts in which measures of one name and model differ are
+# part of the names of their columns.
+FACTS = ["windows", "beginning", "text", "passages", "tasks", "items", "split", "bos", "file"]
+# Groups of methods, and the option of some that does nothing.
+METHODS = ("permutation", "mask", "reconstruction")
+IDLE = {"mask": "pruner", "reconstruction": "none"}
 # With "z" a mean that rounding leaves just below zero is shown without a minus.
 _FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Number of one run, with its kind and the scores behind it.
+    """Number of one run, with the scores behind it.
 
     Attributes:
-        value: the number.
+        name: name in tables.
         kind: `perplexity`, `accuracy`, `share`, `error`, `seconds`, or `number` (another metric of
             lm-eval).
+        value: the number.
+        facts: texts about how it was measured, by keys of `FACTS`; None: not known.
+        model: name of the model whose tokens were measured; empty: no tokens of a model.
         stderr: standard error of an accuracy; None: not known.
         limited: True: measured on only a part of the windows or items.
         items: number of items of an accuracy.
@@ -51,8 +58,11 @@ class Measure:
         asked_for: True: tables show the measure only if `--measures` names it.
     """
 
-    value: float
+    name: str
     kind: str
+    value: float
+    facts: Mapping[str, str | None] = field(default_factory=dict)
+    model: str = ""
     stderr: float | None = None
     limited: bool = False
     items: int | None = None
@@ -61,152 +71,147 @@ class Measure:
     asked_for: bool = False
 
 
-def measured(
+def run_measures(
     metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str
-) -> dict[Key, Measure]:
+) -> list[Measure]:
     """Return the measures of a run's `dense` or `sparse` model.
 
     If two evaluations have the same measure, the first one counts. The name of the model is part of
     the identity of windows, because models have different tokenizers.
     """
-    measures: dict[Key, Measure] = {}
+    measures: dict[tuple[Any, ...], Measure] = {}
     for evaluation in reversed(evaluations):
-        measures |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
-    if which == "sparse":
-        retained = metrics["retained_saliency"]
-        errors = metrics["output_error"]
-        # Without calibration, whose result may come from the cache.
-        seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
-        measures |= {
-            ("saliency retained", (), ""): Measure(statistics.fmean(retained.values()), "share"),
-            ("output error", (), ""): Measure(statistics.fmean(errors.values()), "error"),
-            ("zeros", (), ""): Measure(float(metrics["sparsity"]["of_model"]), "share"),
-            ("seconds", (), ""): Measure(seconds, "seconds"),
-        }
-    return measures
+        for measure in evaluation_measures(evaluation, model, which):
+            measures[measure.name, *measure.facts.values()] = measure
+    if which == "dense":
+        return [*measures.values()]
+    retained = statistics.fmean(metrics["retained_saliency"].values())
+    error = statistics.fmean(metrics["output_error"].values())
+    # Without calibration, whose result may come from the cache.
+    seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
+    return [
+        *measures.values(),
+        Measure("saliency retained", "share", retained),
+        Measure("output error", "error", error),
+        Measure(ZEROS, "share", float(metrics["sparsity"]["of_model"])),
+        Measure("seconds", "seconds", seconds),
+    ]
 
 
-def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
-    settings = evaluation.get("evaluation", {}).get("perplexity", {})
-    rounding = _rounding(evaluation)
-    losses = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
-    windows_of = {
+def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
+    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation."""
+    measures = _perplexities(evaluation, model, which)
+    accuracies = {}
+    for task, values in _part(evaluation, "tasks", which).items():
+        settings = _part(evaluation, "evaluation", "tasks", values.get("asked")) or {}
+        metrics = _task(task, values, settings, _part(evaluation, "scores", "tasks", which, task))
+        measures += metrics.values()
+        if ACC in metrics and values["n"]:
+            accuracies[task] = metrics[ACC]
+    if len(accuracies) > 1:
+        measures.append(_average(accuracies))
+    fp8 = _part(evaluation, "evaluation").get("weights") == "fp8"
+    return [replace(measure, name=measure.name + FP8 * fp8) for measure in measures]
+
+
+def _part(values: Mapping[str, Any], *keys: Any) -> Any:
+    """Return a part of nested values; empty: there is none."""
+    for key in keys:
+        values = values.get(key, {})
+    return values
+
+
+def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
+    settings = _part(evaluation, "evaluation", "perplexity")
+    losses = _part(evaluation, "scores", "perplexity", which)
+    keys = {
         name: key
-        for key, names in evaluation.get("measured", {}).get(which, {}).items()
+        for key, names in _part(evaluation, "measured", which).items()
         for name in names
         if key.startswith("perplexity/")
     }
-    begins = "with BOS" if settings.get("bos") else "without BOS"
-    measures: dict[Key, Measure] = {}
-    for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
+    measures = []
+    for text, values in _part(evaluation, "perplexity", which).items():
         window = values["window"]
-        digest = _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
+        digest = plain(str(_part(evaluation, "evaluated_texts", text)))
+        # For a file of the hub without its revision.
+        digest = re.sub("@[^/]*", "", digest) if "@" in digest else digest[:8]
         # A wheel's digest does not tell which of its passages were read. The key of the measure
-        # ends in the digest of the windows; records of version 1 have no keys.
-        windows = str(windows_of.get(text, "")).split("/")
-        facts = (
-            f"{values['tokens'] // max(1, window - 1)} windows",
-            begins,
-            f"text {digest}",
-            f"windows {windows[3][:8]}" if len(windows) > 3 else "",
-        )
+        # has the digest of the windows. Old records have no keys.
+        key = keys.get(text)
+        facts = {
+            "windows": f"{values['tokens'] // (window - 1)} windows",
+            "beginning": "with BOS" if settings.get("bos") else "without BOS",
+            "text": f"text {digest}",
+            "passages": f"windows {key.split('/')[3][:8]}" if key else None,
+        }
         nats = [loss / (window - 1) for loss in losses.get(text, [])]
-        identity = (windows_of.get(text, digest), model, window, len(nats))
-        scores = {text: (identity, nats)} if nats else {}
-        measures[f"{plain(text)} perplexity (window {window}){rounding}", facts, model] = Measure(
-            float(values["value"]),
-            "perplexity",
-            limited=settings.get("limit") is not None,
-            scores=scores,
-        )
-    return measures
-
-
-def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
-    settings = evaluation.get("evaluation", {}).get("tasks", {})
-    rounding = _rounding(evaluation)
-    scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
-    tasks = evaluation.get("tasks", {}).get(which, {})
-    measures: dict[Key, Measure] = {}
-    accuracies: dict[str, Measure] = {}
-    for task, values in tasks.items():
-        task_settings = settings.get(values.get("asked")) or {}
-        task_scores = scores.get(task, {})
-        items = values["n"]
-        facts = (
-            f"{items} items",
-            f"split {plain(str(values.get('split')))}",
-            f"add_bos_token={task_settings.get('add_bos_token')}",
-            f"file {str(task_settings.get('digest', ''))[:8]}",
-        )
-        for metric, value in values["metrics"].items():
-            if value is None:
-                continue
-            # Other metrics may not be means over the items, so that their scores are not used.
-            kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
-            by_task = {}
-            if kind == "accuracy" and task_scores.get("metrics", {}).get(metric):
-                identity = (task_scores["digest"], tuple(task_scores["items"]))
-                by_task[task] = (identity, task_scores["metrics"][metric])
-            measure = Measure(
-                float(value),
-                kind,
-                values["stderr"].get(metric),
-                values["limited"],
-                items,
-                by_task,
-                asked_for=metric != ACC and ACC in values["metrics"],
+        identity = (key or digest, model, window, len(nats))
+        measures.append(
+            Measure(
+                f"{plain(text)}{PERPLEXITY}window {window})",
+                "perplexity",
+                float(values["value"]),
+                facts,
+                model,
+                limited=settings.get("limit") is not None,
+                scores={text: (identity, nats)} if nats else {},
             )
-            measures[plain(task_label(task, values, metric)) + rounding, facts, ""] = measure
-            if metric == ACC:
-                accuracies[task] = measure
-    counted, mean, error = average_accuracy(tasks)
-    if len(counted) > 1:
-        averaged = [accuracies[task] for task in counted]
-        items = sum(accuracy.items or 0 for accuracy in averaged)
-        bos = next((task.get("add_bos_token") for task in settings.values()), None)
-        names = plain(", ".join(sorted(counted)))
-        average_facts = (f"of {names}", f"{items} items", f"add_bos_token={bos}")
-        all_scores: dict[str, Scores] = {}
-        if all(accuracy.scores for accuracy in averaged):
-            for accuracy in averaged:
-                all_scores |= accuracy.scores
-        measures[f"average acc{rounding}", average_facts, ""] = Measure(
-            mean,
-            "accuracy",
-            error,
-            any(accuracy.limited for accuracy in averaged),
-            items,
-            all_scores,
-            tuple(sorted(counted)),
         )
     return measures
 
 
-def _rounding(evaluation: Mapping[str, Any]) -> str:
-    """Return the suffix of the names of an evaluation's measures."""
-    return FP8 if evaluation.get("evaluation", {}).get("weights") == "fp8" else ""
+def _task(
+    task: str, values: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any]
+) -> dict[str, Measure]:
+    """Return the measures of one task, by metric of lm-eval."""
+    facts = {
+        "items": f"{values['n']} items",
+        "split": f"split {plain(str(values.get('split')))}",
+        "bos": f"add_bos_token={settings.get('add_bos_token')}",
+        "file": f"file {str(settings.get('digest', ''))[:8]}",
+    }
+    measures = {}
+    for metric, value in values["metrics"].items():
+        if value is None:
+            continue
+        measure = Measure(
+            plain(metric_label(task, values, metric)),
+            "accuracy" if metric.partition(",")[0] in _SHARES else "number",
+            float(value),
+            facts,
+            stderr=values["stderr"].get(metric),
+            limited=values["limited"],
+            items=values["n"],
+            asked_for=metric != ACC and ACC in values["metrics"],
+        )
+        item_scores = _part(scores, "metrics", metric)
+        # Other metrics may not be means over the items, so that their scores are not used.
+        if item_scores and measure.kind == "accuracy":
+            measure.scores[task] = ((scores["digest"], *scores["items"]), item_scores)
+        measures[metric] = measure
+    return measures
 
 
-def column_names(keys: list[Key]) -> dict[Key, str]:
-    """Return the column of each measure: its name, and facts that differ among equal names."""
-    facts_of: dict[tuple[str, str], list[tuple[str, ...]]] = {}
-    for name, facts, model in keys:
-        facts_of.setdefault((name, model), []).append(facts)
-    columns = {}
-    for name, facts, model in keys:
-        differing = []
-        for fact, others in zip(facts, zip(*facts_of[name, model], strict=True), strict=True):
-            if fact and len({*others} - {""}) > 1:
-                differing.append(fact)
-        columns[name, facts, model] = ", ".join([name, *differing])
-    return columns
-
-
-def _short(digest: str) -> str:
-    """Return eight digits of a text's digest, or `repository/file` for a file of the hub."""
-    repository, at, file = plain(digest).partition("@")
-    return f"{repository}/{file.partition('/')[2]}" if at else repository[:8]
+def _average(accuracies: dict[str, Measure]) -> Measure:
+    """Return the average of the accuracies of tasks. Its error assumes independent tasks."""
+    measures = accuracies.values()
+    items = sum(measure.items or 0 for measure in measures)
+    errors = [measure.stderr for measure in measures if measure.stderr is not None]
+    average = Measure(
+        AVERAGE,
+        "accuracy",
+        statistics.fmean(measure.value for measure in measures),
+        {"tasks": f"of {plain(', '.join(sorted(accuracies)))}", "items": f"{items} items"},
+        stderr=math.hypot(*errors) / len(errors) if len(errors) == len(accuracies) else None,
+        limited=any(measure.limited for measure in measures),
+        items=items,
+        tasks=tuple(sorted(accuracies)),
+    )
+    if all(measure.scores for measure in measures):
+        for measure in measures:
+            average.scores.update(measure.scores)
+    return average
 
 
 def plain(text: str) -> str:
@@ -225,82 +230,70 @@ def setting_text(value: Any) -> str:
 
 
 def number(value: float, kind: str, error: float | None = None) -> str:
-    """Return the text of a number and its error for a kind of measure."""
+    """Return the text of a number and its error for a kind of measure; None or NaN: no error."""
     form = _FORMATS.get(kind, ".2f")
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    text = f"{value:{form}}"
+    return text if error is None or math.isnan(error) else f"{text} ± {error:{form}}"
+
+
+def change_text(change: float | None, kind: str, interval: list[float] | None = None) -> str:
+    """Return the text of a change in a kind of measure; empty: it is not defined."""
+    if change is None:
+        return ""
+    unit = " points" if kind in ("accuracy", "share") else "%"
+    text = f"{change * 100:+.1f}{unit}"
+    if interval is None:
+        return text
+    low, high = interval
+    return f"{text} [{low * 100:+.1f}, {high * 100:+.1f}]"
 
 
 def method_of(config: Mapping[str, Any]) -> str:
     """Return a run's permutation, and its mask and reconstruction unless they do nothing."""
-    names = [str(config["permutation"]["name"])]
-    for group in ("mask", "reconstruction"):
-        name = str((config.get(group) or {}).get("name", METHODS[group]))
-        if name != METHODS[group]:
+    names = [config["permutation"]["name"]]
+    for group, idle in IDLE.items():
+        name = config.get(group, {}).get("name", idle)
+        if name != idle:
             names.append(name)
     return ", ".join(names)
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
     """Return N:M of a run, with the number of linears that have another pattern."""
-    others = Counter(sparsity.get("patterns", {}).values())
-    dense = others.pop("dense", 0)
+    counts = Counter(sparsity.get("patterns", {}).values())
     parts = [sparsity["pattern"]]
-    for name, count in sorted(others.items()):
-        linears = "linears" if count > 1 else "linear"
-        parts.append(f"{count} {linears} {name}")
-    if dense:
-        parts.append(f"{dense} dense")
-    zeros = f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"
-    if len(parts) > 1:
-        parts.append(zeros)
+    parts += [f"{count} linears {name}" for name, count in sorted(counts.items())]
+    if counts:
+        parts.append(f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers")
     return ", ".join(parts)
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return each result of a run as texts: name, dense value, sparse value."""
-    dense = _perplexities(metrics, "", "dense") | _tasks(metrics, "dense")
-    sparse = _perplexities(metrics, "", "sparse") | _tasks(metrics, "sparse")
-    rows = []
-    for key, measure in (dense | sparse).items():
-        limited = "limited to " if measure.limited else ""
-        name = f"{key[0]}, {limited}{measure.items} items" if measure.items else key[0]
-        texts = []
-        for measures in (dense, sparse):
-            if key in measures:
-                texts.append(number(measures[key].value, measure.kind, measures[key].stderr))
-            else:
-                texts.append("-")
-        rows.append((name, texts[0], texts[1]))
-    return rows
+    texts: dict[str, dict[str, str]] = {}
+    for which in ("dense", "sparse"):
+        for measure in evaluation_measures(metrics, "", which):
+            limited = "limited to " if measure.limited else ""
+            items = f", {limited}{measure.items} items" if measure.items else ""
+            row = texts.setdefault(measure.name + items, {})
+            row[which] = number(measure.value, measure.kind, measure.stderr)
+    return [(name, row.get("dense", "-"), row.get("sparse", "-")) for name, row in texts.items()]
 
 
-def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5 shots)`."""
+def metric_label(task: str, values: Mapping[str, Any], metric: str) -> str:
+    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5-shot)`."""
     name, _, filter_name = metric.partition(",")
     several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
     label = f"{task} {name} {filter_name}" if several else f"{task} {name}"
     shots = values.get("num_fewshot")
-    if shots:
-        label += f" ({shots} shot)" if shots == 1 else f" ({shots} shots)"
-    return label
+    return f"{label} ({shots}-shot)" if shots else label
 
 
-def average_accuracy(
-    tasks: Mapping[str, Mapping[str, Any]],
-) -> tuple[list[str], float, float | None]:
-    """Return the tasks that have items and an accuracy, their mean accuracy and its standard error.
-
-    The error assumes independent tasks. It is None if the error of a task is not known. Without a
-    task the mean is NaN.
-    """
-    counted = [
-        name for name, task in tasks.items() if task["n"] and task["metrics"].get(ACC) is not None
-    ]
-    if not counted:
-        return [], math.nan, None
-    errors = [tasks[name]["stderr"].get(ACC) for name in counted]
-    mean = statistics.fmean(tasks[name]["metrics"][ACC] for name in counted)
-    return counted, mean, None if None in errors else math.hypot(*errors) / len(errors)
+def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return the mean accuracy of the tasks that have items and an accuracy; NaN: there is none."""
+    accuracies = [task["metrics"].get(ACC) for task in tasks.values() if task["n"]]
+    values = [accuracy for accuracy in accuracies if accuracy is not None]
+    return statistics.fmean(values) if values else math.nan
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
@@ -321,9 +314,8 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
     }
     flat["minutes"] = pruning_minutes(metrics["seconds"])
-    perplexity = metrics.get("perplexity", {})
-    dense = perplexity.get("dense", {})
-    sparse = perplexity.get("sparse", {})
+    dense = _part(metrics, "perplexity", "dense")
+    sparse = _part(metrics, "perplexity", "sparse")
     if both := dense.keys() & sparse.keys():
         above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
         flat["nats_above_dense"] = statistics.fmean(above)

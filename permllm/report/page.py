@@ -1,6 +1,7 @@
 """HTML page of runs that needs no network: quality over minutes, and the table."""
 
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import plotly.express as px
 from itables.javascript import generate_init_offline_itables_html
 from plotly.offline import get_plotlyjs
 
-from permllm.report.compare import Comparison
 from permllm.report.measures import number
-from permllm.report.plots import MINUTES, dense_lines, drawn_measure, points, undrawn
-from permllm.report.render import cells, sources
+from permllm.report.plots import MINUTES, dense_lines, points
+from permllm.report.published import Comparison
+from permllm.report.render import sources, table_cells, texts
 from permllm.report.table import Table
 
 _FRAME = """<!doctype html>
@@ -42,31 +43,25 @@ _BY_NUMBER = """function (data, type) {
 def page(
     table: Table,
     notes: list[str],
+    measure: str,
     paper: Comparison | None = None,
-    measure: str | None = None,
 ) -> str:
     """Return the HTML of the page. Its security policy forbids it to load anything.
 
     Args:
         table: table of the runs.
-        notes: lines for the reader, in addition to those of the table.
-        paper: as in `cells`.
-        measure: measure to draw over minutes; None: the main measure.
-
-    Raises:
-        ConfigError: no row has the measure.
+        notes: lines for the reader.
+        measure: measure to draw over minutes.
+        paper: as in `table_cells`.
     """
-    frame = cells(table, paper)
-    drawn = drawn_measure(table, measure)
-    every = [*notes, *table.notes, paper.note if paper else "", *sources(frame)]
-    every += undrawn(table, drawn)
+    frame = texts(table, table_cells(table, paper))
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
-        rows=len(table.rows),
+        rows=len(table.labels),
         plotly=get_plotlyjs(),
-        notes="".join(f"<li>{escape(note)}</li>" for note in every if note),
-        quality=_quality(table, drawn),
+        notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *sources(frame)]),
+        quality=_quality(table, measure),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
         table=_table(frame, len(table.settings)),
     )
@@ -102,9 +97,9 @@ def _quality(table: Table, measure: str) -> str:
         return ""
     frame["method"] = frame["method"].map(escape)
     frame["text"] = [
-        f"{escape(point.name)}<br>{table.shown(row, measure)}<br>{point.minutes:.1f} min, "
-        f"{point.memory / 1e9:.2f} GB at the peak"
-        for row, point in zip(frame.index, frame.itertuples(index=False), strict=True)
+        f"{escape(point['name'])}<br>{table.shown(row, measure)}<br>{point['minutes']:.1f} min, "
+        f"{point['memory'] / 1e9:.2f} GB at the peak"
+        for row, point in frame.iterrows()
     ]
     figure = px.scatter(
         frame,
@@ -129,11 +124,13 @@ def _quality(table: Table, measure: str) -> str:
         hoverinfo="skip",
     )
     kind = table.kinds[measure]
+    styles = cycle(("dash", "dashdot", "dot"))
     for label, value in dense_lines(table, measure, frame.index).items():
         figure.add_hline(
             value,
-            line={"dash": "dash", "width": 1, "color": "grey"},
-            annotation={"text": escape(f"{label}: {number(value, kind)}"), "showarrow": False},
+            name=escape(f"{label}: {number(value, kind)}"),
+            showlegend=True,
+            line={"dash": next(styles), "width": 1, "color": "grey"},
         )
     form = ".0%" if kind in ("accuracy", "share") else ""
     figure.update_yaxes(title_text=escape(table.heading(measure)), tickformat=form)

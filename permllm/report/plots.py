@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.table import DENSE, Table
+from permllm.report.gaps import DENSE
+from permllm.report.table import DENSE_ROW, Table, shared_value
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
+# Kinds of measures that can be drawn over minutes, and gaps.
+_DRAWN = ("perplexity", "accuracy")
 _CORNER = 64  # rows and channels of a mask that are drawn
 # A legend beside the axes hides no point.
 _LEGEND: Any = {
@@ -57,11 +60,8 @@ def drawn_measure(table: Table, measure: str | None) -> str:
 
     Raises ConfigError if no row has the measure.
     """
-    valid = [
-        name
-        for name in table.measures
-        if name in table.gaps or table.kinds[name] in ("perplexity", "accuracy")
-    ]
+    kinds = {name: table.kinds[name] for name in table.measures}
+    valid = [name for name in kinds if name in table.gaps or kinds[name] in _DRAWN]
     name = measure or table.main()
     if name is None or name not in valid:
         raise ConfigError(
@@ -81,51 +81,51 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
         is as good in as few minutes.
     """
-    names = table.names()
+    runs = table.frame.groupby("row")
+    fastest = runs["minutes"].idxmin()
+    dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
+    peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
+    peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
     varying = [name for name in ("model", "pruner") if table.labels[name].nunique() > 1]
-    lines = {}
-    for row, members in enumerate(table.rows):
-        if _why_undrawn(table, row, measure):
-            continue
-        fastest = table.runs[int(table.frame["minutes"][members].idxmin())]
-        alike = [
-            metrics
-            for metrics in (table.runs[run].metrics for run in members)
-            if metrics.get("compute_dtype") == fastest.metrics.get("compute_dtype")
-        ]
-        settings = [table.label(row, name) for name in varying]
-        lines[row] = {
-            "name": names[row],
-            "method": ", ".join([*settings, table.first(row).methods]),
-            "minutes": fastest.minutes,
-            "value": table.means.at[row, measure],
-            "error": table.error(row, measure) or 0.0,
-            "memory": max(metrics["peak_memory_bytes"] for metrics in alike),
+    methods = []
+    for row in table.labels.index:
+        methods.append(", ".join([*table.labels.loc[row, varying], table.first(row).methods]))
+    frame = pd.DataFrame(
+        {
+            "name": table.names(),
+            "method": methods,
+            "minutes": runs["minutes"].min(),
+            "value": table.means[measure].drop(DENSE_ROW, errors="ignore"),
+            "error": table.errors[measure].drop(DENSE_ROW, errors="ignore").fillna(0.0),
+            "memory": peaks.groupby(table.frame["row"]).max(),
         }
-    frame = pd.DataFrame.from_dict(lines, orient="index")
-    if lines:
-        sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
-        ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
-        frame["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
-    return frame
+    )
+    frame = frame[_why_undrawn(table, measure) == ""]
+    sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
+    ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
+    best = ordered["badness"].cummin().shift(fill_value=math.inf)
+    return frame.assign(front=ordered["badness"] < best)
 
 
 def undrawn(table: Table, measure: str) -> list[str]:
     """Return a line for each reason why rows have no point, with the names of the rows."""
-    rows: dict[str, list[str]] = {}
-    for row, name in enumerate(table.names()):
-        if reason := _why_undrawn(table, row, measure):
-            rows.setdefault(reason, []).append(name)
-    return [f"not drawn, {reason}: {'; '.join(names)}" for reason, names in rows.items()]
+    reasons = _why_undrawn(table, measure)
+    names = pd.Series(table.names())
+    return [
+        f"not drawn, {reason}: {'; '.join(names[reasons == reason])}"
+        for reason in reasons.unique()
+        if reason
+    ]
 
 
-def _why_undrawn(table: Table, row: int, measure: str) -> str:
-    """Return the reason why a row has no point; empty: it has one."""
-    if table.label(row, "permutation") == "from_file":
-        return "because their minutes lack those of the permutation"
-    if not math.isfinite(table.means.at[row, measure]):
-        return f"because they have no finite {measure}"
-    return ""
+def _why_undrawn(table: Table, measure: str) -> pd.Series:
+    """Return the reason why a row has no point, by row; empty: it has one."""
+    reasons = pd.Series("", table.labels.index)
+    finite = np.isfinite(table.means.loc[reasons.index, measure])
+    reasons[~finite] = f"because they have no finite {measure}"
+    of_file = table.labels["permutation"] == "from_file"
+    reasons[of_file] = "because their minutes lack those of the permutation"
+    return reasons
 
 
 def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
@@ -139,27 +139,24 @@ def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
         rows: rows with a point.
     """
     lines = {}
-    models = table.labels["model"].loc[rows]
-    for model, alike in models.groupby(models):
-        runs = [run for row in alike.index for run in table.rows[row]]
-        values = table.frame.reindex(columns=[f"{DENSE}{measure}"]).loc[runs].squeeze(axis=1)
-        # Machines differ in the order of sums.
-        if math.isfinite(values.iloc[0]) and np.isclose(values, values.iloc[0], rtol=1e-4).all():
-            label = "dense" if models.nunique() == 1 else f"dense, {model}"
-            lines[label] = float(values.iloc[0])
+    frame = table.frame[table.frame["row"].isin(rows)].reindex(columns=["model", DENSE + measure])
+    for model, values in frame.groupby("model")[DENSE + measure]:
+        value = shared_value(values)
+        if value is not None:
+            lines["dense" if frame["model"].nunique() == 1 else f"dense, {model}"] = value
     return lines
 
 
-def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
-    """Draw quality over minutes, with a point for each row whose area is the peak memory.
+def plot_cost(table: Table, file: Path, name: str) -> None:
+    """Draw a measure over minutes, with a point for each row whose area is the peak memory.
 
-    Raises ConfigError if no row has the measure, or the picture cannot be written.
+    Raises ConfigError if no row has a point, or the picture cannot be written.
     """
-    name = drawn_measure(table, measure)
     frame = points(table, name)
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
     front = frame[frame["front"]].sort_values("minutes")
+    frame["area"] = 30 + 150 * frame["memory"] / max(1, frame["memory"].max())
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
         axis.step(
@@ -170,29 +167,20 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
             color="grey",
             label="Pareto front",
         )
-        frame["area"] = 30 + 150 * frame["memory"] / max(1, frame["memory"].max())
-        methods = frame.sort_values("minutes").groupby("method", sort=False)
         axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-        for method, some in methods:
-            axis.scatter(some["minutes"], some["value"], some["area"], label=method, alpha=0.8)
+        for method, rows in frame.sort_values("minutes").groupby("method", sort=False):
+            axis.scatter(rows["minutes"], rows["value"], rows["area"], label=method, alpha=0.8)
         styles = cycle(("--", "-.", ":"))
         for label, value in dense_lines(table, name, frame.index).items():
             axis.axhline(value, linestyle=next(styles), color="grey", linewidth=1, label=label)
         axis.margins(x=0.15, y=0.1)
-        logarithmic = [axis.xaxis]
-        if table.kinds[name] == "perplexity":
-            logarithmic.append(axis.yaxis)
-        for scale in logarithmic:
-            axis.set(**{f"{scale.axis_name}scale": "log"})
-            scale.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
-            scale.set_major_formatter("{x:g}")
+        axis.set(xscale="log", xlabel=f"{MINUTES} (area: peak of memory)")
+        axis.set_ylabel(table.heading(name))
+        axis.xaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         if table.kinds[name] == "share":
             axis.yaxis.set_major_formatter("{x:.0%}")
-        labels = table.labels.loc[frame.index].filter(["model", "sparsity"])
-        shared = [values.iloc[0] for _, values in labels.items() if values.nunique() == 1]
-        axis.set_title(", ".join(shared), fontsize="medium")
-        axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
         axis.grid(alpha=0.3)
         axis.legend(**_LEGEND)
 
@@ -202,14 +190,15 @@ def plot_curves(table: Table, file: Path) -> None:
 
     Raises ConfigError if no run has learned, or the picture cannot be written.
     """
-    runs = [table.first(row) for row in table.labels.index]
-    if not any(run.history for run in runs):
+    histories = [table.first(row).history for row in table.labels.index]
+    if not any(histories):
         raise ConfigError(f"{file}: no run has a history of losses")
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(7, 4))
-        for name, run in zip(table.names(), runs, strict=True):
-            if losses := [entry.get("loss", math.nan) for entry in run.history]:
-                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name[:48])
+        for name, history in zip(table.names(), histories, strict=True):
+            if history:
+                losses = [entry.get("loss", math.nan) for entry in history]
+                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
         axis.legend(**_LEGEND)
@@ -221,8 +210,8 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
     Args:
         table: table of the runs.
         file: file of the picture.
-        linear: path of the linear, such as `model.layers.0.mlp.down_proj`; None: the first linear
-            of the middle layer.
+        linear: path of the linear, such as `model.layers.0.mlp.down_proj`; None: one of the middle
+            layer.
 
     Raises:
         ConfigError: no run has masks, the linear does not exist, or the picture cannot be written.
@@ -236,12 +225,10 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
         masks_file = table.first(row).directory / MASKS
         if masks_file.is_file():
             masks = load_masks(masks_file)
-            first_of_layer = {_layer(name): name for name in sorted(masks, reverse=True)}
-            layers = sorted(first_of_layer)
-            path = linear or first_of_layer[layers[len(layers) // 2]]
+            names = sorted(masks, key=_layer)
+            path = linear or names[len(names) // 2]
             if path not in masks:
-                first = first_of_layer[layers[0]]
-                raise ConfigError(f"--linear {path}: {masks_file} has {first}, ...")
+                raise ConfigError(f"--linear {path}: {masks_file} has {names[0]}, ...")
             corners.append((title, masks[path].numpy()[:_CORNER, :_CORNER]))
     if not corners:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.report.measures import Key, Measure, measured, method_of, plain, pruning_minutes
+from permllm.report.measures import Measure, method_of, plain, pruning_minutes, run_measures
 from permllm.settings.config import flatten
 from permllm.settings.identity import identity_of
 from permllm.store.files import (
@@ -55,8 +54,7 @@ class Run:
         identity: settings that determine the pruned model, as one level.
         methods: text of the methods (`method_of`).
         minutes: those of `pruning_minutes`.
-        sparse: measures of the pruned model.
-        dense: measures of the dense model.
+        measures: measures of the pruned model (`sparse`) and of the dense model (`dense`).
     """
 
     directory: Path
@@ -68,8 +66,7 @@ class Run:
     identity: dict[str, Any] = field(init=False)
     methods: str = field(init=False)
     minutes: float = field(init=False)
-    sparse: dict[Key, Measure] = field(init=False)
-    dense: dict[Key, Measure] = field(init=False)
+    measures: dict[str, list[Measure]] = field(init=False)
 
     def __post_init__(self) -> None:
         """Check the run and compute all that tables read of it.
@@ -77,25 +74,26 @@ class Run:
         Raises DataError if the run is not finished or has another version, and one of `LACKS` if a
         value is missing or wrong, so that no table has to check a run again.
         """
-        config = self.config
-        metrics = self.metrics
-        version = metrics["schema_version"]
+        version = self.metrics["schema_version"]
         if version != SCHEMA_VERSION:
             raise DataError(f"schema_version={version}: expected {SCHEMA_VERSION}")
-        status = metrics["status"]
+        status = self.metrics["status"]
         if status != "finished":
             raise DataError(f"not finished ({status}); the same command continues it")
-        present = flatten({"config": config, "metrics": metrics})
+        present = flatten({"config": self.config, "metrics": self.metrics})
         for name in _READ:
             if name not in present:
                 raise KeyError(name)
-        flat = flatten(identity_of(config))
-        self.identity = {key: value for key, value in flat.items() if key not in _NO_SETTING}
-        self.methods = method_of(config)
-        self.minutes = pruning_minutes(metrics["seconds"])
-        model = str(config["model"]["name"])
-        self.sparse = measured(metrics, self.evaluations, model, "sparse")
-        self.dense = measured(metrics, self.evaluations, model, "dense")
+        self.identity = flatten(identity_of(self.config))
+        for name in _NO_SETTING:
+            self.identity.pop(name, None)
+        self.methods = method_of(self.config)
+        self.minutes = pruning_minutes(self.metrics["seconds"])
+        model = str(self.config["model"]["name"])
+        self.measures = {
+            which: run_measures(self.metrics, self.evaluations, model, which)
+            for which in ("sparse", "dense")
+        }
 
     def key(self, *spared: str) -> str:
         """Return a text that is equal for runs with the same identity but for `spared` settings."""
@@ -114,28 +112,17 @@ class Run:
         return settings
 
 
-@dataclass
+@dataclass(frozen=True)
 class Collection:
     """Runs that a reader has found.
 
     Attributes:
-        runs: finished runs, one for each identity.
+        runs: finished runs.
         notes: a line for each run that is left out.
     """
 
-    runs: list[Run] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    _keys: dict[str, Path] = field(default_factory=dict)
-
-    def add(self, run: Run) -> None:
-        """Add a run, unless there is one with the same settings."""
-        first = self._keys.setdefault(run.key(), run.directory)
-        if first is run.directory:
-            self.runs.append(run)
-        else:
-            self.notes.append(
-                f"{run.directory} has the same settings as {first}: not counted again"
-            )
+    runs: list[Run]
+    notes: list[str]
 
 
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
@@ -154,55 +141,51 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     from permllm.store import sweep  # imports Hydra
 
     places = list(places)
-    collection = Collection()
-    for place in places:
-        if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
+    files = {place for place in places if place.suffix == LINES and place.is_file()}
+    folders = [place for place in places if place not in files]
+    notes = []
+    for place in [*folders]:
+        if not place.is_dir():
             raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
-    folders = [place for place in places if place.is_dir()]
-    for job in [job for place in folders for job in sweep.read_outcomes(place)]:
-        if job.directory and Path(job.directory).is_dir():
-            folders.append(Path(job.directory))
-        else:
-            reason = job.reason or f"its directory {job.directory or ''} is gone"
-            outcome = "failed" if job.outcome == "failed" else "skipped"
-            collection.notes.append(f"{outcome} {' '.join(job.overrides)}: {reason}")
-    files = {place for place in places if place.is_file()}
+        for job in sweep.read_outcomes(place):
+            if job.directory and Path(job.directory).is_dir():
+                folders.append(Path(job.directory))
+            else:
+                reason = job.reason or f"its directory {job.directory} is gone"
+                notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
-    if not files and not collection.notes:
-        raise ConfigError(_nothing_below(places))
+    runs = []
     for file in sorted(files):
-        for place, read in _places(file):
+        for place, read in _readers(file):
             try:
-                run = read()
+                runs.append(read())
             except DataError as error:
-                collection.notes.append(f"skipped {place}: {error}")
+                notes.append(f"skipped {place}: {error}")
             except LACKS as error:
-                collection.notes.append(f"skipped {place}: {lacking(error)}")
-            else:
-                if apart:
-                    collection.runs.append(run)
-                else:
-                    collection.add(run)
-    if not collection.runs:
-        raise ConfigError("; ".join(["no finished run is among them", *collection.notes]))
-    return collection
+                notes.append(f"skipped {place}: {lacking(error)}")
+    if not apart:
+        runs = without_repeated(runs, notes)
+    if not runs:
+        below = ", ".join(map(str, places))
+        expected = f"expected directories with a {METRICS}, sweeps, or files of records"
+        raise ConfigError("; ".join([f"no finished run below {below}: {expected}", *notes]))
+    return Collection(runs, notes)
 
 
-def _nothing_below(places: list[Path]) -> str:
-    """Return the message for places without a run, with the folders and files to name instead."""
-    sweeps = {file.parents[1] for place in places for file in place.rglob("jobs/*.json")}
-    records = {
-        file for place in places for file in place.rglob(f"*{LINES}") if file.name != HISTORY
-    }
-    below = ", ".join(map(str, places))
-    if others := (sweeps | records) - {*places}:
-        names = ", ".join(map(str, sorted(others)))
-        return f"no runs below {below}. Name one of its sweeps or files of records: {names}"
-    return f"no runs below {below}: expected directories with a {METRICS}"
+def without_repeated(runs: Iterable[Run], notes: list[str]) -> list[Run]:
+    """Return the first run of each identity, and add a line to the notes for each other run."""
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        first = firsts.setdefault(run.key(), run)
+        if first is not run:
+            notes.append(
+                f"{run.directory} has the same settings as {first.directory}: not counted again"
+            )
+    return [*firsts.values()]
 
 
-def _places(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
+def _readers(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
     """Yield the place of each run of a file, and the function that reads it.
 
     Args:
@@ -259,33 +242,32 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
             have the same name, or there is no run.
     """
     collection = collect(places, apart=True)
-    names = [run.directory.absolute().name for run in collection.runs]  # Path(".").name is empty
     if file.suffix != LINES:
         raise ConfigError(f"--jsonl {file}: expected a file whose name ends in {LINES}")
     if collection.notes:
         raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"--jsonl {file}: {count} of the runs have the name {name}")
-    lines = dict(sorted(zip(names, map(_line, collection.runs), strict=True)))
-    write_text(
-        file, "".join(json.dumps({"run": name} | line) + "\n" for name, line in lines.items())
-    )
-    return [*lines]
+    lines: dict[str, str] = {}
+    for run in collection.runs:
+        name = run.directory.absolute().name  # Path(".").name is empty
+        if name in lines:
+            raise ConfigError(f"--jsonl {file}: several of the runs have the name {name}")
+        lines[name] = json.dumps({"run": name} | _line(run)) + "\n"
+    names = sorted(lines)
+    write_text(file, "".join(lines[name] for name in names))
+    return names
 
 
 def _line(run: Run) -> dict[str, Any]:
     """Return the values of a record but its name."""
     of_machine = ("runs_dir", "run_dir", "paths")
-    config = {key: value for key, value in run.config.items() if key not in of_machine}
     environment = dict(run.environment)
     if "command" in environment:
         words = environment["command"].split()
         environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
-    optional = {"environment": environment, "history": run.history}
     return {
-        "config": config,
+        "config": {key: value for key, value in run.config.items() if key not in of_machine},
         "metrics": run.metrics,
         "evaluations": run.evaluations,
-        **{key: value for key, value in optional.items() if value},
+        "environment": environment,
+        "history": run.history,
     }

@@ -26,11 +26,11 @@ from typing import Any
 
 from permllm.command import Answer
 from permllm.errors import ConfigError, DataError
-from permllm.report.compare import TABLES
-from permllm.report.read import LACKS, Collection, Run
-from permllm.report.render import beside, cells, markdown, records
-from permllm.report.results_command import BASELINE, PAPER, PLACES, found_in, note
-from permllm.report.table import Table
+from permllm.report.published import TABLES, Comparison
+from permllm.report.read import LACKS, Run, collect, without_repeated
+from permllm.report.render import markdown, records, table_cells, texts
+from permllm.report.results_command import BASELINE, PAPER, PLACES, note
+from permllm.report.table import Table, table_of
 from permllm.settings.identity import evaluation_of
 from permllm.store.files import write_text
 
@@ -77,30 +77,31 @@ def work(options: argparse.Namespace) -> Answer:
         return _of_wandb(options)
     if options.wandb or not options.places or not file:
         raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
-    collection = found_in(options.places)
-    table = Table(collection.runs, options.baseline)
     # The libraries for drawing take seconds to import.
-    if file == options.to and file.suffix == ".html":
-        from permllm.report.page import page
-        from permllm.report.plots import drawn_measure, undrawn
+    from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
 
-        note(undrawn(table, drawn_measure(table, options.measure)))
-        paper = beside(options.paper, table)
-        write_text(file, page(table, collection.notes, paper, options.measure))
-    else:
-        from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
+    collection = collect(options.places)
+    table = table_of(collection.runs, options.baseline)
+    notes = [*collection.notes, *table.notes]
+    if options.to:
+        measure = drawn_measure(table, options.measure)
+        notes += undrawn(table, measure)
+        if file.suffix == ".html":
+            from permllm.report.page import page
 
-        note(table.notes)
-        if options.to:
-            note(undrawn(table, drawn_measure(table, options.measure)))
-            plot_cost(table, file, options.measure)
-        elif options.curves:
-            plot_curves(table, file)
+            paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
+            notes += paper.notes if paper else []
+            write_text(file, page(table, notes, measure, paper))
         else:
-            plot_masks(table, file, options.linear)
+            plot_cost(table, file, measure)
+    elif options.curves:
+        plot_curves(table, file)
+    else:
+        plot_masks(table, file, options.linear)
+    note(notes)
     runs = len(table.runs)
     size = file.stat().st_size
-    answer = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
+    answer = {"file": str(file), "runs": runs, "rows": len(table.labels), "bytes": size}
     return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
 
 
@@ -114,28 +115,30 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
         entity = options.entity or api.default_entity
         project = f"{entity}/{options.wandb}" if entity else options.wandb
         logged = list(api.runs(project, order="-created_at"))
-    collection = Collection()
-    # The newest run comes first, and counts if the same run was done again with force=true.
+    runs = []
+    notes: list[str] = []
     for run in logged:
         if any(fnmatchcase(run.group or "", pattern) for pattern in groups):
             try:
-                collection.add(as_run(run))
+                runs.append(as_run(run))
             except (DataError, *LACKS) as error:  # perhaps a run of another program
-                collection.notes.append(f"skipped {run.name} ({run.id}): {error}")
-    note(collection.notes)
-    if not collection.runs:
+                notes.append(f"skipped {run.name} ({run.id}): {error}")
+    # The newest run comes first, and counts if the same run was done again with force=true.
+    runs = without_repeated(runs, notes)
+    note(notes)
+    if not runs:
         valid = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
         raise ConfigError(
             f"--group {' or '.join(groups)}: no finished run; groups are {valid}, or * for all"
         )
-    table = Table(collection.runs)
-    paper = beside(options.table, table)
-    text = markdown(cells(table, paper))
+    table = table_of(runs)
+    paper = Comparison(options.table, table.labels["model"])
+    cells = table_cells(table, paper)
+    text = markdown(texts(table, cells))
     url = _published(table, text, options, entity) if options.publish else None
-    if paper and paper.note:
-        note([paper.note])
+    note(paper.notes)
     shown = text if url is None else f"{text}{url}\n"
-    return Answer({"rows": records(table, paper), "url": url}, lambda: print(shown, end=""))
+    return Answer({"rows": records(table, cells), "url": url}, lambda: print(shown, end=""))
 
 
 @contextmanager

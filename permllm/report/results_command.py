@@ -14,10 +14,18 @@ from pathlib import Path
 import pandas as pd
 
 from permllm.command import Answer
-from permllm.report.compare import TABLES, differences
-from permllm.report.read import Collection, collect, keep_runs
-from permllm.report.render import FORMATS, as_text, beside, cells, compared, records, sources
-from permllm.report.table import Table
+from permllm.report.compare import differences
+from permllm.report.published import TABLES, Comparison
+from permllm.report.read import collect, keep_runs
+from permllm.report.render import (
+    FORMATS,
+    as_text,
+    records,
+    sources,
+    table_cells,
+    texts,
+)
+from permllm.report.table import find, table_of
 
 PLACES = "run directories, folders with run directories, or files of records"
 BASELINE = "compare with the row that has these settings"
@@ -53,35 +61,25 @@ def work(options: argparse.Namespace) -> Answer:
         answer = {"file": str(options.jsonl), "runs": names}
         return Answer(answer, lambda: print(f"{options.jsonl}: {len(names)} runs"))
     options.json = options.json or options.format == "json"
-    table = Table(found_in(options.places).runs, options.baseline)
-    paper = beside(options.paper, table)
+    collection = collect(options.places)
+    table = table_of(collection.runs, options.baseline)
+    paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
     table.show(options.columns, options.measures)
-    note(table.notes)
-    if paper and paper.note:
-        note([paper.note])
+    note([*collection.notes, *table.notes, *(paper.notes if paper else [])])
     if options.compare:
-        first, second = [table.find(text, "--compare") for text in options.compare]
+        first, second = [find(table.labels, text, "--compare") for text in options.compare]
         measures = differences(table, first, second)
-        return Answer(
-            measures, lambda: _show(compared(measures, options.compare), options.format, 1)
-        )
-    # Intervals take seconds, so that only one of the two forms is computed.
-    lines = records(table, paper) if options.json else []
-    words = len(table.settings)
-    return Answer(lines, lambda: _show(cells(table, paper), options.format, words))
+        frame = pd.DataFrame(measures, columns=["measure", "first", "second", "change", "over"])
+        frame = frame.set_axis(["measure", *options.compare, "difference", "over"], axis=1)
+        return Answer(measures, lambda: _show(frame, options.format))
+    cells = table_cells(table, paper)
+    return Answer(records(table, cells), lambda: _show(texts(table, cells), options.format))
 
 
-def _show(frame: pd.DataFrame, format: str, words: int) -> None:
+def _show(frame: pd.DataFrame, format: str) -> None:
     """Print a frame as `as_text` makes it, and the sources of its uncertainties on stderr."""
-    print(as_text(frame, format, words), end="")
+    print(as_text(frame, format), end="")
     note(sources(frame))
-
-
-def found_in(places: list[Path]) -> Collection:
-    """Return the runs in some places, and print notes on stderr. Errors as `collect`."""
-    collection = collect(places)
-    note(collection.notes)
-    return collection
 
 
 def note(lines: list[str]) -> None:

@@ -24,7 +24,7 @@ from permllm.errors import ConfigError
 from permllm.report.plots import dense_lines, plot_masks, points
 from permllm.report.read import collect
 from permllm.report.report_command import as_run
-from permllm.report.table import Table
+from permllm.report.table import DENSE_ROW, Table, table_of
 from permllm.settings.config import flatten
 from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
 
@@ -38,8 +38,8 @@ ARGUMENTS = [
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
-def table_of(*folders: Path) -> Table:
-    return Table(collect(folders).runs)
+def table_below(*folders: Path) -> Table:
+    return table_of(collect(folders).runs)
 
 
 def write_masks(folder: Path, layers: int = 5, rows: int = 24, channels: int = 32) -> None:
@@ -52,10 +52,10 @@ def write_masks(folder: Path, layers: int = 5, rows: int = 24, channels: int = 3
 
 
 def test_rows_are_named_by_what_is_shown_of_them(tmp_path: Path) -> None:
-    assert table_of(THREE_RUNS).names() == ["none", "heuristic", "lcp"]
+    assert table_below(THREE_RUNS).names() == ["none", "heuristic", "lcp"]
     make_run(tmp_path / "a", block_size=32)
     make_run(tmp_path / "b", permutation="none", mask={"name": "score"})
-    assert table_of(tmp_path).names() == ["none, score, block_size=64", "lcp, block_size=32"]
+    assert table_below(tmp_path).names() == ["none, score, block_size=64", "lcp, block_size=32"]
 
 
 def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     make_run(tmp_path / "slow", 50.0, permutation="heuristic", seconds={"permute": 50.0})
     make_run(tmp_path / "from_file", 20.0, permutation="from_file")
     make_run(tmp_path / "infinite", float("inf"), permutation="other")
-    found = points(table_of(tmp_path), PERPLEXITY).set_index("name")
+    found = points(table_below(tmp_path), PERPLEXITY).set_index("name")
     assert set(found.index) == {"lcp", "none", "heuristic"}
     lcp = found.loc["lcp"]  # minutes are those of the faster seed
     assert (lcp["minutes"], lcp["value"], lcp["memory"]) == (10.0, 21.0, 8)
@@ -103,8 +103,8 @@ def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
             texts = {"wikitext2": {"dense": dense, "sparse": value}}
             folder = tmp_path / model / name
             make_run(folder, 0.0, evaluation(texts), permutation=name, model=model)
-    table = table_of(tmp_path)
-    assert table.dense == {}
+    table = table_below(tmp_path)
+    assert DENSE_ROW not in table.means.index
     both = dense_lines(table, PERPLEXITY, table.labels.index)
     assert both == {"dense, a": 9.0, "dense, b": 12.0}
     of_b = table.labels.index[table.labels["model"] == "b"]
@@ -117,7 +117,7 @@ def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
         assert "dense, b" in text
     other = {"wikitext2": {"dense": 13.0, "sparse": 20.0}}
     make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
-    table = table_of(tmp_path)
+    table = table_below(tmp_path)
     assert [*dense_lines(table, PERPLEXITY, table.labels.index)] == ["dense, a"]
 
 
@@ -145,7 +145,7 @@ def test_pictures_have_the_format_of_a_suffix(
 
 def test_masks_are_those_of_the_run(tmp_path: Path) -> None:
     write_masks(make_run(tmp_path / "a"))
-    table = table_of(tmp_path)
+    table = table_below(tmp_path)
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
     assert caption in (tmp_path / "masks.svg").read_text()
@@ -281,7 +281,7 @@ def test_a_table_of_wandb_is_that_of_the_runs(
     found = {tuple(row["settings"].values()): row["measures"] for row in rows}
     assert "note: skipped crashed (crashed): not finished (crashed)" in printed.err
     assert "note: run0 has the same settings as run1: not counted again" in printed.err
-    assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]
+    assert [found[name,][PERPLEXITY]["value"] for name in ("none", "lcp")] == [None, 30.0]
     assert "note: skipped strange" in printed.err
     assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
     assert (

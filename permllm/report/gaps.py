@@ -1,0 +1,106 @@
+"""Share of the gap between unpermuted and dense model that runs close."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from permllm.report.measures import FP8, METHODS, PERPLEXITY
+
+# Beginning of the names of the dense model's measures.
+DENSE = "dense: "
+GAP = "gap closed"
+_STATISTICS = "calibration.statistics"
+# Settings that belong to a method. The row from which a gap is measured may have other values.
+_OF_METHODS = {
+    "method",
+    *METHODS,
+    "temperature",
+    "block_size",
+    _STATISTICS,
+    "inputs.permutation.path",
+}
+# Names of the settings that distinguish two models.
+_OF_MODEL = r"^(model|model\.(hub_name|revision|architecture).*|inputs\.model\.path)$"
+
+
+def start_rows(labels: pd.DataFrame, unpermuted: set[int], baseline: int | None) -> dict[int, int]:
+    """Return the row from which each row's gap is measured; some rows have none.
+
+    It is the baseline for all rows of its model. Without a baseline it is the unpermuted row with
+    the same other settings, if possible with the same statistics.
+    """
+    if baseline is not None:
+        models = labels.filter(regex=_OF_MODEL)
+        same = (models == models.loc[baseline]).all(axis=1)
+        return dict.fromkeys(labels.index[same], baseline)
+    others = [name for name in labels if not {name, name.split(".")[0]} & _OF_METHODS]
+    starts: dict[int, int] = {}
+    for names in (others, [*others, *labels.columns.intersection([_STATISTICS])]):
+        for rows in labels.groupby(names).groups.values():
+            bases = [row for row in rows if row in unpermuted]
+            if bases:
+                starts |= dict.fromkeys(rows, bases[0])
+    return starts | {row: row for row in unpermuted}
+
+
+def several_starts(labels: pd.DataFrame, starts: dict[int, int]) -> bool:
+    """Tell if gaps of one model and one pattern are measured from several rows."""
+    rows = labels.loc[[*starts]].assign(start=starts.values())
+    models = [*rows.filter(regex=_OF_MODEL), "sparsity"]
+    return bool((rows.groupby(models)["start"].nunique() > 1).any())
+
+
+def closed_gaps(
+    frame: pd.DataFrame, starts: dict[int, int], perplexities: list[str]
+) -> pd.DataFrame:
+    """Return the gap closed of each run in each perplexity that has a gap.
+
+    Start and dense model have one number for each text, the mean of the logarithm over all seeds of
+    the start's row, so that each run is measured from the same number, whatever its seed.
+    """
+    values = np.log(frame[perplexities])
+    dense = np.log(frame.reindex(columns=[f"{DENSE}{name}" for name in perplexities]))
+    start = frame["row"].map(starts)
+    bases = row_means(values, frame["row"]).reindex(start).set_axis(frame.index)
+    dense_bases = row_means(dense, frame["row"]).reindex(start).set_axis(frame.index)
+    closed = gap_closed(values, bases, dense_bases.set_axis(perplexities, axis=1))
+    return closed.dropna(axis=1, how="all")
+
+
+def gap_closed(values: Any, start: Any, dense: Any) -> Any:
+    """Return the gap closed, `(start - values) / (start - dense)`, of log-perplexities.
+
+    The gap is NaN if a perplexity is not finite, or if the start is as good as the dense model.
+    """
+    whole = start - dense
+    closed = (start - values) / whole.where((whole > 0) & np.isfinite(whole))
+    return closed.where(np.isfinite(closed))
+
+
+def row_means(values: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
+    """Return means over the runs of each row; NaN: a run of the row lacks the value."""
+    grouped = values.groupby(rows)
+    return grouped.mean().where(grouped.count().eq(grouped.size(), axis=0))
+
+
+def texts_of_gaps(closed: pd.DataFrame) -> dict[str, list[str]]:
+    """Return for each measure of a gap the perplexities over which it is the mean.
+
+    These are the gap over the texts that all rows with a gap have, and if there are several texts,
+    the gap in each of them.
+    """
+    common = closed.columns[closed.dropna(how="all").notna().all()]
+    gaps = {}
+    for ending in ("", FP8):
+        # A text with two window lengths counts once.
+        texts = {
+            name.partition(PERPLEXITY)[0]: name
+            for name in common
+            if name.endswith(FP8) == bool(ending)
+        }
+        if texts:
+            gaps[GAP + ending] = [*texts.values()]
+    if len(closed.columns) > 1:
+        gaps |= {name.replace(PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
+    return gaps

@@ -1,0 +1,113 @@
+"""The paper's published numbers beside ours."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from permllm.errors import ConfigError
+from permllm.report.measures import FP8, Measure, method_of, setting_text
+from permllm.settings.config import flatten
+
+# The paper's tables.
+TABLES = [f"table{number}" for number in range(1, 9)]
+# Rows of the paper's tables. Columns of settings have our names; an empty text fits any value.
+_FILE = Path(__file__).parent / "published.csv"
+_TEXT = "calibration.dataset"
+_SETTINGS = {
+    *("sparsity", "pruner.name", "permutation.name", _TEXT, "block_size"),
+    *("permutation.sinkhorn_iterations", "permutation.last_layers"),
+}
+# Model whose numbers are shown if a table of the paper does not have ours.
+_STAND_IN = "llama-2-7b"
+_PERPLEXITY = "wikitext2_ppl"
+
+
+def published(table: str) -> pd.DataFrame:
+    """Return the rows of the file for one table of the paper, one of `TABLES`."""
+    rows = pd.read_csv(_FILE, keep_default_na=False, dtype=dict.fromkeys(_SETTINGS, str))
+    return rows[rows["table"] == TABLES.index(table) + 1]
+
+
+class Comparison:
+    """Finder of the paper's number for a run of ours.
+
+    If the table does not have our single model, the numbers belong to another model. `notes` says
+    so, and any perplexity of ours is compared with the paper's perplexity on WikiText-2.
+
+    Args:
+        name: name of a table of the paper.
+        models: our models.
+
+    Raises:
+        ConfigError: our runs have several models, and the paper's table does not have all of them.
+    """
+
+    def __init__(self, name: str, models: Iterable[str]) -> None:
+        self._rows = published(name)
+        ours = sorted({*models})
+        missing = [model for model in ours if model not in {*self._rows["model"]}]
+        if missing and len(ours) > 1:
+            raise ConfigError(
+                f"--paper: the table does not have {', '.join(missing)}: expected runs of one "
+                f"model, or of {', '.join(self._rows['model'].unique())}"
+            )
+        self.same_model = not missing
+        self.notes: list[str] = []
+        self.heading = "paper"
+        if missing:
+            stand_in = self._rows[self._rows["model"] == _STAND_IN]
+            self._rows = stand_in if len(stand_in) else self._rows
+            model = self._rows["model"].iloc[0]
+            self._rows = self._rows[self._rows["model"] == model].assign(model=missing[0])
+            if {*self._rows[_TEXT]} <= {"", "c4"}:  # the texts differ, as the note says
+                self._rows[_TEXT] = ""
+            self.notes.append(
+                f"The paper's numbers belong to {model} and the paper's protocol, ours to "
+                f"{missing[0]}. Compare the order of the rows, not the values."
+            )
+            self.heading = f"paper, {model}"
+        elif len(ours) == 1:
+            self.heading = f"paper, {ours[0]}"
+            self._rows = self._rows[self._rows["model"] == ours[0]]
+
+    def value(
+        self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
+    ) -> float | None:
+        """Return the paper's number for a measure of a run; None: there is none."""
+        settings = flatten(dict(config))
+        permutation = settings["permutation.name"]
+        foldable = settings.get("permutation.constraint", "free") != "free"
+        if foldable or method_of(config) != permutation:
+            return None
+        if settings.get("keep_dense") or settings.get("sparsity_of"):
+            return None
+        if ours and ((ours.limited and self.same_model) or not self._has_tasks(ours)):
+            return None
+        settings["permutation.name"] = permutation.removesuffix("-paper")
+        rows = self._rows[self._rows["model"] == settings["model.name"]]
+        for name in settings.keys() & _SETTINGS:
+            rows = rows[rows[name].isin(["", setting_text(settings[name])])]
+        return self._number(rows, measure)
+
+    def dense(self, measure: str) -> float | None:
+        """Return the paper's number of the dense model; None: there are several models."""
+        rows = self._rows[self._rows["method"] == "dense"]
+        return self._number(rows, measure) if rows["model"].nunique() == 1 else None
+
+    def _number(self, rows: pd.DataFrame, measure: str) -> float | None:
+        """Return the number of a measure in the first of some rows; None: there is none."""
+        same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
+        metric = f"{measure.removesuffix(' acc')}_acc"
+        if "perplexity" in measure and same and FP8 not in measure:
+            metric = _PERPLEXITY
+        rows = rows[rows["metric"] == metric]
+        scale = 1 if metric == _PERPLEXITY else 100
+        return float(rows["value"].iloc[0]) / scale if len(rows) else None
+
+    def _has_tasks(self, ours: Measure) -> bool:
+        """Tell if an average of ours is over the tasks of the paper."""
+        accuracies = {f"{task}_acc" for task in (*ours.tasks, "average")}
+        of_paper = {name for name in self._rows["metric"] if name.endswith("_acc")}
+        return not ours.tasks or accuracies == of_paper
