@@ -100,11 +100,12 @@ def prune(
     """
     _check(model, tokenizer, texts)
     config = read_config(_composed(model, texts, searchpath, settings))
-    if isinstance(texts, Tensor) and config.further:
-        raise ConfigError(
-            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + config.further}"
-        )
     methods = methods_of(config)
+    further = methods.further(config.calibration.samples)
+    if isinstance(texts, Tensor) and further:
+        raise ConfigError(
+            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + further}"
+        )
     groups = checked_groups(config, methods, model)
     # The tokenizer may be None where texts are tokens. Nothing asks for it then.
     read_by = cast(PreTrainedTokenizerBase, tokenizer)
@@ -114,11 +115,11 @@ def prune(
             return texts.cpu().clone()  # a tensor of inference mode cannot be used with gradients
         if isinstance(texts, str):
             windows = calibration_tokens(
-                read_by, config.calibration, config.seed, config.model.bos, config.further
+                read_by, config.calibration, config.seed, config.model.bos, further
             )
         else:
             windows = windows_of(
-                read_by, texts, config.calibration, config.seed, config.model.bos, config.further
+                read_by, texts, config.calibration, config.seed, config.model.bos, further
             )
         check_windows("texts", windows, model)
         return windows

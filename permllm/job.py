@@ -215,7 +215,8 @@ def _stages(
             )
         groups = checked_groups(config, methods, loaded.model)
         _check_perplexity_texts(config, loaded)
-        windows = None if record.pruned else _calibration_windows(config, loaded)
+        further = methods.further(config.calibration.samples)
+        windows = None if record.pruned else _calibration_windows(config, loaded, further)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
     with record.stage("evaluate dense", device):
@@ -243,10 +244,13 @@ def _check_perplexity_texts(config: RunConfig, loaded: LoadedModel) -> None:
         check_windows(f"evaluation.perplexity: {named.name}", windows, loaded.model)
 
 
-def _calibration_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
-    """Return the windows of the calibration text. Errors as `_check_perplexity_texts`."""
+def _calibration_windows(config: RunConfig, loaded: LoadedModel, further: int) -> Tensor:
+    """Return the windows of the calibration text and `further` windows after them.
+
+    Errors as `_check_perplexity_texts`.
+    """
     windows = calibration_tokens(
-        loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
+        loaded.tokenizer, config.calibration, config.seed, config.model.bos, further
     )
     check_windows("calibration", windows, loaded.model)
     return windows

@@ -259,7 +259,7 @@ calibration.data_files=x.txt -> needs calibration=text
 calibration.statistics=sequential -> is not valid with permutation=lcp
 evaluation.perplexity.dataset=[builtin,pile] plan=true -> dataset='pile' is not valid
 evaluation.perplexity.dataset=[c4,builtin,c4] -> dataset=['c4', 'builtin', 'c4'] has c4 twice
-evaluation.perplexity.dataset=[] -> dataset=[]: expected the name of a text, a list of names
+evaluation.perplexity.dataset=[] -> dataset=[]: must be a valid string or List should
 evaluation.perplexity.dataset=sciq-support calibration=sciq-support -> is not held out from
 evaluation.tasks=[marsqa] -> lm-eval does not know marsqa
 evaluation.tasks={gsm8k:{limit:0}} -> evaluation.tasks.gsm8k.limit=0: must be at least 1
@@ -278,8 +278,8 @@ permutation.layers_per_stage=block -> 'block': must be 'all' or must be a valid 
 permutation.layers_per_stage=2 permutation.loss=kl -> loss=kl needs layers_per_stage=all
 permutation=none mask=lowrank mask.rank=-1 -> mask.rank=-1: must be at least 0
 reconstruction=distill model.placement=host -> together, which needs model.placement=device
-keep_dense=[true] -> keep_dense=[True]: True is neither the index of a layer nor the name of a
-sparsity_of={mlp:1} -> sparsity_of.mlp=1: expected N:M
+keep_dense=[true] -> keep_dense=True: must be a valid string
+sparsity_of={mlp:1} -> sparsity_of.mlp='1': expected N:M
 temperature.end=0 -> temperature.end=0
 """
 

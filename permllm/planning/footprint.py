@@ -344,7 +344,8 @@ class Footprint:
         config = self.config
         of_layers = self.all_layers * self.item
         # Targets of all windows, and this rank's states of two streams.
-        tokens = (config.calibration.samples + config.further) * config.calibration.seqlen
+        samples = config.calibration.samples
+        tokens = (samples + self.methods.further(samples)) * config.calibration.seqlen
         beside = ceil((1 + 2 / self.ranks) * tokens) * self.hidden * self.item
         if placement != "device" and config.evaluation.perplexity.names:  # states of a text
             beside = max(beside, ceil(self.measured) * self.hidden * self.item)

@@ -21,7 +21,7 @@ from permllm.pruner.base import Pruner
 from permllm.reconstruction.base import Reconstruction
 from permllm.runtime import parallel
 from permllm.settings.composition import replaced_options
-from permllm.settings.config import RunConfig, check_divides, windows_learned_from
+from permllm.settings.config import RunConfig, check_divides
 from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.directory import Record
@@ -71,6 +71,14 @@ class Methods:
         """Return the methods among permutation and mask that train, by group."""
         both = {"permutation": self.permutation, "mask": self.mask}
         return {group: method for group, method in both.items() if method.learned}
+
+    def further(self, calibration: int) -> int:
+        """Return the number of windows after the `calibration` first ones that methods learn from.
+
+        Args:
+            calibration: number of calibration windows.
+        """
+        return max(windows_for(method, calibration).stop for method in self.all) - calibration
 
     @property
     def needs_device(self) -> str | None:
@@ -176,8 +184,8 @@ def windows_for(method: object, calibration: int) -> slice:
         method: a method that may have `samples` and `skip`.
         calibration: number of calibration windows, the first ones of the text.
     """
-    samples, skip = getattr(method, "samples", None), getattr(method, "skip", None)
-    return windows_learned_from(samples, skip, calibration)
+    start = getattr(method, "skip", None) or 0
+    return slice(start, start + (getattr(method, "samples", None) or calibration))
 
 
 def learning_problem(

@@ -31,8 +31,8 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
 
     Args:
         job: job with model and methods.
-        read_tokens: returns the calibration windows and `config.further` windows after them, int64
-            `(windows, tokens)`; its time counts as calibration.
+        read_tokens: returns the calibration windows and those after them that the methods learn
+            from, int64 `(windows, tokens)`; its time counts as calibration.
     """
     record = job.record
     earlier = Found()

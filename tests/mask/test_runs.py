@@ -15,6 +15,7 @@ from permllm.mask.learned import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import stages
+from permllm.pruning.methods import methods_of
 from permllm.store.files import read_json
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
@@ -136,7 +137,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     monkeypatch.setattr(Training, "__init__", watched)
     monkeypatch.setattr(stages, "shared_target", watched_target)
     run(tmp_path, *words)
-    assert settings.further == 2
+    assert methods_of(settings).further(8) == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])
     assert [len(tokens) for tokens in seen] == [4, 10, 4]
     assert all(map(torch.equal, seen, (drawn[:4], drawn[:10], drawn[6:10])))
