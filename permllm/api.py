@@ -22,7 +22,7 @@ from permllm.data.windows import calibration_tokens, windows_of
 from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.export.write import PrunedModel, Request, write_checkpoint
+from permllm.export.write import PrunedSource, write_checkpoint
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
@@ -37,7 +37,7 @@ from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import composed, conf_directory, replaced_options
-from permllm.settings.config import PerplexityConfig, read_config
+from permllm.settings.config import ExportConfig, PerplexityConfig, read_config
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
@@ -248,9 +248,9 @@ def save(
     )
     # Training may have changed the dtype since.
     config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
-    pruned = PrunedModel(source, config, result.report, result.orders, weight)
-    settings = {"form": form, "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
-    return write_checkpoint(pruned, validated(Request, settings, "export"), Path(folder))
+    pruned = PrunedSource(source, config, result.report, result.orders, weight)
+    settings = {"form": form or "none", "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
+    return write_checkpoint(pruned, validated(ExportConfig, settings, "export"), Path(folder))
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, serving
-from permllm.export.write import Request, export_run, present_export
+from permllm.export.write import export_run, present_export
 from permllm.models.families import channel_groups
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
@@ -62,7 +62,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     choose_cache(config.paths.cache_dir)
     check_texts(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
-    request = export_request(config, methods)
+    export = export_of(config, methods)
     device = resolve_device(config.model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -87,8 +87,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             )
         else:
             _unfinished(config, methods, record, device)
-        if request is not None:
-            parallel.on_main(lambda: _export(request, record))
+        if export is not None:
+            parallel.on_main(lambda: _export(export, record))
         if parallel.rank() == 0:
             print_run(record.metrics, record.directory)
     return record.metrics, record.directory
@@ -168,20 +168,19 @@ def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> 
                 )
 
 
-def export_request(config: RunConfig, methods: Methods) -> Request | None:
-    """Return the export that the settings ask for, or None.
+def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
+    """Return the settings of the export, with its dtype; None: the run has no export.
 
     Raises ConfigError if this run cannot have the export.
     """
-    export = config.export
+    export = replace(config.export, dtype=config.export.dtype or config.model.dtype)
     if export.serve:
-        check_serve(export.form, export.dtype or config.model.dtype, config.patterns)
+        check_serve(export, config.patterns)
     if export.form == "none":
-        for key, value in asdict(export).items():
+        for key, value in asdict(config.export).items():
             if value != getattr(ExportConfig(), key):
                 raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
-    request = Request(export.form, export.dtype, export.shard_gb, export.serve)
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
     if export.form == "folded" and methods.permutation.constraint == "free":
@@ -189,7 +188,7 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
             "export=folded cannot fold free permutations: set permutation.constraint=foldable, or "
             "export=gathered, which keeps any permutation"
         )
-    return request
+    return export
 
 
 def _stages(
@@ -256,21 +255,15 @@ def _calibration_windows(config: RunConfig, loaded: LoadedModel, further: int) -
     return windows
 
 
-def _export(request: Request, record: RunDirectory) -> None:
+def _export(settings: ExportConfig, record: RunDirectory) -> None:
     """Write the pruned model into the run directory, unless this export is there already."""
-    wanted = {
-        "form": request.form,
-        "dtype": request.dtype or record.config["model"]["dtype"],
-        "config_hash": record.metrics["config_hash"],
-        "shard_gb": request.shard_gb,
-        "serve": request.serve,
-    }
+    wanted = asdict(settings) | {"config_hash": record.metrics["config_hash"]}
     target = record.directory / EXPORT
     summary = present_export(target)
-    if summary is not None and all(summary.get(key) == value for key, value in wanted.items()):
+    if summary is not None and summary.items() >= wanted.items():
         log.info("%s is there already", target)
     else:
-        summary = export_run(record.directory, request, target, replace=True)
+        summary = export_run(record.directory, settings, target, overwrite=True)
     if record.metrics.get("export") != summary:
         record.metrics["export"] = summary
         record.save()

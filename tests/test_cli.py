@@ -18,9 +18,9 @@ from permllm import cli, job
 from permllm.cli import COMMANDS, Session, call, main
 from permllm.command import Answer
 from permllm.errors import DataError
-from permllm.export.write import Request, export_run
+from permllm.export.write import export_run
 from permllm.runtime.version import __version__
-from permllm.settings.config import RunConfig, read_config
+from permllm.settings.config import ExportConfig, RunConfig, read_config
 from permllm.store.environment import environment
 from permllm.store.files import write_text
 from permllm.store.sweep import Outcome
@@ -349,7 +349,7 @@ def test_the_umask_is_kept(tmp_path: Path, cache: Path) -> None:
     try:
         words = (*TINY, "permutation=none", "calibration.samples=2", f"run_dir={tmp_path}/run")
         job.run(read_config(composed(*words)))
-        export_run(tmp_path / "run", Request("gathered"), tmp_path / "model")
+        export_run(tmp_path / "run", ExportConfig("gathered"), tmp_path / "model")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o700

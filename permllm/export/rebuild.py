@@ -11,7 +11,7 @@ from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
 from permllm.settings.config import NMPattern
 from permllm.store.files import METRICS, read_json
-from permllm.store.tensors import Pruned
+from permllm.store.tensors import PrunedTensors
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
@@ -35,7 +35,7 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     groups = recorded_groups(
         channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
     )
-    pruned = Pruned(directory, metrics)
+    pruned = PrunedTensors(directory, metrics)
     placement = placement_of(model)
     for group in groups:
         with placement.layer(group.layer):

@@ -264,7 +264,7 @@ def load_layer(path: Path) -> PrunedLayer:
     return layer
 
 
-class Pruned:
+class PrunedTensors:
     """Pruned model of a run directory. Weights are read one by one.
 
     Attributes:

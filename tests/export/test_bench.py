@@ -18,9 +18,9 @@ from permllm.errors import ConfigError
 from permllm.export import bench
 from permllm.export.bench import BACKENDS, Sizes, measure, use_backend, what_is_missing
 from permllm.export.verify import stated_patterns
-from permllm.export.write import Request, export_run
+from permllm.export.write import export_run
 from permllm.models.families import channel_groups, linear_at
-from permllm.settings.config import NMPattern
+from permllm.settings.config import ExportConfig, NMPattern
 from permllm.store.tensors import violations
 from tests.conftest import tiny_model
 from tests.export.pruned import load, logits, make_run, relative, variant_model
@@ -67,7 +67,7 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
     """
     wide = variant_model("llama", hidden_size=64, num_key_value_heads=1)
     run = make_run(tmp_path, wide, "foldable")
-    export_run(run, Request("folded", "bfloat16"), tmp_path / "out")
+    export_run(run, ExportConfig("folded", "bfloat16"), tmp_path / "out")
     searched: list[tuple[int, ...]] = []
 
     class Compressed(torch.Tensor):
@@ -109,7 +109,7 @@ def test_windows_of_6_8_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """In float64, with a stand-in for the kernel."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     run = make_run(tmp_path, variant_model("llama", **shape), "foldable", NMPattern(6, 8))
-    export_run(run, Request("folded"), tmp_path / "out")
+    export_run(run, ExportConfig("folded"), tmp_path / "out")
     model = load(tmp_path / "out", dtype=torch.float64)
     before, weights = logits(model), []
     monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
@@ -159,7 +159,7 @@ def test_sparse_tensor_cores_compute_the_same(
 ) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     run = make_run(tmp_path, variant_model("llama", **shape), "foldable", pattern)
-    export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
+    export_run(run, ExportConfig("folded", dtype="float16"), tmp_path / "out")
     model = load(tmp_path / "out").to(CUDA)
     x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
     linear: nn.Linear = linear_at(model, channel_groups(model)[0].members[0])
