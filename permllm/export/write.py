@@ -148,8 +148,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """Read the summary of an export; None: the folder is not an export of PermLLM.
 
     Raises:
-        DataError: the summary cannot be read or lacks a key, or a file was changed after the
-            export.
+        DataError: the summary cannot be read, or lacks a key.
     """
     file = folder / SUMMARY
     if not file.is_file():
@@ -157,17 +156,24 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     summary = read_json(file)
     if missing := {"sparsity", "sha256"} - summary.keys():
         raise DataError(f"{file} lacks {min(missing)}")
+    return summary
+
+
+def check_files(folder: Path, summary: dict[str, Any]) -> None:
+    """Raise DataError unless the files of an export are those that its summary states."""
     digests = summary["sha256"]
     for name in sorted({*digests, *(weights.name for weights in folder.glob("*.safetensors"))}):
         if file_sha256(folder / name) != digests.get(name):
             raise DataError(f"{folder / name} was changed after the export (its sha256 differs)")
-    return summary
 
 
 def present_export(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a complete export with unchanged files; None: there is none."""
     try:
-        return read_summary(folder)
+        summary = read_summary(folder)
+        if summary:
+            check_files(folder, summary)
+        return summary
     except DataError:
         return None
 
