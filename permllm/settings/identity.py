@@ -38,19 +38,17 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     `temperature` come from the permutation; a permutation without them does not use them.
     """
     identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
-    inputs = resolved["inputs"]
-    of_evaluation = [key for key in inputs if key.startswith("evaluation.")]
+    inputs = resolved.get("inputs", {})
+    identity["inputs"] = _without(inputs, [key for key in inputs if key.startswith("evaluation.")])
     model = _without(resolved["model"], _NOT_OF_THE_MODEL)
-    if model["device"].startswith("cuda:"):  # the GPU does not matter
+    if str(model.get("device")).startswith("cuda:"):  # the GPU does not matter
         model["device"] = "cuda"
+    identity["model"] = model
+    if "keep_dense" in identity:  # the order of the names does not matter
+        identity["keep_dense"] = sorted(identity["keep_dense"])
     permutation = resolved["permutation"]
-    identity |= {
-        "inputs": _without(inputs, of_evaluation),
-        "model": model,
-        "keep_dense": sorted(resolved["keep_dense"]),  # the order of the names does not matter
-        "permutation": _without(permutation, _OF_A_PERMUTATION),
-        **{key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation},
-    }
+    identity["permutation"] = _without(permutation, _OF_A_PERMUTATION)
+    identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}
     return _without_classes(identity)
 
 
@@ -76,26 +74,23 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     Sizes of batches are left out. A path is replaced by the name and the digest of its file.
     """
     settings = resolved["evaluation"]
-    inputs = resolved["inputs"]
+    inputs = resolved.get("inputs", {})
     identity: dict[str, Any] = {}
     text = _without(settings["perplexity"], ("data_files", "batch_tokens"))
-    if file := settings["perplexity"]["data_files"]:
-        text |= {
-            "dataset": None,
-            "file": Path(file).name,
-            "digest": inputs.get("evaluation.perplexity.data_files"),
-        }
-    if resolved["model"]["bos"]:
+    if file := settings["perplexity"].get("data_files"):
+        digest = inputs.get("evaluation.perplexity.data_files")
+        text |= {"dataset": None, "file": Path(file).name, "digest": digest}
+    if resolved["model"].get("bos"):
         text["bos"] = True
-    if file or text["dataset"] is not None:
+    if file or text.get("dataset") is not None:
         identity["perplexity"] = text
     tasks = {
         Path(name).name: _task(name, task, settings["lm_eval"], inputs)
-        for name, task in settings["tasks"].items()
+        for name, task in (settings.get("tasks") or {}).items()
     }
     if tasks:
         identity["tasks"] = tasks
-    if identity and settings["weights"]:
+    if identity and settings.get("weights"):
         identity["weights"] = settings["weights"]
     return identity
 
