@@ -138,6 +138,7 @@ def prune(
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
+        record.keep_products(products)
         job = Job(
             config, methods, record, NO_LOGGER, LoadedModel(model, read_by, ""), groups, products
         )

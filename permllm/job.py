@@ -42,10 +42,10 @@ from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.config import ExportConfig, RunConfig
 from permllm.store import sweep
 from permllm.store.cache import choose_cache
-from permllm.store.directory import RunDirectory, job_log, run_directory
+from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.environment import environment
 from permllm.store.files import ENVIRONMENT, EXPORT, LOG, write_json
-from permllm.store.loggers import NO_LOGGER, RunLogger, open_logger
+from permllm.store.loggers import NO_LOGGER, RunLogger, job_log, open_logger
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _unfinished(
     check_tasks(config.evaluation)
     products = compute_dtype(config.compute_dtype, getattr(torch, config.model.dtype), device)
     if not record.pruned:
-        record.check_products(products)
+        record.keep_products(products)
     footprint = _footprint(config, methods, device)
     _check_shares(config, methods, record)
     parallel.on_main(lambda: _fetch_from_hub(config, record.pruned))
@@ -131,7 +131,7 @@ def _unfinished(
             """Open the run's log file and its logger."""
             nonlocal logger
             held.enter_context(job_log(record.directory / LOG))
-            logger = held.enter_context(open_logger(config, record.directory))
+            logger = held.enter_context(open_logger(config, record.directory, methods.learned))
 
         parallel.on_main(open_logs)
         held.enter_context(half_products(getattr(torch, config.model.dtype), device))

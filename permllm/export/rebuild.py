@@ -46,6 +46,5 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                     placement.replace(linear, pruned.weight(path, dense))
                     placement.lies_in(pruned.weight_files[path], {linear: path})
                 else:
-                    placement.replace(
-                        linear, masked(pruned.mask(path), dense), partial(pruned.mask, path)
-                    )
+                    read = partial(pruned.masks.__getitem__, path)
+                    placement.replace(linear, masked(read(), dense), read)

@@ -54,8 +54,10 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
                 "the pruned model is not N:M: %d groups of M have more than N nonzeros",
                 pruned.violations,
             )
-        record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
-        record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
+        if earlier.orders is None:
+            record.keep(PERMUTATIONS, pruned.orders, save_tensors)
+        if earlier.masks is None:
+            record.keep(MASKS, pruned.masks, save_masks)
         figures = _figures(job, pruned)
         if figures["sparsity"]["weights_kept"]:
             _keep_weights(job)
@@ -162,7 +164,6 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     weights = sum(group.channels * sum(group.rows) for group in job.groups)
     nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     return {
-        "compute_dtype": str(job.products).removeprefix("torch."),
         "sparsity": {
             "pattern": str(job.config.pattern),
             **({"patterns": patterns} if patterns else {}),

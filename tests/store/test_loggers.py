@@ -130,7 +130,7 @@ def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
 def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
     """Open the logger of a job in `folder`/run."""
     config = read_config(composed("model=tiny", "logger=wandb", f"runs_dir={folder}", *overrides))
-    with open_logger(config, folder / "run") as logger:
+    with open_logger(config, folder / "run", ["permutation"]) as logger:
         yield logger
 
 
@@ -220,9 +220,9 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [["model=tiny"], ["model=tiny", "logger.group=mine"]]
     single, asked = (read_config(composed(*words)) for words in settings)
     monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
-    assert described(single, Path("y"))["group"] is None
+    assert described(single, Path("y"), [])["group"] is None
     monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
-    assert [described(one, Path("y"))["group"] for one in (single, asked)] == [GROUP, "mine"]
+    assert [described(one, Path("y"), [])["group"] for one in (single, asked)] == [GROUP, "mine"]
     words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
     for typed, name in (
         ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),
@@ -230,7 +230,7 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         (["a" * 200], "a" * 128),
     ):
         monkeypatch.setattr("permllm.store.sweep.overrides", lambda typed=typed: typed)
-        assert described(single, Path("runs/y"))["name"] == name
+        assert described(single, Path("runs/y"), [])["name"] == name
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
