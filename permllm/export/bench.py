@@ -10,6 +10,7 @@ import copy
 import inspect
 import statistics
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,8 +249,7 @@ def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm bench`."""
     disable_progress_bar()
     set_verbosity_error()
-    names = ("batch_sizes", "prompt", "new_tokens", "seconds")
-    sizes = validated(Sizes, {name: getattr(options, name) for name in names})
+    sizes = validated(Sizes, {field.name: getattr(options, field.name) for field in fields(Sizes)})
     report = measure(options.folder, options.against, sizes, options.device, options.dtype)
     return Answer(report, lambda: _show(report))
 
