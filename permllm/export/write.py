@@ -5,7 +5,6 @@ Runs, the command `permllm export` and `permllm.save` use it.
 
 import argparse
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -44,8 +43,6 @@ from permllm.store.files import (
 )
 from permllm.store.tensors import PrunedTensors, save_tensors
 
-log = logging.getLogger(__name__)
-
 SUMMARY = "permllm.json"
 
 
@@ -70,11 +67,7 @@ class PrunedSource:
 
 
 def export_run(
-    directory: Path,
-    settings: ExportConfig,
-    target: Path,
-    dense: Path | None = None,
-    overwrite: bool = False,
+    directory: Path, settings: ExportConfig, target: Path, overwrite: bool = False
 ) -> dict[str, Any]:
     """Write the pruned model of a run.
 
@@ -82,7 +75,6 @@ def export_run(
         directory: directory of a finished run.
         settings: settings of the export.
         target: folder to write, new or empty. It appears when it is complete.
-        dense: folder of the dense model; None: where the run found it.
         overwrite: True: replace an earlier checkpoint in the target once the new one is complete.
 
     Returns:
@@ -93,25 +85,20 @@ def export_run(
             is not empty.
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
-    return write_checkpoint(_pruned_source(directory, dense), settings, target, overwrite)
+    return write_checkpoint(_pruned_source(directory), settings, target, overwrite)
 
 
-def _pruned_source(directory: Path, folder: Path | None) -> PrunedSource:
+def _pruned_source(directory: Path) -> PrunedSource:
     metrics = read_json(directory / METRICS)
     config = read_yaml(directory / CONFIG)
     if metrics["status"] != "finished":
         raise ConfigError(f"{directory} is not finished; the same command continues it")
     identity: str = metrics["model"]
     model = ModelConfig(**config["model"])
-    if folder:
-        model.source = "local"
-        model.path = str(folder)
     if model.source == "hub":
         model.revision = identity.split(":")[2]  # the commit, because the branch may have moved
     dense = dense_source(model, config["seed"])
-    if folder and not identity.startswith("local:"):
-        log.warning("cannot check that %s is the model that was pruned, %s", folder, identity)
-    elif dense.identity != identity:
+    if dense.identity != identity:
         raise DataError(
             f"{directory} was pruned from {identity}, and this model is {dense.identity}"
         )
@@ -337,7 +324,7 @@ def work(options: argparse.Namespace) -> Answer:
     set_verbosity_error()  # warnings of transformers are errors here
     values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
     settings = validated(ExportConfig, values | {"form": options.form or "none"}, "export")
-    summary = export_run(options.run, settings, options.to, options.dense)
+    summary = export_run(options.run, settings, options.to)
     report = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
         f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"

@@ -22,7 +22,7 @@ from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run
 from permllm.settings.config import ExportConfig, NMPattern
 from permllm.store.files import file_sha256
-from tests.export.pruned import change_metrics, load, logits, make_run, variant_model
+from tests.export.pruned import change_metrics, make_run, take_as_pruned, variant_model
 from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite
 
 ORDER = "model.layers.0.self_attn.o_proj.input_order"
@@ -201,21 +201,14 @@ def test_an_infinite_difference_fails(
     ids=["missing", "not finite", "does not fit", "another model"],
 )
 def test_a_dense_model_that_is_not_whole_is_not_exported(
-    changed: dict[str, Any] | None, named: str, exports: Path, tmp_path: Path
+    changed: dict[str, Any] | None, named: str, tmp_path: Path
 ) -> None:
-    run = shutil.copytree(exports / "of-folded" / "run", tmp_path / "run")
-    dense = shutil.copytree(exports / "of-folded" / "dense", tmp_path / "dense")
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
     if changed is None:
         change_metrics(run, model="local:other:float32")
     else:
-        change_metrics(run, model="a hub's")  # which a folder cannot be compared with
-        rewrite(dense, changed)
+        rewrite(tmp_path / "dense", changed)
+        take_as_pruned(run, tmp_path / "dense")
     with pytest.raises(DataError, match=re.escape(named)):
-        export_run(run, ExportConfig("folded", "float16"), tmp_path / "out", dense)
+        export_run(run, ExportConfig("folded", "float16"), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
-
-
-def test_a_moved_dense_model_is_taken(exports: Path, tmp_path: Path) -> None:
-    dense = shutil.copytree(exports / "of-folded" / "dense", tmp_path / "moved")
-    export_run(exports / "of-folded" / "run", ExportConfig("folded"), tmp_path / "out", dense)
-    assert torch.equal(logits(load(tmp_path / "out")), logits(load(exports / "folded")))
