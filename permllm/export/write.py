@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import set_verbosity_error
 
 from permllm.command import Answer
@@ -245,7 +245,8 @@ class _StoredTensors:
 
     def planned(self) -> dict[str, Tensor]:
         """Return tensors of the stored shapes and dtypes on the meta device, by stored name."""
-        state = self._source.dense.skeleton.to(self.dtype).state_dict()
+        model: nn.Module = self._source.dense.skeleton
+        state = model.to(self.dtype).state_dict()
         return {stored_name: state[name] for stored_name, name in self._names.items()}
 
     def read(self, stored_name: str) -> Tensor:

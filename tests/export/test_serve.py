@@ -80,7 +80,9 @@ def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
 ) -> None:
     dense, other = ("layers.1.mlp", "layers.2.self_attn.v_proj"), {"layers.0.mlp.down_proj": "4:8"}
     run = qwen3(tmp_path, TWO_OF_FOUR, dense, other)
-    summary = export_run(run, VLLM, tmp_path / "out")
+    words = [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16", "--serve", "vllm"]
+    assert call("export", words) == 0
+    summary = read_json(tmp_path / "out" / SUMMARY)
     settings, multiplied = read_json(tmp_path / "out" / SETTINGS), 0
     for names, weight in served(tmp_path / "out"):
         sparse = violations(weight, None, TWO_OF_FOUR) == 0
@@ -225,16 +227,6 @@ def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     settings, counts = serving(model, "2:4", {})
     assert counts["sparse"] == counts["all"] > 0
     assert list(settings["_data"]["fqn_to_config"].values()) == [KEPT]
-
-
-def test_the_command_writes_the_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = qwen3(tmp_path)
-    words = [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16", "--serve", "vllm"]
-    assert call("export", words) == 0
-    assert SETTINGS in capsys.readouterr().out
-    assert read_json(tmp_path / "out" / SUMMARY)["serve"] == "vllm"
 
 
 # Two CUDA operators of torchao, as reference kernels for the CPU, with the checks of torchao 0.18.0
