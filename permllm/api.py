@@ -21,7 +21,7 @@ from permllm.data.texts import Documents
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
-from permllm.export.write import PrunedModel, Request, write_checkpoint
+from permllm.export.write import PrunedSource, write_checkpoint
 from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
@@ -36,7 +36,7 @@ from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import composed, conf_directory, replaced_options
-from permllm.settings.config import PerplexityConfig, read_config
+from permllm.settings.config import ExportConfig, PerplexityConfig, read_config
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
@@ -99,11 +99,12 @@ def prune(
     """
     _check(model, tokenizer, texts)
     config = read_config(_composed(model, texts, searchpath, settings))
-    if isinstance(texts, Tensor) and config.further:
-        raise ConfigError(
-            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + config.further}"
-        )
     methods = methods_of(config)
+    further = methods.further(config.calibration.samples)
+    if isinstance(texts, Tensor) and further:
+        raise ConfigError(
+            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + further}"
+        )
     groups = checked_groups(config, methods, model)
     # Nothing asks for the tokenizer if texts are tokens.
     loaded = LoadedModel(model, tokenizer, "", config.model.bos)  # type: ignore[arg-type]
@@ -115,7 +116,7 @@ def prune(
             settings = config.calibration
             text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
             tokens = calibration_windows(
-                loaded.tokenizer, text, settings, config.seed, loaded.bos, config.further
+                loaded.tokenizer, text, settings, config.seed, loaded.bos, further
             )
         check_windows("texts", tokens, model)
         return tokens
@@ -240,9 +241,9 @@ def save(
     )
     # Training may have changed the dtype since.
     config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
-    pruned = PrunedModel(source, config, result.report, result.orders, weight)
-    settings = {"form": form, "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
-    return write_checkpoint(pruned, validated(Request, settings, "export"), Path(folder))
+    pruned = PrunedSource(source, config, result.report, result.orders, weight)
+    settings = {"form": form or "none", "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
+    return write_checkpoint(pruned, validated(ExportConfig, settings, "export"), Path(folder))
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

@@ -122,7 +122,6 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--form", choices=forms, help="default: the first form that the permutations allow")
     add("--dtype", help="dtype of the weights (default: that of the run)")
     add("--shard-gb", type=float, default=5.0, help="largest size of a file in GB (default: 5)")
-    add("--dense", type=Path, help="folder of the dense model, if it has moved")
     add("--serve", choices=("vllm",), help="also write the settings of this server")
 
 

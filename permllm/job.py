@@ -19,7 +19,7 @@ from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, serving
-from permllm.export.write import Request, export_run, present_export
+from permllm.export.write import export_run, present_export
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
 from permllm.models.selection import differing_patterns
@@ -43,10 +43,10 @@ from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import sweeping
 from permllm.settings.config import ExportConfig, RunConfig
 from permllm.store.cache import choose_cache
-from permllm.store.directory import RunDirectory, job_log, run_directory
+from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.environment import environment
 from permllm.store.files import ENVIRONMENT, EXPORT, LOG, write_json
-from permllm.store.loggers import NO_LOGGER, RunLogger, open_logger
+from permllm.store.loggers import NO_LOGGER, RunLogger, job_log, open_logger
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def run(config: RunConfig) -> JobResult | None:
     choose_cache(config.paths.cache_dir)
     texts = texts_of_job(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
-    request = export_request(config, methods)
+    export = export_of(config, methods)
     device = _prepared_device(config)
     if config.plan:
         footprint = _footprint(config, methods, torch.device("cuda") if config.plan_on else device)
@@ -92,8 +92,8 @@ def run(config: RunConfig) -> JobResult | None:
             log.info("%s is finished already; force=true runs and logs it again", record.directory)
         else:
             _complete(config, methods, texts, record, device)
-        if request is not None:
-            parallel.on_main(lambda: _export(request, record))
+        if export is not None:
+            parallel.on_main(lambda: _export(export, record))
         if parallel.rank() == 0:
             print_run(record.metrics, record.directory)
     return JobResult(record.metrics, record.directory, skipped)
@@ -111,7 +111,7 @@ def _complete(
     dtype = getattr(torch, config.model.dtype)
     products = compute_dtype(config.compute_dtype, dtype, device)
     if not record.pruned:
-        record.check_products(products)
+        record.keep_products(products)
     footprint = _footprint(config, methods, device)
     parallel.on_main(lambda: _download(config, texts, record.pruned))
     placement = parallel.share(placement_for(footprint))
@@ -122,14 +122,16 @@ def _complete(
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
 
-    with _logs(config, record) as logger, half_products(dtype, device):
+    with _logs(config, methods, record) as logger, half_products(dtype, device):
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
         with record.stage("load", device):
             loaded = load_model(config.model, config.seed)
             _check_identity(record, loaded)
             windows_of_texts = _perplexity_windows(config, texts, loaded)
-            windows = None if record.pruned else _calibration_windows(config, texts, loaded)
+            windows = (
+                None if record.pruned else _calibration_windows(config, methods, texts, loaded)
+            )
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
@@ -192,13 +194,13 @@ def _prepared_device(config: RunConfig) -> torch.device:
 
 
 @contextmanager
-def _logs(config: RunConfig, record: RunDirectory) -> Iterator[RunLogger]:
+def _logs(config: RunConfig, methods: Methods, record: RunDirectory) -> Iterator[RunLogger]:
     """Write the log file and the environment of a run, and open its logger, in rank 0."""
     if parallel.rank():
         yield NO_LOGGER
         return
     directory = record.directory
-    with job_log(directory / LOG), open_logger(config, directory) as logger:
+    with job_log(directory / LOG), open_logger(config, directory, methods.learned) as logger:
         if not record.pruned:
             device = resolve_device(config.model.device)
             write_json(directory / ENVIRONMENT, environment(config.seed, device))
@@ -224,20 +226,19 @@ def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
     texts.download(calibration=not pruned)
 
 
-def export_request(config: RunConfig, methods: Methods) -> Request | None:
-    """Return the export that the settings ask for, or None.
+def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
+    """Return the settings of the export, with its dtype; None: the run has no export.
 
     Raises ConfigError if this run cannot have the export.
     """
-    export = config.export
+    export = replace(config.export, dtype=config.export.dtype or config.model.dtype)
     if export.serve:
-        check_serve(export.form, export.dtype or config.model.dtype, config.patterns)
+        check_serve(export, config.patterns)
     if export.form == "none":
-        for key, value in asdict(export).items():
+        for key, value in asdict(config.export).items():
             if value != getattr(ExportConfig(), key):
                 raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
-    request = Request(export.form, export.dtype, export.shard_gb, export.serve)
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
     if export.form == "folded" and methods.permutation.constraint == "free":
@@ -245,7 +246,7 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
             "export=folded cannot fold free permutations: set permutation.constraint=foldable, or "
             "export=gathered, which keeps any permutation"
         )
-    return request
+    return export
 
 
 def _check_identity(record: RunDirectory, loaded: LoadedModel) -> None:
@@ -268,7 +269,9 @@ def _perplexity_windows(
     }
 
 
-def _calibration_windows(config: RunConfig, texts: JobTexts, loaded: LoadedModel) -> Tensor:
+def _calibration_windows(
+    config: RunConfig, methods: Methods, texts: JobTexts, loaded: LoadedModel
+) -> Tensor:
     """Return the windows of the calibration text. Raises DataError if the model cannot read it."""
     windows = calibration_windows(
         loaded.tokenizer,
@@ -276,27 +279,21 @@ def _calibration_windows(config: RunConfig, texts: JobTexts, loaded: LoadedModel
         config.calibration,
         config.seed,
         config.model.bos,
-        config.further,
+        methods.further(config.calibration.samples),
     )
     check_windows("calibration", windows, loaded.model)
     return windows
 
 
-def _export(request: Request, record: RunDirectory) -> None:
+def _export(settings: ExportConfig, record: RunDirectory) -> None:
     """Write the pruned model into the run directory, unless this export is there already."""
-    wanted = {
-        "form": request.form,
-        "dtype": request.dtype or record.config["model"]["dtype"],
-        "config_hash": record.metrics["config_hash"],
-        "shard_gb": request.shard_gb,
-        "serve": request.serve,
-    }
+    wanted = asdict(settings) | {"config_hash": record.metrics["config_hash"]}
     target = record.directory / EXPORT
     summary = present_export(target)
-    if summary is not None and all(summary.get(key) == value for key, value in wanted.items()):
+    if summary is not None and summary.items() >= wanted.items():
         log.info("%s is there already", target)
     else:
-        summary = export_run(record.directory, request, target, replace=True)
+        summary = export_run(record.directory, settings, target, overwrite=True)
     if record.metrics.get("export") != summary:
         record.metrics["export"] = summary
         record.save()

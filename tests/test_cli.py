@@ -18,9 +18,9 @@ from permllm import cli, job
 from permllm.cli import COMMANDS, call, main
 from permllm.command import Answer
 from permllm.errors import DataError
-from permllm.export.write import Request, export_run
+from permllm.export.write import export_run
 from permllm.runtime.version import __version__
-from permllm.settings.config import RunConfig, read_config
+from permllm.settings.config import ExportConfig, RunConfig, read_config
 from permllm.store.environment import environment
 from permllm.store.files import write_text
 from tests.conftest import ROOT, run_command, run_module, run_python, tiny_model
@@ -253,7 +253,7 @@ calibration.data_files=x.txt -> needs calibration=text
 calibration.statistics=sequential -> is not valid with permutation=lcp
 evaluation.perplexity.dataset=[builtin,pile] plan=true -> dataset='pile' is not valid
 evaluation.perplexity.dataset=[c4,builtin,c4] -> dataset=['c4', 'builtin', 'c4'] has c4 twice
-evaluation.perplexity.dataset=[] -> dataset=[]: expected the name of a text, a list of names
+evaluation.perplexity.dataset=[] -> dataset=[]: must be a valid string or List should
 evaluation.perplexity.dataset=sciq-support calibration=sciq-support -> is not held out from
 evaluation.tasks=[marsqa] -> lm-eval does not know marsqa
 evaluation.tasks={gsm8k:{limit:0}} -> evaluation.tasks.gsm8k.limit=0: must be at least 1
@@ -272,8 +272,8 @@ permutation.layers_per_stage=block -> 'block': must be 'all' or must be a valid 
 permutation.layers_per_stage=2 permutation.loss=kl -> loss=kl needs layers_per_stage=all
 permutation=none mask=lowrank mask.rank=-1 -> mask.rank=-1: must be at least 0
 reconstruction=distill model.placement=host -> together, which needs model.placement=device
-keep_dense=[true] -> keep_dense=[True]: True is neither the index of a layer nor the name of a
-sparsity_of={mlp:1} -> sparsity_of.mlp=1: expected N:M
+keep_dense=[true] -> keep_dense=True: must be a valid string
+sparsity_of={mlp:1} -> sparsity_of.mlp='1': expected N:M
 temperature.end=0 -> temperature.end=0
 """
 
@@ -335,7 +335,7 @@ def test_the_umask_is_kept(tmp_path: Path, cache: Path) -> None:
     try:
         words = (*TINY, "permutation=none", "calibration.samples=2", f"run_dir={tmp_path}/run")
         job.run(read_config(composed(*words)))
-        export_run(tmp_path / "run", Request("gathered"), tmp_path / "model")
+        export_run(tmp_path / "run", ExportConfig("gathered"), tmp_path / "model")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o700

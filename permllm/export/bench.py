@@ -9,7 +9,8 @@ import argparse
 import copy
 import inspect
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from permllm.command import Answer, terminal
 from permllm.errors import ConfigError, first_line
 from permllm.export.gathered import gathered_modules, leave_out_gathers
-from permllm.export.verify import stated_patterns
+from permllm.export.verify import expected_patterns
+from permllm.export.write import read_summary
 from permllm.models.checkpoint import (
     check_checkpoint,
     check_runs,
@@ -45,8 +47,6 @@ from permllm.store.tensors import violations
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
 _TWO_OF_FOUR = NMPattern(2, 4)
-# Function that changes a model in place, and returns a name of the variant; None: the usual name.
-Change = Callable[[nn.Module], str | None]
 
 
 def sparse_tensor_cores(device: torch.device) -> bool:
@@ -54,27 +54,23 @@ def sparse_tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def what_is_missing(
-    device: torch.device, patterns: Collection[NMPattern], dtype: torch.dtype
-) -> str | None:
-    """Return why sparse tensor cores cannot multiply linears of these patterns; None: they can."""
+def what_is_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why sparse tensor cores cannot multiply weights of a dtype; None: they can."""
     if not sparse_tensor_cores(device):
         return "2:4 products need an NVIDIA GPU of compute capability 8.0 or more"
-    if not any(map(window_count, patterns)):
-        return "sparse tensor cores multiply 2:4, and 6:8 as 2:4 windows: no linear has either"
     if dtype.itemsize != 2:
         return "2:4 products need half precision: --dtype bfloat16"
     return None
 
 
-def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: nn.Module) -> str:
+def use_backend(model: nn.Module, backend: str, patterns: dict[str, NMPattern], rows: int) -> str:
     """Put 2:4 and 6:8 linears of suitable sizes on sparse tensor cores.
 
     Args:
+        model: the model, with its weights in stored order.
         backend: one of `BACKENDS`.
         patterns: N:M by linear.
         rows: rows of the activations for which cuSPARSELt searches its fastest algorithm.
-        model: the model, with its weights in stored order.
 
     Returns:
         The number of linears, the backend and its algorithms, in words.
@@ -106,11 +102,9 @@ def use_backend(backend: str, patterns: dict[str, NMPattern], rows: int, model: 
         linear.weight = nn.Parameter(weight, requires_grad=False)
         used += 1
     if not used:
-        raise ConfigError("no linear has rows that 32 divides and channels that 64 divides")
-    variant = f"{used} linears by {backend}"
-    if algorithms:
-        variant += f", algorithms {sorted(set(algorithms.values()))}"
-    return variant
+        raise ConfigError("no 2:4 or 6:8 linear has rows that 32, and channels that 64 divides")
+    words = f"{used} linears by {backend}"
+    return f"{words}, algorithms {sorted(set(algorithms.values()))}" if algorithms else words
 
 
 def _columns(columns: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -136,12 +130,9 @@ class Sizes:
 
 
 @torch.no_grad()
-def _variant(
-    model: PreTrainedModel, name: str, change: Change | None, sizes: Sizes
-) -> dict[str, Any]:
-    """Change a model, and measure the medians of prefill and decoding."""
+def _variant(model: PreTrainedModel, name: str, sizes: Sizes) -> dict[str, Any]:
+    """Measure the medians of prefill and decoding of a model."""
     model.eval().requires_grad_(False)
-    used = change(model) if change else None
     speed = []
     for batch in sizes.batch_sizes:
         generator = torch.Generator().manual_seed(0)
@@ -161,7 +152,7 @@ def _variant(
                 "decode_tokens_a_second": batch * sizes.new_tokens / decoded,
             }
         )
-    return {"variant": name, "used": used, "speed": speed}
+    return {"variant": name, "used": None, "speed": speed}
 
 
 def _measured(
@@ -211,34 +202,36 @@ def measure(
         DataError: a folder does not have a complete checkpoint.
     """
     place = resolve_device(device)
-    torch_dtype = getattr(torch, dtype) if dtype else None
+
+    def read(checkpoint: Path) -> PreTrainedModel:
+        return read_weights(checkpoint, getattr(torch, dtype) if dtype else None, place)
+
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
-    model = read_weights(folder, torch_dtype, place)
+    model = read(folder)
     check_runs(folder, model)
-    patterns = stated_patterns(folder, model)
+    patterns = expected_patterns(model, read_summary(folder))
     gathers = len(gathered_modules(model))
-    missing = what_is_missing(place, patterns.values(), model.dtype)
-    variants = [_variant(model, "as stored", None, sizes)]
+    reason = what_is_missing(place, model.dtype)
+    variants = [_variant(model, "as stored", sizes)]
     del model
     if against:
-        model = read_weights(against, torch_dtype, place)
-        variants.insert(0, _variant(model, "dense", None, sizes))
-        del model
+        variants.insert(0, _variant(read(against), "dense", sizes))
     if gathers:
-        model = read_weights(folder, torch_dtype, place)
-        variants.append(_variant(model, "as stored, gathers left out", leave_out_gathers, sizes))
+        model = read(folder)
+        leave_out_gathers(model)
+        variants.append(_variant(model, "as stored, gathers left out", sizes))
         del model
-    lines = [missing] if missing else []
-    backends = () if missing else BACKENDS
-    for backend in backends:
-        rows = max(sizes.batch_sizes) * sizes.prompt
+    missing = [reason] if reason else []
+    for backend in () if reason else BACKENDS:
         name = f"2:4 by {backend}"
-        change = partial(use_backend, backend, patterns, rows)
+        model = read(folder)
         try:
-            variants.append(_variant(read_weights(folder, torch_dtype, place), name, change, sizes))
+            used = use_backend(model, backend, patterns, max(sizes.batch_sizes) * sizes.prompt)
+            variants.append(_variant(model, name, sizes) | {"used": used})
         except (ConfigError, RuntimeError) as error:
-            lines.append(f"{name}: {first_line(error)}")
+            missing.append(f"{name}: {first_line(error)}")
+        del model
     return {
         "checkpoint": folder.name,
         "bytes": sum(file.stat().st_size for file in weight_files(folder)),
@@ -246,7 +239,7 @@ def measure(
         "new_tokens": sizes.new_tokens,
         "gathers": gathers,
         "variants": variants,
-        "missing": lines,
+        "missing": missing,
         "hardware": hardware(place),
         "versions": versions(),
     }
@@ -256,8 +249,7 @@ def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm bench`."""
     disable_progress_bar()
     set_verbosity_error()
-    names = ("batch_sizes", "prompt", "new_tokens", "seconds")
-    sizes = validated(Sizes, {name: getattr(options, name) for name in names})
+    sizes = validated(Sizes, {field.name: getattr(options, field.name) for field in fields(Sizes)})
     report = measure(options.folder, options.against, sizes, options.device, options.dtype)
     return Answer(report, lambda: _show(report))
 

@@ -1,9 +1,8 @@
 """Model card and licence notice of a checkpoint."""
 
-import math
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from permllm.export.serve import COMMAND, READERS, SETTINGS
 from permllm.report.measures import patterns_text, result_rows
@@ -44,16 +43,18 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         summary: summary of the export.
     """
     model = config["model"]
-    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    metadata |= {"license": model["licence"]} if model.get("licence") else {}
-    base_model = model.get("base_model") or model.get("hub_name")
-    metadata |= {"base_model": base_model} if base_model else {}
-    tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=model.get("licence"),
+        base_model=model.get("base_model") or model.get("hub_name"),
+        tags=["sparse", summary["sparsity"], "permllm"],
+    )
     groups = ("pruner", "permutation", "mask", "reconstruction")
     methods = ", ".join(f"{group} {config[group]['name']}" for group in groups)
     lines = [
         "---",
-        yaml.safe_dump(metadata | tags, sort_keys=False, width=math.inf).rstrip(),
+        metadata.to_yaml(),
         "---",
         "",
         f"# {model['name']}, {summary['sparsity']} sparse",

@@ -13,7 +13,7 @@ inputs of the linear must be permuted in the same way:
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,6 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
 from permllm.models.head import head_path
 from permllm.permutation.foldable import RESIDUAL, foldable, local_order
-
-# In the order of preference of `permllm export`.
-Form = Literal["folded", "gathered", "simulate"]
-FORMS = get_args(Form)
 
 
 @dataclass
@@ -51,7 +47,9 @@ class StoredOrder:
         return tensor
 
 
-def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> Form:
+def first_form(
+    groups: list[ChannelGroup], orders: dict[str, Tensor]
+) -> Literal["folded", "gathered"]:
     """Return `folded` if all permutations fold, else `gathered`."""
     try:
         foldable([group for group in groups if group.name in orders], orders)
@@ -61,9 +59,9 @@ def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> Form:
 
 
 def stored_order(
-    form: Form, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
+    form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
 ) -> StoredOrder:
-    """Return the stored order of a model in one of the `FORMS`.
+    """Return the stored order of a model.
 
     Args:
         form: `simulate`, `folded` or `gathered`.

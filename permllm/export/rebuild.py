@@ -11,7 +11,7 @@ from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
 from permllm.settings.config import NMPattern
 from permllm.store.files import METRICS, read_json
-from permllm.store.tensors import Pruned
+from permllm.store.tensors import PrunedTensors
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
@@ -35,7 +35,7 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     groups = recorded_groups(
         channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
     )
-    pruned = Pruned(directory, metrics)
+    pruned = PrunedTensors(directory, metrics)
     placement = placement_of(model)
     for group in groups:
         with placement.layer(group.layer):
@@ -46,6 +46,5 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                     placement.replace(linear, pruned.weight(path, dense))
                     placement.lies_in(pruned.weight_files[path], {linear: path})
                 else:
-                    placement.replace(
-                        linear, masked(pruned.mask(path), dense), partial(pruned.mask, path)
-                    )
+                    read = partial(pruned.masks.__getitem__, path)
+                    placement.replace(linear, masked(read(), dense), read)

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from functools import cache
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
-from permllm.settings.config import NMPattern
+from permllm.settings.config import ExportConfig, NMPattern
 
 log = logging.getLogger(__name__)
 
@@ -68,27 +67,28 @@ KEPT = _of_type(
 )
 
 
-def check_serve(form: str, dtype: str, patterns: Collection[NMPattern]) -> None:
-    """Raise ConfigError unless vLLM can serve a checkpoint of this form, dtype and N:M."""
+def check_serve(settings: ExportConfig, patterns: Collection[NMPattern]) -> None:
+    """Raise ConfigError unless vLLM can serve a checkpoint with these settings and N:M."""
     if not any(map(_two_of_four, patterns)):
         names = ", ".join(map(str, patterns))
-        raise ConfigError(f"export.serve=vllm: no kernel multiplies {names}; set sparsity=2:4")
-    if form != "folded":
-        raise ConfigError(
-            f"export.serve=vllm: vLLM does not load export={form}; set export=folded and "
+        reason = f"no kernel multiplies {names}; set sparsity=2:4"
+    elif settings.form != "folded":
+        reason = (
+            f"vLLM does not load export={settings.form}; set export=folded and "
             "permutation.constraint=foldable"
         )
-    if dtype != "bfloat16":
-        raise ConfigError(
-            f"export.serve=vllm: the kernels do not take {dtype}; set export.dtype=bfloat16"
-        )
+    elif settings.dtype != "bfloat16":
+        reason = f"the kernels do not take {settings.dtype}; set export.dtype=bfloat16"
+    else:
+        return
+    raise ConfigError(f"export.serve=vllm: {reason}")
 
 
 def serving(
     model: PreTrainedModel,
     pattern: str,
     patterns: Mapping[str, str],
-    zero_rows: AbstractSet[str] = frozenset(),
+    zero_rows: AbstractSet[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Find the linears of a model that vLLM runs on FP8 kernels for 2:4.
 
@@ -97,7 +97,7 @@ def serving(
         pattern: N:M of linears that are not in `patterns`.
         patterns: N:M, or `dense`, by linear.
         zero_rows: linears whose weight has a row of zeros. The scale of such a row is 0, and its
-            product with any input NaN.
+            product with any input NaN. None: the weights are not known yet.
 
     Returns:
         The content of the file `SETTINGS`, and numbers of linears as vLLM joins them: `sparse`, on
@@ -113,44 +113,54 @@ def serving(
             f"export.serve=vllm: vLLM runs {model_type} through its Transformers backend, whose "
             "activations have three dimensions, and the kernels take two; leave export.serve out"
         )
-    groups = channel_groups(model)
-    kinds = dict[str, None]()
-    layers = ""
+    prefix = ""
+    on_kernels = dict[str, None]()
     sparse = 0
     dense = list[str]()
     unfit = list[str]()
     without_scale = list[str]()
-    linears = [(group, name, rows) for group in groups for name, rows in _joined(group).items()]
-    for group, name, rows in linears:
-        texts = [patterns.get(path, pattern) for path in rows]
-        pruned = all(text != DENSE and _two_of_four(NMPattern.parse(text)) for text in texts)
-        names = dict.fromkeys([name, *rows])
-        fits = sum(rows.values()) % _ROWS == 0 and group.channels % _CHANNELS == 0
-        finite = zero_rows.isdisjoint(rows)
-        if pruned and fits and finite:
-            layers = group.prefix.rstrip(".").rpartition(".")[0]
-            kinds |= dict.fromkeys(re.escape(path.removeprefix(group.prefix)) for path in names)
-            sparse += 1
-        else:
+    linears = [
+        (group, path, rows)
+        for group in channel_groups(model)
+        for path, rows in _joined(group).items()
+    ]
+    for group, path, rows in linears:
+        texts = [patterns.get(member, pattern) for member in rows]
+        names = dict.fromkeys([path, *rows])
+        if DENSE in texts or not all(_two_of_four(NMPattern.parse(text)) for text in texts):
             dense += names
-            if pruned and not fits:
-                unfit.append(name)
-            elif pruned:
-                without_scale.append(name)
+        elif sum(rows.values()) % _ROWS or group.channels % _CHANNELS:
+            dense += names
+            unfit.append(path)
+        elif zero_rows and not zero_rows.isdisjoint(rows):
+            dense += names
+            without_scale.append(path)
+        else:
+            prefix = group.prefix
+            on_kernels |= {name.removeprefix(prefix): None for name in names}
+            sparse += 1
     if without_scale:
         log.warning(
             "vLLM runs %s as dense linears, because FP8 has no scale for a row of zeros",
             ", ".join(without_scale),
         )
+    sizes = f"rows divisible by {_ROWS} and channels divisible by {_CHANNELS}"
     if not sparse:
         raise ConfigError(
-            f"export.serve=vllm: the kernels need rows divisible by {_ROWS} and channels divisible "
-            f"by {_CHANNELS} and no row of zeros, and no 2:4 linear of this model has all of this; "
-            "leave export.serve out"
+            f"export.serve=vllm: the kernels need {sizes} and no row of zeros, and no 2:4 linear "
+            "of this model has all of this; leave export.serve out"
         )
-    if unfit:
-        _warn(len(unfit), len(linears), unfit[0])
-    expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(kinds)})"
+    if unfit and zero_rows is None:  # with the rows it is the second time
+        log.warning(
+            "vLLM runs %d of %d linears as dense ones, such as %s: its kernels need %s; "
+            "keep_dense=[...] would leave them unpruned",
+            len(unfit),
+            len(linears),
+            unfit[0],
+            sizes,
+        )
+    layers = prefix.rstrip(".").rpartition(".")[0]
+    expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(map(re.escape, on_kernels))})"
     by_name = {expression: _for_kernels(), **dict.fromkeys(dense)}
     both = {"fqn_to_config": by_name, "module_fqn_to_config": by_name}
     return _of_type("FqnToConfig", both, 1), {"sparse": sparse, "all": len(linears)}
@@ -178,19 +188,6 @@ def _joined(group: ChannelGroup) -> dict[str, dict[str, int]]:
         parent, _, name = path.rpartition(".")
         joined.setdefault(f"{parent}.{_JOINED.get(name, name)}", {})[path] = rows
     return joined
-
-
-@cache  # because a run finds the linears before it prunes, and again when it writes the checkpoint
-def _warn(unfit: int, linears: int, example: str) -> None:
-    log.warning(
-        "vLLM runs %s of %s linears as dense ones, such as %s: its kernels need rows divisible "
-        "by %s and channels divisible by %s; keep_dense=[...] would leave them unpruned",
-        unfit,
-        linears,
-        example,
-        _ROWS,
-        _CHANNELS,
-    )
 
 
 def _two_of_four(pattern: NMPattern) -> bool:

@@ -9,19 +9,18 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.command import Answer, terminal
-from permllm.errors import ConfigError, DataError
-from permllm.export.write import SUMMARY, read_summary
+from permllm.command import Answer
+from permllm.errors import ConfigError
+from permllm.export.write import SUMMARY, check_files, read_summary
 from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import recorded_groups
 from permllm.settings.config import NMPattern, check_divides
-from permllm.store.files import file_sha256
 from permllm.store.tensors import violations
 
 _SEQUENCES = 4
 _LENGTH = 64
-_SHOWN = 20
+_TWO_OF_FOUR = NMPattern(2, 4)
 
 
 def verify(
@@ -58,36 +57,39 @@ def verify(
     """
     summary = read_summary(folder)
     if summary:
-        for file in sorted(folder.glob("*.safetensors")):
-            if file_sha256(file) != summary["sha256"].get(file.name):
-                raise DataError(
-                    f"{file} was changed or damaged after the export (its sha256 differs)"
-                )
+        check_files(folder, summary)
     model = read_weights(folder, None, torch.device("cpu"))
     check_runs(folder, model)
     by_row = pattern is None and summary is not None and summary.get("form") == "simulate"
-    stated = stated_patterns(folder, model, pattern)
+    patterns = expected_patterns(model, summary, pattern)
     layers = []
+    problems = []
     zeros = 0
     size = 0
-    problems = list[str]()
-    for path, expected in stated.items():
+    for path, expected in patterns.items():
         weight = linear_at(model, path).weight
         check_divides(expected, weight.shape[1], path)
+        name = f"{path}.weight"
         zeros_of_weight = int((weight == 0).sum())
         zeros += zeros_of_weight
         size += weight.numel()
-        name = f"{path}.weight"
-        bad = violations(weight, None, expected)
-        share = zeros_of_weight / weight.numel()
-        layers.append({"name": name, "pattern": str(expected), "zeros": share, "violations": bad})
-        nonzeros = (weight != 0).sum(1)
-        dense_rows = int((nonzeros * expected.m > weight.shape[1] * expected.n).sum())
-        if by_row and dense_rows:
-            problems.append(f"{name} has {dense_rows} rows with fewer zeros than {expected}")
-        elif bad and not by_row:
-            problems.append(f"{name} has {bad} groups that are not {expected}")
-    every = {path for group in channel_groups(model) for path in group.members}
+        groups = violations(weight, None, expected)
+        layers.append(
+            {
+                "name": name,
+                "pattern": str(expected),
+                "zeros": zeros_of_weight / weight.numel(),
+                "violations": groups,
+            }
+        )
+        if by_row:
+            nonzeros = (weight != 0).sum(1)
+            rows = int((nonzeros * expected.m > weight.shape[1] * expected.n).sum())
+            if rows:
+                problems.append(f"{name} has {rows} rows with fewer zeros than {expected}")
+        elif groups:
+            problems.append(f"{name} has {groups} groups that are not {expected}")
+    members = {path for group in channel_groups(model) for path in group.members}
     del model
     difference = logits_difference(folder, against) if against else None
     if difference and not all(map(math.isfinite, difference.values())):
@@ -96,31 +98,30 @@ def verify(
         "passed": not problems,
         "problems": problems,
         "by_row": by_row,
-        "pattern": str(pattern or (summary["sparsity"] if summary else "2:4")),
+        "pattern": str(pattern or (summary["sparsity"] if summary else _TWO_OF_FOUR)),
         "zeros": zeros / max(size, 1),
         "layers": layers,
-        "dense": sorted(f"{path}.weight" for path in every - stated.keys()),
+        "dense": sorted(f"{path}.weight" for path in members - patterns.keys()),
         "bytes": sum(file.stat().st_size for file in weight_files(folder)),
         "checksums": summary is not None,
         "difference": difference,
     }
 
 
-def stated_patterns(
-    folder: Path, model: nn.Module, pattern: NMPattern | None = None
+def expected_patterns(
+    model: nn.Module, summary: dict[str, Any] | None, pattern: NMPattern | None = None
 ) -> dict[str, NMPattern]:
     """Return the expected N:M of the decoder layers' linears that should be sparse, by path.
 
     Args:
-        folder: folder of the checkpoint.
-        model: model of the checkpoint.
+        model: model of a checkpoint.
+        summary: summary of the checkpoint; None: it is no export.
         pattern: N:M of every linear; None: the N:M that an export states, else 2:4.
     """
     groups = channel_groups(model)
-    summary = None if pattern else read_summary(folder)
-    expected = pattern or NMPattern(2, 4)
-    if summary is not None:
-        expected = NMPattern.parse(summary["sparsity"], f"{folder / SUMMARY}: sparsity")
+    expected = pattern or _TWO_OF_FOUR
+    if summary and not pattern:
+        expected = NMPattern.parse(summary["sparsity"], f"{SUMMARY}: sparsity")
         groups = recorded_groups(groups, expected, summary.get("patterns", {}))
     return {path: group.pattern or expected for group in groups for path in group.members}
 
@@ -160,28 +161,24 @@ def work(options: argparse.Namespace) -> Answer:
     set_verbosity_error()  # the report has what transformers warns of
     pattern = NMPattern.parse(options.pattern, "--pattern") if options.pattern else None
     report = verify(options.folder, pattern, options.against)
-    code = 0 if report["passed"] else 1
-    return Answer(report, lambda: _show(options.folder, report), code)
+    return Answer(report, lambda: _show(options.folder, report), int(not report["passed"]))
 
 
 def _show(folder: Path, report: dict[str, Any]) -> None:
     verdict = "passed" if report["passed"] else "FAILED"
-    what = "zeros in every row" if report["by_row"] else "in stored order"
-    lines = [f"{verdict}: {folder}, {report['pattern']} {what}"]
+    place = "zeros in every row" if report["by_row"] else "in stored order"
+    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
     if report["by_row"]:
         lines.append("export=simulate keeps the dense model's channels, so it is not N:M as stored")
-    lines += [f"- {problem}" for problem in report["problems"][:_SHOWN]]
-    if len(report["problems"]) > _SHOWN:
-        lines.append(f"- and {len(report['problems']) - _SHOWN} more")
-    bad = sum(layer["violations"] for layer in report["layers"])
+    lines += [f"- {problem}" for problem in report["problems"]]
+    groups = sum(layer["violations"] for layer in report["layers"])
     lines.append(
-        f"{len(report['layers'])} weights, {report['zeros']:.2%} zeros, {bad} violations, "
+        f"{len(report['layers'])} weights, {report['zeros']:.2%} zeros, {groups} violations, "
         f"{report['bytes'] / 1e6:.1f} MB on disk"
     )
     if report["dense"]:
-        lines.append(f"dense according to {SUMMARY}: {', '.join(report['dense'])}")
-    difference = report["difference"]
-    if difference:
+        lines.append(f"{len(report['dense'])} dense weights, as {SUMMARY} states")
+    if difference := report["difference"]:
         lines.append(
             f"logits: relative difference {difference['relative']:.2e}, "
             f"largest {difference['largest']:.2e}, KL {difference['kl']:.2e} nats, "
@@ -189,6 +186,4 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
         )
     if report["checksums"]:
         lines.append("files compared with their sha256")
-    else:
-        lines.append("files not compared with a sha256: the folder states none")
-    terminal().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    print("\n".join(lines))

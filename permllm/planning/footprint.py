@@ -376,7 +376,7 @@ class Footprint:
         config = self.config
         streams = self.streams(placement)
         # Targets of all windows, and this rank's states of two streams.
-        tokens = (self.samples + config.further) * self.seqlen
+        tokens = (self.samples + self.methods.further(self.samples)) * self.seqlen
         states = ceil((1 + 2 / self.ranks) * tokens)
         if placement != "device" and config.evaluation.perplexity.names:  # states of a text
             states = max(states, ceil(self.measured))

@@ -19,7 +19,7 @@ from permllm.permutation.base import Permutation
 from permllm.pruner.base import Pruner
 from permllm.reconstruction.base import Reconstruction
 from permllm.runtime import parallel
-from permllm.settings.config import RunConfig, check_divides, windows_learned_from
+from permllm.settings.config import RunConfig, check_divides
 from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.directory import Record
@@ -69,6 +69,14 @@ class Methods:
         """Return the methods among permutation and mask that train, by group."""
         both = {"permutation": self.permutation, "mask": self.mask}
         return {group: method for group, method in both.items() if method.learned}
+
+    def further(self, calibration: int) -> int:
+        """Return the number of windows after the `calibration` first ones that methods learn from.
+
+        Args:
+            calibration: number of calibration windows.
+        """
+        return max(windows_for(method, calibration).stop for method in self.all) - calibration
 
     @property
     def needs_device(self) -> str | None:
@@ -160,15 +168,15 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     return ModelGroups(every, pruned)
 
 
-def windows_for(method: object, calibration: int) -> slice:
+def windows_for(method: Method, calibration: int) -> slice:
     """Return the windows of the text that a method learns from.
 
     Args:
-        method: a method that may have `samples` and `skip`.
+        method: the method.
         calibration: number of calibration windows, the first ones of the text.
     """
-    samples, skip = getattr(method, "samples", None), getattr(method, "skip", None)
-    return windows_learned_from(samples, skip, calibration)
+    start = method.skip or 0
+    return slice(start, start + (method.samples or calibration))
 
 
 def learning_problem(

@@ -7,6 +7,7 @@ keys are the arguments of that class.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from permllm.errors import ConfigError, first_line
+from permllm.errors import ConfigError
 from permllm.settings.identity import (
     digest_of,
     evaluation_of,
@@ -60,7 +61,7 @@ class NMPattern:
     @classmethod
     def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
         """Parse `"N:M"`. Raises ConfigError, which names the setting `key`, for other values."""
-        match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", str(text))
         if match is None or not 0 < int(match[1]) < int(match[2]):
             raise ConfigError(
                 f"{key}={text!r}: expected N:M as a string with 0 < N < M, such as '2:4' or '4:8'"
@@ -213,9 +214,17 @@ class LoggerConfig:
 
 @dataclass(config=SETTINGS)
 class ExportConfig:
-    """Group `export`."""
+    """Group `export`.
 
-    form: Literal["none", "simulate", "folded", "gathered"] = "none"
+    Attributes:
+        form: form of the checkpoint; none: a run has no checkpoint, and others are written in the
+            first form that the permutations allow.
+        dtype: dtype of the weights; None: the model's dtype in the run.
+        shard_gb: largest size of a file, in 10^9 bytes.
+        serve: server for which a file of settings is written; None: no such file.
+    """
+
+    form: Literal["none", "folded", "gathered", "simulate"] = "none"
     dtype: Dtype | None = None
     shard_gb: Positive = 5.0
     serve: Literal["vllm"] | None = None
@@ -289,15 +298,6 @@ class RunConfig:
         )
         return list(dict.fromkeys([self.pattern, *others]))
 
-    @property
-    def further(self) -> int:
-        """Number of windows after the first `calibration.samples` that methods learn from."""
-        first = last = self.calibration.samples
-        for method in (self.permutation, self.mask, self.reconstruction):
-            windows = windows_learned_from(method.get("samples"), method.get("skip"), first)
-            last = max(last, windows.stop)
-        return last - first
-
     @cached_property  # because reading the files takes time
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with a digest of each file that they name (`inputs`)."""
@@ -331,33 +331,18 @@ class RunConfig:
         return evaluation_of(self.resolved)
 
 
-def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+def read_config(composed: DictConfig) -> RunConfig:
     """Return the typed settings of settings that Hydra composed.
 
     Raises:
         ConfigError: a key is unknown or missing, or its value is not valid.
     """
+    settings = copy.deepcopy(composed)
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
-        settings: Any = OmegaConf.create(plain)
-        budget = settings.get("budget") or {}
-        settings.budget = {
-            key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)
-        }
+        given = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]
+        settings.budget = OmegaConf.masked_copy(settings.budget, given)
         resolved: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"
-        ) from error
+        reason = (error.msg or str(error)).splitlines()[0]
+        raise ConfigError(f"{error.full_key or 'settings'}: {reason}") from error
     return validated(RunConfig, resolved)
-
-
-def windows_learned_from(samples: int | None, skip: int | None, calibration: int) -> slice:
-    """Return the windows of the calibration text that a method learns from.
-
-    Args:
-        samples: number of windows to learn from; None: as many as for the statistics.
-        skip: number of windows before them; None: 0.
-        calibration: number of windows for the statistics, which are the first ones.
-    """
-    return slice(skip or 0, (skip or 0) + (samples or calibration))

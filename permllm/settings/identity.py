@@ -38,16 +38,17 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     `temperature` come from the permutation; a permutation without them does not use them.
     """
     identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
-    inputs = identity.get("inputs") or {}
+    inputs = resolved.get("inputs", {})
     identity["inputs"] = _without(inputs, [key for key in inputs if key.startswith("evaluation.")])
-    identity["model"] = _without(identity.get("model") or {}, _NOT_OF_THE_MODEL)
-    if str(identity["model"].get("device")).startswith("cuda:"):  # the GPU does not matter
-        identity["model"]["device"] = "cuda"
+    model = _without(resolved["model"], _NOT_OF_THE_MODEL)
+    if str(model.get("device")).startswith("cuda:"):  # the GPU does not matter
+        model["device"] = "cuda"
+    identity["model"] = model
     if "keep_dense" in identity:  # the order of the names does not matter
         identity["keep_dense"] = sorted(identity["keep_dense"])
-    permutation = dict(identity.get("permutation") or {})
-    identity |= {key: permutation.pop(key) for key in _OF_A_PERMUTATION if key in permutation}
-    identity["permutation"] = permutation
+    permutation = resolved["permutation"]
+    identity["permutation"] = _without(permutation, _OF_A_PERMUTATION)
+    identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}
     return _without_classes(identity)
 
 
@@ -62,7 +63,7 @@ def _without_classes(value: Any) -> Any:
     """
     if not isinstance(value, Mapping):
         return value
-    ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
+    ours = str(value.get("_target_")).startswith("permllm.")
     settings = _without(value, ["_target_"] if ours else [])
     return {key: _without_classes(part) for key, part in settings.items()}
 
@@ -72,35 +73,42 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
     Sizes of batches are left out. A path is replaced by the name and the digest of its file.
     """
-    settings = resolved.get("evaluation") or {}
-    inputs = resolved.get("inputs") or {}
-    text = dict(settings.get("perplexity") or {})
-    shared = settings.get("lm_eval") or {}
-    file = text.pop("data_files", None)
-    text.pop("batch_tokens", None)
-    if file:
-        digest = inputs.get("evaluation.perplexity.data_files")
-        text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
+    settings = resolved["evaluation"]
+    inputs = resolved.get("inputs", {})
     identity: dict[str, Any] = {}
+    text = _without(settings["perplexity"], ("data_files", "batch_tokens"))
+    if file := settings["perplexity"].get("data_files"):
+        digest = inputs.get("evaluation.perplexity.data_files")
+        text |= {"dataset": None, "file": Path(file).name, "digest": digest}
+    if resolved["model"].get("bos"):
+        text["bos"] = True
     if file or text.get("dataset") is not None:
-        bos = {"bos": True} if (resolved.get("model") or {}).get("bos") else {}
-        identity["perplexity"] = text | bos
-    tasks = {}
-    for name, task in (settings.get("tasks") or {}).items():
-        limit = shared.get("limit") if task["limit"] is None else task["limit"]
-        key = f"evaluation.tasks.{name}"
-        source = shared.get("source")
-        tasks[str(name).rsplit("/", 1)[-1]] = {
-            "num_fewshot": task["num_fewshot"],
-            "limit": limit,
-            "add_bos_token": shared.get("add_bos_token"),
-            **({"source": source} if source == "wheel" else {}),
-            **({"digest": inputs[key]} if key in inputs else {}),
-        }
+        identity["perplexity"] = text
+    tasks = {
+        Path(name).name: _task(name, task, settings["lm_eval"], inputs)
+        for name, task in (settings.get("tasks") or {}).items()
+    }
     if tasks:
         identity["tasks"] = tasks
     if identity and settings.get("weights"):
         identity["weights"] = settings["weights"]
+    return identity
+
+
+def _task(
+    name: str, task: Mapping[str, Any], shared: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings that determine the result of a task."""
+    identity = {
+        "num_fewshot": task["num_fewshot"],
+        "limit": shared["limit"] if task["limit"] is None else task["limit"],
+        "add_bos_token": shared["add_bos_token"],
+    }
+    if shared["source"] == "wheel":
+        identity["source"] = "wheel"
+    key = f"evaluation.tasks.{name}"
+    if key in inputs:
+        identity["digest"] = inputs[key]
     return identity
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
 from permllm.errors import ConfigError
 
@@ -19,38 +19,32 @@ Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
-def _texts(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-        return value[0] if len(value) == 1 else value  # a list of one is the same evaluation
-    raise ValueError("expected the name of a text, a list of names, or null")
+def _one_text(value: str | list[str] | None) -> str | list[str] | None:
+    """Return a list of one text as the text, because both are the same evaluation."""
+    if isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return value
 
 
-def _names(value: Any) -> list[str]:
-    """Return indices of layers and names of modules as strings, each once, in their order."""
-    names = [] if value is None else value if isinstance(value, list) else [value]
-    for name in names:
-        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            raise ValueError(f"{name!r} is neither the index of a layer nor the name of a module")
-    return list(dict.fromkeys(map(str, names)))
+def _list(value: Any) -> Any:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
-def _patterns(value: Any) -> dict[str, Any]:
-    if not isinstance(value or {}, dict):
-        raise ValueError("expected N:M by name, as in sparsity_of={down_proj: 4:8}")
-    _names(list(value or {}))
-    return {str(name): value[name] for name in sorted(value or {}, key=str)}
-
-
+_Mapping = BeforeValidator(lambda value: value or {})
 # Arguments of another library; null: none.
-Arguments = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
+Arguments = Annotated[dict[str, Any], _Mapping]
 # Name of a text, or names of several; None: no text.
-Texts = Annotated[Any, BeforeValidator(_texts)]
-# Indices of layers and names of modules.
-Names = Annotated[list[str], BeforeValidator(_names)]
+Texts = Annotated[str | Annotated[list[str], Field(min_length=1)] | None, AfterValidator(_one_text)]
+# Indices of layers and names of modules, each once.
+Names = Annotated[
+    list[str], BeforeValidator(_list), AfterValidator(lambda names: list(dict.fromkeys(names)))
+]
 # Values by index of a layer or name of a module, sorted by name.
-ByName = Annotated[dict[str, Any], BeforeValidator(_patterns)]
+ByName = Annotated[
+    dict[str, str], _Mapping, AfterValidator(lambda values: dict(sorted(values.items())))
+]
 
 
 def validated(kind: type[T], settings: Mapping[str, Any], prefix: str = "") -> T:
@@ -79,7 +73,7 @@ def refused(error: ValidationError, settings: Mapping[str, Any], prefix: str = "
         prefix: key of the group of these settings; empty: the top level.
     """
     refusals = [
-        (_place(settings, of_key["loc"]), of_key) for of_key in error.errors(include_url=False)
+        (_place(settings, refusal["loc"]), refusal) for refusal in error.errors(include_url=False)
     ]
     place, first = refusals[0]
     key = ".".join([prefix, *place] if prefix else place)
@@ -87,11 +81,10 @@ def refused(error: ValidationError, settings: Mapping[str, Any], prefix: str = "
         return ConfigError(f"{key} must be given")
     if first["type"] == "unexpected_keyword_argument":
         return ConfigError(f"{key} is no setting")
-    value: Any = settings
-    for name in place:
-        value = value[name]
-    reasons = dict.fromkeys(_reason(of_key["msg"]) for other, of_key in refusals if other == place)
-    return ConfigError(f"{key}{f'={value!r}' if place else ''}: {' or '.join(reasons)}")
+    # A value may be valid in several ways, and is then refused for several reasons.
+    reasons = {_reason(refusal["msg"]): None for other, refusal in refusals if other == place}
+    value = f"={first['input']!r}" if place else ""
+    return ConfigError(f"{key}{value}: {' or '.join(reasons)}")
 
 
 def _place(settings: Any, loc: Iterable[int | str]) -> list[str]:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 from torch import Tensor
@@ -20,14 +21,12 @@ from torch import Tensor
 from permllm.errors import DataError
 from permllm.runtime import parallel
 from permllm.store.environment import git_commit, versions
-from permllm.store.files import read_json, write_json
-from permllm.store.tensors import load_tensors, save_tensors
+from permllm.store.tensors import load_state, save_state
 
 log = logging.getLogger(__name__)
 
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
-_RESULTS = "results"
 # The folder of `paths.cache_dir`, if the job has one.
 _CHOSEN: list[str] = []
 
@@ -50,40 +49,36 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
     software = {"versions": versions(), "commit": commit}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    with ExitStack() as held:
+    file = parallel.on_main(lambda: cache_directory() / "results" / f"{name}.pt")
+    with ExitStack() as locks:
 
         def locked_and_read() -> Values | None:
             """Lock the result until it is written, and read it; None: it is not in the cache."""
-            file = cache_directory() / _RESULTS / name
             file.parent.mkdir(exist_ok=True)
-            held.enter_context(FileLock(file.with_suffix(".lock")))
+            locks.enter_context(FileLock(file.with_suffix(".lock")))
             return _read(file)
 
         values = parallel.on_main(locked_and_read)
         if values is None:
             values = parallel.share(compute())
-            parallel.on_main(lambda: _write(cache_directory() / _RESULTS / name, values))
+            parallel.on_main(lambda: _write(file, values))
         return values
 
 
 def _read(file: Path) -> Any:
     """Return a result; None: there is none, or it cannot be read."""
+    if not file.exists():
+        return None
     try:
-        if (tensors := file.with_suffix(".safetensors")).exists():
-            return load_tensors(tensors)
-        if (values := file.with_suffix(".json")).exists():
-            return read_json(values)
+        return load_state(file, torch.device("cpu"))
     except DataError as error:
         log.warning("%s: computing it again", error)
-    return None
+        return None
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
     try:
-        if all(isinstance(value, Tensor) for value in values.values()):
-            save_tensors(file.with_suffix(".safetensors"), values)
-        else:
-            write_json(file.with_suffix(".json"), values)
+        save_state(file, dict(values))
     except DataError as error:  # the job has its result although the disk is full
         log.warning("not kept for other jobs: %s", error)
 

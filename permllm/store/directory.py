@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,11 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from permllm.errors import ConfigError, DataError, InUseError, one_line
+from permllm.errors import ConfigError, DataError, InUseError
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
-from permllm.runtime.signals import what_happened
 from permllm.settings.config import RunConfig, flatten
 from permllm.settings.identity import digest_of, identity_of
-from permllm.store.environment import command_line
 from permllm.store.files import (
     CONFIG,
     EVALUATIONS,
@@ -39,7 +37,6 @@ from permllm.store.files import (
     write_text,
 )
 
-log = logging.getLogger(__name__)
 # Logger of the file `run.log` alone, because a terminal has progress bars instead.
 noted = logging.getLogger("permllm.noted")
 noted.setLevel(logging.INFO)
@@ -100,9 +97,24 @@ class Record:
             self.keep(name, value, save)
         return value
 
-    def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def write_history(self, lines: list[dict[str, Any]]) -> None:
         """Replace the history by these lines."""
-        self.history = [dict(line) for line in lines]
+        self.history = lines
+
+    def keep_products(self, dtype: torch.dtype) -> None:
+        """Record the dtype of matrix products, which a run keeps to its end.
+
+        Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
+        depends on the machine.
+        """
+        products = str(dtype).removeprefix("torch.")
+        before = self.metrics.setdefault("compute_dtype", products)
+        if before != products:
+            raise ConfigError(
+                f"{self.directory} began with products in {before}, and here they would be in "
+                f"{products}: add compute_dtype={before} run_dir={self.directory} to continue it, "
+                "or force=true to run it again"
+            )
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
@@ -124,11 +136,13 @@ class Record:
             seconds = record.setdefault("seconds", {})
             seconds[name] = seconds.get(name, 0.0) + took - self._inside
             self._inside = None if outer is None else outer + took
-            for key, peak in (
-                ("peak_memory_bytes", peak_memory(device)),
-                ("peak_host_memory_bytes", peak_host_memory()),
-            ):
-                self.metrics[key] = max(peak, self.metrics.get(key, 0))
+            peaks = {
+                "peak_memory_bytes": peak_memory(device),
+                "peak_host_memory_bytes": peak_host_memory(),
+            }
+            self.metrics |= {
+                key: max(peak, self.metrics.get(key, 0)) for key, peak in peaks.items()
+            }
             if outer is None:
                 noted.info("%s: %.1f s", name, seconds[name])
                 self.save()
@@ -147,18 +161,22 @@ class RunDirectory(Record):
         super().__init__()
         self.directory = directory
         self.finished = False
-        self._written: set[str] = set()  # files of this process
-        self.config: dict[str, Any] = json.loads(json.dumps(config.resolved))
-        evaluation = json.loads(json.dumps(config.evaluation_identity))
-        digest = digest_of(evaluation)
-        self.evaluation = {"evaluation": evaluation, "evaluation_hash": digest}
-        self._evaluation_file = directory / EVALUATIONS / f"{digest}.json"
+        self.config = dict(config.resolved)
+        self.evaluation = {
+            "evaluation": config.evaluation_identity,
+            "evaluation_hash": digest_of(config.evaluation_identity),
+        }
         self.metrics |= {
             "schema_version": SCHEMA_VERSION,
             "status": "running",
             "name": config.name,
             "config_hash": config.hash,
+            "sha256": {},
         }
+
+    @property
+    def _evaluation_file(self) -> Path:
+        return self.directory / EVALUATIONS / f"{self.evaluation['evaluation_hash']}.json"
 
     @contextmanager
     def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
@@ -175,48 +193,41 @@ class RunDirectory(Record):
             ConfigError: the directory belongs to another run.
             DataError: a file cannot be read.
         """
-        is_new = parallel.rank() == 0 and not self.directory.exists()
-        with ExitStack() as held:
+        with ExitStack() as locks:
 
             def lock_and_read() -> tuple[Any, ...]:
-                held.enter_context(self._locked(wait))
+                self._lock(locks, wait)
                 self._check_config()
                 if force:
                     self._remove(METRICS, *RESULTS, *OF_LOGGERS)
                 self._read()
-                done = is_finished(self.directory, self.evaluation["evaluation"])
-                return self.metrics, self.evaluation, self.history, done
+                finished = is_finished(self.directory, self.evaluation["evaluation"])
+                return self.metrics, self.evaluation, self.history, finished
 
+            is_new = not self.directory.exists()
+            state = parallel.on_main(lock_and_read)
+            self.metrics, self.evaluation, self.history, self.finished = state
             try:
-                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(
-                    lock_and_read
-                )
                 yield
-            except InUseError:
-                raise
             except (ConfigError, DataError):
-                if is_new and not any((self.directory / name).exists() for name in RESULTS):
+                has_result = any((self.directory / name).exists() for name in RESULTS)
+                if parallel.rank() == 0 and is_new and not has_result:
                     shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
-    @contextmanager
-    def _locked(self, wait: bool) -> Iterator[None]:
+    def _lock(self, locks: ExitStack, wait: bool) -> None:
         """Lock the directory. A process with another evaluation of the same run always waits."""
-        same = FileLock(self.directory / f".lock-{self.evaluation['evaluation_hash']}")
         self.directory.mkdir(parents=True, exist_ok=True)
+        same = FileLock(self.directory / f".lock-{self.evaluation['evaluation_hash']}")
         try:
-            same.acquire(timeout=0)
+            locks.enter_context(same.acquire(timeout=None if wait else 0))
         except Timeout as error:
-            if not wait:
-                raise InUseError(f"{self.directory} is in use by another process") from error
-            log.info("%s: waiting for another process that runs the same", self.directory)
-            same.acquire()
-        with same, FileLock(self.directory / ".lock"):
-            same.release()  # `with same` has acquired it a second time
-            self.directory.mkdir(exist_ok=True)  # the other process may have removed it
-            yield
+            raise InUseError(f"{self.directory} is in use by another process") from error
+        locks.enter_context(FileLock(self.directory / ".lock"))
+        self.directory.mkdir(exist_ok=True)  # the other process may have removed it
 
     def _check_config(self) -> None:
+        """Raise ConfigError if the directory has files of another kind or of another run."""
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
@@ -226,36 +237,34 @@ class RunDirectory(Record):
             return
         earlier = flatten(identity_of(read_yaml(file)))
         identity = flatten(identity_of(self.config))
-        both = earlier.keys() | identity.keys()
-        differing = sorted(key for key in both if earlier.get(key) != identity.get(key))
-        if differing == ["compute_dtype"] and self._meant_by_auto() == identity["compute_dtype"]:
-            self.config["compute_dtype"] = earlier["compute_dtype"]
-        elif differing:
-            differ = "differ" if len(differing) > 1 else "differs"
+        keys = sorted(earlier.keys() | identity.keys())
+        differing = [key for key in keys if earlier.get(key) != identity.get(key)]
+        if differing == ["compute_dtype"] and (self.directory / METRICS).exists():
+            # `auto` may have meant the dtype that is given now.
+            meant = read_json(self.directory / METRICS).get("compute_dtype")
+            if meant == identity["compute_dtype"]:
+                self.config["compute_dtype"] = earlier["compute_dtype"]
+                return
+        if differing:
             raise ConfigError(
-                f"{file} is of another run, whose {', '.join(differing[:5])} {differ}: choose "
+                f"{file} is of a run with other values of {', '.join(differing[:5])}: choose "
                 "another run_dir"
             )
-
-    def _meant_by_auto(self) -> str | None:
-        """Return the dtype that `compute_dtype=auto` meant in the run; None: it has no metrics."""
-        file = self.directory / METRICS
-        return read_json(file).get("compute_dtype") if file.exists() else None
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
         file = self.directory / METRICS
         if file.exists():
-            self.metrics = read_json(file)
-            if self.metrics.get("schema_version") != SCHEMA_VERSION:
+            metrics = read_json(file)
+            if metrics.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{file}: of another schema_version; force=true runs it again")
-            if self.metrics["status"] == "finished":
-                self._remove(*UNFINISHED)  # the process may have ended before it removed them
+            self.metrics = {"sha256": {}} | metrics
         self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
-            ended = self.metrics["status"] == "finished" and self.evaluation.get("finished")
-            if ended and self.metrics.get("evaluation") != self.evaluation["evaluation"]:
+        if self.metrics["status"] == "finished":
+            self._remove(*UNFINISHED)  # the process may have ended before it removed them
+            if self.evaluation.get("finished"):
                 self._show_evaluation()
                 self.save()
 
@@ -263,22 +272,6 @@ class RunDirectory(Record):
     def pruned(self) -> bool:
         """True: the model is pruned, so that only its evaluation may be missing."""
         return "sparsity" in self.metrics
-
-    def check_products(self, dtype: torch.dtype) -> None:
-        """Record the dtype of matrix products, which a run keeps to its end.
-
-        Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
-        depends on the machine.
-        """
-        products = str(dtype).removeprefix("torch.")
-        before = self.metrics.setdefault("compute_dtype", products)
-        if before != products:
-            raise ConfigError(
-                f"compute_dtype={self.config['compute_dtype']}: {self.directory} began with "
-                f"products in {before}, and here they would be in {products}: add "
-                f"compute_dtype={before} run_dir={self.directory} to continue it, or force=true to "
-                "run it again"
-            )
 
     def has(self, group: str) -> bool:
         """Tell if the run has the result of a group, `permutation` or `mask`."""
@@ -309,9 +302,10 @@ class RunDirectory(Record):
         self.evaluation["finished"] = True
         self._show_evaluation()
         self.metrics["status"] = "finished"
-        digests = self.metrics.setdefault("sha256", {})
         self.metrics["sha256"] = {
-            name: digest for name, digest in digests.items() if name.split("/")[0] not in UNFINISHED
+            name: digest
+            for name, digest in self.metrics["sha256"].items()
+            if Path(name).parts[0] not in UNFINISHED
         }
         self.save()
         if parallel.rank() == 0:
@@ -325,15 +319,14 @@ class RunDirectory(Record):
 
         def read() -> Value | None:
             path = self.directory / name
-            stated = self.metrics.setdefault("sha256", {})
             if not path.exists():
                 return None
-            if name in stated:
-                check_sha256(self.directory, name, stated[name])
+            digests = self.metrics["sha256"]
+            if name in digests:
+                check_sha256(self.directory, name, digests[name])
             else:  # the earlier process ended after the file and before `metrics.json`
-                stated[name] = file_sha256(path)
-            if name not in self._written:
-                noted.info("continuing with %s", name)
+                digests[name] = file_sha256(path)
+            noted.info("continuing with %s", name)
             return load(path)
 
         return parallel.on_main(read)
@@ -343,13 +336,12 @@ class RunDirectory(Record):
 
         def write() -> None:
             save(self.directory / name, value)
-            self._written.add(name)
-            self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
+            self.metrics["sha256"][name] = file_sha256(self.directory / name)
             self.save()
 
         parallel.on_main(write)
 
-    def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def write_history(self, lines: list[dict[str, Any]]) -> None:
         """Replace the history, and `history.jsonl`, by these lines."""
         super().write_history(lines)
         if parallel.rank() == 0:
@@ -392,27 +384,3 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any]) -> bool:
         return bool(other.get("finished"))
     except DataError:
         return False
-
-
-@contextmanager
-def job_log(file: Path) -> Iterator[None]:
-    """Append the command, all messages, and the error of a job that fails to a file."""
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # On a full disk the record raises the error that the user sees.
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
-    loggers = (logging.getLogger(), noted)
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        noted.info("command: %s", command_line())
-        yield
-        noted.info("finished")
-    except BaseException as error:
-        reason = what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error)
-        noted.error("ended: %s", reason or type(error).__name__)
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()

@@ -60,8 +60,6 @@ def replaced(path: Path) -> Iterator[Path]:
         DataError: the file cannot be written, for example because the disk is full. `path` is
             unchanged.
     """
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is a folder: expected a file, or nothing")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Loggers of a run's numbers: Weights & Biases, MLflow, TensorBoard, or none."""
+"""Loggers of a run: its file `run.log`, and Weights & Biases, MLflow or TensorBoard."""
 
 import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from accelerate.state import PartialState
 from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from filelock import FileLock
 
-from permllm.errors import ConfigError, first_line
+from permllm.errors import ConfigError, first_line, one_line
+from permllm.runtime.signals import what_happened
 from permllm.settings.composition import SWEEP_VARIABLE
 from permllm.settings.config import RunConfig, flatten
 from permllm.store import sweep
+from permllm.store.directory import noted
+from permllm.store.environment import command_line
 from permllm.store.files import TENSORBOARD, WANDB_ID, write_text
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,30 @@ _MLFLOW = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+
+
+@contextmanager
+def job_log(file: Path) -> Iterator[None]:
+    """Append the command, all messages, and the error of a job that fails to a file."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # On a full disk the record raises the error that the user sees.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    loggers = (logging.getLogger(), noted)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        noted.info("command: %s", command_line())
+        yield
+        noted.info("finished")
+    except BaseException as error:
+        reason = what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error)
+        noted.error("ended: %s", reason or type(error).__name__)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
 
 
 class RunLogger:
@@ -134,14 +162,21 @@ class _Tracked(RunLogger):
 
 
 @contextmanager
-def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
-    """Open the logger of the group `logger`, and close it at the end, also if the run fails."""
-    openers: dict[str, Callable[[RunConfig, Path], RunLogger]] = {
-        "none": lambda config, directory: NO_LOGGER,
-        "mlflow": _open_mlflow,
-        "tensorboard": _open_tensorboard,
-    }
-    logger = openers.get(config.logger.name, _open_wandb)(config, directory)
+def open_logger(
+    config: RunConfig, directory: Path, learned: Collection[str]
+) -> Iterator[RunLogger]:
+    """Open the logger of the group `logger`, and close it at the end, also if the run fails.
+
+    Args:
+        config: settings of the run.
+        directory: run directory.
+        learned: groups of the permutation and the mask, if they train.
+    """
+    openers = {"mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
+    logger = NO_LOGGER
+    if config.logger.name != "none":
+        run = described(config, directory, learned)
+        logger = openers.get(config.logger.name, _open_wandb)(config, directory, run)
     failed = True
     try:
         yield logger
@@ -150,26 +185,25 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         logger.close(failed)
 
 
-def described(config: RunConfig, directory: Path) -> dict[str, Any]:
+def described(config: RunConfig, directory: Path, learned: Collection[str]) -> dict[str, Any]:
     """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
-    group = (config.logger.group or os.environ.get(SWEEP_VARIABLE) or "")[:_LONGEST_NAME]
-    methods = {"pruner": config.pruner, "permutation": config.permutation}
-    if "epochs" in config.mask:
-        methods["mask"] = config.mask
-    tags = {group: str(method.get("name")) for group, method in methods.items()}
+    group = config.logger.group or os.environ.get(SWEEP_VARIABLE)
+    tags = {"pruner": config.pruner["name"], "permutation": config.permutation["name"]}
+    if "mask" in learned:
+        tags["mask"] = config.mask["name"]
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
-        "group": group or None,
-        "job_type": "learn" if "epochs" in {**config.permutation, **config.mask} else "prune",
+        "group": group[:_LONGEST_NAME] if group else None,
+        "job_type": "learn" if learned else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
         "config": config.identity | evaluated,
         "where": {"run_directory": str(directory), "config_hash": config.hash},
     }
 
 
-def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
+def _open_wandb(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunLogger:
     """Open a run of W&B in the mode of `WANDB_MODE`, or else online.
 
     Without a key the run is offline. With `logger=auto` there is no run then.
@@ -190,40 +224,41 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
     file = directory / WANDB_ID
     if not file.is_file():
         write_text(file, f"{config.hash}-{secrets.token_hex(4)}\n")
-    description = described(config, directory)
-    run: dict[str, Any] = {
-        **{key: description[key] for key in ("name", "group", "job_type")},
-        "id": file.read_text().strip(),
-        "resume": "allow",
-        "dir": str(home),
-        "project": config.logger.project,
-        "config": description["config"] | description["where"],
-        "tags": [tag[:_LONGEST_TAG] for tag in description["tags"].values()],
-        "settings": wandb.Settings(silent=True, console="off"),
-    }
+    start: Any = partial(
+        wandb.init,
+        name=run["name"],
+        group=run["group"],
+        job_type=run["job_type"],
+        id=file.read_text().strip(),
+        resume="allow",
+        dir=str(home),
+        project=config.logger.project,
+        config=run["config"] | run["where"],
+        tags=[tag[:_LONGEST_TAG] for tag in run["tags"].values()],
+        settings=wandb.Settings(silent=True, console="off"),
+    )
     try:
-        return _WandB(wandb.init(mode=mode or "offline", **run))  # type: ignore[arg-type]
+        return _WandB(start(mode=mode or "offline"))
     except wandb.errors.Error as error:  # `wandb sync` can send the run later
         log.warning("W&B cannot be reached (%s): this run is kept offline", first_line(error))
-        return _WandB(wandb.init(mode="offline", **run))
+        return _WandB(start(mode="offline"))
 
 
-def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
+def _open_tensorboard(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunLogger:
     PartialState(cpu=True)  # accelerate's trackers ask it if this is rank 0
     tracker = TensorBoardTracker(TENSORBOARD, logging_dir=directory)
     try:
         tracker.start()
     except ImportError as error:
         raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
-    tracker.log({"config": f"```\n{described(config, directory)['config']}\n```"})
+    tracker.log({"config": f"```\n{run['config']}\n```"})
     return _Tracked(tracker, lambda failed: tracker.finish())
 
 
-def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
+def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunLogger:
     """Open a run of MLflow, in `runs_dir/mlflow.db` or at `MLFLOW_TRACKING_URI`."""
     os.environ.update(_MLFLOW | dict(os.environ))
     home = Path(config.runs_dir).resolve()
-    run = described(config, directory)
     home.mkdir(parents=True, exist_ok=True)
     tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
     for part in ("mlflow", "alembic"):  # they print a line for each table that they make

@@ -264,11 +264,12 @@ def load_layer(path: Path) -> PrunedLayer:
     return layer
 
 
-class Pruned:
+class PrunedTensors:
     """Pruned model of a run directory. Weights are read one by one.
 
     Attributes:
         orders: permutations by channel group, int64 `(C_in,)`.
+        masks: masks by linear, bool `(C_out, C_in)`, in the original channel order.
         weights_changed: True: the kept weights differ from those of the dense model.
         weight_files: file of each changed weight, by linear.
 
@@ -277,31 +278,19 @@ class Pruned:
     """
 
     def __init__(self, directory: Path, metrics: Mapping[str, Any]) -> None:
-        digests = metrics.get("sha256", {})
-        for name, digest in digests.items():
+        for name, digest in metrics.get("sha256", {}).items():
             check_sha256(directory, name, digest)
-        self._file = directory / MASKS
-        self._masks = load_masks(self._file)
-        self.orders = load_orders(directory / PERMUTATIONS)
-        self.weights_changed: bool = metrics["sparsity"]["weights_changed"]
-        if self.weights_changed and not metrics["sparsity"]["weights_kept"]:
+        sparsity = metrics["sparsity"]
+        self.weights_changed: bool = sparsity["weights_changed"]
+        if self.weights_changed and not sparsity["weights_kept"]:
             raise DataError(f"{directory} has no weights: it was run with save_weights=false")
-        files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
+        self.orders = load_orders(directory / PERMUTATIONS)
+        self.masks = load_masks(directory / MASKS)
+        files = sorted(directory.glob(f"{WEIGHTS}/*.safetensors"))
         self.weight_files = {name: file for file in files for name in tensor_formats(file)}
-
-    def mask(self, path: str) -> Tensor:
-        """Return the mask of a linear, bool `(C_out, C_in)` in original channel order."""
-        if path not in self._masks:
-            raise DataError(f"{self._file} has no mask of {path}: expected a run of this model")
-        return self._masks[path]
 
     def weight(self, path: str, dense: Tensor) -> Tensor:
         """Return the pruned weight of a linear, original channel order, on `dense`'s device."""
-        mask = self.mask(path).to(dense.device)
-        if mask.shape != dense.shape:
-            raise DataError(
-                f"{self._file}: the mask of {path} is {tuple(mask.shape)}, expected the shape of "
-                f"the linear, {tuple(dense.shape)}"
-            )
+        mask = self.masks[path].to(dense.device)
         new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
         return torch.where(mask, new.to(dense), 0.0)

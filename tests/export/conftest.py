@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from permllm.export.write import Request, export_run, present_export
+from permllm.export.write import export_run, present_export
+from permllm.settings.config import ExportConfig
 from tests.export.pruned import make_run, variant_model
 
 
@@ -17,6 +18,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     constraints = {"folded": "foldable", "gathered": "free", "simulate": "foldable"}
     for form, constraint in constraints.items():
         run = make_run(folder / f"of-{form}", variant_model("llama"), constraint)
-        summary = export_run(run, Request(form), folder / form)
+        summary = export_run(run, ExportConfig(form), folder / form)
         assert summary == present_export(folder / form)
     return folder

@@ -17,10 +17,10 @@ from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.export import bench
 from permllm.export.bench import BACKENDS, Sizes, measure, use_backend, what_is_missing
-from permllm.export.verify import stated_patterns
-from permllm.export.write import Request, export_run
+from permllm.export.verify import expected_patterns
+from permllm.export.write import export_run
 from permllm.models.families import channel_groups, linear_at
-from permllm.settings.config import NMPattern
+from permllm.settings.config import ExportConfig, NMPattern
 from permllm.store.tensors import violations
 from tests.conftest import tiny_model
 from tests.export.pruned import load, logits, make_run, relative, variant_model
@@ -51,13 +51,13 @@ def test_the_command_measures_on_a_cpu(exports: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_is_missing_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    two, four = NMPattern(2, 4), NMPattern(4, 8)
-    assert what_is_missing(torch.device("cpu"), {two}, torch.bfloat16)
+    assert what_is_missing(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(bench, "sparse_tensor_cores", lambda device: True)
-    assert what_is_missing(CUDA, {two, None}, torch.bfloat16) is None
-    assert what_is_missing(CUDA, {NMPattern(6, 8)}, torch.bfloat16) is None
-    assert "no linear has either" in str(what_is_missing(CUDA, {four}, torch.bfloat16))
-    assert "--dtype bfloat16" in str(what_is_missing(CUDA, {two}, torch.float32))
+    assert what_is_missing(CUDA, torch.bfloat16) is None
+    assert "--dtype bfloat16" in str(what_is_missing(CUDA, torch.float32))
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="no 2:4 or 6:8 linear"):
+        use_backend(model, "CUTLASS", expected_patterns(model, None, NMPattern(4, 8)), 8)
 
 
 def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
     """
     wide = variant_model("llama", hidden_size=64, num_key_value_heads=1)
     run = make_run(tmp_path, wide, "foldable")
-    export_run(run, Request("folded", "bfloat16"), tmp_path / "out")
+    export_run(run, ExportConfig("folded", "bfloat16"), tmp_path / "out")
     searched: list[tuple[int, ...]] = []
 
     class Compressed(torch.Tensor):
@@ -100,21 +100,20 @@ def test_each_library_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert report["missing"] == ["2:4 by CUTLASS: CUTLASS is not compiled"]
     assert set(searched) == {(64, 16)}  # once for each shape of a weight
     model = variant_model("llama")
-    patterns = stated_patterns(tmp_path, model)
     with pytest.raises(ConfigError, match=r"layers\.0.*is not 2:4 in stored order"):
-        use_backend("CUTLASS", patterns, 8, model)
+        use_backend(model, "CUTLASS", expected_patterns(model, None), 8)
 
 
 def test_windows_of_6_8_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In float64, with a stand-in for the kernel."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     run = make_run(tmp_path, variant_model("llama", **shape), "foldable", NMPattern(6, 8))
-    export_run(run, Request("folded"), tmp_path / "out")
+    export_run(run, ExportConfig("folded"), tmp_path / "out")
     model = load(tmp_path / "out", dtype=torch.float64)
     before, weights = logits(model), []
     monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
     monkeypatch.setattr(bench, "to_sparse_semi_structured", lambda x: weights.append(x) or x)
-    used = use_backend("CUTLASS", stated_patterns(tmp_path / "out", model), 8, model)
+    used = use_backend(model, "CUTLASS", expected_patterns(model, None, NMPattern(6, 8)), 8)
     assert used.startswith("14 linears")
     assert {violations(weight, None, NMPattern(2, 4)) for weight in weights} == {0}
     assert relative(logits(model), before) < 1e-6  # transformers' norms are in float32
@@ -159,11 +158,11 @@ def test_sparse_tensor_cores_compute_the_same(
 ) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     run = make_run(tmp_path, variant_model("llama", **shape), "foldable", pattern)
-    export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
+    export_run(run, ExportConfig("folded", dtype="float16"), tmp_path / "out")
     model = load(tmp_path / "out").to(CUDA)
     x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
     linear: nn.Linear = linear_at(model, channel_groups(model)[0].members[0])
     before = linear(x)
-    used = use_backend(backend, stated_patterns(tmp_path / "out", model), 64, model)
+    used = use_backend(model, backend, expected_patterns(model, None, pattern), 64)
     assert used.startswith(f"14 linears by {backend}")
     torch.testing.assert_close(linear(x), before, rtol=1e-2, atol=1e-2)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import permllm
-from permllm.export.write import Request, export_run
+from permllm.export.write import export_run
+from permllm.settings.config import ExportConfig
 from permllm.store.files import read_json, write_json
 from tests.conftest import tiny_model
 from tests.export.pruned import load, logits, make_run, variant_model
@@ -67,7 +68,7 @@ def test_an_exported_config_has_the_rotary_keys_of_transformers_4(
     family, settings, wanted = CASES[name]
     model = variant_model(family, **settings)
     run = make_run(tmp_path, model, "foldable")
-    export_run(run, Request("folded"), tmp_path / "out")
+    export_run(run, ExportConfig("folded"), tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     written = read_json(file)
     keys = {"rope_theta", "rope_local_base_freq", "rope_scaling"} & written.keys()

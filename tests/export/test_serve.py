@@ -18,12 +18,12 @@ from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.evaluation.fp8 import rounded
 from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
-from permllm.export.write import SUMMARY, Request, export_run, present_export
-from permllm.job import export_request, run
+from permllm.export.write import SUMMARY, export_run, present_export
+from permllm.job import export_of, run
 from permllm.models.families import linear_at
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
-from permllm.settings.config import NMPattern, read_config
+from permllm.settings.config import ExportConfig, NMPattern, read_config
 from permllm.store.files import read_json
 from permllm.store.tensors import violations
 from tests.export.pruned import TWO_OF_FOUR, load, make_run, variant_model
@@ -31,7 +31,7 @@ from tests.settings.test_config import composed, config
 
 # Sizes that the kernels take, of joined linears too.
 QWEN3 = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 3}
-VLLM = Request("folded", "bfloat16", serve="vllm")
+VLLM = ExportConfig("folded", "bfloat16", serve="vllm")
 # vLLM's linears, and the linears of transformers' models that each joins.
 JOINED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -80,7 +80,9 @@ def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
 ) -> None:
     dense, other = ("layers.1.mlp", "layers.2.self_attn.v_proj"), {"layers.0.mlp.down_proj": "4:8"}
     run = qwen3(tmp_path, TWO_OF_FOUR, dense, other)
-    summary = export_run(run, VLLM, tmp_path / "out")
+    words = [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16", "--serve", "vllm"]
+    assert call("export", words) == 0
+    summary = read_json(tmp_path / "out" / SUMMARY)
     settings, multiplied = read_json(tmp_path / "out" / SETTINGS), 0
     for names, weight in served(tmp_path / "out"):
         sparse = violations(weight, None, TWO_OF_FOUR) == 0
@@ -131,8 +133,9 @@ def test_sizes_that_the_kernels_do_not_take_stay_dense(
     for names, weight in served(tmp_path / "out"):
         rows, channels = weight.shape
         assert (chosen(settings, names[0]) == KEPT) == (rows % 64 == 0 and channels % 32 == 0)
-        serving(load(tmp_path / "out"), "2:4", {})
     assert caplog.text.count("6 of 12 linears") == 1
+    export_run(run, VLLM, tmp_path / "again")
+    assert caplog.text.count("6 of 12 linears") == 2
 
 
 def test_a_row_of_zeros_keeps_its_linear_off_the_kernels(
@@ -161,14 +164,18 @@ def test_a_row_of_zeros_keeps_its_linear_off_the_kernels(
         ({"family": "smollm3", "num_hidden_layers": 2}, VLLM, "export.serve"),
         ({"family": "olmo2"}, VLLM, "export.serve"),
         ({"pattern": NMPattern(4, 8)}, VLLM, "sparsity=2:4"),
-        ({"constraint": "free"}, Request(None, "bfloat16", serve="vllm"), "permutation.constraint"),
-        ({}, Request("simulate", "bfloat16", serve="vllm"), "export=folded"),
-        ({}, Request("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
+        (
+            {"constraint": "free"},
+            ExportConfig(dtype="bfloat16", serve="vllm"),
+            "permutation.constraint",
+        ),
+        ({}, ExportConfig("simulate", "bfloat16", serve="vllm"), "export=folded"),
+        ({}, ExportConfig("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
         ({"hidden_size": 80, "intermediate_size": 80}, VLLM, "export.serve"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
-    changed: dict[str, Any], request_: Request, wanted: str, tmp_path: Path
+    changed: dict[str, Any], request_: ExportConfig, wanted: str, tmp_path: Path
 ) -> None:
     pattern = changed.pop("pattern", TWO_OF_FOUR)
     path = qwen3(tmp_path, pattern, **changed)
@@ -196,7 +203,7 @@ def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wan
         composed("model=tiny", "permutation=none", "export.serve=vllm", *words.split())
     )
     with pytest.raises(ConfigError, match=re.escape(wanted)):
-        export_request(config, methods_of(config))
+        export_of(config, methods_of(config))
 
 
 @pytest.mark.parametrize("changed", ["hidden_size=48", "model_type=olmo2"])
@@ -220,16 +227,6 @@ def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     settings, counts = serving(model, "2:4", {})
     assert counts["sparse"] == counts["all"] > 0
     assert list(settings["_data"]["fqn_to_config"].values()) == [KEPT]
-
-
-def test_the_command_writes_the_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = qwen3(tmp_path)
-    words = [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16", "--serve", "vllm"]
-    assert call("export", words) == 0
-    assert SETTINGS in capsys.readouterr().out
-    assert read_json(tmp_path / "out" / SUMMARY)["serve"] == "vllm"
 
 
 # Two CUDA operators of torchao, as reference kernels for the CPU, with the checks of torchao 0.18.0

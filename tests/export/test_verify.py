@@ -19,10 +19,10 @@ from permllm.cli import call
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.gathered import ORDERS
 from permllm.export.verify import verify
-from permllm.export.write import SUMMARY, Request, export_run
-from permllm.settings.config import NMPattern
+from permllm.export.write import SUMMARY, export_run
+from permllm.settings.config import ExportConfig, NMPattern
 from permllm.store.files import file_sha256
-from tests.export.pruned import change_metrics, load, logits, make_run, variant_model
+from tests.export.pruned import change_metrics, make_run, take_as_pruned, variant_model
 from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite
 
 ORDER = "model.layers.0.self_attn.o_proj.input_order"
@@ -169,7 +169,7 @@ def test_garbage_is_one_line(
 def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Path) -> None:
     parts: dict[str, Any] = {"keep_dense": ("0",), "sparsity_of": {"down_proj": "4:8"}}
     run = make_run(tmp_path, variant_model("llama"), "foldable", **parts)
-    export_run(run, Request("folded"), tmp_path / "out")
+    export_run(run, ExportConfig("folded"), tmp_path / "out")
     assert verify(tmp_path / "out")["passed"]
     assert not verify(tmp_path / "out", NMPattern(2, 4))["passed"]  # which is of every linear
     summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
@@ -195,27 +195,20 @@ def test_an_infinite_difference_fails(
     [
         ({UP: None}, UP),
         ({NORM: poisoned((32,), torch.nan)}, f"{NORM} holds"),
-        ({UP: poisoned((64, 32), 1e30)}, f"{UP} holds values that are not finite in float16"),
+        ({UP: poisoned((64, 32), 1e30)}, f"{UP} holds values that are not finite in torch.float16"),
         (None, "was pruned from"),
     ],
     ids=["missing", "not finite", "does not fit", "another model"],
 )
 def test_a_dense_model_that_is_not_whole_is_not_exported(
-    changed: dict[str, Any] | None, named: str, exports: Path, tmp_path: Path
+    changed: dict[str, Any] | None, named: str, tmp_path: Path
 ) -> None:
-    run = shutil.copytree(exports / "of-folded" / "run", tmp_path / "run")
-    dense = shutil.copytree(exports / "of-folded" / "dense", tmp_path / "dense")
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
     if changed is None:
         change_metrics(run, model="local:other:float32")
     else:
-        change_metrics(run, model="a hub's")  # which a folder cannot be compared with
-        rewrite(dense, changed)
+        rewrite(tmp_path / "dense", changed)
+        take_as_pruned(run, tmp_path / "dense")
     with pytest.raises(DataError, match=re.escape(named)):
-        export_run(run, Request("folded", "float16"), tmp_path / "out", dense)
+        export_run(run, ExportConfig("folded", "float16"), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
-
-
-def test_a_moved_dense_model_is_taken(exports: Path, tmp_path: Path) -> None:
-    dense = shutil.copytree(exports / "of-folded" / "dense", tmp_path / "moved")
-    export_run(exports / "of-folded" / "run", Request("folded"), tmp_path / "out", dense)
-    assert torch.equal(logits(load(tmp_path / "out")), logits(load(exports / "folded")))

@@ -17,6 +17,7 @@ from permllm.mask.score import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import stages
+from permllm.pruning.methods import methods_of
 from permllm.store.files import read_json
 from permllm.training.objective import Objective
 from permllm.training.trainer import Trainer
@@ -140,7 +141,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     monkeypatch.setattr(Trainer, "__init__", watched)
     monkeypatch.setattr(stages, "last_states", watched_states)
     run(tmp_path, *words)
-    assert settings.further == 2
+    assert methods_of(settings).further(8) == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])
     assert [len(tokens) for tokens in seen] == [4, 10, 4]
     assert all(map(torch.equal, seen, (drawn[:4], drawn[:10], drawn[6:10])))

@@ -17,6 +17,7 @@ from permllm.data.lookup import calibration_text
 from permllm.data.windows import calibration_windows
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruner.magnitude import Magnitude
+from permllm.pruning.methods import methods_of
 from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.distill import Distill, KeptWeights
 from permllm.reconstruction.obs import OBS
@@ -132,9 +133,8 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
     words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16")
     words += ("reconstruction=distill",)
     whole, asked = config(*words), config(*words, "reconstruction.samples=7")
-    assert (whole.further, asked.further) == (0, 3)
-    assert config(*words, "reconstruction.samples=2").further == 0
-    assert config(*words, "reconstruction.skip=4").further == 4
+    for word, further in (("samples=7", 3), ("samples=2", 0), ("samples=null", 0), ("skip=4", 4)):
+        assert methods_of(config(*words, f"reconstruction.{word}")).further(4) == further
     assert config(*words, "reconstruction.skip=0").hash == whole.hash
     assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
     text = calibration_text(asked.calibration)

@@ -67,7 +67,7 @@ def test_values_and_tensors_come_back_as_they_were(cache: Path) -> None:
 
 def test_an_unreadable_result_is_computed_again(cache: Path) -> None:
     cached("kind", {"a": 1}, lambda: {"x": torch.zeros(1)})
-    (file,) = (cache / "results").glob("*.safetensors")
+    (file,) = (cache / "results").glob("*.pt")
     file.write_bytes(b"broken")
     for compute in (lambda: {"x": torch.ones(1)}, refuse):
         assert cached("kind", {"a": 1}, compute) == {"x": torch.ones(1)}
@@ -83,14 +83,14 @@ def test_changed_code_neither_reads_nor_keeps_results(
         assert cached("kind", {"a": 1}, lambda: {"x": 2}) == {"x": 2}
         assert cached("kind", {"a": 2}, lambda: {"x": 3}) == {"x": 3}
     assert cached("kind", {"a": 1}, refuse) == {"x": 1}
-    assert len([*(cache / "results").glob("kind-*.json")]) == 1
+    assert len([*(cache / "results").glob("kind-*.pt")]) == 1
 
 
 def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise DataError("no space left to write it")
 
-    monkeypatch.setattr("permllm.store.cache.write_json", full)
+    monkeypatch.setattr("permllm.store.cache.save_state", full)
     assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
 
 
@@ -108,8 +108,8 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
         return calibrate(job, tokens)
 
     first = {pruner: share(pruner) for pruner in ("wanda", "ria")}
-    assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
-    assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
+    assert len(list((cache / "results").glob("target-*.pt"))) == 1
+    assert len(list((cache / "results").glob("saliency-*.pt"))) == 2
     monkeypatch.setattr("permllm.pruning.stages.calibrate_dense", lambda *_, **__: refuse())
     for pruner, before in first.items():
         again = share(pruner)
