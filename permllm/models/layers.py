@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from permllm.models.attention import attention_in_float32
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory
-from permllm.runtime.precision import products_in
+from permllm.runtime.precision import products_as_they_are, products_in
 
 # Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
@@ -111,6 +111,41 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
         output = layer(hidden, **kwargs)
     # Some layers return a tuple. In a tensor, index 0 would be the first sequence.
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def attention_in_float32(device: torch.device) -> Iterator[None]:
+    """Compute attention in float32 where a CPU needs its gradients, although autocast is on.
+
+    The backward of torch's attention takes three times as long in bfloat16 as in float32 with
+    windows of 128 tokens. Long windows gain nothing from bfloat16 either.
+
+    Args:
+        device: the device of the model.
+    """
+    if device.type != "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    narrow = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wide(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        if mask is not None and mask.is_floating_point():  # a bool mask stays as it is
+            mask = mask.float()
+        with products_as_they_are(query):
+            return narrow(module, query.float(), key.float(), value.float(), mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = wide
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = narrow
 
 
 @torch.no_grad()

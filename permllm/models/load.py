@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,6 +49,8 @@ from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 # Files of a hub repository without weights: config, tokenizer and indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -203,6 +206,33 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
         raise ConfigError(
             f"{what}: {layers}, run one at a time, do not give the logits of the model's forward"
         )
+
+
+def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
+    """Raise DataError where windows have tokens or positions that a model lacks.
+
+    Rotary positions have no end, so that long windows are a warning for most models.
+
+    Args:
+        what: name of the text; messages begin with it.
+        windows: int64 `(windows, tokens)`.
+        model: the model that will read the windows.
+    """
+    vocabulary = vocabulary_of(model)
+    largest = int(windows.max())
+    if largest >= vocabulary:
+        raise DataError(
+            f"{what}: it has a token {largest}, and the model's tokens are 0 to {vocabulary - 1}: "
+            "does the tokenizer belong to the model?"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = windows.shape[1]
+    if positions is None or length <= positions:
+        return
+    message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
+    if len(family_of(model).embeddings) > 1:  # an embedding of positions has no further rows
+        raise DataError(message)
+    log.warning("%s", message)
 
 
 def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
