@@ -12,7 +12,6 @@ computes arguments from the tokens (`arguments_depend_on_tokens`), each batch ne
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,6 @@ from permllm.runtime.precision import products_as_they_are, products_in
 _SHARE_OF_FREE = 1 / 8
 # Shape of the two windows of tokens whose arguments are compared.
 _COMPARED = (2, 8)
-# Results of `arguments_depend_on_tokens`.
-_DEPEND: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -66,21 +63,15 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
 
 
 def arguments_depend_on_tokens(model: nn.Module) -> bool:
-    """Tell whether two batches of one shape give a model's layers different arguments.
-
-    The arguments of two random batches are compared, once for a model.
-    """
-    if model not in _DEPEND:
-        vocabulary = vocabulary_of(cast(PreTrainedModel, model))
-        # A generator of its own, so that a job draws the same numbers as without the comparison.
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
-        others = (tokens + 1) % vocabulary  # each token differs
-        arguments, structure = tree_flatten(layer_inputs(model, tokens)[1])
-        other_arguments, other_structure = tree_flatten(layer_inputs(model, others)[1])
-        same = structure == other_structure and all(map(_equal, arguments, other_arguments))
-        _DEPEND[model] = not same
-    return _DEPEND[model]
+    """Tell whether two batches of one shape give a model's layers different arguments."""
+    vocabulary = vocabulary_of(cast(PreTrainedModel, model))
+    # A generator of its own, so that a job draws the same numbers as without the comparison.
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
+    others = (tokens + 1) % vocabulary  # each token differs
+    arguments, structure = tree_flatten(layer_inputs(model, tokens)[1])
+    other_arguments, other_structure = tree_flatten(layer_inputs(model, others)[1])
+    return structure != other_structure or not all(map(_equal, arguments, other_arguments))
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from permllm.data.hub import hub_snapshot
-from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHT_FILES,
@@ -42,7 +41,7 @@ from permllm.models.checkpoint import (
     transformers_reads,
     vocabulary_of,
 )
-from permllm.models.families import FAMILIES, after_layers, decoder_layers, family_of
+from permllm.models.families import FAMILIES, after_layers, family_of
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
@@ -86,7 +85,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     Raises:
         DataError: the model cannot be downloaded or found (licence, token, name, network, wheel),
             or is damaged.
-        ConfigError: the model cannot be pruned, or `bos` is set and the tokenizer has no BOS.
+        ConfigError: the model cannot be pruned.
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
@@ -102,7 +101,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:
         if placement in ("disk", "sharded"):
-            read = _reader_by_layer(folder, placement)
+            read = _reader_by_layer(config, folder)
             model = _without_layers(config, folder, device, read)
         else:
             onto = device if placement == "device" else torch.device("cpu")
@@ -114,23 +113,20 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         # if the config says so.
         model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
-    if placement == "device":
-        # Without a dtype, which would round the rotary frequencies; they stay in float32.
-        nn.Module.to(model, device=device)
-    else:
-        _place_layers(model, placement, device, read)
-        _outside_to(model, device)
+    if placement == "host":
+        set_placement(model, Offloaded(model, device))
+    elif placement == "sharded":
+        from permllm.models.sharded import Sharded  # here, because the import takes seconds
+
+        set_placement(model, Sharded(model, device, read))
+    elif read:
+        set_placement(model, OnDisk(model, device, read))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_meta:  # else it is a weight of a layer that is not on the device
+            tensor.data = tensor.data.to(device)
     with placement_of(model).whole():
         check_runs(called, model)
     check_layers(called, model)
-    bos_of(tokenizer, config.bos)
-    # Some models lack added tokens, which ordinary texts do not have.
-    tokens = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    if max(tokens, default=0) >= vocabulary_of(model):
-        raise DataError(
-            f"{called}: its tokenizer has tokens up to {max(tokens)}, and the model's are 0 to "
-            f"{vocabulary_of(model) - 1}"
-        )
     return LoadedModel(model, tokenizer, identity, config.bos)
 
 
@@ -285,14 +281,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _reader_by_layer(folder: Path, placement: str) -> ReadTensor:
+def _reader_by_layer(config: ModelConfig, folder: Path) -> ReadTensor:
     """Return the reader of a folder's tensors, whose layers are read one at a time or in parts."""
-    read = tensor_reader(folder, check_checkpoint(folder))
+    model = check_checkpoint(folder)
+    read = tensor_reader(folder, model)
     if read is None:
         raise ConfigError(
-            f"model.placement={placement} needs safetensors files with the model's own names of "
-            f"tensors, and {folder} has others; take model.placement=host"
+            f"model.placement={config.placement} needs safetensors files with the model's own "
+            f"names of tensors, and {folder} has others; take model.placement=host"
         )
+    dtype = getattr(torch, config.dtype)
+    check_values(folder, ((name, read(name).to(dtype)) for name in parameter_names(model)))
     return read
 
 
@@ -310,34 +309,7 @@ def _without_layers(
             set_module_tensor_to_device(model, name, device, read(name).clone(), state[name].dtype)
     model.tie_weights()
     model.generation_config = generation_of(folder)
-    check_values(folder, model)
     return model
-
-
-def _place_layers(
-    model: PreTrainedModel, placement: str, device: torch.device, read: ReadTensor | None
-) -> None:
-    """Set the placement `host`, `disk` or `sharded`; `read` reads the layers of a folder."""
-    if placement == "host":
-        set_placement(model, Offloaded(model, device))
-    elif placement == "sharded":
-        from permllm.models.sharded import Sharded  # here, because the import takes seconds
-
-        parameters = dict(model.named_parameters())
-        set_placement(model, Sharded(model, device, read or (lambda name: parameters[name].data)))
-    elif read:
-        on_disk = OnDisk(model, device, read)
-        set_placement(model, on_disk)
-        for index in range(len(decoder_layers(model))):
-            with on_disk.layer(index) as layer:
-                check_values("model.placement=disk", layer, f"{family_of(model).layers}.{index}")
-
-
-def _outside_to(model: nn.Module, device: torch.device) -> None:
-    """Move the tensors outside of the layers, which are not on the meta device, to a device."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
 
 
 def _digest_of_files(folder: Path) -> str:
