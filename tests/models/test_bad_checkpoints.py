@@ -129,9 +129,7 @@ def test_a_folder_without_a_tokenizer_or_a_decoder_is_refused(folder: Path, tmp_
     for file in folder.glob("*token*"):
         file.unlink()
     refused(folder, f"cannot load {folder}")
-    refused(tmp_path / "nothing", "is not a folder")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"config\.json cannot be read")
+    refused(tmp_path / "nothing", r"nothing/config\.json cannot be read")
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(tmp_path / "bert")
     refused(tmp_path / "bert", "attends to later tokens")
