@@ -72,9 +72,9 @@ class Head:
             states: `(tokens, hidden)` or `(windows, tokens, hidden)`.
         """
         windows = states if states.dim() == 3 else states[None]
-        return self._forward(windows).view(*states.shape[:-1], -1)
+        return self._forward(windows, {}).view(*states.shape[:-1], -1)
 
-    def _forward(self, windows: Tensor, replaced: dict[str, Tensor] | None = None) -> Tensor:
+    def _forward(self, windows: Tensor, replaced: dict[str, Tensor]) -> Tensor:
         ids = torch.zeros(windows.shape[:2], dtype=torch.long, device=self.weight.device)
         # The body returns these states for any input.
         body = BaseModelOutputWithPastAndCrossAttentions(
@@ -83,7 +83,7 @@ class Head:
         with replaced_forwards([self._body], lambda *_, **__: body):
             output = functional_call(
                 self._model,
-                replaced or {},
+                replaced,
                 kwargs={"input_ids": ids, "use_cache": False, "return_dict": True},
             )
         return output.logits

@@ -48,6 +48,7 @@ from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
+from permllm.store.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -301,8 +302,7 @@ def _without_layers(
 def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES):
-        with open(file, "rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file.name.encode() + bytes.fromhex(file_sha256(file)))
     return f"local:{digest.hexdigest()}"
 
 
