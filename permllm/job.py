@@ -20,8 +20,7 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, serving
 from permllm.export.write import export_run, present_export
-from permllm.models.limits import check_windows
-from permllm.models.load import LoadedModel, load_model, meta_model
+from permllm.models.load import LoadedModel, check_windows, load_model, meta_model
 from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for

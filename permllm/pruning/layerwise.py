@@ -21,10 +21,9 @@ from permllm.pruning.stages import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
-from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.files import PRUNED_LAYERS, WEIGHTS, layer_file
 from permllm.store.tensors import (
     PrunedLayer,
