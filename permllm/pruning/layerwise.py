@@ -29,8 +29,6 @@ from permllm.store.files import MASKS, PERMUTATIONS, PRUNED_LAYERS, WEIGHTS, lay
 from permllm.store.tensors import (
     PrunedLayer,
     load_layer,
-    load_masks,
-    load_orders,
     load_tensor,
     mask_name,
     save_layer,
@@ -295,16 +293,29 @@ def _comparing(
         errors[name] = float(difference / reference.clamp_min(1e-300))
 
 
-def record_pruning(job: Job, pruned: PrunedModel) -> None:
-    """Write permutations, masks, changed weights and measures of a pruned model to the record."""
+def record_pruning(
+    job: Job,
+    pruned: PrunedModel,
+    permutations: Mapping[str, Tensor] | None,
+    masks: Mapping[str, Tensor] | None,
+) -> None:
+    """Write permutations, masks, changed weights and measures of a pruned model to the record.
+
+    Args:
+        job: job with model and record.
+        pruned: the pruned model.
+        permutations, masks: as in `prune_layers`; the record has them already.
+    """
     record = job.record
     if pruned.violations:
         log.warning(
             "the pruned model is not N:M: %d groups of M have more than N nonzeros",
             pruned.violations,
         )
-    record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
-    record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
+    if permutations is None:
+        record.keep(PERMUTATIONS, pruned.orders, save_tensors)
+    if masks is None:
+        record.keep(MASKS, pruned.masks, save_masks)
     figures = _figures(job, pruned)
     if figures["sparsity"]["weights_kept"]:
         _keep_weights(job)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -89,15 +88,6 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
         else:
             flat[f"{prefix}{key}"] = part
     return flat
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None in nested values."""
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(config=SETTINGS)
