@@ -57,9 +57,11 @@ def replaced(path: Path) -> Iterator[Path]:
     The caller must hold a lock if several processes may write `path`.
 
     Raises:
-        DataError: the file cannot be written, for example because the disk is full. `path` is
-            unchanged.
+        DataError: `path` is a device or a folder, or the file cannot be written, for example
+            because the disk is full. `path` is unchanged.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file: expected a file, or nothing")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

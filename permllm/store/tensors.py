@@ -59,11 +59,10 @@ def packed_mask(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
-def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Unpack a mask of `packed_mask` as bool; shape None: all bits in one row."""
-    count = None if shape is None else math.prod(shape)
-    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
-    return mask if shape is None else mask.view(*shape)
+def unpacked_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack a mask of `packed_mask` as bool."""
+    mask = np.unpackbits(bits.numpy(), count=math.prod(shape))
+    return torch.from_numpy(mask.view(bool)).view(*shape)
 
 
 class PackedMasks(UserDict[str, Tensor]):
@@ -91,7 +90,8 @@ class PackedMasks(UserDict[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a mask, `(C_out, C_in)`."""
-        return torch.Size(self.data[name][1])
+        shape: torch.Size = self.data[name][1]
+        return shape
 
     def take(self, other: PackedMasks) -> None:
         """Add the masks of another collection without unpacking them."""
@@ -112,10 +112,10 @@ def save_tensors(
     storages = set()
     for name, tensor in tensors.items():
         held[name] = tensor.detach().cpu().contiguous()
-        storage = held[name].untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() > held[name].nbytes:
+        storage = held[name].untyped_storage().data_ptr()
+        if storage in storages:
             held[name] = held[name].clone()  # safetensors refuses tensors that share memory
-        storages.add(storage.data_ptr())
+        storages.add(storage)
     with replaced(path) as scratch:
         # safetensors writes several entries of metadata in random order. With one entry the same
         # run always gives the same bytes.
