@@ -204,9 +204,7 @@ def measure(
     place = resolve_device(device)
 
     def variant(
-        name: str,
-        checkpoint: Path,
-        prepare: Callable[[PreTrainedModel], str | None] = lambda model: None,
+        name: str, checkpoint: Path, prepare: Callable[[PreTrainedModel], str | None]
     ) -> dict[str, Any]:
         model = read_weights(checkpoint, getattr(torch, dtype) if dtype else None, place)
         used = prepare(model)
@@ -220,7 +218,7 @@ def measure(
     reason = what_is_missing(place, getattr(torch, dtype) if dtype else skeleton.dtype)
     variants = [variant("as stored", folder, partial(check_runs, folder))]
     if against:
-        variants.insert(0, variant("dense", against))
+        variants.insert(0, variant("dense", against, lambda model: None))
     if gathers:
         variants.append(variant("as stored, gathers left out", folder, leave_out_gathers))
     missing = [reason] if reason else []

@@ -173,10 +173,13 @@ def work(options: argparse.Namespace) -> Answer:
 
 def _show(folder: Path, report: dict[str, Any]) -> None:
     verdict = "passed" if report["passed"] else "FAILED"
-    place = "zeros in every row" if report["by_row"] else "in stored order"
-    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
+    place = "in stored order"
     if report["by_row"]:
-        lines.append("export=simulate keeps the dense model's channels, so it is not N:M as stored")
+        place = (
+            "zeros in every row\n"
+            "export=simulate keeps the dense model's channels, so it is not N:M as stored"
+        )
+    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
     lines += [f"- {problem}" for problem in report["problems"]]
     groups = sum(layer["violations"] for layer in report["layers"])
     lines.append(
