@@ -133,6 +133,9 @@ class Sizes:
 def _speed(model: PreTrainedModel, sizes: Sizes) -> list[dict[str, Any]]:
     """Measure the medians of prefill and decoding of a model, for each size of a batch."""
     model.eval().requires_grad_(False)
+    # transformers renamed `past_key_values` to `cache` in 5.24.
+    is_renamed = "cache" in inspect.signature(model.forward).parameters
+    name_of_cache = "cache" if is_renamed else "past_key_values"
     speed = []
     for batch in sizes.batch_sizes:
         generator = torch.Generator().manual_seed(0)
@@ -140,7 +143,7 @@ def _speed(model: PreTrainedModel, sizes: Sizes) -> list[dict[str, Any]]:
         tokens = tokens.to(model.device)
         # With the logits of the last token only, as in generation.
         prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
-        cache = {_name_of_cache(model): DynamicCache(config=model.config)}
+        cache = {name_of_cache: DynamicCache(config=model.config)}
         prefill(**cache)
         decode = partial(_decode, model, tokens[:, -1:], sizes.new_tokens)
         prefilled = _measured(prefill, sizes.seconds)
@@ -169,11 +172,6 @@ def _measured(
     while sum(times) < seconds:
         times.append(timer.timeit(1).median)
     return statistics.median(times)
-
-
-def _name_of_cache(model: PreTrainedModel) -> str:
-    # transformers renamed `past_key_values` to `cache` in 5.24.
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _decode(model: PreTrainedModel, token: Tensor, new_tokens: int, **cache: DynamicCache) -> None:

@@ -4,6 +4,7 @@ vLLM reads the settings from a file in the checkpoint's folder. It rounds the we
 it loads them. It joins the linears of a channel group to one, under the name of the group.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -34,34 +35,33 @@ _CHANNELS = 32
 _THROUGH_TRANSFORMERS = ("olmo2", "smollm3")
 
 
-def _of_type(kind: str, data: Any, version: int | None = None) -> dict[str, Any]:
-    """Return a value in the form in which torchao writes it into JSON."""
-    versions = {} if version is None else {"_version": version}
-    return {"_type": kind, **versions, "_data": data}
-
-
-_BY_ROW = _of_type("PerRow", {"dim": -1}, 1)
-# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4.
-KERNELS = _of_type(
-    "Float8DynamicActivationFloat8WeightConfig",
-    {
-        "activation_dtype": _of_type("torch.dtype", "float8_e4m3fn"),
-        "weight_dtype": _of_type("torch.dtype", "float8_e4m3fn"),
-        "granularity": [_BY_ROW, _BY_ROW],
-        "packing_format": _of_type("Float8PackingFormat", "SPARSE_2D_DATA_2D_METADATA"),
-        "mm_config": _of_type(
-            "Float8MMConfig", {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False}, 1
-        ),
-        # Least magnitude for the scale of a token. Without it torchao would make NaN of a token of
-        # zeros.
-        "activation_value_lb": 1e-12,
-        "activation_value_ub": None,
-        "kernel_preference": _of_type("KernelPreference", "AUTO"),
-        "set_inductor_config": True,
-        "alg_id": 0,
+# Result of torchao 0.18.0's `config_to_dict` for FP8 and 2:4. `activation_value_lb` is the least
+# magnitude for the scale of a token. Without it torchao would make NaN of a token of zeros.
+KERNELS: dict[str, Any] = json.loads("""
+{
+  "_type": "Float8DynamicActivationFloat8WeightConfig",
+  "_version": 2,
+  "_data": {
+    "activation_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"},
+    "weight_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"},
+    "granularity": [
+      {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}},
+      {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+    ],
+    "packing_format": {"_type": "Float8PackingFormat", "_data": "SPARSE_2D_DATA_2D_METADATA"},
+    "mm_config": {
+      "_type": "Float8MMConfig",
+      "_version": 1,
+      "_data": {"emulate": false, "use_fast_accum": true, "pad_inner_dim": false}
     },
-    2,
-)
+    "activation_value_lb": 1e-12,
+    "activation_value_ub": null,
+    "kernel_preference": {"_type": "KernelPreference", "_data": "AUTO"},
+    "set_inductor_config": true,
+    "alg_id": 0
+  }
+}
+""")
 
 
 def check_serve(settings: ExportConfig) -> None:
@@ -98,12 +98,14 @@ def groups_on_kernels(
             "activations have three dimensions, and the kernels take two; leave export.serve out"
         )
     groups = channel_groups(model)
-    fitting = []
-    unfit = []
+    fitting: list[ChannelGroup] = []
+    unfit: list[ChannelGroup] = []
     for group in groups:
         if all(_is_two_of_four(patterns.get(path, pattern)) for path in group.members):
-            fits = sum(group.rows) % _ROWS == 0 and group.channels % _CHANNELS == 0
-            (fitting if fits else unfit).append(group)
+            if sum(group.rows) % _ROWS == 0 and group.channels % _CHANNELS == 0:
+                fitting.append(group)
+            else:
+                unfit.append(group)
     sizes = f"rows divisible by {_ROWS} and channels divisible by {_CHANNELS}"
     if not fitting:
         raise ConfigError(
@@ -165,4 +167,5 @@ def serving(
     expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(on_kernels)})"
     by_name = {expression: KERNELS, **dense}
     both = {"fqn_to_config": by_name, "module_fqn_to_config": by_name}
-    return _of_type("FqnToConfig", both, 1), {"sparse": len(sparse), "all": len(groups)}
+    content = {"_type": "FqnToConfig", "_version": 1, "_data": both}
+    return content, {"sparse": len(sparse), "all": len(groups)}

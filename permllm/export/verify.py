@@ -91,19 +91,17 @@ def _checked_weights(
         zeros_of_weight = weight.numel() - int(nonzero.sum())
         zeros += zeros_of_weight
         size += weight.numel()
-        layer = {
-            "name": f"{path}.weight",
-            "pattern": str(expected),
-            "zeros": zeros_of_weight / weight.numel(),
-            "violations": violations(weight, None, expected),
-        }
-        layers.append(layer)
-        full_rows = int((nonzero.sum(1) * expected.m > weight.shape[1] * expected.n).sum())
-        if by_row and full_rows:
-            problems.append(f"{path}.weight has {full_rows} rows with fewer zeros than {expected}")
-        elif not by_row and layer["violations"]:
-            groups = layer["violations"]
-            problems.append(f"{path}.weight has {groups} groups that are not {expected}")
+        name = f"{path}.weight"
+        groups = violations(weight, None, expected)
+        share = zeros_of_weight / weight.numel()
+        layers.append(
+            {"name": name, "pattern": str(expected), "zeros": share, "violations": groups}
+        )
+        rows = int((nonzero.sum(1) * expected.m > weight.shape[1] * expected.n).sum())
+        if by_row and rows:
+            problems.append(f"{name} has {rows} rows with fewer zeros than {expected}")
+        elif groups and not by_row:
+            problems.append(f"{name} has {groups} groups that are not {expected}")
     members = {path for group in channel_groups(model) for path in group.members}
     return {
         "problems": problems,

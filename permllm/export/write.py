@@ -85,25 +85,18 @@ def export_run(
             is not empty.
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
-    return write_checkpoint(_pruned_source(directory), settings, target, overwrite)
-
-
-def _pruned_source(directory: Path) -> PrunedSource:
     metrics = read_json(directory / METRICS)
     config = read_yaml(directory / CONFIG)
     if metrics["status"] != "finished":
         raise ConfigError(f"{directory} is not finished; the same command continues it")
-    identity: str = metrics["model"]
     model = ModelConfig(**config["model"])
     if model.source == "hub":
-        model.revision = identity.split(":")[2]  # the commit, because the branch may have moved
+        # The commit, because the branch may have moved.
+        model.revision = metrics["model"].split(":")[2]
     dense = dense_source(model, config["seed"])
-    if dense.identity != identity:
-        raise DataError(
-            f"{directory} was pruned from {identity}, and this model is {dense.identity}"
-        )
-    pruned = PrunedTensors(directory, metrics)
-    return PrunedSource(dense, config, metrics, pruned.orders, pruned.weight)
+    pruned = PrunedTensors(directory, metrics, dense.identity)
+    source = PrunedSource(dense, config, metrics, pruned.orders, pruned.weight)
+    return write_checkpoint(source, settings, target, overwrite)
 
 
 def write_checkpoint(
@@ -116,19 +109,14 @@ def write_checkpoint(
     folder = target.resolve()
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     with FileLock(cache_directory() / f"export-{digest}.lock"):
-        if not overwrite:
-            _check_free(target)
+        if target.exists() and not overwrite:
+            is_fixed = target.samefile(Path.cwd()) or target.is_mount()
+            if is_fixed or not target.is_dir() or any(target.iterdir()):
+                raise ConfigError(
+                    f"{target} is not empty, or cannot be replaced; choose another folder"
+                )
         with new_folder(folder) as scratch:
             return _write(source, settings, scratch)
-
-
-def _check_free(target: Path) -> None:
-    """Raise ConfigError unless a folder is missing, or is empty and can be replaced."""
-    if not target.exists():
-        return
-    is_fixed = target.samefile(Path.cwd()) or target.is_mount()
-    if is_fixed or not target.is_dir() or any(target.iterdir()):
-        raise ConfigError(f"{target} is not empty, or cannot be replaced; choose another folder")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

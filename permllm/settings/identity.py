@@ -14,8 +14,19 @@ _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
 # Settings that do not change the pruned model.
 _NOT_PART_OF_A_RUN = (
-    *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
-    *("protocol", "budget", "method", "deterministic"),
+    "force",
+    "plan",
+    "plan_on",
+    "logger",
+    "runs_dir",
+    "run_dir",
+    "export",
+    "evaluation",
+    "paths",
+    "protocol",
+    "budget",
+    "method",
+    "deterministic",
 )
 # Settings of the model that do not change the pruned model.
 _NOT_OF_THE_MODEL = (

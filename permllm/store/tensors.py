@@ -267,6 +267,11 @@ def load_layer(path: Path) -> PrunedLayer:
 class PrunedTensors:
     """Pruned model of a run directory. Weights are read one by one.
 
+    Args:
+        directory: directory of a run that has pruned its model.
+        metrics: metrics of the run.
+        identity: identity of the dense model (`LoadedModel.identity`).
+
     Attributes:
         orders: permutations by channel group, int64 `(C_in,)`.
         masks: masks by linear, bool `(C_out, C_in)`, in the original channel order.
@@ -274,10 +279,15 @@ class PrunedTensors:
         weight_files: file of each changed weight, by linear.
 
     Raises:
-        DataError: a file is missing or has changed.
+        DataError: the run pruned another model, a file is missing or has changed, or changed
+            weights were not saved (`save_weights=false`).
     """
 
-    def __init__(self, directory: Path, metrics: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, metrics: Mapping[str, Any], identity: str) -> None:
+        if metrics["model"] != identity:
+            raise DataError(
+                f"{directory} was pruned from {metrics['model']}, and this model is {identity}"
+            )
         for name, digest in metrics.get("sha256", {}).items():
             check_sha256(directory, name, digest)
         sparsity = metrics["sparsity"]
