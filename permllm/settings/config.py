@@ -261,7 +261,6 @@ class RunConfig:
     budget: dict[str, int | None]
     paths: PathsConfig
     plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
-    inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _ = self.patterns  # raises ConfigError if a pattern is not valid

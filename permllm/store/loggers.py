@@ -252,7 +252,6 @@ def _open_tensorboard(config: RunConfig, directory: Path, run: dict[str, Any]) -
         tracker.start()
     except ImportError as error:
         raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
-    tracker.log({"config": f"```\n{run['config']}\n```"})
     return _Tracked(tracker, lambda failed: tracker.finish())
 
 
