@@ -328,8 +328,8 @@ def read_config(composed: DictConfig) -> RunConfig:
     """
     settings = copy.deepcopy(composed)
     try:
-        given = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]
-        settings.budget = OmegaConf.masked_copy(settings.budget, given)
+        keys = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]
+        settings.budget = OmegaConf.masked_copy(settings.budget, keys)
         resolved: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]

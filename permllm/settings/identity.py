@@ -113,9 +113,9 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def digest_of(settings: Mapping[str, Any]) -> str:
+def digest_of(settings: dict[str, Any]) -> str:
     """Return a hexadecimal digest of settings."""
-    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class TaskDefinition(yaml.SafeLoader):

@@ -111,10 +111,10 @@ def save_tensors(
     held = {}
     storages = set()
     for name, tensor in tensors.items():
-        held[name] = tensor.detach().cpu().contiguous()
-        storage = held[name].untyped_storage().data_ptr()
-        if storage in storages:
-            held[name] = held[name].clone()  # safetensors refuses tensors that share memory
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory.
+        held[name] = value.clone() if storage in storages else value
         storages.add(storage)
     with replaced(path) as scratch:
         # safetensors writes several entries of metadata in random order. With one entry the same
