@@ -18,10 +18,9 @@ _OF_METHODS = {
     "temperature",
     "block_size",
     _STATISTICS,
-    "inputs.permutation.path",
 }
 # Names of the settings that distinguish two models.
-_OF_MODEL = r"^(model|model\.(hub_name|revision|architecture).*|inputs\.model\.path)$"
+_OF_MODEL = r"^model($|\.(hub_name|revision|architecture|path \(digest\)))"
 
 
 def start_rows(labels: pd.DataFrame, unpermuted: set[int], baseline: int | None) -> dict[int, int]:

@@ -27,7 +27,7 @@ from typing import Any
 from permllm.command import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.report.published import TABLES, Comparison
-from permllm.report.read import LACKS, Run, collect, without_repeated
+from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PAPER, PLACES, note
 from permllm.report.table import Table, table_of
@@ -119,10 +119,8 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     notes: list[str] = []
     for run in logged:
         if any(fnmatchcase(run.group or "", pattern) for pattern in groups):
-            try:
+            with skipping(f"{run.name} ({run.id})", notes):  # perhaps of another program
                 runs.append(as_run(run))
-            except (DataError, *LACKS) as error:  # perhaps a run of another program
-                notes.append(f"skipped {run.name} ({run.id}): {error}")
     # The newest run comes first, and counts if the same run was done again with force=true.
     runs = without_repeated(runs, notes)
     note(notes)

@@ -35,7 +35,7 @@ DENSE_ROW = -1
 # Parts of the names of redundant settings, such as sizes of a model beside its name, and paths
 # beside the digests of their files.
 _SPARE = {
-    *("inputs", "path", "data_files", "architecture", "device", "hub_name", "source", "revision"),
+    *("path", "data_files", "architecture", "device", "hub_name", "source", "revision"),
     "_target_",
 }
 # Order of the first columns.
