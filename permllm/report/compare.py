@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.report.gaps import DENSE
-from permllm.report.measures import change_text
+from permllm.report.measures import DENSE, change_text
 from permllm.report.table import Table
 
 Numbers = NDArray[np.float64]

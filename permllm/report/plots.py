@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.gaps import DENSE
+from permllm.report.measures import DENSE
 from permllm.report.table import DENSE_ROW, Table, shared_value
 from permllm.store.files import MASKS
 

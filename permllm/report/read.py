@@ -49,7 +49,7 @@ class Run:
         identity: settings that determine the pruned model, as one level.
         methods: text of the methods (`method_of`).
         minutes: those of `pruning_minutes`.
-        measures: measures of the pruned model (`sparse`) and of the dense model (`dense`).
+        measures: measures of the pruned and the dense model (`run_measures`).
     """
 
     directory: Path
@@ -61,7 +61,7 @@ class Run:
     identity: dict[str, Any] = field(init=False)
     methods: str = field(init=False)
     minutes: float = field(init=False)
-    measures: dict[str, list[Measure]] = field(init=False)
+    measures: list[Measure] = field(init=False)
 
     def __post_init__(self) -> None:
         """Compute what tables read of the run.
@@ -81,10 +81,7 @@ class Run:
         self.methods = method_of(self.config)
         self.minutes = pruning_minutes(self.metrics["seconds"])
         model = str(self.config["model"]["name"])
-        self.measures = {
-            which: run_measures(self.metrics, self.evaluations, model, which)
-            for which in ("sparse", "dense")
-        }
+        self.measures = run_measures(self.metrics, self.evaluations, model)
 
     def key(self, *spared: str) -> str:
         """Return a text that is equal for runs with the same identity but for `spared` settings."""

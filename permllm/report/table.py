@@ -10,7 +10,6 @@ import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.report.gaps import (
-    DENSE,
     GAP,
     closed_gaps,
     row_means,
@@ -20,6 +19,7 @@ from permllm.report.gaps import (
 )
 from permllm.report.measures import (
     AVERAGE,
+    DENSE,
     FACTS,
     FP8,
     IDLE,
@@ -244,27 +244,25 @@ def shared_value(values: pd.Series) -> float | None:
 
 
 def named_measures(runs: list[Run]) -> list[dict[str, Measure]]:
-    """Return each run's measures by column; those of the dense model begin with `dense: `.
+    """Return each run's measures by column.
 
     A column has the name of the measure, and the facts in which measures of equal name differ.
     """
-    measures = [measure for run in runs for which in run.measures.values() for measure in which]
-    names = [[measure.name, measure.model] for measure in measures]
-    facts = pd.DataFrame([measure.facts for measure in measures], columns=FACTS)
-    groups = pd.DataFrame(names).groupby([0, 1]).ngroup()
+    measures = pd.DataFrame(
+        {"run": place, "measure": measure, "name": measure.name, "model": measure.model}
+        | measure.facts
+        for place, run in enumerate(runs)
+        for measure in run.measures
+    )
+    facts = measures.reindex(columns=FACTS)
+    groups = [measures["name"], measures["model"]]
     facts = facts.where(facts.groupby(groups).transform("nunique") > 1)
-    columns = {
-        id(measure): ", ".join([measure.name, *facts.loc[place].dropna()])
-        for place, measure in enumerate(measures)
-    }
-    prefixes = {"sparse": "", "dense": DENSE}
+    measures["column"] = [
+        ", ".join([name, *facts.loc[place].dropna()]) for place, name in measures["name"].items()
+    ]
     return [
-        {
-            f"{prefix}{columns[id(measure)]}": measure
-            for which, prefix in prefixes.items()
-            for measure in run.measures[which]
-        }
-        for run in runs
+        dict(zip(of_run["column"], of_run["measure"], strict=True))
+        for _, of_run in measures.groupby("run")
     ]
 
 
