@@ -14,10 +14,6 @@ from permllm.report.table import Table
 Numbers = NDArray[np.float64]
 
 
-class _Unpaired(Exception):
-    """Reason why there is no interval."""
-
-
 def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     """Return the difference of two rows in one measure with its interval.
 
@@ -28,25 +24,25 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     Returns:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
         means over the seeds; None: not defined. `interval`: ends of the interval with 95 % of the
-        resampled differences; None: there is none. `over`: text with the number of windows or
-        items, or with the reason why there is no interval.
+        resampled differences; None: there is none. `change`: text of both. `over`: text with the
+        number of windows or items, which is zero if the rows have no scores of the same ones.
     """
     difference = _difference(table, row, other, name)
     kind = table.kinds[name]
     gap = name in table.gaps
+    samples = _samples(table, row, other, name)
+    ends = None
+    if samples:
+        ends = interval(samples, _gap_difference if gap else np.subtract)
+        if kind == "perplexity":
+            ends = [math.expm1(end) for end in ends]
     unit = "windows" if gap or kind == "perplexity" else "items"
-    seeds = sorted(table.members(row)["seed"])
-    try:
-        if seeds != sorted(table.members(other)["seed"]):
-            raise _Unpaired("not the same seeds")
-        samples = _samples(table, row, other, name, unit)
-    except _Unpaired as reason:
-        return {"difference": difference, "interval": None, "over": str(reason)}
-    ends = interval(samples, _gap_difference if gap else np.subtract)
-    if kind == "perplexity":
-        ends = [math.expm1(end) for end in ends]
-    over = f"{sum(sample.shape[1] for sample in samples)} {unit}"
-    return {"difference": difference, "interval": ends, "over": over}
+    return {
+        "difference": difference,
+        "interval": ends,
+        "change": change_text(difference, kind, ends),
+        "over": f"{sum(sample.shape[1] for sample in samples)} {unit}",
+    }
 
 
 def _difference(table: Table, row: int, other: int, name: str) -> float | None:
@@ -62,39 +58,39 @@ def _difference(table: Table, row: int, other: int, name: str) -> float | None:
     return float(change) if np.isfinite(change) else None
 
 
-def _samples(table: Table, row: int, other: int, name: str, unit: str) -> list[Numbers]:
-    """Return the scores for `interval`."""
+def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
+    """Return the scores for `interval`; empty: the rows cannot be compared."""
+    if sorted(table.members(row)["seed"]) != sorted(table.members(other)["seed"]):
+        return []
     samples = []
     for text in table.gaps.get(name, [name]):
         lines = []
         for compared in (row, other):
-            lines.append(_mean_scores(table, compared, text, unit))
+            lines.append(_mean_scores(table, compared, text))
             if name in table.gaps:
                 start = table.starts[compared]
-                lines.append(_mean_scores(table, start, text, unit))
-                lines.append(_mean_scores(table, start, f"{DENSE}{text}", unit))
+                lines.append(_mean_scores(table, start, text))
+                lines.append(_mean_scores(table, start, f"{DENSE}{text}"))
         parts = lines[0].keys()
-        if any(line.keys() != parts for line in lines):
-            raise _Unpaired(f"not the same {unit}")
+        if not parts or any(line.keys() != parts for line in lines):
+            return []
         samples += [np.array([line[part] for line in lines]) for part in parts]
-    if not all(np.isfinite(sample).all() and sample.shape[1] > 1 for sample in samples):
-        raise _Unpaired(f"{unit} are infinite, or a single one")
-    return samples
+    # An infinite perplexity, and a single window, have no interval.
+    usable = all(np.isfinite(sample).all() and sample.shape[1] > 1 for sample in samples)
+    return samples if usable else []
 
 
-def _mean_scores(table: Table, row: int, column: str, unit: str) -> dict[Any, Numbers]:
-    """Return means over a row's runs of the scores, by text or task and identity."""
-    runs = table.members(row).index
+def _mean_scores(table: Table, row: int, column: str) -> dict[Any, Numbers]:
+    """Return means of the scores that all runs of a row have, by text or task and identity."""
     scores = defaultdict(list)
+    runs = table.members(row).index
     for run in runs:
         measure = table.values[run].get(column)
-        if not measure or not measure.scores:
-            raise _Unpaired(f"{unit} were not kept")
-        for part, (identity, numbers) in measure.scores.items():
+        for part, (identity, numbers) in (measure.scores if measure else {}).items():
             scores[part, identity].append(numbers)
-    if any(len(lines) < len(runs) for lines in scores.values()):
-        raise _Unpaired(f"not the same {unit}")
-    return {part: np.mean(lines, axis=0) for part, lines in scores.items()}
+    return {
+        part: np.mean(lines, axis=0) for part, lines in scores.items() if len(lines) == len(runs)
+    }
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
@@ -150,7 +146,6 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
                     "measure": table.heading(name),
                     "first": table.shown(first, name),
                     "second": table.shown(second, name),
-                    "change": change_text(pair["difference"], kind, pair["interval"]),
                     **pair,
                 }
             )

@@ -111,10 +111,10 @@ def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
     cells = {}
     for row in table.labels.index:
         if row != baseline and table.has(row, name) and table.has(baseline, name):
-            pair = paired(table, row, baseline, name)
-            text = change_text(pair["difference"], table.kinds[name], pair["interval"])
-            cells[row] = {"value": pair["difference"], "interval": pair["interval"], "text": text}
-    return pd.DataFrame.from_dict(cells, "index", columns=["value", "interval", "text"])
+            cells[row] = paired(table, row, baseline, name)
+    columns = ["difference", "interval", "change"]
+    cells = pd.DataFrame.from_dict(cells, "index", columns=columns)
+    return cells.set_axis(["value", "interval", "text"], axis=1)
 
 
 def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Series:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -79,7 +79,11 @@ class Table:
     baseline: int | None
     settings: list[str]
     measures: list[str]
-    notes: list[str]
+    notes: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the notes."""
+        self.notes = notes_of(self)
 
     def members(self, row: int) -> pd.DataFrame:
         """Return the lines of a row's runs in `frame`."""
@@ -139,12 +143,12 @@ class Table:
         have one start; perplexity; average accuracy; other accuracy.
         """
         candidates = []
-        if len(self.gaps.get(GAP, [])) > 1 and not several_starts(self.labels, self.starts):
+        several_texts = GAP in self.measures and len(self.gaps[GAP]) > 1
+        if several_texts and not several_starts(self.labels, self.starts):
             candidates.append(GAP)
         for kind in ("perplexity", "accuracy"):
             names = [name for name in self.measures if self.kinds[name] == kind]
             candidates += sorted(names, key=lambda name: not name.startswith(AVERAGE))
-        candidates = [name for name in candidates if name in self.measures]
         means = self.means.loc[self.labels.index, candidates]
         return next(iter([*means.dropna(axis=1), *candidates]), None)
 
@@ -181,8 +185,12 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     unpermuted = [run.methods == "none" for run in runs]
     starts = start_rows(labels, {*frame["row"][unpermuted]}, start)
 
-    measures = {name: measure for run in values for name, measure in run.items()}
-    measures = {name: measures[name] for name in measures if not name.startswith(DENSE)}
+    measures = {
+        name: measure
+        for run in values
+        for name, measure in run.items()
+        if not name.startswith(DENSE)
+    }
     kinds = {name: measure.kind for name, measure in measures.items()}
     shown = [name for name, measure in measures.items() if not measure.asked_for]
     closed = closed_gaps(frame, starts, [name for name in shown if kinds[name] == "perplexity"])
@@ -196,44 +204,44 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     if frame[ZEROS].map("{:.2%}".format).nunique() == 1:
         shown.remove(ZEROS)
         del kinds[ZEROS]
-    means = row_means(frame[[*kinds]], frame["row"])
-    table = Table(
+    means, errors = means_and_errors(frame, values, [*kinds])
+    return Table(
         runs=runs,
         values=values,
         frame=frame,
         labels=labels,
         kinds=kinds,
         means=means,
-        errors=frame.groupby("row")[[*kinds]].std().where(means.notna()),
+        errors=errors,
         starts=starts,
         gaps=gaps,
         baseline=start,
         settings=settings,
         measures=shown,
-        notes=[],
     )
-    add_standard_errors(table)
-    table.notes = notes_of(table)
-    return table
 
 
-def add_standard_errors(table: Table) -> None:
-    """Add the dense model, and the standard errors of the rows with a single run."""
+def means_and_errors(
+    frame: pd.DataFrame, values: list[dict[str, Measure]], names: list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return `means` and `errors` of a table."""
+    rows = frame["row"]
     stderrs = pd.DataFrame(
-        {name: measure.stderr for name, measure in measures.items()} for measures in table.values
+        {name: measure.stderr for name, measure in run.items()} for run in values
     ).astype(float)
-    rows = table.frame["row"]
-    single = stderrs.set_axis(rows)[~rows.duplicated(keep=False).to_numpy()]
-    table.errors = table.errors.fillna(single)
+    means = row_means(frame[names], rows)
+    errors = frame[names].groupby(rows).std().fillna(stderrs.groupby(rows).first())
+    errors = errors.where(means.notna())
     shared = [
         name
-        for name in table.kinds
-        if f"{DENSE}{name}" in table.frame and shared_value(table.frame[f"{DENSE}{name}"])
+        for name in names
+        if f"{DENSE}{name}" in frame and shared_value(frame[f"{DENSE}{name}"])
     ]
     if shared:
-        names = [f"{DENSE}{name}" for name in shared]
-        table.means.loc[DENSE_ROW, shared] = table.frame.loc[0, names].to_numpy()
-        table.errors.loc[DENSE_ROW, shared] = stderrs.loc[0, names].to_numpy()
+        dense_names = [f"{DENSE}{name}" for name in shared]
+        means.loc[DENSE_ROW, shared] = frame.loc[0, dense_names].to_numpy()
+        errors.loc[DENSE_ROW, shared] = stderrs.loc[0, dense_names].to_numpy()
+    return means, errors
 
 
 def shared_value(values: pd.Series) -> float | None:
@@ -314,7 +322,7 @@ def find(labels: pd.DataFrame, text: str, option: str) -> int:
 
 
 def notes_of(table: Table) -> list[str]:
-    """Return lines for the reader about gaps, and measures that only some seeds have."""
+    """Return lines for the reader about gaps."""
     notes = []
     if len(table.gaps) > 1:
         means = [gap for gap in table.gaps if gap in (GAP, GAP + FP8)]
@@ -326,11 +334,6 @@ def notes_of(table: Table) -> list[str]:
             f"{GAP}: measured from several rows, {bases}; --baseline NAME=VALUE,... measures every "
             "row of its model from one row"
         )
-    counts = table.frame.groupby("row")[[*table.kinds]].count()
-    some = counts.gt(0) & table.means.loc[counts.index].isna()
-    lacking = some.columns[some.any()]
-    if len(lacking):
-        notes.append(f"some seeds of a row lack {', '.join(lacking)}")
     return notes
 
 
