@@ -85,11 +85,9 @@ def run_measures(
     """
     measures: dict[tuple[Any, ...], Measure] = {}
     for evaluation in reversed(evaluations):
-        for measure in evaluation_measures(evaluation, model, "sparse"):
-            measures[measure.name, *measure.facts.values()] = measure
-        for measure in evaluation_measures(evaluation, model, "dense"):
-            named = replace(measure, name=f"{DENSE}{measure.name}")
-            measures[named.name, *named.facts.values()] = named
+        for which in ("sparse", "dense"):
+            for measure in evaluation_measures(evaluation, model, which):
+                measures[measure.name, *measure.facts.values()] = measure
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration, whose result may come from the cache.
@@ -104,7 +102,10 @@ def run_measures(
 
 
 def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
-    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation."""
+    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation.
+
+    Names of the dense model's measures begin with `DENSE`.
+    """
     measures = _perplexities(evaluation, model, which)
     accuracies = {}
     for task, values in _part(evaluation, "tasks", which).items():
@@ -115,8 +116,9 @@ def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -
             accuracies[task] = metrics[ACC]
     if len(accuracies) > 1:
         measures.append(_average(accuracies))
-    fp8 = _part(evaluation, "evaluation").get("weights") == "fp8"
-    return [replace(measure, name=measure.name + FP8 * fp8) for measure in measures]
+    beginning = DENSE if which == "dense" else ""
+    ending = FP8 if "weights" in evaluation["evaluation"] else ""
+    return [replace(measure, name=f"{beginning}{measure.name}{ending}") for measure in measures]
 
 
 def _part(values: Mapping[str, Any], *keys: Any) -> Any:
@@ -275,7 +277,7 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for measure in evaluation_measures(metrics, "", which):
             limited = "limited to " if measure.limited else ""
             items = f", {limited}{measure.items} items" if measure.items else ""
-            row = texts.setdefault(measure.name + items, {})
+            row = texts.setdefault(measure.name.removeprefix(DENSE) + items, {})
             row[which] = number(measure.value, measure.kind, measure.stderr)
     return [(name, row.get("dense", "-"), row.get("sparse", "-")) for name, row in texts.items()]
 

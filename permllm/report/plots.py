@@ -60,20 +60,17 @@ def drawn_measure(table: Table, measure: str | None) -> str:
 
     Raises ConfigError if no row has the measure.
     """
-    kinds = {name: table.kinds[name] for name in table.measures}
-    valid = [name for name in kinds if name in table.gaps or kinds[name] in _DRAWN]
-    name = measure or table.main()
-    if name is None or name not in valid:
-        raise ConfigError(
-            f"no row has {name or 'a perplexity or an accuracy'}; valid are: {', '.join(valid)}"
-        )
+    valid = [name for name in table.measures if name in table.gaps or table.kinds[name] in _DRAWN]
+    name = measure or table.main() or "a perplexity or an accuracy"
+    if name not in valid:
+        raise ConfigError(f"no row has {name}; valid are: {', '.join(valid)}")
     return name
 
 
 def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of quality over minutes, by row.
 
-    Some rows have no point (`undrawn`).
+    Rows without a finite value, or with a permutation from a file, have no point.
 
     Returns:
         `name` and `method` of the row; `minutes` of its fastest run, because other jobs on the
@@ -100,7 +97,9 @@ def points(table: Table, measure: str) -> pd.DataFrame:
             "memory": peaks.groupby(table.frame["row"]).max(),
         }
     )
-    frame = frame[_why_undrawn(table, measure) == ""]
+    # The minutes of a permutation from a file lack those of its making.
+    drawn = np.isfinite(frame["value"]) & (table.labels["permutation"] != "from_file")
+    frame = frame[drawn]
     sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
     ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
     best = ordered["badness"].cummin().shift(fill_value=math.inf)
@@ -108,24 +107,11 @@ def points(table: Table, measure: str) -> pd.DataFrame:
 
 
 def undrawn(table: Table, measure: str) -> list[str]:
-    """Return a line for each reason why rows have no point, with the names of the rows."""
-    reasons = _why_undrawn(table, measure)
-    names = pd.Series(table.names())
-    return [
-        f"not drawn, {reason}: {'; '.join(names[reasons == reason])}"
-        for reason in reasons.unique()
-        if reason
-    ]
-
-
-def _why_undrawn(table: Table, measure: str) -> pd.Series:
-    """Return the reason why a row has no point, by row; empty: it has one."""
-    reasons = pd.Series("", table.labels.index)
-    finite = np.isfinite(table.means.loc[reasons.index, measure])
-    reasons[~finite] = f"because they have no finite {measure}"
-    of_file = table.labels["permutation"] == "from_file"
-    reasons[of_file] = "because their minutes lack those of the permutation"
-    return reasons
+    """Return a line that names the rows without a point; empty: all rows have one."""
+    names = pd.Series(table.names()).drop(points(table, measure).index)
+    if names.empty:
+        return []
+    return [f"not drawn, without a finite {measure} or minutes of their own: {'; '.join(names)}"]
 
 
 def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
@@ -156,7 +142,7 @@ def plot_cost(table: Table, file: Path, name: str) -> None:
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
     front = frame[frame["front"]].sort_values("minutes")
-    frame["area"] = 30 + 150 * frame["memory"] / max(1, frame["memory"].max())
+    frame["area"] = 30 + 150 * frame["memory"] / frame["memory"].max()
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
         axis.step(
@@ -197,7 +183,7 @@ def plot_curves(table: Table, file: Path) -> None:
         _, axis = pyplot.subplots(figsize=(7, 4))
         for name, history in zip(table.names(), histories, strict=True):
             if history:
-                losses = [entry.get("loss", math.nan) for entry in history]
+                losses = [entry["loss"] for entry in history]
                 axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")

@@ -21,13 +21,12 @@ _SETTINGS = {
 }
 # Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
-_PERPLEXITY = "wikitext2_ppl"
 
 
 def published(table: str) -> pd.DataFrame:
     """Return the rows of the file for one table of the paper, one of `TABLES`."""
-    rows = pd.read_csv(_FILE, keep_default_na=False, dtype=dict.fromkeys(_SETTINGS, str))
-    return rows[rows["table"] == TABLES.index(table) + 1]
+    rows = pd.read_csv(_FILE, keep_default_na=False, dtype=str).astype({"value": float})
+    return rows[rows["table"] == table.removeprefix("table")]
 
 
 class Comparison:
@@ -45,32 +44,31 @@ class Comparison:
     """
 
     def __init__(self, name: str, models: Iterable[str]) -> None:
-        self._rows = published(name)
+        rows = published(name)
         ours = sorted({*models})
-        missing = [model for model in ours if model not in {*self._rows["model"]}]
+        in_table = rows["model"].unique()
+        missing = [model for model in ours if model not in in_table]
         if missing and len(ours) > 1:
             raise ConfigError(
                 f"--paper: the table does not have {', '.join(missing)}: expected runs of one "
-                f"model, or of {', '.join(self._rows['model'].unique())}"
+                f"model, or of {', '.join(in_table)}"
             )
         self.same_model = not missing
         self.notes: list[str] = []
         self.heading = "paper"
-        if missing:
-            stand_in = self._rows[self._rows["model"] == _STAND_IN]
-            self._rows = stand_in if len(stand_in) else self._rows
-            model = self._rows["model"].iloc[0]
-            self._rows = self._rows[self._rows["model"] == model].assign(model=missing[0])
-            if {*self._rows[_TEXT]} <= {"", "c4"}:  # the texts differ, as the note says
-                self._rows[_TEXT] = ""
-            self.notes.append(
-                f"The paper's numbers belong to {model} and the paper's protocol, ours to "
-                f"{missing[0]}. Compare the order of the rows, not the values."
-            )
+        if len(ours) == 1:
+            model = ours[0]
+            if missing:
+                model = _STAND_IN if _STAND_IN in in_table else in_table[0]
+                self.notes.append(
+                    f"The paper's numbers belong to {model} and the paper's protocol, ours to "
+                    f"{ours[0]}. Compare the order of the rows, not the values."
+                )
+            rows = rows[rows["model"] == model].assign(model=ours[0])
             self.heading = f"paper, {model}"
-        elif len(ours) == 1:
-            self.heading = f"paper, {ours[0]}"
-            self._rows = self._rows[self._rows["model"] == ours[0]]
+        if missing and {*rows[_TEXT]} <= {"", "c4"}:  # the texts differ, as the note says
+            rows[_TEXT] = ""
+        self._rows = rows
 
     def value(
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
@@ -78,10 +76,10 @@ class Comparison:
         """Return the paper's number for a measure of a run; None: there is none."""
         settings = flatten(dict(config))
         permutation = settings["permutation.name"]
-        foldable = settings.get("permutation.constraint", "free") != "free"
+        foldable = settings.get("permutation.constraint") == "foldable"
         if foldable or method_of(config) != permutation:
             return None
-        if settings.get("keep_dense") or settings.get("sparsity_of"):
+        if config.get("keep_dense") or config.get("sparsity_of"):
             return None
         if ours and ((ours.limited and self.same_model) or not self._has_tasks(ours)):
             return None
@@ -100,11 +98,12 @@ class Comparison:
         """Return the number of a measure in the first of some rows; None: there is none."""
         same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
         metric = f"{measure.removesuffix(' acc')}_acc"
+        scale = 100
         if "perplexity" in measure and same and FP8 not in measure:
-            metric = _PERPLEXITY
-        rows = rows[rows["metric"] == metric]
-        scale = 1 if metric == _PERPLEXITY else 100
-        return float(rows["value"].iloc[0]) / scale if len(rows) else None
+            metric = "wikitext2_ppl"
+            scale = 1
+        values = rows["value"][rows["metric"] == metric]
+        return values.iloc[0] / scale if len(values) else None
 
     def _has_tasks(self, ours: Measure) -> bool:
         """Tell if an average of ours is over the tasks of the paper."""

@@ -81,10 +81,6 @@ def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         published = published_values(table, paper, name)
         if paper and len(published):
             columns[f"{prefix}{paper.heading}"] = _cells(published, partial(number, kind=kind))
-            if paper.same_model:
-                scale = 100 if kind == "accuracy" else 1
-                difference = (table.means[name] - published) * scale
-                columns[f"{prefix}difference"] = _cells(difference, "{:+.2f}".format)
         if table.baseline is None or name not in (main, AVERAGE):
             continue
         changes = _changes(table, table.baseline, name)
@@ -108,12 +104,11 @@ def _cells(values: pd.Series, text: Callable[[float], str]) -> pd.DataFrame:
 
 def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
     """Return cells of the rows that have a change from the baseline in a measure."""
-    cells = {}
+    pairs = {}
     for row in table.labels.index:
         if row != baseline and table.has(row, name) and table.has(baseline, name):
-            cells[row] = paired(table, row, baseline, name)
-    columns = ["difference", "interval", "change"]
-    cells = pd.DataFrame.from_dict(cells, "index", columns=columns)
+            pairs[row] = paired(table, row, baseline, name)
+    cells = pd.DataFrame.from_dict(pairs, "index", columns=["difference", "interval", "change"])
     return cells.set_axis(["value", "interval", "text"], axis=1)
 
 
@@ -180,22 +175,10 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
         "memory": memory,
         "files": directory,
     }
-    export = metrics.get("export")
-    if export and (directory / EXPORT).is_dir():
-        size = f"{export['bytes'] / 1e6:.1f} MB"
-        lines["export"] = f"{directory / EXPORT}: {size}, {export['form']}, {export['dtype']}"
+    if (directory / EXPORT).is_dir():
+        lines["export"] = directory / EXPORT
     for name, text in lines.items():
         terminal().print(f"{name:9} {text}", markup=False, soft_wrap=True)
-
-
-def print_comparison(table: Table) -> None:
-    """Print several finished runs, with a column for each row of their table."""
-    frame = texts(table, table_cells(table)).drop(columns=table.settings)
-    names = [*table.names(), "dense"]  # the row of the dense model is -1
-    rows = ([name, *values.replace("", "-")] for name, values in frame.items())
-    _print_table("sparse models", ["", *(names[row] for row in frame.index)], rows, "right")
-    for line in sources(frame):
-        terminal().print(line, markup=False, highlight=False)
 
 
 def print_sweep(jobs: Sequence[Outcome]) -> None:
@@ -203,7 +186,11 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
     finished = [Path(job.directory) for job in jobs if job.directory]
     runs = collect(finished).runs if len(finished) > 1 else []
     if len(runs) > 1:
-        print_comparison(table_of(runs))
+        table = table_of(runs)
+        frame = texts(table, table_cells(table))
+        _print_table("sparse models", [*frame], frame.to_numpy(), "right")
+        for line in sources(frame):
+            terminal().print(line, markup=False, highlight=False)
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     rows = []
     for job in jobs:
@@ -211,8 +198,7 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         rows.append((words, job.outcome, job.reason or job.directory or ""))
     _print_table("jobs", ["job", "outcome", "run, or reason"], rows, "left")
     counts = Counter(job.outcome for job in jobs)
-    texts = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
-    terminal().print(", ".join(texts))
+    terminal().print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 
 
 def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:

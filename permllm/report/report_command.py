@@ -29,7 +29,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
-from permllm.report.results_command import BASELINE, PAPER, PLACES, note
+from permllm.report.results_command import BASELINE, PLACES, note
 from permllm.report.table import Table, table_of
 from permllm.settings.identity import evaluation_of
 from permllm.store.files import write_text
@@ -51,7 +51,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         written.add_argument(option, type=Path, metavar="FILE", help=description)
     add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
-    add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
     add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
     add(
@@ -72,10 +71,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(options: argparse.Namespace) -> Answer:
     """Write a file and return its path, or return a table from W&B."""
-    file = options.to or options.curves or options.masks
-    if options.wandb and options.table and not options.places and not file:
+    if options.wandb and options.table:
         return _of_wandb(options)
-    if options.wandb or not options.places or not file:
+    file = options.to or options.curves or options.masks
+    if not options.places or not file:
         raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
     # The libraries for drawing take seconds to import.
     from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
@@ -89,9 +88,7 @@ def work(options: argparse.Namespace) -> Answer:
         if file.suffix == ".html":
             from permllm.report.page import page
 
-            paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
-            notes += paper.notes if paper else []
-            write_text(file, page(table, notes, measure, paper))
+            write_text(file, page(table, notes, measure))
         else:
             plot_cost(table, file, measure)
     elif options.curves:
@@ -113,8 +110,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
 
         api = wandb.Api()
         entity = options.entity or api.default_entity
-        project = f"{entity}/{options.wandb}" if entity else options.wandb
-        logged = list(api.runs(project, order="-created_at"))
+        logged = list(api.runs(f"{entity}/{options.wandb}", order="-created_at"))
     runs = []
     notes: list[str] = []
     for run in logged:
@@ -125,10 +121,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     runs = without_repeated(runs, notes)
     note(notes)
     if not runs:
-        valid = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        raise ConfigError(
-            f"--group {' or '.join(groups)}: no finished run; groups are {valid}, or * for all"
-        )
+        raise ConfigError(f"--group {' or '.join(groups)}: no finished run; * is any group")
     table = table_of(runs)
     paper = Comparison(options.table, table.labels["model"])
     cells = table_cells(table, paper)
@@ -149,12 +142,7 @@ def _asking(failure: str) -> Iterator[None]:
 
 
 def as_run(logged: Any) -> Run:
-    """Convert a run of `wandb.Api`.
-
-    Raises DataError if it is not finished or not a run of this package.
-    """
-    if logged.state != "finished":
-        raise DataError(f"not finished ({logged.state})")
+    """Convert a run of `wandb.Api`. Its errors are those of `Run`."""
     metrics: dict[str, Any] = {}
     for name, value in dict(logged.summary_metrics).items():
         place: Any = metrics
@@ -173,10 +161,8 @@ def as_run(logged: Any) -> Run:
     return Run(directory, config, metrics, [metrics], {"wandb_id": logged.id})
 
 
-def _published(table: Table, text: str, options: argparse.Namespace, entity: str | None) -> str:
+def _published(table: Table, text: str, options: argparse.Namespace, entity: str) -> str:
     """Save a W&B report with the table and a plot over minutes, and return its address."""
-    if not entity:
-        raise ConfigError("--publish needs --entity, because this W&B key has no default entity")
     try:
         wr = import_module("wandb_workspaces.reports.v2")
         expr = import_module("wandb_workspaces.expr")
