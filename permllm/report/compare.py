@@ -23,7 +23,7 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
 
     Returns:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
-        means over the seeds; None: not defined. `interval`: ends of the interval with 95 % of the
+        means over the seeds; NaN: not defined. `interval`: ends of the interval with 95 % of the
         resampled differences; None: there is none. `change`: text of both. `over`: text with the
         number of windows or items, which is zero if the rows have no scores of the same ones.
     """
@@ -45,17 +45,15 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     }
 
 
-def _difference(table: Table, row: int, other: int, name: str) -> float | None:
+def _difference(table: Table, row: int, other: int, name: str) -> float:
     values = table.members(row)[name]
     other_values = table.members(other)[name]
     if table.kinds[name] in ("accuracy", "share"):
         return float(values.mean() - other_values.mean())
     with np.errstate(all="ignore"):  # what is not finite has no difference
         if table.kinds[name] == "perplexity":
-            change = np.expm1(np.log(values).mean() - np.log(other_values).mean())
-        else:
-            change = values.mean() / other_values.mean() - 1
-    return float(change) if np.isfinite(change) else None
+            return float(np.expm1(np.log(values).mean() - np.log(other_values).mean()))
+        return float(values.mean() / other_values.mean() - 1)
 
 
 def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
@@ -81,44 +79,38 @@ def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
 
 
 def _mean_scores(table: Table, row: int, column: str) -> dict[Any, Numbers]:
-    """Return means of the scores that all runs of a row have, by text or task and identity."""
+    """Return means over a row's runs of the scores, by text or task and identity.
+
+    The result is empty if the runs do not have the same texts or tasks.
+    """
     scores = defaultdict(list)
     runs = table.members(row).index
     for run in runs:
         measure = table.values[run].get(column)
         for part, (identity, numbers) in (measure.scores if measure else {}).items():
             scores[part, identity].append(numbers)
-    return {
-        part: np.mean(lines, axis=0) for part, lines in scores.items() if len(lines) == len(runs)
-    }
+    if any(len(lines) < len(runs) for lines in scores.values()):
+        return {}
+    return {part: np.mean(lines, axis=0) for part, lines in scores.items()}
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
-    """Return the ends of the bootstrap's percentile interval, with a fixed seed.
+    """Return the ends of the bootstrap's percentile interval of 10,000 resamples.
 
     Args:
         parts: for each text or task float64 `(scores, windows)`. Its columns are resampled.
         of: function of the means of a part's rows. The statistic is its mean over the parts.
     """
-    from scipy import stats  # its import takes long, and most tables have no intervals
-
-    def statistic(*drawn: Any, axis: int = -1) -> Any:
-        resampled = [
-            part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)
-        ]
-        return np.mean([of(*part.mean(axis=-1)) for part in resampled], axis=0)
-
-    ends = stats.bootstrap(
-        [np.arange(part.shape[1]) for part in parts],
-        statistic,
-        n_resamples=10_000,
-        confidence_level=0.95,
-        method="percentile",
-        batch=500,
-        rng=np.random.default_rng(0),
-        vectorized=True,
-    ).confidence_interval
-    return [float(ends.low), float(ends.high)]
+    generator = np.random.default_rng(0)
+    statistics: list[float] = []
+    for _ in range(20):
+        resampled = []
+        for part in parts:
+            windows = part.shape[1]
+            columns = generator.integers(windows, size=(500, windows))
+            resampled.append(of(*part[:, columns].mean(axis=-1)))
+        statistics += [*np.mean(resampled, axis=0)]
+    return [float(end) for end in np.percentile(statistics, [2.5, 97.5])]
 
 
 def _gap_difference(

@@ -58,7 +58,6 @@ class Measure:
         limited: True: measured on only a part of the windows or items.
         items: number of items of an accuracy.
         scores: scores of windows or items, by text or task; empty: they were not kept.
-        tasks: tasks of an average.
         asked_for: True: tables show the measure only if `--measures` names it.
     """
 
@@ -71,7 +70,6 @@ class Measure:
     limited: bool = False
     items: int | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ()
     asked_for: bool = False
 
 
@@ -109,7 +107,7 @@ def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -
     measures = _perplexities(evaluation, model, which)
     accuracies = {}
     for task, values in _part(evaluation, "tasks", which).items():
-        settings = _part(evaluation, "evaluation", "tasks", values.get("asked")) or {}
+        settings = evaluation["evaluation"]["tasks"][values["asked"]]
         metrics = _task(task, values, settings, _part(evaluation, "scores", "tasks", which, task))
         measures += metrics.values()
         if ACC in metrics and values["n"]:
@@ -169,8 +167,8 @@ def _task(
     """Return the measures of one task, by metric of lm-eval."""
     facts = {
         "items": f"{values['n']} items",
-        "bos": f"add_bos_token={settings.get('add_bos_token')}",
-        "file": f"file {str(settings.get('digest', ''))[:8]}",
+        "bos": f"add_bos_token={settings['add_bos_token']}",
+        "file": f"file {settings.get('digest', '')[:8]}",
     }
     shots = f" ({values['num_fewshot']}-shot)" if values["num_fewshot"] else ""
     measures = {}
@@ -208,7 +206,6 @@ def _average(accuracies: dict[str, Measure]) -> Measure:
         stderr=math.hypot(*errors) / len(errors),
         limited=any(measure.limited for measure in measures),
         items=items,
-        tasks=tuple(sorted(accuracies)),
     )
     if all(measure.scores for measure in measures):
         for measure in measures:
@@ -238,9 +235,9 @@ def number(value: float, kind: str, error: float | None = None) -> str:
     return text if error is None or math.isnan(error) else f"{text} ± {error:{form}}"
 
 
-def change_text(change: float | None, kind: str, interval: list[float] | None = None) -> str:
-    """Return the text of a change in a kind of measure; empty: it is not defined."""
-    if change is None:
+def change_text(change: float, kind: str, interval: list[float] | None = None) -> str:
+    """Return the text of a change in a kind of measure; empty: it is not finite."""
+    if not math.isfinite(change):
         return ""
     unit = " points" if kind in ("accuracy", "share") else "%"
     text = f"{change * 100:+.1f}{unit}"

@@ -88,9 +88,9 @@ def _quality(table: Table, measure: str) -> str:
     frame = points(table, measure)
     if frame.empty:
         return ""
-    frame["method"] = frame["method"].map(escape)
+    frame["name"] = frame["name"].map(escape)
     frame["text"] = [
-        f"{escape(point['name'])}<br>{table.shown(row, measure)}<br>{point['minutes']:.1f} min, "
+        f"{point['name']}<br>{table.shown(row, measure)}<br>{point['minutes']:.1f} min, "
         f"{point['memory'] / 1e9:.2f} GB at the peak"
         for row, point in frame.iterrows()
     ]
@@ -99,7 +99,7 @@ def _quality(table: Table, measure: str) -> str:
         x="minutes",
         y="value",
         error_y="error",
-        color="method",
+        color="name",
         hover_name="text",
         size="memory",
         log_x=True,

@@ -17,8 +17,6 @@ from permllm.report.table import DENSE_ROW, Table, shared_value
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
-# Kinds of measures that can be drawn over minutes, and gaps.
-_DRAWN = ("perplexity", "accuracy")
 _CORNER = 64  # rows and channels of a mask that are drawn
 # A legend beside the axes hides no point.
 _LEGEND: Any = {
@@ -60,10 +58,9 @@ def drawn_measure(table: Table, measure: str | None) -> str:
 
     Raises ConfigError if no row has the measure.
     """
-    valid = [name for name in table.measures if name in table.gaps or table.kinds[name] in _DRAWN]
     name = measure or table.main() or "a perplexity or an accuracy"
-    if name not in valid:
-        raise ConfigError(f"no row has {name}; valid are: {', '.join(valid)}")
+    if name not in table.measures:
+        raise ConfigError(f"no row has {name}; valid are: {', '.join(table.measures)}")
     return name
 
 
@@ -73,7 +70,7 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     Rows without a finite value, or with a permutation from a file, have no point.
 
     Returns:
-        `name` and `method` of the row; `minutes` of its fastest run, because other jobs on the
+        `name` of the row; `minutes` of its fastest run, because other jobs on the
         machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
         bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
         is as good in as few minutes.
@@ -83,14 +80,9 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
     peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
     peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
-    varying = [name for name in ("model", "pruner") if table.labels[name].nunique() > 1]
-    methods = []
-    for row in table.labels.index:
-        methods.append(", ".join([*table.labels.loc[row, varying], table.first(row).methods]))
     frame = pd.DataFrame(
         {
             "name": table.names(),
-            "method": methods,
             "minutes": runs["minutes"].min(),
             "value": table.means[measure].drop(DENSE_ROW, errors="ignore"),
             "error": table.errors[measure].drop(DENSE_ROW, errors="ignore").fillna(0.0),
@@ -154,8 +146,10 @@ def plot_cost(table: Table, file: Path, name: str) -> None:
             label="Pareto front",
         )
         axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-        for method, rows in frame.sort_values("minutes").groupby("method", sort=False):
-            axis.scatter(rows["minutes"], rows["value"], rows["area"], label=method, alpha=0.8)
+        for _, point in frame.sort_values("minutes").iterrows():
+            axis.scatter(
+                point["minutes"], point["value"], point["area"], label=point["name"], alpha=0.8
+            )
         styles = cycle(("--", "-.", ":"))
         for label, value in dense_lines(table, name, frame.index).items():
             axis.axhline(value, linestyle=next(styles), color="grey", linewidth=1, label=label)

@@ -19,6 +19,8 @@ _SETTINGS = {
     *("sparsity", "pruner.name", "permutation.name", _TEXT, "block_size"),
     *("permutation.sinkhorn_iterations", "permutation.last_layers"),
 }
+# Tasks of the paper's averages, as a fact of ours.
+_TASKS = "of arc_challenge, arc_easy, hellaswag, openbookqa, rte"
 # Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
 
@@ -81,7 +83,9 @@ class Comparison:
             return None
         if config.get("keep_dense") or config.get("sparsity_of"):
             return None
-        if ours and ((ours.limited and self.same_model) or not self._has_tasks(ours)):
+        if ours and ours.limited and self.same_model:
+            return None
+        if ours and ours.facts.get("tasks", _TASKS) != _TASKS:
             return None
         settings["permutation.name"] = permutation.removesuffix("-paper")
         rows = self._rows[self._rows["model"] == settings["model.name"]]
@@ -104,9 +108,3 @@ class Comparison:
             scale = 1
         values = rows["value"][rows["metric"] == metric]
         return values.iloc[0] / scale if len(values) else None
-
-    def _has_tasks(self, ours: Measure) -> bool:
-        """Tell if an average of ours is over the tasks of the paper."""
-        accuracies = {f"{task}_acc" for task in (*ours.tasks, "average")}
-        of_paper = {name for name in self._rows["metric"] if name.endswith("_acc")}
-        return not ours.tasks or accuracies == of_paper

@@ -89,8 +89,8 @@ class Run:
         return json.dumps(settings, sort_keys=True, default=str)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the identity but the seed, by the names of the command line."""
-        settings = {}
+        """Return the method and the settings of the identity but the seed, by their typed names."""
+        settings = {"method": self.config.get("method") or ""}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))
             if key.startswith("inputs."):
@@ -136,11 +136,10 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         if not place.is_dir():
             raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
         for job in sweep.read_outcomes(place):
-            if job.directory and Path(job.directory).is_dir():
+            if job.directory:
                 folders.append(Path(job.directory))
             else:
-                reason = job.reason or f"its directory {job.directory} is gone"
-                notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
+                notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
     for folder in folders:
         files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     runs = []
@@ -158,8 +157,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         runs = without_repeated(runs, notes)
     if not runs:
         below = ", ".join(map(str, places))
-        expected = f"expected directories with a {METRICS}, sweeps, or files of records"
-        raise ConfigError("; ".join([f"no finished run below {below}: {expected}", *notes]))
+        raise ConfigError("; ".join([f"no finished run below {below}", *notes]))
     return Collection(runs, notes)
 
 

@@ -88,10 +88,10 @@ def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         if paper and not paper.same_model and table.baseline in published:
             start = published[table.baseline]
             of_paper = published / start - 1 if kind == "perplexity" else published - start
-            of_paper = of_paper[changes.index.intersection(of_paper.index)]
+            of_paper = of_paper.reindex(changes.index)
             text = partial(change_text, kind=kind)
             columns[f"{prefix}paper, against its baseline"] = _cells(of_paper, text)
-            difference = changes["value"].astype(float) - of_paper
+            difference = changes["value"] - of_paper
             columns[f"{prefix}difference of the changes"] = _cells(difference, text)
     return pd.concat(columns, names=["column", "row"]).reset_index()
 
@@ -189,8 +189,7 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         table = table_of(runs)
         frame = texts(table, table_cells(table))
         _print_table("sparse models", [*frame], frame.to_numpy(), "right")
-        for line in sources(frame):
-            terminal().print(line, markup=False, highlight=False)
+        terminal().print(*sources(frame), sep="\n", markup=False, highlight=False)
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     rows = []
     for job in jobs:
@@ -198,7 +197,8 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         rows.append((words, job.outcome, job.reason or job.directory or ""))
     _print_table("jobs", ["job", "outcome", "run, or reason"], rows, "left")
     counts = Counter(job.outcome for job in jobs)
-    terminal().print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    outcomes = [name for name in ("ran", "skipped", "failed") if counts[name]]
+    terminal().print(", ".join(f"{counts[name]} {name}" for name in outcomes))
 
 
 def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:
@@ -208,4 +208,4 @@ def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], s
         printed.add_column(escape(name), justify=side if place else "left", overflow="fold")
     for row in rows:
         printed.add_row(*map(escape, row))
-    terminal().print(printed if printed.row_count else "nothing was measured")
+    terminal().print(printed)

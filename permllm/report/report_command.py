@@ -17,8 +17,6 @@ plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -105,12 +103,14 @@ def work(options: argparse.Namespace) -> Answer:
 def _of_wandb(options: argparse.Namespace) -> Answer:
     """Return the table of a project's runs, and the address of its W&B report."""
     groups = options.group or [options.table, f"{options.table}-*"]
-    with _asking(f"W&B does not give the runs of {options.wandb}"):
-        import wandb
+    import wandb
 
+    try:
         api = wandb.Api()
         entity = options.entity or api.default_entity
         logged = list(api.runs(f"{entity}/{options.wandb}", order="-created_at"))
+    except Exception as error:  # some classes of W&B's errors are not public
+        raise DataError(f"W&B does not give the runs of {options.wandb}: {error}") from error
     runs = []
     notes: list[str] = []
     for run in logged:
@@ -130,15 +130,6 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     note(paper.notes)
     shown = text if url is None else f"{text}{url}\n"
     return Answer({"rows": records(table, cells), "url": url}, lambda: print(shown, end=""))
-
-
-@contextmanager
-def _asking(failure: str) -> Iterator[None]:
-    """Raise DataError for an error of W&B."""
-    try:
-        yield
-    except Exception as error:  # some classes of W&B's errors are not public
-        raise DataError(f"{failure}: {error}") from error
 
 
 def as_run(logged: Any) -> Run:
@@ -174,5 +165,4 @@ def _published(table: Table, text: str, options: argparse.Namespace, entity: str
     runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
     plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
     blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[plot])]
-    with _asking("the report cannot be saved"):
-        return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)
+    return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

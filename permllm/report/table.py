@@ -232,15 +232,11 @@ def means_and_errors(
     means = row_means(frame[names], rows)
     errors = frame[names].groupby(rows).std().fillna(stderrs.groupby(rows).first())
     errors = errors.where(means.notna())
-    shared = [
-        name
-        for name in names
-        if f"{DENSE}{name}" in frame and shared_value(frame[f"{DENSE}{name}"])
-    ]
-    if shared:
-        dense_names = [f"{DENSE}{name}" for name in shared]
-        means.loc[DENSE_ROW, shared] = frame.loc[0, dense_names].to_numpy()
-        errors.loc[DENSE_ROW, shared] = stderrs.loc[0, dense_names].to_numpy()
+    for name in names:
+        dense = f"{DENSE}{name}"
+        if dense in frame and shared_value(frame[dense]):
+            means.at[DENSE_ROW, name] = frame.at[0, dense]
+            errors.at[DENSE_ROW, name] = stderrs.at[0, dense]
     return means, errors
 
 
@@ -278,7 +274,7 @@ def runs_frame(runs: list[Run], values: list[dict[str, Measure]]) -> pd.DataFram
     """Return a line for each run: settings, seed, method, measures, minutes and directory."""
     return pd.DataFrame(
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
-        | {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
+        | {"seed": run.config["seed"]}
         | {name: measure.value for name, measure in measures.items()}
         | {"minutes": run.minutes, "directory": str(run.directory)}
         for run, measures in zip(runs, values, strict=True)
@@ -288,9 +284,7 @@ def runs_frame(runs: list[Run], values: list[dict[str, Measure]]) -> pd.DataFram
 def runs_labels(runs: list[Run]) -> pd.DataFrame:
     """Return the texts of each run's settings but the seed; empty: the run has no such setting."""
     return pd.DataFrame(
-        {name: setting_text(value) for name, value in run.settings().items()}
-        | {"method": str(run.config.get("method") or "")}
-        for run in runs
+        {name: setting_text(value) for name, value in run.settings().items()} for run in runs
     ).fillna("")
 
 
