@@ -63,7 +63,7 @@ def gap_closed(values: Any, start: Any, dense: Any) -> Any:
     The gap is NaN if a perplexity is not finite, or if the start is as good as the dense model.
     """
     whole = start - dense
-    closed = (start - values) / whole.where((whole > 0) & np.isfinite(whole))
+    closed = (start - values) / whole.where(whole > 0)
     return closed.where(np.isfinite(closed))
 
 

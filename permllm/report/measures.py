@@ -64,7 +64,7 @@ class Measure:
     name: str
     kind: str
     value: float
-    facts: Mapping[str, str | None] = field(default_factory=dict)
+    facts: dict[str, str | None] = field(default_factory=dict)
     model: str = ""
     stderr: float | None = None
     limited: bool = False
@@ -165,7 +165,7 @@ def _task(
     task: str, values: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any]
 ) -> dict[str, Measure]:
     """Return the measures of one task, by metric of lm-eval."""
-    facts = {
+    facts: dict[str, str | None] = {
         "items": f"{values['n']} items",
         "bos": f"add_bos_token={settings['add_bos_token']}",
         "file": f"file {settings.get('digest', '')[:8]}",

@@ -13,7 +13,7 @@ import pandas as pd
 
 from permllm.errors import ConfigError, first_line
 from permllm.report.measures import DENSE
-from permllm.report.table import DENSE_ROW, Table, shared_value
+from permllm.report.table import Table, shared_value
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
@@ -84,10 +84,11 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         {
             "name": table.names(),
             "minutes": runs["minutes"].min(),
-            "value": table.means[measure].drop(DENSE_ROW, errors="ignore"),
-            "error": table.errors[measure].drop(DENSE_ROW, errors="ignore").fillna(0.0),
+            "value": table.means[measure],
+            "error": table.errors[measure].fillna(0.0),
             "memory": peaks.groupby(table.frame["row"]).max(),
-        }
+        },
+        table.labels.index,
     )
     # The minutes of a permutation from a file lack those of its making.
     drawn = np.isfinite(frame["value"]) & (table.labels["permutation"] != "from_file")
@@ -205,7 +206,7 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
         masks_file = table.first(row).directory / MASKS
         if masks_file.is_file():
             masks = load_masks(masks_file)
-            names = sorted(masks, key=_layer)
+            names = sorted(masks, key=lambda name: int(re.findall(r"\.(\d+)\.", name)[0]))
             path = linear or names[len(names) // 2]
             if path not in masks:
                 raise ConfigError(f"--linear {path}: {masks_file} has {names[0]}, ...")
@@ -225,9 +226,3 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
             f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
             fontsize="small",
         )
-
-
-def _layer(name: str) -> int:
-    """Return the index of the decoder layer of a linear; -1: the path has none."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else -1

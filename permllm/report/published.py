@@ -15,10 +15,6 @@ TABLES = [f"table{number}" for number in range(1, 9)]
 # Rows of the paper's tables. Columns of settings have our names; an empty text fits any value.
 _FILE = Path(__file__).parent / "published.csv"
 _TEXT = "calibration.dataset"
-_SETTINGS = {
-    *("sparsity", "pruner.name", "permutation.name", _TEXT, "block_size"),
-    *("permutation.sinkhorn_iterations", "permutation.last_layers"),
-}
 # Tasks of the paper's averages, as a fact of ours.
 _TASKS = "of arc_challenge, arc_easy, hellaswag, openbookqa, rte"
 # Model whose numbers are shown if a table of the paper does not have ours.
@@ -51,10 +47,7 @@ class Comparison:
         in_table = rows["model"].unique()
         missing = [model for model in ours if model not in in_table]
         if missing and len(ours) > 1:
-            raise ConfigError(
-                f"--paper: the table does not have {', '.join(missing)}: expected runs of one "
-                f"model, or of {', '.join(in_table)}"
-            )
+            raise ConfigError(f"--paper: {name} does not have {', '.join(missing)}")
         self.same_model = not missing
         self.notes: list[str] = []
         self.heading = "paper"
@@ -89,7 +82,7 @@ class Comparison:
             return None
         settings["permutation.name"] = permutation.removesuffix("-paper")
         rows = self._rows[self._rows["model"] == settings["model.name"]]
-        for name in settings.keys() & _SETTINGS:
+        for name in settings.keys() & {*rows} - {"method"}:
             rows = rows[rows[name].isin(["", setting_text(settings[name])])]
         return self._number(rows, measure)
 

@@ -129,19 +129,20 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     from permllm.store import sweep  # imports Hydra
 
     places = list(places)
-    files = {place for place in places if place.suffix == LINES and place.is_file()}
-    folders = [place for place in places if place not in files]
-    notes = []
-    for place in [*folders]:
-        if not place.is_dir():
+    files = set()
+    notes: list[str] = []
+    for place in places:
+        if place.is_dir():
+            files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
+            for job in sweep.read_outcomes(place):
+                if job.directory:
+                    files.add(Path(job.directory) / METRICS)
+                else:
+                    notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
+        elif place.suffix == LINES and place.is_file():
+            files.add(place)
+        else:
             raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
-        for job in sweep.read_outcomes(place):
-            if job.directory:
-                folders.append(Path(job.directory))
-            else:
-                notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
-    for folder in folders:
-        files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     runs = []
     for file in sorted(files):
         if file.name == METRICS:
@@ -208,13 +209,13 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     collection = collect(places, apart=True)
     if collection.notes:
         raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")
-    records = []
+    records: list[dict[str, Any]] = []
     for run in collection.runs:
         config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
         environment = dict(run.environment)
         words = environment.get("command", "").split()
         environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
-        record = {
+        record: dict[str, Any] = {
             "run": run.directory.absolute().name,  # Path(".").name is empty
             "config": config,
             "metrics": run.metrics,

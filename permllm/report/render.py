@@ -120,8 +120,7 @@ def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Se
         for row in table.labels.index:
             run = table.members(row).index[0]
             values[row] = paper.value(table.runs[run].config, name, table.values[run].get(name))
-    numbers = pd.Series(values, dtype=float).dropna()
-    return numbers if {*numbers.index} - {DENSE_ROW} else numbers.iloc[:0]
+    return pd.Series(values, dtype=float).dropna()
 
 
 def texts(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
@@ -184,9 +183,8 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
 def print_sweep(jobs: Sequence[Outcome]) -> None:
     """Print the finished runs of a sweep, and the outcome of each job with its own overrides."""
     finished = [Path(job.directory) for job in jobs if job.directory]
-    runs = collect(finished).runs if len(finished) > 1 else []
-    if len(runs) > 1:
-        table = table_of(runs)
+    if len(finished) > 1:
+        table = table_of(collect(finished).runs)
         frame = texts(table, table_cells(table))
         _print_table("sparse models", [*frame], frame.to_numpy(), "right")
         terminal().print(*sources(frame), sep="\n", markup=False, highlight=False)

@@ -95,9 +95,7 @@ def work(options: argparse.Namespace) -> Answer:
         plot_masks(table, file, options.linear)
     note(notes)
     runs = len(table.runs)
-    size = file.stat().st_size
-    answer = {"file": str(file), "runs": runs, "rows": len(table.labels), "bytes": size}
-    return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
+    return Answer({"file": str(file), "runs": runs}, lambda: print(f"{file}: {runs} runs"))
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
@@ -141,10 +139,11 @@ def as_run(logged: Any) -> Run:
         for folder in folders:
             place = place.setdefault(folder, {})
         place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
-    missing = {"n": None, "num_fewshot": None, "split": None}  # W&B does not keep None
+    # W&B does not keep None.
+    missing: dict[str, Any] = {"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None}
     for tasks in metrics.get("tasks", {}).values():
         for task, values in tasks.items():
-            tasks[task] = {"metrics": {}, "stderr": {}} | missing | values
+            tasks[task] = missing | values
     config = {key: value for key, value in logged.config.items() if not key.startswith("_")}
     directory = Path(config.pop("run_directory"))
     del config["config_hash"]
@@ -152,7 +151,7 @@ def as_run(logged: Any) -> Run:
     return Run(directory, config, metrics, [metrics], {"wandb_id": logged.id})
 
 
-def _published(table: Table, text: str, options: argparse.Namespace, entity: str) -> str:
+def _published(table: Table, text: str, options: argparse.Namespace, entity: str | None) -> str:
     """Save a W&B report with the table and a plot over minutes, and return its address."""
     try:
         wr = import_module("wandb_workspaces.reports.v2")

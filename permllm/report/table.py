@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -331,9 +331,9 @@ def notes_of(table: Table) -> list[str]:
     return notes
 
 
-def _ranked(names: Iterable[str]) -> list[str]:
-    places = {name: place for place, name in enumerate(_FIRST)}
-    return sorted(names, key=lambda name: (places.get(name, len(places)), name))
+def _ranked(names: Collection[str]) -> list[str]:
+    others = sorted({*names} - {*_FIRST})
+    return [name for name in _FIRST if name in names] + others
 
 
 def _is_spare(name: str) -> bool:

@@ -145,13 +145,12 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     make_run(tmp_path / "a", 20.0)
     make_run(tmp_path / "b", float("inf"), block_size=128)
     printed = {}
-    for words in ("--format md", "--format latex", "--format json", "--json"):
+    for words in ("--format md", "--format latex", "--json"):
         assert call("results", [str(tmp_path), *words.split()]) == 0
         printed[words] = capsys.readouterr().out
     assert printed["--format md"].splitlines()[2].startswith("| dense | 10.00 |")
     assert r"block\_size & wikitext2 perplexity (window 2048)" in printed["--format latex"]
     assert r"60.00\% & 0.1500" in printed["--format latex"]
-    assert printed["--format json"] == printed["--json"]
     found = json.loads(printed["--json"])
     assert [one["measures"][PERPLEXITY]["value"] for one in found] == [10.0, 20.0, None]
     assert found[1]["settings"] == {"block_size": "64"}
@@ -430,7 +429,7 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
         as_folder(one, folders / one["run"])
     kept.write_text("".join(json.dumps(one) + "\n" for one in lines))
     for place, where in ((folders, folders / "bad"), (kept, f"{kept}, line 2")):
-        assert call("results", [str(place), "--format", "json"]) == 0
+        assert call("results", [str(place), "--json"]) == 0
         printed = capsys.readouterr()
         _, row = json.loads(printed.out)
         assert [Path(run).name for run in row["runs"]] == ["good"]
@@ -450,7 +449,7 @@ def test_a_line_without_a_part_of_a_record_takes_no_other_run_with_it(
     kept = tmp_path / "kept.jsonl"
     lines = [*(json.dumps(line) for line in (record(), bad, 7)), '{"run": "cut sh']
     kept.write_text("\n".join([*lines, ""]))
-    assert call("results", [str(kept), "--format", "json"]) == 0
+    assert call("results", [str(kept), "--json"]) == 0
     printed = capsys.readouterr()
     assert [row["seeds"] for row in json.loads(printed.out)] == [[], [0]]
     notes = printed.err.splitlines()
@@ -473,7 +472,7 @@ def test_settings_that_were_cut_short_at_any_line_take_no_other_run_with_them(
     assert len(ends) > 15
     for end in [0, *ends]:
         file.write_text(text[:end])
-        assert call("results", [str(tmp_path), "--format", "json"]) == 0
+        assert call("results", [str(tmp_path), "--json"]) == 0
         printed = capsys.readouterr()
         seeds = {seed for row in json.loads(printed.out) for seed in row["seeds"]}
         assert seeds == ({0, 1} if end == len(text) else {0}), text[:end]
@@ -489,7 +488,7 @@ def test_a_file_of_garbage_takes_no_other_run_with_it(
 ) -> None:
     make_run(tmp_path / "good")
     (make_run(tmp_path / "bad", seed=1) / name).write_bytes(content)
-    assert call("results", [str(tmp_path), "--format", "json"]) == 0
+    assert call("results", [str(tmp_path), "--json"]) == 0
     printed = capsys.readouterr()
     assert [row["seeds"] for row in json.loads(printed.out)] == [[], [0]]
     (note,) = printed.err.splitlines()
