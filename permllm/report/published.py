@@ -15,19 +15,16 @@ TABLES = [f"table{number}" for number in range(1, 9)]
 # Rows of the paper's tables. Columns of settings have our names; an empty text fits any value.
 _FILE = Path(__file__).parent / "published.csv"
 _TEXT = "calibration.dataset"
-_SETTINGS = {
-    *("sparsity", "pruner.name", "permutation.name", _TEXT, "block_size"),
-    *("permutation.sinkhorn_iterations", "permutation.last_layers"),
-}
+# Tasks of the paper's averages, as a fact of ours.
+_TASKS = "of arc_challenge, arc_easy, hellaswag, openbookqa, rte"
 # Model whose numbers are shown if a table of the paper does not have ours.
 _STAND_IN = "llama-2-7b"
-_PERPLEXITY = "wikitext2_ppl"
 
 
 def published(table: str) -> pd.DataFrame:
     """Return the rows of the file for one table of the paper, one of `TABLES`."""
-    rows = pd.read_csv(_FILE, keep_default_na=False, dtype=dict.fromkeys(_SETTINGS, str))
-    return rows[rows["table"] == TABLES.index(table) + 1]
+    rows = pd.read_csv(_FILE, keep_default_na=False, dtype=str).astype({"value": float})
+    return rows[rows["table"] == table.removeprefix("table")]
 
 
 class Comparison:
@@ -45,32 +42,28 @@ class Comparison:
     """
 
     def __init__(self, name: str, models: Iterable[str]) -> None:
-        self._rows = published(name)
+        rows = published(name)
         ours = sorted({*models})
-        missing = [model for model in ours if model not in {*self._rows["model"]}]
+        in_table = rows["model"].unique()
+        missing = [model for model in ours if model not in in_table]
         if missing and len(ours) > 1:
-            raise ConfigError(
-                f"--paper: the table does not have {', '.join(missing)}: expected runs of one "
-                f"model, or of {', '.join(self._rows['model'].unique())}"
-            )
+            raise ConfigError(f"--paper: {name} does not have {', '.join(missing)}")
         self.same_model = not missing
         self.notes: list[str] = []
         self.heading = "paper"
-        if missing:
-            stand_in = self._rows[self._rows["model"] == _STAND_IN]
-            self._rows = stand_in if len(stand_in) else self._rows
-            model = self._rows["model"].iloc[0]
-            self._rows = self._rows[self._rows["model"] == model].assign(model=missing[0])
-            if {*self._rows[_TEXT]} <= {"", "c4"}:  # the texts differ, as the note says
-                self._rows[_TEXT] = ""
-            self.notes.append(
-                f"The paper's numbers belong to {model} and the paper's protocol, ours to "
-                f"{missing[0]}. Compare the order of the rows, not the values."
-            )
+        if len(ours) == 1:
+            model = ours[0]
+            if missing:
+                model = _STAND_IN if _STAND_IN in in_table else in_table[0]
+                self.notes.append(
+                    f"The paper's numbers belong to {model} and the paper's protocol, ours to "
+                    f"{ours[0]}. Compare the order of the rows, not the values."
+                )
+            rows = rows[rows["model"] == model].assign(model=ours[0])
             self.heading = f"paper, {model}"
-        elif len(ours) == 1:
-            self.heading = f"paper, {ours[0]}"
-            self._rows = self._rows[self._rows["model"] == ours[0]]
+        if missing and {*rows[_TEXT]} <= {"", "c4"}:  # the texts differ, as the note says
+            rows[_TEXT] = ""
+        self._rows = rows
 
     def value(
         self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
@@ -78,16 +71,18 @@ class Comparison:
         """Return the paper's number for a measure of a run; None: there is none."""
         settings = flatten(dict(config))
         permutation = settings["permutation.name"]
-        foldable = settings.get("permutation.constraint", "free") != "free"
+        foldable = settings.get("permutation.constraint") == "foldable"
         if foldable or method_of(config) != permutation:
             return None
-        if settings.get("keep_dense") or settings.get("sparsity_of"):
+        if config.get("keep_dense") or config.get("sparsity_of"):
             return None
-        if ours and ((ours.limited and self.same_model) or not self._has_tasks(ours)):
+        if ours and ours.limited and self.same_model:
+            return None
+        if ours and ours.facts.get("tasks", _TASKS) != _TASKS:
             return None
         settings["permutation.name"] = permutation.removesuffix("-paper")
         rows = self._rows[self._rows["model"] == settings["model.name"]]
-        for name in settings.keys() & _SETTINGS:
+        for name in settings.keys() & {*rows} - {"method"}:
             rows = rows[rows[name].isin(["", setting_text(settings[name])])]
         return self._number(rows, measure)
 
@@ -100,14 +95,9 @@ class Comparison:
         """Return the number of a measure in the first of some rows; None: there is none."""
         same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
         metric = f"{measure.removesuffix(' acc')}_acc"
+        scale = 100
         if "perplexity" in measure and same and FP8 not in measure:
-            metric = _PERPLEXITY
-        rows = rows[rows["metric"] == metric]
-        scale = 1 if metric == _PERPLEXITY else 100
-        return float(rows["value"].iloc[0]) / scale if len(rows) else None
-
-    def _has_tasks(self, ours: Measure) -> bool:
-        """Tell if an average of ours is over the tasks of the paper."""
-        accuracies = {f"{task}_acc" for task in (*ours.tasks, "average")}
-        of_paper = {name for name in self._rows["metric"] if name.endswith("_acc")}
-        return not ours.tasks or accuracies == of_paper
+            metric = "wikitext2_ppl"
+            scale = 1
+        values = rows["value"][rows["metric"] == metric]
+        return values.iloc[0] / scale if len(values) else None

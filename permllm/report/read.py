@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from permllm.errors import ConfigError, DataError, first_line
+from permllm.errors import ConfigError, DataError
 from permllm.report.measures import Measure, method_of, plain, pruning_minutes, run_measures
 from permllm.settings.config import flatten
 from permllm.settings.identity import identity_of
@@ -29,15 +29,10 @@ from permllm.store.files import (
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
-# Settings and metrics that tables and pictures read of every run.
-_READ = (
-    *("config.model.name", "config.sparsity", "config.pruner.name", "config.permutation.name"),
-    *("config.seed", "metrics.name", "metrics.peak_memory_bytes"),
-)
+# Settings that are paths of the machine.
+_OF_MACHINE = ("runs_dir", "run_dir", "paths")
 # Beginning of an override that names a folder of the machine.
 _FOLDER = r"[\w.]*_?dir="
-# Errors that a record with a missing or wrong value causes.
-LACKS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass
@@ -54,25 +49,25 @@ class Run:
         identity: settings that determine the pruned model, as one level.
         methods: text of the methods (`method_of`).
         minutes: those of `pruning_minutes`.
-        measures: measures of the pruned model (`sparse`) and of the dense model (`dense`).
+        measures: measures of the pruned and the dense model (`run_measures`).
     """
 
     directory: Path
     config: dict[str, Any]
     metrics: dict[str, Any]
-    evaluations: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     identity: dict[str, Any] = field(init=False)
     methods: str = field(init=False)
     minutes: float = field(init=False)
-    measures: dict[str, list[Measure]] = field(init=False)
+    measures: list[Measure] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the run and compute all that tables read of it.
+        """Compute what tables read of the run.
 
-        Raises DataError if the run is not finished or has another version, and one of `LACKS` if a
-        value is missing or wrong, so that no table has to check a run again.
+        Raises DataError if the run is not finished or has another version, and LookupError or
+        another of Python's errors if a value is missing.
         """
         version = self.metrics["schema_version"]
         if version != SCHEMA_VERSION:
@@ -80,20 +75,13 @@ class Run:
         status = self.metrics["status"]
         if status != "finished":
             raise DataError(f"not finished ({status}); the same command continues it")
-        present = flatten({"config": self.config, "metrics": self.metrics})
-        for name in _READ:
-            if name not in present:
-                raise KeyError(name)
         self.identity = flatten(identity_of(self.config))
         for name in _NO_SETTING:
             self.identity.pop(name, None)
         self.methods = method_of(self.config)
         self.minutes = pruning_minutes(self.metrics["seconds"])
         model = str(self.config["model"]["name"])
-        self.measures = {
-            which: run_measures(self.metrics, self.evaluations, model, which)
-            for which in ("sparse", "dense")
-        }
+        self.measures = run_measures(self.metrics, self.evaluations, model)
 
     def key(self, *spared: str) -> str:
         """Return a text that is equal for runs with the same identity but for `spared` settings."""
@@ -101,14 +89,14 @@ class Run:
         return json.dumps(settings, sort_keys=True, default=str)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the identity but the seed, by the names of the command line."""
-        settings = {}
+        """Return the method and the settings of the identity but the seed, by their typed names."""
+        settings = {"method": self.config.get("method") or ""}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))
-            if key != "seed":
-                settings[name] = value
-            if key.startswith("inputs.") and value:
+            if key.startswith("inputs."):
                 settings[f"{name.removeprefix('inputs.')} (digest)"] = value[:8]
+            elif key != "seed":
+                settings[name] = value
         return settings
 
 
@@ -141,35 +129,36 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     from permllm.store import sweep  # imports Hydra
 
     places = list(places)
-    files = {place for place in places if place.suffix == LINES and place.is_file()}
-    folders = [place for place in places if place not in files]
-    notes = []
-    for place in [*folders]:
-        if not place.is_dir():
+    files = set()
+    notes: list[str] = []
+    for place in places:
+        if place.is_dir():
+            files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
+            for job in sweep.read_outcomes(place):
+                if job.directory:
+                    files.add(Path(job.directory) / METRICS)
+                else:
+                    notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
+        elif place.suffix == LINES and place.is_file():
+            files.add(place)
+        else:
             raise ConfigError(f"{place}: expected a directory, or a file of records (*{LINES})")
-        for job in sweep.read_outcomes(place):
-            if job.directory and Path(job.directory).is_dir():
-                folders.append(Path(job.directory))
-            else:
-                reason = job.reason or f"its directory {job.directory} is gone"
-                notes.append(f"skipped {' '.join(job.overrides)}: {reason}")
-    for folder in folders:
-        files |= {*folder.rglob(METRICS), *folder.rglob(RECORDS)}
     runs = []
     for file in sorted(files):
-        for place, read in _readers(file):
-            try:
-                runs.append(read())
-            except DataError as error:
-                notes.append(f"skipped {place}: {error}")
-            except LACKS as error:
-                notes.append(f"skipped {place}: {lacking(error)}")
+        if file.name == METRICS:
+            with skipping(str(file.parent), notes):
+                runs.append(_of_directory(file.parent))
+            continue
+        for number, text in enumerate(file.read_bytes().splitlines(), 1):
+            with skipping(f"{file}, line {number}", notes):
+                line = json.loads(text)
+                directory = file / line.pop("run")
+                runs.append(Run(directory, **line))
     if not apart:
         runs = without_repeated(runs, notes)
     if not runs:
         below = ", ".join(map(str, places))
-        expected = f"expected directories with a {METRICS}, sweeps, or files of records"
-        raise ConfigError("; ".join([f"no finished run below {below}: {expected}", *notes]))
+        raise ConfigError("; ".join([f"no finished run below {below}", *notes]))
     return Collection(runs, notes)
 
 
@@ -185,25 +174,15 @@ def without_repeated(runs: Iterable[Run], notes: list[str]) -> list[Run]:
     return [*firsts.values()]
 
 
-def _readers(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
-    """Yield the place of each run of a file, and the function that reads it.
-
-    Args:
-        file: `metrics.json` of a run directory, or a file of records, whose blank lines are no
-            records.
-    """
-    if file.name == METRICS:
-        yield file.parent, partial(_of_directory, file.parent)
-        return
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if line.strip():
-            yield Path(f"{file}, line {number}"), partial(_of_line, file, line)
-
-
-def lacking(error: Exception) -> str:
-    """Return the message for an error of `LACKS`."""
-    missing = " is missing" if isinstance(error, KeyError) else ""
-    return f"not as a run leaves it: {first_line(error)}{missing}"
+@contextmanager
+def skipping(place: str, notes: list[str]) -> Iterator[None]:
+    """Add a line to the notes, instead of the error, for a run that is not as a run leaves it."""
+    try:
+        yield
+    except DataError as error:
+        notes.append(f"skipped {place}: {error}")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        notes.append(f"skipped {place}: not as a run leaves it: {error!r}")
 
 
 def _of_directory(directory: Path) -> Run:
@@ -219,55 +198,32 @@ def _of_directory(directory: Path) -> Run:
     return Run(directory, config, metrics, evaluations, environment, history)
 
 
-def _of_line(file: Path, text: bytes) -> Run:
-    line = json.loads(text)
-    return Run(
-        file / line["run"],
-        line["config"],
-        line["metrics"],
-        line.get("evaluations", []),
-        dict(line.get("environment", {})),
-        [dict(entry) for entry in line.get("history", [])],
-    )
-
-
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     """Write runs to a file of records, without paths of the machine, and return their names.
 
     A record has the values that tables need, without weights, permutations and masks. The file is
     replaced.
 
-    Raises:
-        ConfigError: the file has another suffix, a run is not finished or not readable, two runs
-            have the same name, or there is no run.
+    Raises ConfigError if a run is not finished or not readable, or there is no run.
     """
     collection = collect(places, apart=True)
-    if file.suffix != LINES:
-        raise ConfigError(f"--jsonl {file}: expected a file whose name ends in {LINES}")
     if collection.notes:
         raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")
-    lines: dict[str, str] = {}
+    records: list[dict[str, Any]] = []
     for run in collection.runs:
-        name = run.directory.absolute().name  # Path(".").name is empty
-        if name in lines:
-            raise ConfigError(f"--jsonl {file}: several of the runs have the name {name}")
-        lines[name] = json.dumps({"run": name} | _line(run)) + "\n"
-    names = sorted(lines)
-    write_text(file, "".join(lines[name] for name in names))
-    return names
-
-
-def _line(run: Run) -> dict[str, Any]:
-    """Return the values of a record but its name."""
-    of_machine = ("runs_dir", "run_dir", "paths")
-    environment = dict(run.environment)
-    if "command" in environment:
-        words = environment["command"].split()
+        config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
+        environment = dict(run.environment)
+        words = environment.get("command", "").split()
         environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
-    return {
-        "config": {key: value for key, value in run.config.items() if key not in of_machine},
-        "metrics": run.metrics,
-        "evaluations": run.evaluations,
-        "environment": environment,
-        "history": run.history,
-    }
+        record: dict[str, Any] = {
+            "run": run.directory.absolute().name,  # Path(".").name is empty
+            "config": config,
+            "metrics": run.metrics,
+            "evaluations": run.evaluations,
+            "environment": environment,
+            "history": run.history,
+        }
+        records.append(record)
+    records.sort(key=lambda record: record["run"])
+    write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+    return [record["run"] for record in records]

@@ -81,10 +81,6 @@ def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         published = published_values(table, paper, name)
         if paper and len(published):
             columns[f"{prefix}{paper.heading}"] = _cells(published, partial(number, kind=kind))
-            if paper.same_model:
-                scale = 100 if kind == "accuracy" else 1
-                difference = (table.means[name] - published) * scale
-                columns[f"{prefix}difference"] = _cells(difference, "{:+.2f}".format)
         if table.baseline is None or name not in (main, AVERAGE):
             continue
         changes = _changes(table, table.baseline, name)
@@ -92,10 +88,10 @@ def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         if paper and not paper.same_model and table.baseline in published:
             start = published[table.baseline]
             of_paper = published / start - 1 if kind == "perplexity" else published - start
-            of_paper = of_paper[changes.index.intersection(of_paper.index)]
+            of_paper = of_paper.reindex(changes.index)
             text = partial(change_text, kind=kind)
             columns[f"{prefix}paper, against its baseline"] = _cells(of_paper, text)
-            difference = changes["value"].astype(float) - of_paper
+            difference = changes["value"] - of_paper
             columns[f"{prefix}difference of the changes"] = _cells(difference, text)
     return pd.concat(columns, names=["column", "row"]).reset_index()
 
@@ -108,13 +104,12 @@ def _cells(values: pd.Series, text: Callable[[float], str]) -> pd.DataFrame:
 
 def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
     """Return cells of the rows that have a change from the baseline in a measure."""
-    cells = {}
+    pairs = {}
     for row in table.labels.index:
         if row != baseline and table.has(row, name) and table.has(baseline, name):
-            pair = paired(table, row, baseline, name)
-            text = change_text(pair["difference"], table.kinds[name], pair["interval"])
-            cells[row] = {"value": pair["difference"], "interval": pair["interval"], "text": text}
-    return pd.DataFrame.from_dict(cells, "index", columns=["value", "interval", "text"])
+            pairs[row] = paired(table, row, baseline, name)
+    cells = pd.DataFrame.from_dict(pairs, "index", columns=["difference", "interval", "change"])
+    return cells.set_axis(["value", "interval", "text"], axis=1)
 
 
 def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Series:
@@ -125,8 +120,7 @@ def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Se
         for row in table.labels.index:
             run = table.members(row).index[0]
             values[row] = paper.value(table.runs[run].config, name, table.values[run].get(name))
-    numbers = pd.Series(values, dtype=float).dropna()
-    return numbers if {*numbers.index} - {DENSE_ROW} else numbers.iloc[:0]
+    return pd.Series(values, dtype=float).dropna()
 
 
 def texts(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
@@ -180,30 +174,20 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
         "memory": memory,
         "files": directory,
     }
-    export = metrics.get("export")
-    if export and (directory / EXPORT).is_dir():
-        size = f"{export['bytes'] / 1e6:.1f} MB"
-        lines["export"] = f"{directory / EXPORT}: {size}, {export['form']}, {export['dtype']}"
+    if (directory / EXPORT).is_dir():
+        lines["export"] = directory / EXPORT
     for name, text in lines.items():
         terminal().print(f"{name:9} {text}", markup=False, soft_wrap=True)
-
-
-def print_comparison(table: Table) -> None:
-    """Print several finished runs, with a column for each row of their table."""
-    frame = texts(table, table_cells(table)).drop(columns=table.settings)
-    names = [*table.names(), "dense"]  # the row of the dense model is -1
-    rows = ([name, *values.replace("", "-")] for name, values in frame.items())
-    _print_table("sparse models", ["", *(names[row] for row in frame.index)], rows, "right")
-    for line in sources(frame):
-        terminal().print(line, markup=False, highlight=False)
 
 
 def print_sweep(jobs: Sequence[Outcome]) -> None:
     """Print the finished runs of a sweep, and the outcome of each job with its own overrides."""
     finished = [Path(job.directory) for job in jobs if job.directory]
-    runs = collect(finished).runs if len(finished) > 1 else []
-    if len(runs) > 1:
-        print_comparison(table_of(runs))
+    if len(finished) > 1:
+        table = table_of(collect(finished).runs)
+        frame = texts(table, table_cells(table))
+        _print_table("sparse models", [*frame], frame.to_numpy(), "right")
+        terminal().print(*sources(frame), sep="\n", markup=False, highlight=False)
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     rows = []
     for job in jobs:
@@ -211,8 +195,8 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         rows.append((words, job.outcome, job.reason or job.directory or ""))
     _print_table("jobs", ["job", "outcome", "run, or reason"], rows, "left")
     counts = Counter(job.outcome for job in jobs)
-    texts = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
-    terminal().print(", ".join(texts))
+    outcomes = [name for name in ("ran", "skipped", "failed") if counts[name]]
+    terminal().print(", ".join(f"{counts[name]} {name}" for name in outcomes))
 
 
 def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:
@@ -222,4 +206,4 @@ def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], s
         printed.add_column(escape(name), justify=side if place else "left", overflow="fold")
     for row in rows:
         printed.add_row(*map(escape, row))
-    terminal().print(printed if printed.row_count else "nothing was measured")
+    terminal().print(printed)

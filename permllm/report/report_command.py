@@ -17,8 +17,6 @@ plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -27,9 +25,9 @@ from typing import Any
 from permllm.command import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.report.published import TABLES, Comparison
-from permllm.report.read import LACKS, Run, collect, without_repeated
+from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
-from permllm.report.results_command import BASELINE, PAPER, PLACES, note
+from permllm.report.results_command import BASELINE, PLACES, note
 from permllm.report.table import Table, table_of
 from permllm.settings.identity import evaluation_of
 from permllm.store.files import write_text
@@ -51,7 +49,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         written.add_argument(option, type=Path, metavar="FILE", help=description)
     add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
-    add("--paper", choices=TABLES, metavar="TABLE", help=f"on the page: {PAPER}")
     add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
     add(
@@ -72,10 +69,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(options: argparse.Namespace) -> Answer:
     """Write a file and return its path, or return a table from W&B."""
-    file = options.to or options.curves or options.masks
-    if options.wandb and options.table and not options.places and not file:
+    if options.wandb and options.table:
         return _of_wandb(options)
-    if options.wandb or not options.places or not file:
+    file = options.to or options.curves or options.masks
+    if not options.places or not file:
         raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
     # The libraries for drawing take seconds to import.
     from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
@@ -89,9 +86,7 @@ def work(options: argparse.Namespace) -> Answer:
         if file.suffix == ".html":
             from permllm.report.page import page
 
-            paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
-            notes += paper.notes if paper else []
-            write_text(file, page(table, notes, measure, paper))
+            write_text(file, page(table, notes, measure))
         else:
             plot_cost(table, file, measure)
     elif options.curves:
@@ -100,37 +95,31 @@ def work(options: argparse.Namespace) -> Answer:
         plot_masks(table, file, options.linear)
     note(notes)
     runs = len(table.runs)
-    size = file.stat().st_size
-    answer = {"file": str(file), "runs": runs, "rows": len(table.labels), "bytes": size}
-    return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
+    return Answer({"file": str(file), "runs": runs}, lambda: print(f"{file}: {runs} runs"))
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
     """Return the table of a project's runs, and the address of its W&B report."""
     groups = options.group or [options.table, f"{options.table}-*"]
-    with _asking(f"W&B does not give the runs of {options.wandb}"):
-        import wandb
+    import wandb
 
+    try:
         api = wandb.Api()
         entity = options.entity or api.default_entity
-        project = f"{entity}/{options.wandb}" if entity else options.wandb
-        logged = list(api.runs(project, order="-created_at"))
+        logged = list(api.runs(f"{entity}/{options.wandb}", order="-created_at"))
+    except Exception as error:  # some classes of W&B's errors are not public
+        raise DataError(f"W&B does not give the runs of {options.wandb}: {error}") from error
     runs = []
     notes: list[str] = []
     for run in logged:
         if any(fnmatchcase(run.group or "", pattern) for pattern in groups):
-            try:
+            with skipping(f"{run.name} ({run.id})", notes):  # perhaps of another program
                 runs.append(as_run(run))
-            except (DataError, *LACKS) as error:  # perhaps a run of another program
-                notes.append(f"skipped {run.name} ({run.id}): {error}")
     # The newest run comes first, and counts if the same run was done again with force=true.
     runs = without_repeated(runs, notes)
     note(notes)
     if not runs:
-        valid = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        raise ConfigError(
-            f"--group {' or '.join(groups)}: no finished run; groups are {valid}, or * for all"
-        )
+        raise ConfigError(f"--group {' or '.join(groups)}: no finished run; * is any group")
     table = table_of(runs)
     paper = Comparison(options.table, table.labels["model"])
     cells = table_cells(table, paper)
@@ -141,22 +130,8 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     return Answer({"rows": records(table, cells), "url": url}, lambda: print(shown, end=""))
 
 
-@contextmanager
-def _asking(failure: str) -> Iterator[None]:
-    """Raise DataError for an error of W&B."""
-    try:
-        yield
-    except Exception as error:  # some classes of W&B's errors are not public
-        raise DataError(f"{failure}: {error}") from error
-
-
 def as_run(logged: Any) -> Run:
-    """Convert a run of `wandb.Api`.
-
-    Raises DataError if it is not finished or not a run of this package.
-    """
-    if logged.state != "finished":
-        raise DataError(f"not finished ({logged.state})")
+    """Convert a run of `wandb.Api`. Its errors are those of `Run`."""
     metrics: dict[str, Any] = {}
     for name, value in dict(logged.summary_metrics).items():
         place: Any = metrics
@@ -164,10 +139,11 @@ def as_run(logged: Any) -> Run:
         for folder in folders:
             place = place.setdefault(folder, {})
         place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
-    missing = {"n": None, "num_fewshot": None, "split": None}  # W&B does not keep None
+    # W&B does not keep None.
+    missing: dict[str, Any] = {"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None}
     for tasks in metrics.get("tasks", {}).values():
         for task, values in tasks.items():
-            tasks[task] = {"metrics": {}, "stderr": {}} | missing | values
+            tasks[task] = missing | values
     config = {key: value for key, value in logged.config.items() if not key.startswith("_")}
     directory = Path(config.pop("run_directory"))
     del config["config_hash"]
@@ -177,8 +153,6 @@ def as_run(logged: Any) -> Run:
 
 def _published(table: Table, text: str, options: argparse.Namespace, entity: str | None) -> str:
     """Save a W&B report with the table and a plot over minutes, and return its address."""
-    if not entity:
-        raise ConfigError("--publish needs --entity, because this W&B key has no default entity")
     try:
         wr = import_module("wandb_workspaces.reports.v2")
         expr = import_module("wandb_workspaces.expr")
@@ -190,5 +164,4 @@ def _published(table: Table, text: str, options: argparse.Namespace, entity: str
     runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
     plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
     blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[plot])]
-    with _asking("the report cannot be saved"):
-        return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)
+    return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)

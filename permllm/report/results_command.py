@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     settings = "NAME=VALUE,..."
     add("places", nargs="+", type=Path, metavar="DIR", help=PLACES)
-    add("--format", choices=(*FORMATS, "json"), default="md", help="json is the same as --json")
+    add("--format", choices=FORMATS, default="md")
     add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
     add("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
     add("--baseline", metavar=settings, help=BASELINE)
@@ -60,7 +60,6 @@ def work(options: argparse.Namespace) -> Answer:
         names = keep_runs(options.places, options.jsonl)
         answer = {"file": str(options.jsonl), "runs": names}
         return Answer(answer, lambda: print(f"{options.jsonl}: {len(names)} runs"))
-    options.json = options.json or options.format == "json"
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
     paper = Comparison(options.paper, table.labels["model"]) if options.paper else None

