@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permllm.command import Answer, is_first_rank, run_tool
+from permllm.command import Answer, as_json, is_first_rank, run_tool
 from permllm.errors import (
     SHORT_ERRORS,
     ConfigError,
@@ -105,9 +105,7 @@ def _answered(name: str, words: Sequence[str]) -> int:
             print(json.dumps({"error": one_line(error)}))
         raise
     if options.json:
-        from pydantic_core import to_json
-
-        print(to_json(answer.value, indent=2, inf_nan_mode="null").decode())
+        print(as_json(answer.value))
     else:
         answer.show()
     return answer.code

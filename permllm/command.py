@@ -32,6 +32,13 @@ class Answer:
     code: int = 0
 
 
+def as_json(value: Any) -> str:
+    """Return plain values as JSON; numbers that are not finite are null."""
+    from pydantic_core import to_json
+
+    return to_json(value, indent=2, inf_nan_mode="null").decode()
+
+
 def is_first_rank() -> bool:
     """Tell if this is rank 0 of torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"

@@ -150,6 +150,8 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
                 runs.append(_of_directory(file.parent))
             continue
         for number, text in enumerate(file.read_bytes().splitlines(), 1):
+            if not text.strip():
+                continue
             with skipping(f"{file}, line {number}", notes):
                 line = json.loads(text)
                 directory = file / line.pop("run")

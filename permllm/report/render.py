@@ -25,7 +25,7 @@ from permllm.store.files import EXPORT
 if TYPE_CHECKING:
     from permllm.store.sweep import Outcome  # imports Hydra
 
-FORMATS = ("md", "csv", "latex")
+FORMATS = ("md", "csv", "latex", "json")
 # Patterns of marks in the cells of a table, and the source of the uncertainty behind each.
 _SOURCES = {
     "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
@@ -36,7 +36,7 @@ _SOURCES = {
 
 
 def as_text(frame: pd.DataFrame, format: str) -> str:
-    """Return a frame of texts in one of `FORMATS`."""
+    """Return a frame of texts in one of `FORMATS` but `json`."""
     if format == "csv":
         return str(frame.to_csv(index=False, lineterminator="\n"))
     if format == "latex":
@@ -140,17 +140,26 @@ def texts(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def records(table: Table, cells: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a table as plain values, with its cells (`table_cells`)."""
-    rows = []
+    """Return the rows of a table as plain values, with its cells (`table_cells`).
+
+    Each measure has its `mean`, a `deviation` over the seeds or the `stderr` of a single run, and
+    the `interval` of a change; `dense` has those of the dense model.
+    """
+    measures: dict[Any, dict[str, Any]] = {DENSE_ROW: {}}
     for row, line in cells.groupby("row"):
-        values = line.set_index("column").drop(columns=["row", "text"])
+        error = "deviation" if len(table.members(row)) > 1 else "stderr"
+        values = line.set_index("column").rename(columns={"value": "mean", "error": error})
+        measures[row] = values.drop(columns=["row", "text"]).to_dict("index")
+    dense = measures.pop(DENSE_ROW)
+    rows = []
+    for row, values_of_row in measures.items():
         runs = table.members(row)
-        labels = table.labels.reindex([row])[table.settings]
         rows.append(
             {
-                "settings": labels.to_dict("records")[0],
+                "settings": table.labels.loc[[row], table.settings].to_dict("records")[0],
                 "seeds": runs["seed"].tolist(),
-                "measures": values.to_dict("index"),
+                "measures": values_of_row,
+                "dense": dense,
                 "runs": runs["directory"].tolist(),
             }
         )

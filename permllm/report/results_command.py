@@ -10,10 +10,11 @@ such a file like the run directories.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from permllm.command import Answer
+from permllm.command import Answer, as_json
 from permllm.report.compare import differences
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import collect, keep_runs
@@ -70,9 +71,16 @@ def work(options: argparse.Namespace) -> Answer:
         measures = differences(table, first, second)
         frame = pd.DataFrame(measures, columns=["measure", "first", "second", "change", "over"])
         frame = frame.set_axis(["measure", *options.compare, "difference", "over"], axis=1)
-        return Answer(measures, lambda: _show(frame, options.format))
+        return _answer(measures, frame, options.format)
     cells = table_cells(table, paper)
-    return Answer(records(table, cells), lambda: _show(texts(table, cells), options.format))
+    return _answer(records(table, cells), texts(table, cells), options.format)
+
+
+def _answer(value: list[dict[str, Any]], frame: pd.DataFrame, format: str) -> Answer:
+    """Return the answer that prints plain values as JSON, or a frame of texts."""
+    if format == "json":
+        return Answer(value, lambda: print(as_json(value)))
+    return Answer(value, lambda: _show(frame, format))
 
 
 def _show(frame: pd.DataFrame, format: str) -> None:

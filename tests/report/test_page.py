@@ -276,7 +276,7 @@ def test_a_table_of_wandb_is_that_of_the_runs(
     found = {tuple(row["settings"].values()): row["measures"] for row in rows}
     assert "note: skipped crashed (crashed): not as a run leaves it" in printed.err
     assert "note: run0 has the same settings as run1: not counted again" in printed.err
-    assert [found[name,][PERPLEXITY]["value"] for name in ("none", "lcp")] == [None, 30.0]
+    assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]
     assert "note: skipped strange" in printed.err
     assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
     assert "table2 or table2-*: no finished run" in capsys.readouterr().err

@@ -145,16 +145,18 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     make_run(tmp_path / "a", 20.0)
     make_run(tmp_path / "b", float("inf"), block_size=128)
     printed = {}
-    for words in ("--format md", "--format latex", "--json"):
+    for words in ("--format md", "--format latex", "--format json", "--json"):
         assert call("results", [str(tmp_path), *words.split()]) == 0
         printed[words] = capsys.readouterr().out
     assert printed["--format md"].splitlines()[2].startswith("| dense | 10.00 |")
     assert r"block\_size & wikitext2 perplexity (window 2048)" in printed["--format latex"]
     assert r"60.00\% & 0.1500" in printed["--format latex"]
     found = json.loads(printed["--json"])
-    assert [one["measures"][PERPLEXITY]["value"] for one in found] == [10.0, 20.0, None]
-    assert found[1]["settings"] == {"block_size": "64"}
-    assert (found[1]["seeds"], found[1]["runs"]) == ([0], [str(tmp_path / "a")])
+    assert [row["measures"][PERPLEXITY]["mean"] for row in found] == [20.0, None]
+    assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
+    assert found[0]["settings"] == {"block_size": "64"}
+    assert (found[0]["seeds"], found[0]["runs"]) == ([0], [str(tmp_path / "a")])
+    assert printed["--format json"] == printed["--json"]
 
 
 def test_each_uncertainty_that_is_shown_names_its_source(
@@ -431,7 +433,7 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
     for place, where in ((folders, folders / "bad"), (kept, f"{kept}, line 2")):
         assert call("results", [str(place), "--json"]) == 0
         printed = capsys.readouterr()
-        _, row = json.loads(printed.out)
+        (row,) = json.loads(printed.out)
         assert [Path(run).name for run in row["runs"]] == ["good"]
         assert printed.err.startswith(f"note: skipped {where}: ")
         assert said in printed.err
@@ -447,14 +449,14 @@ def test_a_line_without_a_part_of_a_record_takes_no_other_run_with_it(
     bad = record(seed=1)
     del bad[key]
     kept = tmp_path / "kept.jsonl"
-    lines = [*(json.dumps(line) for line in (record(), bad, 7)), '{"run": "cut sh']
+    lines = ["", *(json.dumps(line) for line in (record(), bad, 7)), '{"run": "cut sh']
     kept.write_text("\n".join([*lines, ""]))
     assert call("results", [str(kept), "--json"]) == 0
     printed = capsys.readouterr()
-    assert [row["seeds"] for row in json.loads(printed.out)] == [[], [0]]
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
     notes = printed.err.splitlines()
     assert [note.split(": ")[1] for note in notes] == [
-        f"skipped {kept}, line {number}" for number in (2, 3, 4)
+        f"skipped {kept}, line {number}" for number in (3, 4, 5)
     ]
     assert f"'{key}'" in notes[0]
 
@@ -490,7 +492,7 @@ def test_a_file_of_garbage_takes_no_other_run_with_it(
     (make_run(tmp_path / "bad", seed=1) / name).write_bytes(content)
     assert call("results", [str(tmp_path), "--json"]) == 0
     printed = capsys.readouterr()
-    assert [row["seeds"] for row in json.loads(printed.out)] == [[], [0]]
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
     (note,) = printed.err.splitlines()
     assert f"{tmp_path / 'bad'}" in note
 
