@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from permllm import cli, job
-from permllm.cli import COMMANDS, call, main
+from permllm.cli import COMMANDS, call
 from permllm.command import Answer
 from permllm.errors import DataError
 from permllm.export.write import export_run
-from permllm.runtime.version import __version__
 from permllm.settings.config import ExportConfig, RunConfig, read_config
 from permllm.store.environment import environment
 from permllm.store.files import write_text
-from tests.conftest import ROOT, run_command, run_module, run_python, tiny_model
+from tests.conftest import run_command, run_python, tiny_model
 from tests.settings.test_config import composed
 
 TINY = ("model=tiny", "logger=none")
@@ -37,17 +36,6 @@ def test_a_command_does_not_print_the_warnings_of_torchao(tmp_path: Path) -> Non
     done = run_python("-m", "permllm", "verify", str(tmp_path), environment=environment, fresh=True)
     assert done.stdout.startswith("FAILED")
     assert done.stderr == ""
-
-
-def test_its_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = {}
-    for words in ("--help", "--version"):
-        with pytest.raises(SystemExit) as stop:
-            main([words])
-        assert stop.value.code == 0
-        shown[words] = capsys.readouterr().out
-    assert all(f"    {name}" in shown["--help"] for name in COMMANDS)
-    assert shown["--version"] == f"permllm {__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -94,15 +82,6 @@ def test_json_has_no_infinity(
     assert call("results", ["x", "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found == {"a": [None, None, 1.5]}
-
-
-def test_run_is_run_py(tmp_path: Path) -> None:
-    words = ("model=tiny", "plan=true", f"runs_dir={tmp_path}")
-    through, script = run_module("permllm", "run", *words), run_python(str(ROOT / "run.py"), *words)
-    # Times are measured anew.
-    plan, other = (done.stdout.partition("GB by stage")[0] for done in (through, script))
-    assert "channel groups" in plan
-    assert other == plan
 
 
 def test_a_system_that_jobs_do_not_run_on_is_one_line(

@@ -191,26 +191,6 @@ def test_an_export_takes_the_memory_of_a_layer_and_a_file(tmp_path: Path) -> Non
     assert 0 < growth < layer + shard
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_folding_holds_for_random_shapes(seed: int, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def one_of(*options: int) -> int:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
-
-    name, n, m = [("qwen3", 4, 8), ("mistral", 1, 4), ("qwen3-tied", 2, 6)][seed]
-    shape = {"num_key_value_heads": one_of(1, 2, 3), "head_dim": 2 * m * one_of(1, 2)}
-    shape["num_attention_heads"] = shape["num_key_value_heads"] * one_of(1, 2, 4)
-    shape |= {"hidden_size": 24 * one_of(1, 2, 3), "intermediate_size": 24 * one_of(2, 3, 5)}
-    run = make_run(tmp_path, variant_model(name, **shape), "foldable", NMPattern(n, m))
-    export_run(run, ExportConfig("folded"), tmp_path / "out")
-    pruned = reference(variant_model(name, **shape), run)
-    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
-    report = verify(tmp_path / "out")
-    assert (report["passed"], report["pattern"]) == (True, f"{n}:{m}")
-    assert verify(tmp_path / "out", NMPattern(1, m))["passed"] == (n == 1)
-
-
 # A layer, a member of a group, and a group of the residual stream stay dense; another M is there.
 BY_NAME = ("layers.1.mlp", "v_proj", "layers.0.mlp.gate_up_proj")
 PARTS = {

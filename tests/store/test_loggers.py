@@ -264,15 +264,6 @@ def test_mlflow_has_tags_settings_curves_and_final_numbers(
     assert losses == [(number, entry["loss"]) for number, entry in enumerate(history, 1)]
 
 
-def test_a_finished_run_is_not_logged_again(
-    finished: tuple[dict[str, Any], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "permllm")
-    assert run_with("tensorboard", finished[1].parent) == finished
-    assert "is finished already; force=true runs and logs it again" in caplog.text
-    assert not (finished[1] / "tensorboard").exists()
-
-
 def test_force_is_a_new_run_for_the_loggers(
     finished: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
