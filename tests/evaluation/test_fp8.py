@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from permllm.evaluation.fp8 import fp8_products, rounded
+from permllm.export.serve import KEPT
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model
 from tests.settings.test_config import config
@@ -56,13 +57,17 @@ def test_rounding_is_to_the_nearest_code_with_a_scale_for_each_row(values: Tenso
     assert torch.equal(rounded(values[None]), rounded(values)[None])
 
 
-def test_rounding_is_that_of_torchao(values: Tensor) -> None:
+def test_rounding_is_that_of_torchao_with_the_settings_of_exports(values: Tensor) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     preference = pytest.importorskip("torchao.quantization.quantize_.common").KernelPreference.TORCH
-    whole = values[values.any(1)].bfloat16()  # torchao divides a row of zeros by zero
-    options = {"granularity": torchao.PerRow(), "kernel_preference": preference}
-    theirs = torchao.Float8Tensor.from_hp(whole, **options)
-    assert torch.equal(theirs.dequantize(torch.float32), rounded(whole))
+    settings = pytest.importorskip("torchao.core.config").config_from_dict(KEPT)
+    of_activations = {"hp_value_lb": settings.activation_value_lb}
+    for granularity, options in zip(settings.granularity, (of_activations, {}), strict=True):
+        # A weight with a row of zeros, which would be 0 / 0, is kept off the kernels.
+        whole = (values if options else values[values.any(1)]).bfloat16()
+        options |= {"granularity": granularity, "kernel_preference": preference}
+        theirs = torchao.Float8Tensor.from_hp(whole, settings.weight_dtype, **options)
+        assert torch.equal(theirs.dequantize(torch.float32), rounded(whole))
 
 
 def test_linears_multiply_rounded_weights_and_activations_inside_the_context() -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.evaluation.fp8 import rounded
 from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.job import export_of, run
@@ -26,7 +25,7 @@ from permllm.pruning.methods import methods_of
 from permllm.settings.config import ExportConfig, NMPattern, read_config
 from permllm.store.files import read_json
 from permllm.store.tensors import violations
-from tests.export.pruned import TWO_OF_FOUR, load, make_run, variant_model
+from tests.export.pruned import TWO_OF_FOUR, make_run, variant_model
 from tests.settings.test_config import composed, config
 
 # Sizes that the kernels take, of joined linears too.
@@ -227,85 +226,3 @@ def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     settings, counts = serving(model, "2:4", {})
     assert counts["sparse"] == counts["all"] > 0
     assert list(settings["_data"]["fqn_to_config"].values()) == [KEPT]
-
-
-# Two CUDA operators of torchao, as reference kernels for the CPU, with the checks of torchao 0.18.0
-# (`rowwise_scaled_linear_sparse_cutlass.cuh`). A byte of metadata has the places of four weights.
-
-
-def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights that 2:4 keeps, float8, and their places, uint8 with padded tiles."""
-    rows, channels = weight.shape
-    assert channels % 8 == 0
-    groups = weight.float().view(rows, -1, 4)
-    assert int((groups != 0).sum(-1).max()) <= 2
-    places = (groups != 0).int().topk(2).indices.sort().values
-    codes = (places * torch.tensor([1, 4])).sum(-1).view(rows, -1, 2)
-    meta = (codes * torch.tensor([1, 16])).sum(-1).to(torch.uint8)
-    padded = nn.functional.pad(meta, (0, -meta.shape[1] % 16, 0, -rows % 64))
-    return groups.gather(-1, places).view(rows, -1).to(weight.dtype), padded
-
-
-def multiplied(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    meta: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Multiply float8 activations `(tokens, channels)` by packed weights, with sums in float32."""
-    rows, half = weight.shape
-    assert x.dim() == 2
-    assert x_scale.shape == x.shape[:1]
-    assert x.shape[1] == 2 * half
-    assert x.shape[1] % 32 == rows % 8 == 0
-    assert meta.shape == (max(rows, 64), max(half // 4 + -(half // 4) % 16, 16))
-    codes = torch.stack([meta[:rows] % 16, meta[:rows] // 16], -1).view(rows, -1)[:, : half // 2]
-    places = torch.stack([codes % 4, codes // 4], -1).long()
-    dense = torch.zeros(*codes.shape, 4).scatter(-1, places, weight.float().view(*places.shape))
-    product = x.float() @ dense.view(rows, -1).T * x_scale[:, None] * scale
-    return (product if bias is None else product + bias.float()).to(out_dtype)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let torchao run its FP8 kernels for 2:4 on the CPU."""
-    workflow = "torchao.quantization.quantize_.workflows.float8"
-    of_weights = pytest.importorskip(f"{workflow}.float8_sparse_2x4_2d_data_2d_metadata_tensor")
-    quantization = pytest.importorskip("torchao.quantization.quant_api")
-    monkeypatch.setattr(of_weights, "is_sm_at_least_90", lambda: True)
-    monkeypatch.setattr(quantization, "_check_hardware_support", lambda granularity: None)
-    with torch.library._scoped_library("torchao", "IMPL") as library:
-        library.impl("to_sparse_semi_structured_cutlass_sm9x_f8", packed, "CPU")
-        library.impl("rowwise_scaled_linear_sparse_cutlass_f8f8", multiplied, "CPU")
-        yield
-
-
-@pytest.mark.usefixtures("kernels")
-def test_torchao_multiplies_as_the_evaluation_in_fp8_does(tmp_path: Path) -> None:
-    """With joined linears, and sizes that only just fit: 192 and 416 are multiples of 64 and 32."""
-    from torchao.core.config import config_from_dict
-    from torchao.quantization import quantize_
-
-    run = qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",), hidden_size=192, intermediate_size=416)
-    export_run(run, VLLM, tmp_path / "out")
-    model, expected = load(tmp_path / "out"), {}
-    settings = read_json(tmp_path / "out" / SETTINGS)
-    for (path, *_), weight in served(tmp_path / "out"):
-        parent, _, name = path.rpartition(".")
-        model.get_submodule(parent).add_module(name, nn.Linear(*weight.T.shape, bias=False))
-        model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
-        states = torch.randn(5, weight.shape[1]).bfloat16()
-        states[3] = 0  # a token of zeros
-        if chosen(settings, path) is not None:
-            expected[path] = states, rounded(states) @ rounded(weight).T
-    assert len(expected) == 12 - 2
-    quantize_(model, config_from_dict(settings), filter_fn=None)
-    for path, (states, product) in expected.items():
-        linear = model.get_submodule(path)
-        torch.testing.assert_close(linear(states), product.bfloat16())
-        with pytest.raises(AssertionError):
-            linear(states[None])
-    assert type(model.get_submodule("model.layers.1.mlp.down_proj").weight) is nn.Parameter
