@@ -136,7 +136,6 @@ def down(root: Path) -> None:
 def main() -> None:
     register_resolvers()
     time.sleep = lambda seconds: None  # the clients wait between attempts
-    constants.DOWNLOAD_CHUNK_SIZE = 1000  # what is kept of a body that breaks; our files are small
     # All definitions take seconds to read.
     tasks = Path(installed.__file__).parent / "tasks" / "glue" / "rte"
     manager = TaskManager(include_defaults=False, include_path=str(tasks))
