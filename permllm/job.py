@@ -45,8 +45,9 @@ from permllm.settings.config import ExportConfig, RunConfig
 from permllm.store.cache import choose_cache
 from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.environment import environment
-from permllm.store.files import ENVIRONMENT, EXPORT, LOG, write_json
+from permllm.store.files import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, write_json
 from permllm.store.loggers import NO_LOGGER, RunLogger, job_log, open_logger
+from permllm.store.tensors import save_masks, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,10 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     del calibration  # frees the targets of learning
     with job.record.stage("prune", device):
         pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
+        if permutations is None:
+            job.record.keep(PERMUTATIONS, pruned.orders, save_tensors)
+        if masks is None:
+            job.record.keep(MASKS, pruned.masks, save_masks)
         record_pruning(job, pruned)
     return pruned
 

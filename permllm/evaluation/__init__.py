@@ -1,0 +1,1 @@
+"""Perplexity and tasks of lm-eval."""

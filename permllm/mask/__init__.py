@@ -1,1 +1,1 @@
-"""Methods that choose masks."""
+"""Methods that choose the masks, one module for each option of the group `mask`."""

@@ -1,0 +1,1 @@
+"""Models: loading, families, channel groups, layers, and weights that lie elsewhere."""

@@ -1,1 +1,1 @@
-"""Methods that find a permutation of the input channels."""
+"""Methods that permute channels, one module for each option of the group `permutation`."""

@@ -1,0 +1,1 @@
+"""Memory, minutes and placement of a job, before it loads weights."""

@@ -1,0 +1,1 @@
+"""Base pruners, one module for each option of the group `pruner`."""

@@ -1,1 +1,1 @@
-"""Pruners, reconstructions, and the stages of a job that prunes."""
+"""Stages of a job that prunes, and the loop over its layers."""

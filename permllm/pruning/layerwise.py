@@ -25,16 +25,13 @@ from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.sparsity.statistics import InputStatistics
-from permllm.store.files import MASKS, PERMUTATIONS, PRUNED_LAYERS, WEIGHTS, layer_file
+from permllm.store.files import PRUNED_LAYERS, WEIGHTS, layer_file
 from permllm.store.tensors import (
     PrunedLayer,
     load_layer,
-    load_masks,
-    load_orders,
     load_tensor,
     mask_name,
     save_layer,
-    save_masks,
     save_tensors,
     violations,
     weight_name,
@@ -296,15 +293,13 @@ def _comparing(
 
 
 def record_pruning(job: Job, pruned: PrunedModel) -> None:
-    """Write permutations, masks, changed weights and measures of a pruned model to the record."""
+    """Write changed weights and measures of a pruned model to the record."""
     record = job.record
     if pruned.violations:
         log.warning(
             "the pruned model is not N:M: %d groups of M have more than N nonzeros",
             pruned.violations,
         )
-    record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
-    record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
     figures = _figures(job, pruned)
     if figures["sparsity"]["weights_kept"]:
         _keep_weights(job)

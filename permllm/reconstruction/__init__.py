@@ -1,0 +1,1 @@
+"""Methods that change kept weights, one module for each option of the group."""

@@ -1,0 +1,1 @@
+"""Readers of runs: tables, comparisons, page, pictures, published numbers."""

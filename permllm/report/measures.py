@@ -262,7 +262,9 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
     """Return N:M of a run, with the number of linears that have another pattern."""
     counts = Counter(sparsity.get("patterns", {}).values())
     parts = [sparsity["pattern"]]
-    parts += [f"{count} linears {name}" for name, count in sorted(counts.items())]
+    for name, count in sorted(counts.items()):
+        linears = "linear" if count == 1 else "linears"
+        parts.append(f"{count} dense" if name == "dense" else f"{count} {linears} {name}")
     if counts:
         parts.append(f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers")
     return ", ".join(parts)

@@ -1,1 +1,1 @@
-"""Helpers of a process: devices, memory, precision, ranks of torchrun, signals, values, timing."""
+"""Process: devices, memory, precision, ranks of torchrun, signals."""

@@ -1,0 +1,1 @@
+"""Typed settings, the hash of a run, and composition by Hydra."""

@@ -1,1 +1,1 @@
-"""N:M masks, saliency, statistics of inputs, and the calibration of the dense model."""
+"""N:M masks, blocks, saliency, statistics of inputs, and the base of all methods."""

@@ -1,0 +1,1 @@
+"""Writers of a run: directory, files, tensors, cache, environment, loggers, sweeps."""

@@ -22,10 +22,8 @@ from permllm.store.files import (
     CONFIG,
     EVALUATIONS,
     HISTORY,
-    MASKS,
     METRICS,
     OF_LOGGERS,
-    PERMUTATIONS,
     RESULTS,
     SCHEMA_VERSION,
     UNFINISHED,
@@ -258,13 +256,15 @@ class RunDirectory(Record):
             metrics = read_json(file)
             if metrics.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{file}: of another schema_version; force=true runs it again")
-            self.metrics = {"sha256": {}} | metrics
+            metrics.setdefault("sha256", {})
+            self.metrics = metrics
         self.history = read_lines(self.directory / HISTORY)
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
         if self.metrics["status"] == "finished":
             self._remove(*UNFINISHED)  # the process may have ended before it removed them
-            if self.evaluation.get("finished"):
+            shown = self.metrics.get("evaluation") == self.evaluation["evaluation"]
+            if self.evaluation.get("finished") and not shown:
                 self._show_evaluation()
                 self.save()
 
@@ -272,11 +272,6 @@ class RunDirectory(Record):
     def pruned(self) -> bool:
         """True: the model is pruned, so that only its evaluation may be missing."""
         return "sparsity" in self.metrics
-
-    def has(self, group: str) -> bool:
-        """Tell if the run has the result of a group, `permutation` or `mask`."""
-        file = self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]
-        return self.pruned or parallel.on_main(file.exists)
 
     def save(self) -> None:
         """Write the evaluation and `metrics.json`.

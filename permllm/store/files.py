@@ -60,6 +60,8 @@ def replaced(path: Path) -> Iterator[Path]:
         DataError: the file cannot be written, for example because the disk is full. `path` is
             unchanged.
     """
+    if path.exists() and not path.is_file():  # a device, which root could replace
+        raise DataError(f"{path} is no file: expected a file, or nothing")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

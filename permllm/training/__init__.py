@@ -1,1 +1,1 @@
-"""Gradient training of permutations, masks and weights through masked linears."""
+"""Gradient descent: trainer, objective, losses and kernels."""

@@ -223,18 +223,6 @@ def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
     assert sorted(samples) == list(range(count))
 
 
-@pytest.mark.parametrize("setting", ["permutation.batch_size", "calibration.samples"])
-def test_a_batch_that_leaves_processes_without_samples_is_refused(
-    setting: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parallel, "world_size", lambda: 8)
-    monkeypatch.setattr(parallel, "share", lambda value: value)
-    words = ("permutation.batch_size=8", f"runs_dir={tmp_path}", f"{setting}=4")
-    with pytest.raises(ConfigError, match=f"{setting}=4.* {setting}=8"):
-        job.run(config(*TINY, *words))
-    assert not list(tmp_path.rglob("metrics.json"))
-
-
 def test_a_launcher_that_starts_processes_of_its_own_is_refused_under_torchrun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
