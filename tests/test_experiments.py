@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from permllm.pruning.methods import methods_of
 from permllm.report.published import Comparison, published
 from permllm.settings.config import RunConfig, flatten, read_config
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -150,18 +148,6 @@ def test_serving_measures_each_method_of_the_frontier_in_both_ways() -> None:
     frontier = {job.hash for job in jobs("experiment=frontier")}
     assert {job.hash for job in found} < frontier
     assert len({job.hash for job in found}) == len(found) / 2
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("downloads")
-def test_a_table_runs(tmp_path: Path) -> None:
-    words = ["experiment=table5", "model=tiny", "protocol=offline", "budget=quick", "logger=none"]
-    words += ["calibration.samples=8", "calibration.seqlen=32", "permutation.select_from=1"]
-    result = run_command(*words, cwd=tmp_path, PERMLLM_CACHE=os.environ["PERMLLM_CACHE"])
-    if "cannot download" in result.stderr and not os.environ.get("CI"):
-        pytest.skip("the package index is not in reach")
-    assert result.returncode == 0, result.stderr
-    assert "3 ran" in result.stdout
 
 
 def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:

@@ -27,7 +27,7 @@ from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.measures import flat_figures
 from permllm.runtime.signals import Terminated
 from permllm.settings.config import read_config
-from permllm.store.files import read_json
+from permllm.store.files import read_json, read_lines
 from permllm.store.tensors import load_masks, violations
 from tests.settings.test_config import composed
 
@@ -100,7 +100,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
 
 def test_history_has_a_line_a_pass(learned: tuple[dict[str, Any], Path]) -> None:
     directory = learned[1]
-    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    lines = read_lines(directory / "history.jsonl")
     epochs = yaml.safe_load((directory / "config.yaml").read_text())["permutation"]["epochs"]
     assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
     figures = {"loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}

@@ -21,7 +21,7 @@ from permllm.report.measures import flat_figures
 from permllm.settings.config import read_config
 from permllm.store.files import WANDB_ID, read_json, read_lines
 from permllm.store.loggers import RunLogger, _WandB, described, open_logger
-from tests.conftest import run_module
+from tests.conftest import run_python
 from tests.settings.test_config import composed
 
 GROUP = "table6-1a2b3c4d"
@@ -31,7 +31,7 @@ def offline_runs(folder: Path) -> list[list[dict[str, Any]]]:
     """Return the records of each run, as wandb's own command prints them."""
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        printed = run_module("wandb", "leet", "inspect", str(file), "--json")
+        printed = run_python("-m", "wandb", "leet", "inspect", str(file), "--json")
         assert printed.returncode == 0, printed.stderr
         found.append([json.loads(line) for line in printed.stdout.splitlines()])
     return found
