@@ -84,14 +84,6 @@ def test_json_has_no_infinity(
     assert found == {"a": [None, None, 1.5]}
 
 
-def test_a_system_that_jobs_do_not_run_on_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert cli.run() == 1
-    assert capsys.readouterr().err == "error: a job needs Linux or macOS; on Windows use WSL\n"
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -197,14 +189,6 @@ def test_a_run_exports_what_it_has_pruned(tmp_path: Path) -> None:
     directory = only_run(tmp_path)
     assert re.search(r"export +runs/\S+/export: \d+\.\d MB, folded, float32\n", first.stdout)
     assert call("verify", [str(directory / "export")]) == 0
-
-
-def test_a_free_order_from_a_file_is_gathered_and_not_folded(tmp_path: Path) -> None:
-    assert run_command(*TINY, "permutation=heuristic", cwd=tmp_path).returncode == 0
-    words = (*TINY, "permutation=from_file", f"permutation.path={only_run(tmp_path)}")
-    assert "does not fold" in run_command(*words, "export=folded", cwd=tmp_path).stderr
-    gathered = run_command(*words, "export=gathered", cwd=tmp_path)
-    assert gathered.returncode == 0, gathered.stderr
 
 
 # Words of a command, and what the error says.

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from permllm.pruning.methods import methods_of
 from permllm.report.published import Comparison, published
-from permllm.settings.config import RunConfig, flatten, read_config
+from permllm.settings.config import RunConfig, read_config
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -148,12 +148,3 @@ def test_serving_measures_each_method_of_the_frontier_in_both_ways() -> None:
     frontier = {job.hash for job in jobs("experiment=frontier")}
     assert {job.hash for job in found} < frontier
     assert len({job.hash for job in found}) == len(found) / 2
-
-
-def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
-    (default,), (quick,) = (
-        map(flatten, [job.identity for job in jobs(*words)]) for words in ([], ["budget=quick"])
-    )
-    assert {key: (default[key], quick[key]) for key in default if default[key] != quick[key]} == {
-        "permutation.epochs": (1, 2),
-    }

@@ -115,14 +115,6 @@ def test_a_job_runs_with_each_option(option: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("package")
-def test_all_options_run_together(tmp_path: Path) -> None:
-    chosen = [f"{option.parent}={option.name}" for option in OPTIONS]
-    metrics, _ = run(*chosen, "export=gathered", f"run_dir={tmp_path}/run")
-    assert metrics["name"] == "tiny-peak-spread-random-row_scale-2x4"
-    assert verify(tmp_path / "run" / "export")["passed"]
-
-
-@pytest.mark.usefixtures("package")
 def test_the_peak_of_all_ranks_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     pruner = instantiate("pruner", of_group("pruner=peak"))
     inputs = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
@@ -167,13 +159,6 @@ def test_random_masks_follow_the_seed(tmp_path: Path) -> None:
     first, again, other = masks
     assert all(torch.equal(mask, again[path]) for path, mask in first.items())
     assert not any(torch.equal(mask, other[path]) for path, mask in first.items())
-
-
-@pytest.mark.usefixtures("package")
-def test_the_temperature_halves() -> None:
-    schedule = instantiate("temperature", of_group("temperature=steps"))
-    found = [schedule(progress) for progress in (0.0, 0.3, 0.6, 0.9, 1.0)]
-    assert found == [1, 0.5, 0.25, 0.125, 0.125]
 
 
 @pytest.mark.usefixtures("package")

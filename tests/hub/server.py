@@ -2,9 +2,9 @@
 
 It serves a folder of repositories, `models/OWNER/NAME` and `datasets/OWNER/NAME`, each with one
 branch, and reads it anew at each request. As on the hub, a commit is 40 hex digits, here of the
-content, and failures have an X-Error-Code. `GRANTED` reads gated repositories, `KNOWN` does not,
-any other token is refused. Files mark a repository: `.gated`, and `.limit`, a number of bytes after
-which the body of a file breaks.
+content, and failures have an X-Error-Code. `GRANTED` reads gated repositories, and any other token
+is refused. Files mark a repository: `.gated`, and `.limit`, a number of bytes after which the body
+of a file breaks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-GRANTED, KNOWN = "hf_granted", "hf_known"
+GRANTED = "hf_granted"
 _API = re.compile(r"/api/(\w+)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         of_api, of_file = _API.fullmatch(path), _FILE.fullmatch(path)
-        if token not in (None, GRANTED, KNOWN):
+        if token not in (None, GRANTED):
             raise Refused(401, "", "Invalid credentials in Authorization header")
         if of_api:
             kind, name, what, revision, under = of_api.groups(default="")
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("", "main", found.commit):
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if of_file and gated and token != GRANTED:
-            raise Refused(403 if token else 401, "GatedRepo", f"Access to {name} is restricted")
+            raise Refused(401, "GatedRepo", f"Access to {name} is restricted")
         if of_file:
             return self._send_file(found, of_file[4])
         siblings = [{"rfilename": file} for file in found.files]

@@ -126,7 +126,6 @@ def test_each_failure_is_one_line_that_names_the_thing_and_the_reason(
     found |= play("down")
     for step, (thing, reason) in {
         "gated": ("model big/gated", "Access to big/gated is restricted"),
-        "gated, known": ("model big/gated", "Access to big/gated is restricted"),
         "missing": ("model big/nothing", "Repository Not Found"),
         "wrong revision": ("model big/moves", "Revision Not Found"),
         "refused token": ("model big/moves", "Invalid credentials"),

@@ -238,6 +238,7 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
         ("pruner._target_=mine.Wanda", False),
         ("model.device=cuda", False),
         ("model.terms=x model.accept_terms=true", True),
+        ("model.base_model=some/model", True),
         ("keep_dense=[0,-1]", False),
     ],
 )

@@ -33,14 +33,6 @@ def last_states(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]), logits
 
 
-def test_the_heads_weight_is_rounded_once() -> None:
-    head = Head(tiny_model("llama"))
-    rounded = head.weight_in(torch.bfloat16)
-    assert torch.equal(rounded, head.weight.to(torch.bfloat16))
-    assert head.weight_in(torch.bfloat16) is rounded
-    assert head.weight_in(torch.float32).data_ptr() == head.weight.data_ptr()
-
-
 def test_cosine_loss_against_its_formula() -> None:
     a, b = random(6, 5), random(6, 5, seed=1)
     total = sum(1 - float(u @ v / (u.norm() * v.norm())) for u, v in zip(a, b, strict=True))
