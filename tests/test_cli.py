@@ -195,7 +195,6 @@ def test_a_run_exports_what_it_has_pruned(tmp_path: Path) -> None:
 BAD = """
 sparsity=4:2 -> sparsity='4:2': expected N:M as a string with 0 < N < M
 sparsity=3:7 permutation=none -> does not divide the 32 input channels of model.layers.0.self_attn
-block_size=0 -> block_size=0: must be at least 1
 model.device=toaster -> model.device='toaster'
 model.dtype=int4 -> model.dtype='int4': must be 'float32', 'bfloat16'
 model=local -> model=local needs model.path=DIR
@@ -209,13 +208,11 @@ evaluation.perplexity.dataset=[builtin,pile] plan=true -> dataset='pile' is not 
 evaluation.perplexity.dataset=[c4,builtin,c4] -> dataset=['c4', 'builtin', 'c4'] has c4 twice
 evaluation.perplexity.dataset=[] -> dataset=[]: must be a valid string or List should
 evaluation.perplexity.dataset=sciq-support calibration=sciq-support -> is not held out from
-evaluation.tasks=[marsqa] -> lm-eval does not know marsqa
 evaluation.tasks={gsm8k:{shots:1}} -> evaluation.tasks.gsm8k.shots is no setting
 permutation=heuristic export=folded -> set permutation.constraint=foldable
 permutation.constraint=foldable keep_dense=[o_proj,down_proj] permutation.last_layers=1 -> no stage
 export.shard_gb=1 -> export.shard_gb=1.0 needs export=folded, gathered or simulate
 permutation=none +permutation.epochs=2 -> permutation.epochs=2: permutation=none has no such setting
-permutation.init=zeros -> permutation.init='zeros': must be 'heuristic' or 'random'
 permutation=from_file permutation.path=nowhere -> permutation.path=nowhere: no such file
 permutation=from_file -> permutation.path: Missing mandatory value
 permutation.margin=nan -> permutation.margin=nan: must be a finite number

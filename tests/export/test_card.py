@@ -18,7 +18,6 @@ BASES = {
     "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", None),
     "hub model.hub_name=some/model model.licence=mit": ("some/model", "mit"),
     "local model.path=.": (None, None),
-    "tiny": (None, None),
 }
 
 

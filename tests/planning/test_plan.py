@@ -19,7 +19,6 @@ from tests.settings.test_config import composed, config
 
 PLAN = ("plan=true", "plan_on=h100")
 QWEN = "model=qwen2.5-7b"
-WOULD = ["mask=lowrank", "method=order-folded"]
 
 
 def minutes(*words: str, place: str = "device") -> dict[str, float]:
