@@ -26,8 +26,7 @@ from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
-from permllm.models.limits import check_windows
-from permllm.models.load import LoadedModel, check_layers
+from permllm.models.load import LoadedModel, check_layers, check_windows
 from permllm.models.source import DenseSource
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.report.read import collect

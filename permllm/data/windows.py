@@ -87,15 +87,13 @@ def calibration_windows(
         documents = text.calibration(seed)
         if config.sampling == "documents":
             windows = _of_documents(documents, tokens_of, piece, count, order)
-        elif config.sampling == "overlapping":
-            documents = _part_of(documents, piece * count, order)
-            tokens = tokens_of(" ".join(documents))
-            windows = _overlapping(tokens, piece, count, order)
         else:
-            documents = _part_of(documents, piece * count, order)
-            order.shuffle(documents)
-            tokens = tokens_of("\n\n".join(documents))
-            windows = _disjoint(tokens, piece, config, further, order)
+            part = _part_of(documents, piece * count, order)
+            if config.sampling == "overlapping":
+                windows = _overlapping(tokens_of(" ".join(part)), piece, count, order)
+            else:
+                order.shuffle(part)
+                windows = _disjoint(tokens_of("\n\n".join(part)), piece, config, further, order)
         return begun(torch.stack(windows), first)
 
     return parallel.on_main(draw)

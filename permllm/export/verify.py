@@ -58,6 +58,24 @@ def verify(
     summary = read_summary(folder)
     if summary:
         check_files(folder, summary)
+    weights = _checked_weights(folder, summary, pattern)
+    problems = weights["problems"]
+    difference = logits_difference(folder, against) if against else None
+    if difference and not all(map(math.isfinite, difference.values())):
+        problems.append(f"the difference of its logits from those of {against} is not finite")
+    return {
+        "passed": not problems,
+        **weights,
+        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+        "checksums": summary is not None,
+        "difference": difference,
+    }
+
+
+def _checked_weights(
+    folder: Path, summary: dict[str, Any] | None, pattern: NMPattern | None
+) -> dict[str, Any]:
+    """Load a checkpoint and check its weights; the values are those of `verify` until `dense`."""
     model = read_weights(folder, None, torch.device("cpu"))
     check_runs(folder, model)
     by_row = pattern is None and summary is not None and summary.get("form") == "simulate"
@@ -69,42 +87,29 @@ def verify(
     for path, expected in patterns.items():
         weight = linear_at(model, path).weight
         check_divides(expected, weight.shape[1], path)
-        name = f"{path}.weight"
-        zeros_of_weight = int((weight == 0).sum())
+        nonzero = weight != 0
+        zeros_of_weight = weight.numel() - int(nonzero.sum())
         zeros += zeros_of_weight
         size += weight.numel()
+        name = f"{path}.weight"
         groups = violations(weight, None, expected)
+        share = zeros_of_weight / weight.numel()
         layers.append(
-            {
-                "name": name,
-                "pattern": str(expected),
-                "zeros": zeros_of_weight / weight.numel(),
-                "violations": groups,
-            }
+            {"name": name, "pattern": str(expected), "zeros": share, "violations": groups}
         )
-        if by_row:
-            nonzeros = (weight != 0).sum(1)
-            rows = int((nonzeros * expected.m > weight.shape[1] * expected.n).sum())
-            if rows:
-                problems.append(f"{name} has {rows} rows with fewer zeros than {expected}")
-        elif groups:
+        rows = int((nonzero.sum(1) * expected.m > weight.shape[1] * expected.n).sum())
+        if by_row and rows:
+            problems.append(f"{name} has {rows} rows with fewer zeros than {expected}")
+        elif groups and not by_row:
             problems.append(f"{name} has {groups} groups that are not {expected}")
     members = {path for group in channel_groups(model) for path in group.members}
-    del model
-    difference = logits_difference(folder, against) if against else None
-    if difference and not all(map(math.isfinite, difference.values())):
-        problems.append(f"the difference of its logits from those of {against} is not finite")
     return {
-        "passed": not problems,
         "problems": problems,
         "by_row": by_row,
         "pattern": str(pattern or (summary["sparsity"] if summary else _TWO_OF_FOUR)),
-        "zeros": zeros / max(size, 1),
+        "zeros": zeros / size,
         "layers": layers,
         "dense": sorted(f"{path}.weight" for path in members - patterns.keys()),
-        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
-        "checksums": summary is not None,
-        "difference": difference,
     }
 
 
@@ -166,10 +171,13 @@ def work(options: argparse.Namespace) -> Answer:
 
 def _show(folder: Path, report: dict[str, Any]) -> None:
     verdict = "passed" if report["passed"] else "FAILED"
-    place = "zeros in every row" if report["by_row"] else "in stored order"
-    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
+    place = "in stored order"
     if report["by_row"]:
-        lines.append("export=simulate keeps the dense model's channels, so it is not N:M as stored")
+        place = (
+            "zeros in every row\n"
+            "export=simulate keeps the dense model's channels, so it is not N:M as stored"
+        )
+    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
     lines += [f"- {problem}" for problem in report["problems"]]
     groups = sum(layer["violations"] for layer in report["layers"])
     lines.append(
@@ -178,11 +186,10 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
     )
     if report["dense"]:
         lines.append(f"{len(report['dense'])} dense weights, as {SUMMARY} states")
-    if difference := report["difference"]:
+    if report["difference"]:
         lines.append(
-            f"logits: relative difference {difference['relative']:.2e}, "
-            f"largest {difference['largest']:.2e}, KL {difference['kl']:.2e} nats, "
-            f"the same next token at {difference['agreement']:.2%}"
+            "logits: relative difference {relative:.2e}, largest {largest:.2e}, KL {kl:.2e} nats, "
+            "the same next token at {agreement:.2%}".format(**report["difference"])
         )
     if report["checksums"]:
         lines.append("files compared with their sha256")

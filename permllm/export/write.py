@@ -23,12 +23,12 @@ from permllm.export.card import model_card, model_notice
 from permllm.export.fold import StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, permuted_names, write_gathered
 from permllm.export.legacy import legacy_rope, legacy_tokenizer
-from permllm.export.serve import COMMAND, SETTINGS, check_serve, serving
+from permllm.export.serve import COMMAND, SETTINGS, check_serve, groups_on_kernels, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
-from permllm.settings.config import ExportConfig, ModelConfig, NMPattern
+from permllm.settings.config import ExportConfig, ModelConfig
 from permllm.settings.values import validated
 from permllm.store.cache import cache_directory
 from permllm.store.files import (
@@ -85,25 +85,18 @@ def export_run(
             is not empty.
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
-    return write_checkpoint(_pruned_source(directory), settings, target, overwrite)
-
-
-def _pruned_source(directory: Path) -> PrunedSource:
     metrics = read_json(directory / METRICS)
     config = read_yaml(directory / CONFIG)
     if metrics["status"] != "finished":
         raise ConfigError(f"{directory} is not finished; the same command continues it")
-    identity: str = metrics["model"]
     model = ModelConfig(**config["model"])
     if model.source == "hub":
-        model.revision = identity.split(":")[2]  # the commit, because the branch may have moved
+        # The commit, because the branch may have moved.
+        model.revision = metrics["model"].split(":")[2]
     dense = dense_source(model, config["seed"])
-    if dense.identity != identity:
-        raise DataError(
-            f"{directory} was pruned from {identity}, and this model is {dense.identity}"
-        )
-    pruned = PrunedTensors(directory, metrics)
-    return PrunedSource(dense, config, metrics, pruned.orders, pruned.weight)
+    pruned = PrunedTensors(directory, metrics, dense.identity)
+    source = PrunedSource(dense, config, metrics, pruned.orders, pruned.weight)
+    return write_checkpoint(source, settings, target, overwrite)
 
 
 def write_checkpoint(
@@ -116,19 +109,14 @@ def write_checkpoint(
     folder = target.resolve()
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     with FileLock(cache_directory() / f"export-{digest}.lock"):
-        if not overwrite:
-            _check_free(target)
+        if target.exists() and not overwrite:
+            is_fixed = target.samefile(Path.cwd()) or target.is_mount()
+            if is_fixed or not target.is_dir() or any(target.iterdir()):
+                raise ConfigError(
+                    f"{target} is not empty, or cannot be replaced; choose another folder"
+                )
         with new_folder(folder) as scratch:
             return _write(source, settings, scratch)
-
-
-def _check_free(target: Path) -> None:
-    """Raise ConfigError unless a folder is missing, or is empty and can be replaced."""
-    if not target.exists():
-        return
-    is_fixed = target.samefile(Path.cwd()) or target.is_mount()
-    if is_fixed or not target.is_dir() or any(target.iterdir()):
-        raise ConfigError(f"{target} is not empty, or cannot be replaced; choose another folder")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -177,10 +165,10 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
         dtype=settings.dtype or source.config["model"]["dtype"],
     )
     stored = stored_order(settings.form, model, groups, source.orders)
-    if settings.serve:
-        texts = {*patterns.values(), sparsity["pattern"]} - {DENSE}
-        check_serve(settings, [NMPattern.parse(text) for text in sorted(texts)])
-        serving(model, sparsity["pattern"], patterns)  # before the weights, because it may fail
+    fitting: list[ChannelGroup] = []
+    if settings.serve:  # before the weights, because it may fail
+        check_serve(settings)
+        fitting = groups_on_kernels(model, sparsity["pattern"], patterns)
     tensors = _StoredTensors(source, stored, groups, getattr(torch, str(settings.dtype)))
     _write_settings(source.dense, stored, tensors.dtype, folder)
     planned = tensors.planned()
@@ -197,10 +185,8 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     if patterns:
         summary["patterns"] = patterns
     if settings.serve:
-        of_server, summary["served"] = serving(
-            model, sparsity["pattern"], patterns, tensors.zero_rows
-        )
-        write_json(folder / SETTINGS, of_server)
+        content, summary["served"] = serving(model, fitting, tensors.zero_rows)
+        write_json(folder / SETTINGS, content)
         files.append(SETTINGS)
     summary["sha256"] = {name: file_sha256(folder / name) for name in files}
     summary["seconds"] = time.perf_counter() - started
@@ -231,12 +217,8 @@ class _StoredTensors:
         self._source = source
         self._stored = stored
         patterns = source.metrics["sparsity"].get("patterns", {})
-        self._pruned = {
-            f"{path}.weight": path
-            for group in groups
-            for path in group.members
-            if patterns.get(path) != DENSE
-        }
+        members = {path for group in groups for path in group.members}
+        self._pruned = {path for path in members if patterns.get(path) != DENSE}
         permuted = permuted_names(groups, stored.gathers)
         # Names in the model by stored name.
         self._names = {
@@ -255,13 +237,14 @@ class _StoredTensors:
         tensor = self._source.dense.read(name)
         if not tensor.is_floating_point():
             return tensor
-        path = self._pruned.get(name)
-        if path is not None:
+        path = name.removesuffix(".weight")
+        is_pruned = path in self._pruned
+        if is_pruned:
             tensor = self._source.weight(path, tensor)
         cast = tensor.to(self.dtype)
         if not all_finite(cast):
             raise DataError(f"{name} holds values that are not finite in {self.dtype}")
-        if path is not None:
+        if is_pruned:
             if not cast.any(-1).all():
                 self.zero_rows.add(path)
             # Turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
@@ -324,7 +307,7 @@ def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm export`."""
     set_verbosity_error()  # warnings of transformers are errors here
     values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
-    settings = validated(ExportConfig, values | {"form": options.form or "none"}, "export")
+    settings = validated(ExportConfig, values, "export")
     summary = export_run(options.run, settings, options.to)
     report = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "

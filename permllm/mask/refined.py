@@ -19,9 +19,8 @@ from permllm.models.families import linear_at
 from permllm.models.layers import LayerStream
 from permllm.runtime.precision import products_in
 from permllm.settings.config import NMPattern
-from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.statistics import Gram
+from permllm.sparsity.statistics import Gram, by_layer, collecting
 from permllm.store.tensors import PackedMasks
 from permllm.training.problem import LearningProblem
 

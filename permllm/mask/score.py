@@ -215,10 +215,10 @@ class MaskLearner(Learner):
     def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the share of mask entries that changed in the epoch."""
         present = self.present()
-        changed = sum(
-            int(unpacked_mask(present[path] ^ before).sum())
-            for path, before in self._at_epoch.items()
-        )
+        changed = 0
+        for path, before in self._at_epoch.items():
+            differing = present[path] ^ before
+            changed += int(unpacked_mask(differing, [8 * len(differing)]).sum())
         return {"mask_flips": changed / sum(8 * len(bits) for bits in present.values())}
 
     @override

@@ -6,7 +6,7 @@ integers to floats without their scales. It says so only in its loading report.
 
 import copy
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -172,17 +172,16 @@ def read_weights(
     # With a device map the tensors go to the GPU one by one, so host memory never holds them all.
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     model = _loaded(folder, {"dtype": dtype or "auto"} | onto | options)
-    check_values(folder, model)
+    check_values(folder, model.named_parameters())
     return model
 
 
 @torch.no_grad()
-def check_values(what: object, module: nn.Module, path: str = "") -> None:
-    """Raise DataError, which names the tensor, where a parameter or buffer is not finite."""
-    for name, tensor in [*module.named_parameters(path), *module.named_buffers(path)]:
-        present = tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
-        if present and not all_finite(tensor):
-            raise DataError(f"{what}: {name} holds values that are not finite")
+def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise DataError, which names the tensor, where a tensor of a folder is not finite."""
+    for name, tensor in tensors:
+        if not all_finite(tensor):
+            raise DataError(f"{folder}: {name} holds values that are not finite")
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -214,13 +213,12 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
         config.tie_word_embeddings = False
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    if odd := sorted(_shapes(model) ^ _shapes(skeleton)):
-        raise ConfigError(f"the model has other tensors than its config makes: {odd[0][0]}")
+    own = {(name, tensor.shape) for name, tensor in model.state_dict().items()}
+    other = {(name, tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if own != other:
+        name, _ = min(own ^ other)
+        raise ConfigError(f"the model has other tensors than its config makes: {name}")
     return skeleton
-
-
-def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

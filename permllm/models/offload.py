@@ -218,15 +218,15 @@ class Offloaded(LayerPlacement):
 
     def _arrived(self, index: int) -> list[Tensor]:
         """Return the parameters of a layer on the device, fetched ahead or read now."""
-        ahead = self._ahead.pop(index, None)
+        values = self._ahead.pop(index, None)
         self._ahead.clear()
-        if ahead is None or self._stream is None:
-            return self._values(index)
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self._stream)
-        for value in ahead:
-            value.record_stream(now)  # so that the next fetch does not use its memory too early
-        return ahead
+        values = values or self._values(index)
+        if self._stream is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self._stream)
+            for value in values:
+                value.record_stream(now)  # so that the next fetch does not use its memory too early
+        return values
 
     def _values(self, index: int) -> list[Tensor]:
         values = []

@@ -5,11 +5,10 @@ path of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `ml
 `model.layers.3`.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.settings.config import NMPattern
 
@@ -65,14 +64,8 @@ def recorded_groups(
         patterns: as `differing_patterns`.
 
     Raises:
-        DataError: the model lacks a linear of `patterns`.
         ConfigError: linears that read the same channels have different patterns.
     """
-    strange = patterns.keys() - {path for group in groups for path in group.members}
-    if strange:
-        raise DataError(
-            f"its patterns name {min(strange)}, but the model's decoder layers lack this linear"
-        )
     dense = {path for path, text in patterns.items() if text == DENSE}
     others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
     return _without_dense(groups, pattern, dense, others)
@@ -95,53 +88,41 @@ def _without_dense(
 ) -> list[ChannelGroup]:
     pruned = []
     for group in groups:
-        rows = {
-            path: rows
-            for path, rows in zip(group.members, group.rows, strict=True)
-            if path not in dense
-        }
-        if rows:
-            own = _one_pattern({path: patterns.get(path, pattern) for path in rows})
+        sizes = zip(group.members, group.rows, strict=True)
+        rows = {path: count for path, count in sizes if path not in dense}
+        own = {patterns.get(path, pattern) for path in rows}
+        if len(own) > 1:
+            raise ConfigError(
+                f"sparsity_of: {', '.join(rows)} read the same channels: give all of them one "
+                "pattern, or keep some dense"
+            )
+        for own_pattern in own:
             pruned.append(
                 replace(
                     group,
                     members=tuple(rows),
                     rows=tuple(rows.values()),
-                    pattern=None if own == pattern else own,
+                    pattern=None if own_pattern == pattern else own_pattern,
                 )
             )
     return pruned
 
 
-def _one_pattern(patterns: dict[str, NMPattern]) -> NMPattern:
-    """Return the pattern of the linears of a group, by path."""
-    if len(set(patterns.values())) > 1:
-        different = ", ".join(f"{path} would be {pattern}" for path, pattern in patterns.items())
-        raise ConfigError(
-            f"sparsity_of: {different}; they read the same channels: give all of them one pattern, "
-            "or keep some dense"
-        )
-    return next(iter(patterns.values()))
-
-
 def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
     """Return the paths of the linears that a name fits."""
-    if re.fullmatch("-?[0-9]+", name):
-        layers = 1 + max(group.layer for group in groups)
-        if not -layers <= int(name) < layers:
-            raise ConfigError(
-                f"{key}: the model has no layer {name}; valid are {-layers} to {layers - 1}"
-            )
-        index = int(name) % layers
-        return {path for group in groups if group.layer == index for path in group.members}
-    paths = {
-        path
-        for group in groups
-        for path in group.members
-        if f".{name}." in f".{path}. .{group.name}."
-    }
+    layers = 1 + groups[-1].layer
+    is_index = name.removeprefix("-").isdigit()
+    paths = set()
+    for group in groups:
+        in_layer = name in (str(group.layer), str(group.layer - layers))
+        for path in group.members:
+            in_path = f".{name}." in f".{path}. .{group.name}."
+            if in_layer or (in_path and not is_index):
+                paths.add(path)
     if not paths:
         members = {path.rpartition(".")[2] for group in groups for path in group.members}
         valid = ", ".join(sorted(members))
-        raise ConfigError(f"{key}: the model's decoder layers have no {name!r}, but {valid}")
+        raise ConfigError(
+            f"{key}: the model's {layers} decoder layers have no {name!r}, but {valid}"
+        )
     return paths

@@ -9,8 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
-from permllm.errors import DataError
-from permllm.models.checkpoint import ReadTensor, all_finite
+from permllm.models.checkpoint import ReadTensor
 from permllm.models.offload import Offloaded
 
 
@@ -27,15 +26,13 @@ class Sharded(Offloaded):
     Args:
         model: as in `Offloaded`.
         device: as in `Offloaded`.
-        read: function that returns a layer's parameter by its name in the model.
-
-    Raises:
-        DataError: this rank's part has values that are not finite.
+        read: function that returns a layer's parameter by its name in the model; None: the
+            parameters are in memory.
     """
 
     sharded = True
 
-    def __init__(self, model: nn.Module, device: torch.device, read: ReadTensor) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, read: ReadTensor | None) -> None:
         assert dist.group.WORLD is not None
         self._mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         self._read = read
@@ -45,27 +42,22 @@ class Sharded(Offloaded):
     @override
     def source(self, name: str, parameter: nn.Parameter) -> Callable[[], Tensor]:
         """Keep this rank's part of a parameter, and return a function that joins the parts."""
-        part = _part(self._read(name), self._mesh, self.device, parameter.dtype)
-        local = part.to_local()
-        if local.is_floating_point() and local.numel() and not all_finite(local):
-            raise DataError(f"{name} holds values that are not finite")
-        return part.full_tensor
+        value = self._read(name) if self._read else parameter.data
+        return self.keep(value.to(parameter.dtype))
 
     @override
     def keep(self, value: Tensor) -> Callable[[], Tensor]:
         """Keep this rank's part of a new value, and return a function that joins the parts."""
-        return _part(value, self._mesh, self.device, value.dtype).full_tensor
+        return _part(value, self._mesh, self.device).full_tensor
 
 
-def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
+def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor:
     """Return this rank's rows of a matrix; each rank has the whole of a vector."""
     if tensor.dim() < 2:
-        return DTensor.from_local(
-            tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False
-        )
+        return DTensor.from_local(tensor.to(device, copy=True), mesh, [Replicate()])
     rows = tensor.chunk(mesh.size())
     mine = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else tensor[:0]
-    local = mine.to(device, dtype, copy=True).contiguous()
+    local = mine.to(device, copy=True).contiguous()
     return DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=(tensor[0].numel(), 1)
+        local, mesh, [Shard(0)], shape=tensor.shape, stride=(tensor[0].numel(), 1)
     )

@@ -136,9 +136,8 @@ class Footprint:
         self.masks = self._plan_of(methods.mask)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
-        # Tokens that a rank has of the calibration text and of a text for perplexity.
+        # Tokens that a rank has of the calibration text, and operations of their forward.
         self.text = self.samples * self.seqlen / self.ranks
-        # Operations of a forward of the calibration text.
         self.forward = 2 * self.all_layers * self.text
         texts = config.evaluation.perplexity
         self.measured = (texts.limit * texts.seqlen if texts.limit else _TEST_TOKENS) / self.ranks
@@ -309,9 +308,8 @@ class Footprint:
 
     def _prune(self) -> StageCost:
         """Return the stage that prunes."""
-        pruner = self.methods.pruner
         reconstruction = self.methods.reconstruction
-        statistics = (*pruner.statistics, *reconstruction.statistics)
+        statistics = (*self.methods.pruner.statistics, *reconstruction.statistics)
         # New weights of a layer, in addition to its old weights, and their saliency.
         memory = self._forward_memory(statistics) + self.largest_layer * self.item
         memory += 8 * self.largest
@@ -343,8 +341,7 @@ class Footprint:
     def _perplexity(self) -> StageCost:
         """Return the measurement of perplexity."""
         texts = self.config.evaluation.perplexity
-        # Logits of a batch; float32 logarithms of the logits of a window, and float32 logits if the
-        # model has another dtype.
+        # Logits of a batch; of a window float32 logarithms, and float32 logits for another dtype.
         longest = max(texts.batch_tokens, texts.seqlen)
         memory = tokens_at_a_time(self.vocabulary, longest) * self.item
         memory += tokens_at_a_time(self.vocabulary, texts.seqlen) * (4 if self.item == 4 else 8)
@@ -373,16 +370,15 @@ class Footprint:
 
     def _on_the_host(self, placement: str) -> int:
         """Return the bytes on the host, in addition to the device's."""
-        config = self.config
         streams = self.streams(placement)
         # Targets of all windows, and this rank's states of two streams.
         tokens = (self.samples + self.methods.further(self.samples)) * self.seqlen
         states = ceil((1 + 2 / self.ranks) * tokens)
-        if placement != "device" and config.evaluation.perplexity.names:  # states of a text
+        if placement != "device" and self.config.evaluation.perplexity.names:  # states of a text
             states = max(states, ceil(self.measured))
         size = states * self.hidden * self.item
         learns = self.orders.spans or self.masks.spans
-        if self.on_a_host and not streams and learns and config.model.source != "random":
+        if self.on_a_host and not streams and learns and self.config.model.source != "random":
             # Pages of mapped files, in addition to the weights in the layout for learning.
             size += self.all_layers * self.item
         if placement != "disk" or not self.methods.mask.local:

@@ -111,18 +111,17 @@ def first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
         if footprint.on_a_host:
-            reason = _lack(needs.device + needs.host, host, device)
+            places = [(needs.device + needs.host, host, str(device))]
         else:
             free = on_card if card else free_memory(device)
-            reason = _lack(needs.device, free, device) or _lack(needs.host, host, "the host")
-        if not reason:
+            places = [(needs.device, free, str(device)), (needs.host, host, "the host")]
+        lacks = [
+            f"{placement} needs {size / 1e9:.1f} GB, more than {FITS:.0%} of the "
+            f"{free / 1e9:.1f} GB free on {place}"
+            for size, free, place in places
+            if size > FITS * free
+        ]
+        if not lacks:
             return placement, reasons
-        reasons.append(f"{placement} needs {reason}")
+        reasons.append(lacks[0])
     return None, reasons
-
-
-def _lack(size: int, free: float, place: object) -> str:
-    """Return why a size does not fit into the free bytes of a place, or nothing if it fits."""
-    if size <= FITS * free:
-        return ""
-    return f"{size / 1e9:.1f} GB, more than {FITS:.0%} of the {free / 1e9:.1f} GB free on {place}"

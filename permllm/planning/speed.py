@@ -35,8 +35,9 @@ def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dt
     """Return the expected speed of a card for products in each dtype; None: measure the device."""
     if card:
         half, single, moved, _ = CARDS[card]
-        nominal = {dtype: half if dtype.itemsize == 2 else single for dtype in dtypes}
-        rates = {dtype: _SHARE * 1e12 * rate for dtype, rate in nominal.items()}
+        rates = {}
+        for dtype in dtypes:
+            rates[dtype] = _SHARE * 1e12 * (half if dtype.itemsize == 2 else single)
         return Speed(rates, _SHARE * 1e9 * moved)
     size = 1024 if device.type == "cpu" else 8192
     square = torch.ones(size, size, device=device)

@@ -21,10 +21,9 @@ from permllm.pruning.stages import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
-from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.files import PRUNED_LAYERS, WEIGHTS, layer_file
 from permllm.store.tensors import (
     PrunedLayer,
@@ -171,8 +170,9 @@ class _Layers:
         if layer is None:
             layer = self._new(index, groups)
         weights = self._weights(layer)
-        with _comparing(self.model, groups if is_new else [], weights, layer.output_error):
+        with _comparing(self.model, groups if is_new else [], weights) as errors:
             self.dense.advance(index)
+        layer.output_error.update(errors)
         self.result.add(layer)
         for path, weight in weights.items():
             mask = None if self.changes else partial(self.result.masks.__getitem__, path)
@@ -269,9 +269,11 @@ def _comparing(
     model: nn.Module,
     groups: list[ChannelGroup],
     weights: dict[str, Tensor],
-    errors: dict[str, float],
-) -> Iterator[None]:
-    """Measure the output error of each group with the new weights while the dense layer runs."""
+) -> Iterator[dict[str, float]]:
+    """Measure the output error of each group with the new weights while the dense layer runs.
+
+    Yields the errors by group, which are there after the context.
+    """
     device = next(model.parameters()).device
     sums = {group.name: torch.zeros(2, dtype=torch.float64, device=device) for group in groups}
 
@@ -286,7 +288,8 @@ def _comparing(
             for path in group.members:
                 hook = partial(add_squares, group.name, path)
                 hooks.enter_context(linear_at(model, path).register_forward_hook(hook))
-        yield
+        errors: dict[str, float] = {}
+        yield errors
     parallel.all_reduce(sums.values())  # each rank has read its share of the windows
     for name, (difference, reference) in sums.items():
         errors[name] = float(difference / reference.clamp_min(1e-300))

@@ -20,9 +20,8 @@ from permllm.permutation.base import checked_order
 from permllm.pruner.base import Pruner
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.runtime.precision import products_in
-from permllm.sparsity.collecting import by_layer, collecting
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.cache import cached, tensor_digest
 from permllm.store.files import MASKS, PERMUTATIONS
 from permllm.store.tensors import load_masks, load_orders, save_masks, save_tensors

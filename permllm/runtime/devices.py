@@ -2,6 +2,7 @@
 
 import os
 import random
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -23,16 +24,11 @@ def resolve_device(device: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    elif name != "cpu" and processes_here() > 1:
-        raise ConfigError(
-            f"model.device={device}: several processes need cuda, which gives each its own GPU"
-        )
-    # Other devices have no float64, in which statistics are summed.
-    if name.partition(":")[0] in ("cpu", "cuda"):
-        try:
+    # Processes do not share a GPU. Other devices have no float64, in which statistics are summed.
+    own_gpu = name.startswith("cuda") and (name != device or processes_here() == 1)
+    if name == "cpu" or own_gpu:
+        with suppress(RuntimeError, AssertionError):
             return torch.ones(1, device=name).device
-        except (RuntimeError, AssertionError):
-            pass
     raise ConfigError(
         f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU "
         "for each process"

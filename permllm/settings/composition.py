@@ -60,15 +60,15 @@ def register_resolvers() -> None:
     register("either", _either, replace=True)
     register("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
     register("last", lambda path: str(path).rsplit("/", 1)[-1], replace=True)
-    register("times", _times, replace=True)
+    register(
+        "times",
+        lambda count, factor: None if count is None else round(count * factor),
+        replace=True,
+    )
 
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
     return a if value in (case if isinstance(case, list) else [case]) else b
-
-
-def _times(count: float | None, factor: float) -> int | None:
-    return None if count is None else round(count * factor)
 
 
 def sweeping() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -89,15 +88,6 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
         else:
             flat[f"{prefix}{key}"] = part
     return flat
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None in nested values."""
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(config=SETTINGS)
@@ -271,7 +261,6 @@ class RunConfig:
     budget: dict[str, int | None]
     paths: PathsConfig
     plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
-    inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _ = self.patterns  # raises ConfigError if a pattern is not valid
@@ -339,8 +328,8 @@ def read_config(composed: DictConfig) -> RunConfig:
     """
     settings = copy.deepcopy(composed)
     try:
-        given = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]
-        settings.budget = OmegaConf.masked_copy(settings.budget, given)
+        keys = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]
+        settings.budget = OmegaConf.masked_copy(settings.budget, keys)
         resolved: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]

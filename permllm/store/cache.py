@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
-# The folder of `paths.cache_dir`, if the job has one.
-_CHOSEN: list[str] = []
+# Variable with the cache directory.
+_VARIABLE = "PERMLLM_CACHE"
 
 
 def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
@@ -90,12 +90,13 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def choose_cache(folder: str | None) -> None:
-    """Use a folder as the cache directory from now on; None: the one of the environment."""
-    _CHOSEN[:] = [folder] if folder else []
+    """Use a folder as the cache directory of this process; None: the one of the environment."""
+    if folder:
+        os.environ[_VARIABLE] = folder
 
 
 def cache_directory() -> Path:
-    """Return the chosen folder, or `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
-    path = Path(*_CHOSEN or [os.environ.get("PERMLLM_CACHE") or str(user_cache_path("permllm"))])
+    """Return the folder in `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
+    path = Path(os.environ.get(_VARIABLE) or user_cache_path("permllm"))
     path.mkdir(parents=True, exist_ok=True)
     return path

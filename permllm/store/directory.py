@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,16 +134,14 @@ class Record:
             seconds = record.setdefault("seconds", {})
             seconds[name] = seconds.get(name, 0.0) + took - self._inside
             self._inside = None if outer is None else outer + took
-            peaks = {
-                "peak_memory_bytes": peak_memory(device),
-                "peak_host_memory_bytes": peak_host_memory(),
-            }
-            self.metrics |= {
-                key: max(peak, self.metrics.get(key, 0)) for key, peak in peaks.items()
-            }
+            self._keep_peak("peak_memory_bytes", peak_memory(device))
+            self._keep_peak("peak_host_memory_bytes", peak_host_memory())
             if outer is None:
                 noted.info("%s: %.1f s", name, seconds[name])
                 self.save()
+
+    def _keep_peak(self, key: str, peak: int) -> None:
+        self.metrics[key] = max(peak, self.metrics.get(key, 0))
 
 
 class RunDirectory(Record):
@@ -199,8 +197,7 @@ class RunDirectory(Record):
                 if force:
                     self._remove(METRICS, *RESULTS, *OF_LOGGERS)
                 self._read()
-                finished = is_finished(self.directory, self.evaluation["evaluation"])
-                return self.metrics, self.evaluation, self.history, finished
+                return self.metrics, self.evaluation, self.history, self._is_finished()
 
             is_new = not self.directory.exists()
             state = parallel.on_main(lock_and_read)
@@ -267,6 +264,16 @@ class RunDirectory(Record):
             if self.evaluation.get("finished") and not shown:
                 self._show_evaluation()
                 self.save()
+
+    def _is_finished(self) -> bool:
+        """Tell if every stage and the evaluation are finished, and each tensor file is there."""
+        is_evaluated = (
+            self.evaluation.get("finished")
+            or self.metrics.get("evaluation") == self.evaluation["evaluation"]
+        )
+        files = [self.directory / name for name in self.metrics["sha256"]]
+        is_complete = self.metrics["status"] == "finished" and all(map(Path.is_file, files))
+        return is_complete and bool(is_evaluated)
 
     @property
     def pruned(self) -> bool:
@@ -364,18 +371,3 @@ def check_sha256(directory: Path, name: str, digest: str) -> None:
         raise DataError(f"{path} is missing; force=true runs it again")
     if file_sha256(path) != digest:
         raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")
-
-
-def is_finished(directory: Path, evaluation: Mapping[str, Any]) -> bool:
-    """Tell if a directory has a finished run with this evaluation."""
-    try:
-        metrics = read_json(directory / METRICS)
-        complete = all((directory / name).is_file() for name in metrics.get("sha256", {}))
-        if not complete or metrics.get("status") != "finished":
-            return False
-        if evaluation == metrics.get("evaluation"):
-            return True
-        other = read_json(directory / EVALUATIONS / f"{digest_of(evaluation)}.json")
-        return bool(other.get("finished"))
-    except DataError:
-        return False

@@ -117,13 +117,14 @@ def git_commit(package: Path = _PACKAGE) -> dict[str, Any] | None:
     if f'name = "{package.name}"' not in project.read_text(encoding="utf-8").splitlines():
         return None
 
-    def git(*arguments: str) -> str:
-        words = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-
+    words = ["git", "-C", str(checkout), "status", "--porcelain=v2", "--branch"]
+    words += ["--untracked-files=all", "--", str(package)]
     try:
-        changes = git("status", "--porcelain", "--untracked-files=all", "--", str(package))
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+        status = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        # The first line is `# branch.oid COMMIT`. Changes follow other lines with a number sign.
+        lines = status.splitlines()
+        dirty = any(not line.startswith("#") for line in lines)
+        return {"commit": lines[0].split()[-1], "dirty": dirty}
     except (OSError, subprocess.CalledProcessError):  # git is missing, or distrusts the folder
         return {"commit": "unknown", "dirty": True}
 

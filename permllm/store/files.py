@@ -57,8 +57,8 @@ def replaced(path: Path) -> Iterator[Path]:
     The caller must hold a lock if several processes may write `path`.
 
     Raises:
-        DataError: the file cannot be written, for example because the disk is full. `path` is
-            unchanged.
+        DataError: `path` is a device or a folder, or the file cannot be written, for example
+            because the disk is full. `path` is unchanged.
     """
     if path.exists() and not path.is_file():  # a device, which root could replace
         raise DataError(f"{path} is no file: expected a file, or nothing")
@@ -92,12 +92,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises DataError, which names the file, if it cannot be read or has another content.
     """
-    return _read(path, json.loads, "JSON")
+    return _mapping(path, json.loads)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file. Errors as `read_json`."""
-    return _read(path, yaml.safe_load, "YAML")
+    return _mapping(path, yaml.safe_load)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -111,19 +111,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     def parse(text: str) -> list[dict[str, Any]]:
         return [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
 
-    return _read(path, parse, "JSON", list)
+    return _read(path, parse)
 
 
-def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    value = _read(path, parse)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} has a {type(value).__name__}: expected keys and values")
+    return value
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        value = parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not readable {form}: {first_line(error)}") from error
-    if not isinstance(value, kind):
-        raise DataError(f"{path} has a {type(value).__name__}: expected a {kind.__name__}")
-    return value
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def file_sha256(path: Path) -> str:

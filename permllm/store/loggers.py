@@ -110,12 +110,11 @@ class _WandB(RunLogger):
     def __init__(self, run: Any) -> None:
         self._run = run
         self._step = -1
-        for axis in ("step", "epoch"):
+        for axis, prefix in (("step", ""), ("epoch", _EPOCH)):
             run.define_metric(axis, hidden=True)
-        for group in LEARNING:
-            for prefix, axis in ((f"{group}/", "step"), (f"{_EPOCH}{group}/", "epoch")):
-                run.define_metric(f"{prefix}*", step_metric=axis)
-                run.define_metric(f"{prefix}loss", step_metric=axis, summary="min")
+            for group in LEARNING:
+                run.define_metric(f"{prefix}{group}/*", step_metric=axis)
+                run.define_metric(f"{prefix}{group}/loss", step_metric=axis, summary="min")
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -152,8 +151,11 @@ class _Tracked(RunLogger):
     def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
         if self._tracker is None:
             return
-        named = {_NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value for key, value in values.items()}
-        numbers = {key: value for key, value in named.items() if isinstance(value, int | float)}
+        numbers = {
+            _NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value
+            for key, value in values.items()
+            if isinstance(value, int | float)
+        }
         try:
             self._tracker.log(numbers, number)
         except Exception as error:  # of a database, a connection, a disk
@@ -188,14 +190,13 @@ def open_logger(
 def described(config: RunConfig, directory: Path, learned: Collection[str]) -> dict[str, Any]:
     """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
-    group = config.logger.group or os.environ.get(SWEEP_VARIABLE)
     tags = {"pruner": config.pruner["name"], "permutation": config.permutation["name"]}
     if "mask" in learned:
         tags["mask"] = config.mask["name"]
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
-        "group": group[:_LONGEST_NAME] if group else None,
+        "group": config.logger.group or os.environ.get(SWEEP_VARIABLE),
         "job_type": "learn" if learned else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
         "config": config.identity | evaluated,
@@ -251,7 +252,6 @@ def _open_tensorboard(config: RunConfig, directory: Path, run: dict[str, Any]) -
         tracker.start()
     except ImportError as error:
         raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
-    tracker.log({"config": f"```\n{run['config']}\n```"})
     return _Tracked(tracker, lambda failed: tracker.finish())
 
 

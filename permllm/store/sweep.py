@@ -54,9 +54,7 @@ class Outcome:
 class SweepFolder(Callback):  # type: ignore[misc]
     """Hydra's callback that names and checks a sweep before its first job."""
 
-    def on_multirun_start(
-        self, config: DictConfig, config_name: str | None = None, **_: Any
-    ) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Set the variables of the sweep, and check the sweep."""
         name = sweep_name(config.hydra)
         os.environ[SWEEP_VARIABLE] = name  # hydra.sweep.dir reads it
@@ -65,7 +63,7 @@ class SweepFolder(Callback):  # type: ignore[misc]
         try:
             if chosen_by_user and config.runs_dir != config.paths.runs_dir:
                 raise ConfigError(f"runs_dir and hydra.sweep.dir {ONE_PLACE}")
-            _check_texts(str(config_name), config.hydra)
+            _check_texts(config.hydra)
             share_gpus(config.hydra.launcher, config.model.device)
         except ConfigError as error:  # Hydra turns other errors of a callback into warnings
             raise SystemExit(f"error: {error}" if is_first_rank() else 1) from error
@@ -120,7 +118,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     return outcomes
 
 
-def _check_texts(config_name: str, hydra_config: Any) -> None:
+def _check_texts(hydra_config: Any) -> None:
     """Raise ConfigError if the models of a sweep have different texts and so cannot be compared.
 
     Other settings that the sweep varies have their first value here.
@@ -142,7 +140,7 @@ def _check_texts(config_name: str, hydra_config: Any) -> None:
                 others.append(words[0])
     texts = {}
     for model in models:
-        config = hydra.compose(config_name, [*others, model])
+        config = hydra.compose("config", [*others, model])
         texts[model] = " and ".join(
             str(part.data_files or part.dataset)
             for part in (config.calibration, config.evaluation.perplexity)

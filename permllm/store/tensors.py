@@ -59,11 +59,10 @@ def packed_mask(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
-def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Unpack a mask of `packed_mask` as bool; shape None: all bits in one row."""
-    count = None if shape is None else math.prod(shape)
-    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
-    return mask if shape is None else mask.view(*shape)
+def unpacked_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack a mask of `packed_mask` as bool."""
+    mask = np.unpackbits(bits.numpy(), count=math.prod(shape))
+    return torch.from_numpy(mask.view(bool)).view(*shape)
 
 
 class PackedMasks(UserDict[str, Tensor]):
@@ -91,7 +90,8 @@ class PackedMasks(UserDict[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a mask, `(C_out, C_in)`."""
-        return torch.Size(self.data[name][1])
+        shape: torch.Size = self.data[name][1]
+        return shape
 
     def take(self, other: PackedMasks) -> None:
         """Add the masks of another collection without unpacking them."""
@@ -111,11 +111,11 @@ def save_tensors(
     held = {}
     storages = set()
     for name, tensor in tensors.items():
-        held[name] = tensor.detach().cpu().contiguous()
-        storage = held[name].untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() > held[name].nbytes:
-            held[name] = held[name].clone()  # safetensors refuses tensors that share memory
-        storages.add(storage.data_ptr())
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory.
+        held[name] = value.clone() if storage in storages else value
+        storages.add(storage)
     with replaced(path) as scratch:
         # safetensors writes several entries of metadata in random order. With one entry the same
         # run always gives the same bytes.
@@ -267,6 +267,11 @@ def load_layer(path: Path) -> PrunedLayer:
 class PrunedTensors:
     """Pruned model of a run directory. Weights are read one by one.
 
+    Args:
+        directory: directory of a run that has pruned its model.
+        metrics: metrics of the run.
+        identity: identity of the dense model (`LoadedModel.identity`).
+
     Attributes:
         orders: permutations by channel group, int64 `(C_in,)`.
         masks: masks by linear, bool `(C_out, C_in)`, in the original channel order.
@@ -274,10 +279,15 @@ class PrunedTensors:
         weight_files: file of each changed weight, by linear.
 
     Raises:
-        DataError: a file is missing or has changed.
+        DataError: the run pruned another model, a file is missing or has changed, or changed
+            weights were not saved (`save_weights=false`).
     """
 
-    def __init__(self, directory: Path, metrics: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, metrics: Mapping[str, Any], identity: str) -> None:
+        if metrics["model"] != identity:
+            raise DataError(
+                f"{directory} was pruned from {metrics['model']}, and this model is {identity}"
+            )
         for name, digest in metrics.get("sha256", {}).items():
             check_sha256(directory, name, digest)
         sparsity = metrics["sparsity"]

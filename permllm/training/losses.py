@@ -46,10 +46,12 @@ def loss_named(
     """
     if name == "cosine":
         return cosine_loss
-    head = Head(model)
-    wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
-    divergence = _compiled_divergence if wanted and head.plain else _divergence
-    return lambda output, target: head_divergence(head, output, target, divergence)
+    if name == "kl":
+        head = Head(model)
+        wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
+        divergence = _compiled_divergence if wanted and head.plain else _divergence
+        return lambda output, target: head_divergence(head, output, target, divergence)
+    raise ValueError(f"no loss has the name {name}")
 
 
 def cosine_loss(output: Tensor, target: Tensor) -> Tensor:

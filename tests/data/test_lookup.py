@@ -84,7 +84,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(mine: Path) -> None:
         ("raise ValueError('a reason\\nof two lines')", "cannot be imported: a reason"),
         ("", "the module needs a TEXT"),
         (MINE.replace("Mine()", "Mine"), "the module needs a TEXT"),
-        (MINE.replace("= evaluates", ""), "is not valid: its text has `evaluates = False`"),
+        (MINE.replace("= evaluates", ""), "the module needs a TEXT with `evaluates = True`"),
     ],
 )
 def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, message: str) -> None:

@@ -124,8 +124,7 @@ def test_a_model_that_is_cut_is_joined(
     whole = bytes(range(256)) * 5
     for number, piece in enumerate((whole[:500], whole[500:501], whole[501:])):
         (tmp_path / f"part{number}").write_bytes(piece)
-    one = Wheel("some-data==1.0", "0" * 64, "", size=1)
-    parts = tuple((one, f"part{number}") for number in range(3))
+    parts = tuple(Wheel("some-data==1.0", "0" * 64, f"part{n}", size=1) for n in range(3))
     sha256 = hashlib.sha256(whole).hexdigest()
     model = from_wheel.GGUFModel("some-data==1.0", sha256, parts)
     monkeypatch.setitem(from_wheel._MODELS, "gemma3-270m", model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permllm.evaluation.fp8 import fp8_products, rounded
-from permllm.export.serve import KEPT
+from permllm.export.serve import KERNELS
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model
 from tests.settings.test_config import config
@@ -60,7 +60,7 @@ def test_rounding_is_to_the_nearest_code_with_a_scale_for_each_row(values: Tenso
 def test_rounding_is_that_of_torchao_with_the_settings_of_exports(values: Tensor) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     preference = pytest.importorskip("torchao.quantization.quantize_.common").KernelPreference.TORCH
-    settings = pytest.importorskip("torchao.core.config").config_from_dict(KEPT)
+    settings = pytest.importorskip("torchao.core.config").config_from_dict(KERNELS)
     of_activations = {"hp_value_lb": settings.activation_value_lb}
     for granularity, options in zip(settings.granularity, (of_activations, {}), strict=True):
         # A weight with a row of zeros, which would be 0 / 0, is kept off the kernels.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.export.serve import COMMAND, KEPT, SETTINGS, serving
+from permllm.export.serve import COMMAND, KERNELS, SETTINGS, groups_on_kernels, serving
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.job import export_of, run
 from permllm.models.families import linear_at
@@ -86,7 +85,7 @@ def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
     for names, weight in served(tmp_path / "out"):
         sparse = violations(weight, None, TWO_OF_FOUR) == 0
         multiplied += sparse
-        wanted = KEPT if sparse else None
+        wanted = KERNELS if sparse else None
         assert [chosen(settings, name) for name in names] == [wanted] * len(names)
     assert summary["served"] == {"sparse": multiplied, "all": 12}
     assert multiplied == 12 - 4
@@ -98,21 +97,16 @@ def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
     assert f"\n    {COMMAND}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_torchao_writes_and_reads_the_kept_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchao_reads_the_file_and_writes_the_same(tmp_path: Path) -> None:
     core = pytest.importorskip("torchao.core.config")
     run = qwen3(tmp_path, TWO_OF_FOUR, ("layers.1.mlp",))
-    export_run(run, VLLM, tmp_path / "by-torchao")
-    theirs = read_json(tmp_path / "by-torchao" / SETTINGS)
-    config = core.config_from_dict(theirs)
-    assert core.config_to_dict(config) == theirs
+    export_run(run, VLLM, tmp_path / "out")
+    content = read_json(tmp_path / "out" / SETTINGS)
+    config = core.config_from_dict(content)
+    assert core.config_to_dict(config) == content
     ((sparse, settings), *dense) = config.fqn_to_config.items()
     assert settings.packing_format.name == "SPARSE_2D_DATA_2D_METADATA"
     assert {settings.weight_dtype, settings.activation_dtype} == {torch.float8_e4m3fn}
-    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
-    export_run(run, VLLM, tmp_path / "kept")
-    assert read_json(tmp_path / "kept" / SETTINGS) == theirs
     names = [f"model.layers.1.mlp.{name}_proj" for name in ("gate_up", "gate", "up", "down")]
     assert [name for name, settings in dense if settings is None] == names
     assert re.fullmatch(sparse.removeprefix("re:"), "model.layers.10.self_attn.qkv_proj")
@@ -131,7 +125,7 @@ def test_sizes_that_the_kernels_do_not_take_stay_dense(
     settings = read_json(tmp_path / "out" / SETTINGS)
     for names, weight in served(tmp_path / "out"):
         rows, channels = weight.shape
-        assert (chosen(settings, names[0]) == KEPT) == (rows % 64 == 0 and channels % 32 == 0)
+        assert (chosen(settings, names[0]) == KERNELS) == (rows % 64 == 0 and channels % 32 == 0)
     assert caplog.text.count("6 of 12 linears") == 1
     export_run(run, VLLM, tmp_path / "again")
     assert caplog.text.count("6 of 12 linears") == 2
@@ -149,7 +143,8 @@ def test_a_row_of_zeros_keeps_its_linear_off_the_kernels(
     settings, dense = read_json(tmp_path / "out" / SETTINGS), []
     for names, weight in served(tmp_path / "out"):
         finite = bool((weight.abs().amax(-1) / 448 > 0).all())
-        assert [chosen(settings, name) for name in names] == [KEPT if finite else None] * len(names)
+        wanted = KERNELS if finite else None
+        assert [chosen(settings, name) for name in names] == [wanted] * len(names)
         dense += [] if finite else names[:1]
     assert dense == left_out
     assert summary["served"] == {"sparse": 10, "all": 12}
@@ -194,7 +189,6 @@ def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
             "permutation.constraint=foldable",
         ),
         ("export=folded", "export.dtype=bfloat16"),
-        ("export=folded export.dtype=bfloat16 sparsity=4:8", "sparsity=2:4"),
     ],
 )
 def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wanted: str) -> None:
@@ -205,12 +199,15 @@ def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wan
         export_of(config, methods_of(config))
 
 
-@pytest.mark.parametrize("changed", ["hidden_size=48", "model_type=olmo2"])
+@pytest.mark.parametrize(
+    "changed",
+    ["model.architecture.hidden_size=48", "model.architecture.model_type=olmo2", "sparsity=4:8"],
+)
 def test_a_model_is_refused_before_its_job_begins(
     changed: str, cache: Path, tmp_path: Path
 ) -> None:
     words = ["permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm"]
-    words += [f"model.architecture.{changed}"]
+    words += [changed]
     config = read_config(composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words))
     with pytest.raises(ConfigError, match="serve=vllm"):
         run(config)
@@ -223,6 +220,6 @@ REAL = ("llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b", "smollm2-135m")
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     model = meta_model(config(f"model={name}").model)
-    settings, counts = serving(model, "2:4", {})
+    settings, counts = serving(model, groups_on_kernels(model, "2:4", {}), set())
     assert counts["sparse"] == counts["all"] > 0
-    assert list(settings["_data"]["fqn_to_config"].values()) == [KEPT]
+    assert list(settings["_data"]["fqn_to_config"].values()) == [KERNELS]

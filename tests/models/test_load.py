@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from permllm.errors import ConfigError
-from permllm.models.checkpoint import read_weights
-from permllm.models.load import load_model, meta_model
+from permllm.errors import ConfigError, DataError
+from permllm.models.checkpoint import vocabulary_of
+from permllm.models.load import check_windows, load_model, meta_model
 from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_bad_checkpoints import local
@@ -34,10 +34,6 @@ def test_a_folder_loads_in_the_dtype_that_was_asked_for(folder: Path) -> None:
         assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
         assert torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
     assert meta_model(local(folder)).config.model_type == "qwen3"
-    # A device that every machine has, and that is not the host's memory.
-    model = read_weights(folder, torch.bfloat16, torch.device("meta"))
-    assert model.device == torch.device("meta")
-    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_the_identity_follows_the_weights(folder: Path) -> None:
@@ -58,3 +54,10 @@ def test_random_weights_follow_the_seed() -> None:
     first, again, other = (load_model(config, seed).model.lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_windows_with_tokens_that_the_model_lacks_are_refused() -> None:
+    model = tiny_model("llama")
+    windows = torch.tensor([[0, vocabulary_of(model)]])
+    with pytest.raises(DataError, match=r"^text: it has a token 259, and .* are 0 to 258: "):
+        check_windows("text", windows, model)

@@ -70,6 +70,7 @@ def test_a_pruners_saliency_is_its_formula(
         if isinstance(pruner, RIA):
             shares = of_weight / float(w[:, j].sum()) + of_weight / float(w[i].sum())
             return shares * norm[j] ** pruner.exponent
+        assert isinstance(pruner, SparseGPT)
         return of_weight**2 / float(inverse[j, j])
 
     found = saliency(weight, pruner.factors(weight, statistics)).double()

@@ -22,7 +22,7 @@ from permllm.permutation.lcp.lcp import LCP
 from permllm.runtime import precision
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
-from permllm.store.directory import RunDirectory, is_finished, run_directory
+from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.files import read_json, read_lines, read_yaml
 from tests.settings.test_config import composed
 
@@ -47,6 +47,12 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
     result = job.run(settings(folder, *words))
     assert result is not None
     return result.metrics, result.directory
+
+
+def is_finished(config: RunConfig) -> bool:
+    record = RunDirectory(run_directory(config), config)
+    with record.opened():
+        return record.finished
 
 
 def begun(
@@ -201,10 +207,10 @@ def test_a_killed_evaluation_leaves_the_others_and_force_none(cache: Path, tmp_p
         tmp_path, OTHER, measure, "measure_perplexity", lambda *arguments: "sparse" in arguments[-1]
     )
     assert read_json(directory / "metrics.json")["perplexity"] == first["perplexity"]
-    assert is_finished(directory, settings(tmp_path).evaluation_identity)
-    assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
+    assert is_finished(settings(tmp_path))
+    assert not is_finished(settings(tmp_path, *OTHER))
     assert run(tmp_path, *OTHER)[0]["perplexity"]["sparse"]["builtin"]["window"] == 32
-    assert is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
+    assert is_finished(settings(tmp_path, *OTHER))
     run(tmp_path, "force=true")
     assert len(list((directory / "evaluations").iterdir())) == 1
     assert not (directory / "export").exists()

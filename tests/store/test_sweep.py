@@ -42,7 +42,7 @@ def before_its_jobs(*words: str, given: tuple[str, ...] = (), **swept: str) -> s
         names = [word[11:] for word in words if word.startswith("experiment=")]
         config.hydra.runtime.choices.experiment = names[0] if names else None
         config.hydra.sweeper.params = swept
-        sweep.SweepFolder().on_multirun_start(config, "config")
+        sweep.SweepFolder().on_multirun_start(config)
     return os.environ[SWEEP_VARIABLE]
 
 
