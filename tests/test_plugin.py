@@ -1,10 +1,11 @@
-"""The package of docs/plugin: a job with each of its parts, and its family folds."""
+"""The package of docs/plugin: a job with each of its parts, and each mistake that it could have."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import re
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,19 +16,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
 
+import permllm
 from permllm import job
+from permllm.data.texts import TEXTS
+from permllm.data.windows import calibration_windows
+from permllm.errors import ConfigError, TrainingError
 from permllm.export.verify import verify
 from permllm.models import families
+from permllm.models.families import channel_groups
+from permllm.models.load import load_model
+from permllm.pruning.stages import calibrate_dense
 from permllm.reconstruction.base import PrunedLinear
 from permllm.runtime import parallel
-from permllm.settings.config import NMPattern, read_config
+from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.method import instantiate
-from permllm.sparsity.nm import nm_mask
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask
+from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import InputStatistics
 from permllm.store.tensors import load_masks
-from tests.conftest import ROOT
-from tests.settings.test_config import composed
+from tests.conftest import ROOT, run_command
+from tests.settings.test_config import config
 
 PLUGIN = ROOT / "docs" / "plugin"
 CONF = PLUGIN / "mypackage" / "conf"
@@ -36,12 +46,17 @@ BASES = re.findall(r"```python\n# (permllm/\S+)\.py\n(.*?)```", CONTRIBUTING, re
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/*.yaml"))
 
 
+SEARCH = "hydra.searchpath=[pkg://mypackage.conf]"
+
+
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
-    """The package on the path, with the entry points that pip would install."""
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Path]:
+    """A copy of the package on the path, with the entry points that pip would install."""
+    site = tmp_path / "site"
+    shutil.copytree(PLUGIN / "mypackage", site / "mypackage")
     project = tomllib.loads((PLUGIN / "pyproject.toml").read_text("utf-8"))["project"]
-    described = tmp_path / "site" / "mypackage-0.1.dist-info"
-    described.mkdir(parents=True)
+    described = site / "mypackage-0.1.dist-info"
+    described.mkdir()
     name = "Metadata-Version: 2.1\nName: mypackage\nVersion: 0.1\n"
     (described / "METADATA").write_text(name)
     lines = [
@@ -49,25 +64,37 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
         for group, points in project["entry-points"].items()
     ]
     (described / "entry_points.txt").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.syspath_prepend(str(PLUGIN))
+    monkeypatch.syspath_prepend(str(site))
     families.family_of_a_package.cache_clear()
-    yield
+    yield site
     families.family_of_a_package.cache_clear()
     for module in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
         del sys.modules[module]
 
 
+def settings_of(*overrides: str) -> RunConfig:
+    return config(SEARCH, "model=tiny", "logger=none", *overrides)
+
+
 def run(*overrides: str) -> tuple[dict[str, Any], Path]:
-    words = ("hydra.searchpath=[pkg://mypackage.conf]", "model=tiny", "logger=none", *overrides)
-    result = job.run(read_config(composed(*words)))
+    result = job.run(settings_of(*overrides))
     assert result is not None
     return result.metrics, result.directory
 
 
 def of_group(name: str) -> dict[str, Any]:
-    words = ("hydra.searchpath=[pkg://mypackage.conf]", "model=tiny", name)
-    return dict(getattr(read_config(composed(*words)), name.partition("=")[0]))
+    return dict(getattr(settings_of(name), name.partition("=")[0]))
+
+
+def rewrite(package: Path, module: str, before: str, after: str) -> None:
+    file = package / "mypackage" / module
+    file.write_text(file.read_text().replace(before, after))
+
+
+def return_instead(package: Path, module: str, value: str) -> None:
+    """Rewrite every `return` line of a module."""
+    file = package / "mypackage" / module
+    file.write_text(re.sub(r"return .*", f"return {value}", file.read_text()))
 
 
 @pytest.mark.usefixtures("package")
@@ -85,14 +112,6 @@ def test_a_job_runs_with_each_option(option: Path, tmp_path: Path) -> None:
     if group == "permutation":
         assert sum(metrics["moved_channels"].values()) > 0
         assert load_file(directory / "permutations.safetensors")
-
-
-@pytest.mark.usefixtures("package")
-def test_all_options_run_together(tmp_path: Path) -> None:
-    chosen = [f"{option.parent}={option.name}" for option in OPTIONS]
-    metrics, _ = run(*chosen, "export=gathered", f"run_dir={tmp_path}/run")
-    assert metrics["name"] == "tiny-peak-spread-random-row_scale-2x4"
-    assert verify(tmp_path / "run" / "export")["passed"]
 
 
 @pytest.mark.usefixtures("package")
@@ -143,27 +162,12 @@ def test_random_masks_follow_the_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("package")
-def test_the_temperature_halves() -> None:
-    schedule = instantiate("temperature", of_group("temperature=steps"))
-    found = [schedule(progress) for progress in (0.0, 0.3, 0.6, 0.9, 1.0)]
-    assert found == [1, 0.5, 0.25, 0.125, 0.125]
-
-
-@pytest.mark.usefixtures("package")
 def test_the_family_folds(tmp_path: Path) -> None:
     words = ("model.architecture.model_type=starcoder2", "permutation=heuristic")
     words += ("permutation.constraint=foldable", "export=folded", f"run_dir={tmp_path}/run")
     metrics, directory = run(*words)
     assert sum(metrics["moved_channels"].values()) > 0
     assert verify(directory / "export")["passed"]
-
-
-def test_the_tree_in_contributing_has_the_files_of_the_package() -> None:
-    (tree,) = re.findall(r"```\ndocs/plugin/\n(.*?)```", CONTRIBUTING, re.DOTALL)
-    named = re.findall(r"(?:^ +|, )([\w/]+\.(?:py|yaml|toml|txt))", tree, re.MULTILINE)
-    files = [file for file in PLUGIN.rglob("*.*") if "__pycache__" not in file.parts]
-    there = [file.name for file in files if file.suffix in (".py", ".yaml", ".toml", ".txt")]
-    assert sorted(name.rpartition("/")[2] for name in named) == sorted(there)
 
 
 @pytest.mark.parametrize(("module", "code"), BASES, ids=[module for module, _ in BASES])
@@ -184,3 +188,131 @@ def test_the_base_classes_in_contributing_are_those_of_the_code(module: str, cod
             elif isinstance(node, ast.AnnAssign):
                 name = ast.unparse(node.target)
                 assert name in [key for one in real.__mro__ for key in inspect.get_annotations(one)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["permutation=heuristic", "permutation.constraint=foldable", "export=folded"],
+        ["permutation=spread", "export=gathered"],
+        ["permutation.straight_through=soft", "permutation.constraint=foldable", "export=folded"],
+    ],
+    ids=["heuristic", "spread", "learned"],
+)
+def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
+    words: list[str], package: Path
+) -> None:
+    dense_score = "SaliencyFactors(1, weight.abs() + statistics[Peak].value)"
+    return_instead(package, "pruner.py", dense_score)
+    chosen = ["pruner=peak", "block_size=8", "compute_dtype=float32", *words]
+    if not words[0].startswith("permutation="):
+        chosen += ["permutation.epochs=1", "permutation.learning_rate=0.05"]
+        chosen += ["calibration.samples=6"]
+    metrics, directory = run(*chosen, f"run_dir={package}/run")
+    assert sum(metrics["moved_channels"].values()) > 0
+    settings = settings_of(*chosen)
+    model = load_model(settings.model, 0).model
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    windows = calibration_windows(tokenizer, TEXTS["builtin"], settings.calibration, seed=0)
+    factors = calibrate_dense(
+        model, channel_groups(model), windows, instantiate("pruner", settings.pruner), 4
+    ).factors
+    orders = load_file(directory / "permutations.safetensors")
+    masks = load_masks(directory / "masks.safetensors")
+    scores = {
+        path: saliency(model.get_submodule(path).weight, found) for path, found in factors.items()
+    }
+    for group in channel_groups(model):
+        for path in group.members:
+            score, order = scores[path], orders[group.name]
+            assert torch.equal(masks[path], permuted_nm_mask(score, order, settings.pattern))
+        if words[0].endswith("spread"):
+            total = sum(scores[path].sum(0) for path in group.members)
+            ranked = total.argsort(descending=True, stable=True)
+            assert torch.equal(orders[group.name], ranked.view(4, -1).t().flatten())
+    assert verify(directory / "export")["passed"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"),
+        ("None", "is NoneType"),
+        ("saliency.sum().long()", r"torch.int64 \(\)"),
+    ],
+)
+def test_an_order_that_is_no_permutation_is_refused(
+    returned: str, reason: str, package: Path
+) -> None:
+    return_instead(package, "permutation.py", returned)
+    with pytest.raises(ConfigError, match=rf"^permutation=spread: the permutation of .*{reason}"):
+        run("permutation=spread", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "reason"),
+    [
+        ("(1, weight).column", ConfigError, "are a Parameter"),
+        ("(1, statistics[Peak].value)", ConfigError, r"are column \(32,\)"),
+        ("(1, weight - 9)", ConfigError, "are negative"),
+        ("(1, weight * float('nan'))", TrainingError, "q_proj is not finite"),
+    ],
+)
+def test_a_saliency_that_is_none_is_refused(
+    returned: str, error: type[Exception], reason: str, package: Path
+) -> None:
+    return_instead(package, "pruner.py", f"SaliencyFactors{returned}")
+    with pytest.raises(error, match=reason):
+        run("pruner=peak", "permutation=none", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("def factors", "def factor", "abstract"),
+        ("(Pruner)", "", "expected a subclass of permllm.pruner.base.Pruner"),
+        ("import torch", "import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
+        ("exponent: float", "exponents: float", ".exponent=.*no such setting"),
+    ],
+)
+def test_a_class_that_is_no_pruner_says_why(
+    before: str, after: str, reason: str, package: Path
+) -> None:
+    rewrite(package, "pruner.py", before, after)
+    with pytest.raises(ConfigError, match=rf"^pruner.*{reason}"):
+        run("pruner=peak", "plan=true")
+
+
+def test_an_option_that_says_it_is_another_one_is_refused(package: Path, tmp_path: Path) -> None:
+    rewrite(package, "conf/pruner/peak.yaml", "name: peak", "name: ria")
+    words = ("model=tiny", SEARCH, "permutation=none", "logger=none", "pruner=peak")
+    found = run_command(*words, cwd=tmp_path, fresh=True, PYTHONPATH=str(package))
+    assert (found.returncode, found.stderr.count("error: ")) == (1, 1)
+    assert "error: pruner=peak: its `name` is ria" in found.stderr
+
+
+def test_python_finds_options_of_a_package(package: Path) -> None:
+    loaded = load_model(config("model=tiny").model, 0)
+    settings: dict[str, Any] = {"pruner": "peak", "permutation": "spread"}
+    settings |= {"searchpath": ["pkg://mypackage.conf"]}
+    few: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16}
+    texts = ["Tyger Tyger, burning bright. " * 20]
+    _, _, report = permllm.prune(loaded.model, loaded.tokenizer, texts=texts, **settings, **few)
+    assert report["name"].endswith("-peak-spread-2x4")
+    assert report["sparsity"]["violations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("mypackage.nowhere:FAMILY", "cannot be imported from mypackage.nowhere:FAMILY: No module"),
+        ("mypackage.pruner:Peak", "expected a permllm.models.families.Family"),
+    ],
+)
+def test_an_entry_point_that_gives_no_family_is_one_line(
+    package: Path, entry: str, message: str
+) -> None:
+    points = package / "mypackage-0.1.dist-info" / "entry_points.txt"
+    points.write_text(f"[permllm.families]\nstablelm = {entry}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        families.family_of_a_package("stablelm")

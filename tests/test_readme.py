@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ def test_all_kept_records_are_shown_somewhere() -> None:
         text = (page / "README.md").read_text(encoding="utf-8")
         views = r"<!-- view: (paper|peers)|The record and its tables"
         assert file.name in text or re.search(views, text), file
-
-
-def test_the_two_commands_exist_as_written() -> None:
-    assert "pip install -e . && python run.py\n" in README
-    assert "pip install -e '.[test]' && pytest\n" in README
-    assert "pip install --quiet -e '.[test]'\n" in (ROOT / ".ci" / "run").read_text("utf-8")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert "test" in project["optional-dependencies"]
 
 
 def test_every_option_that_the_readme_names_exists() -> None:
@@ -81,3 +72,13 @@ def test_commands_for_several_processes_have_a_sample_of_each_batch_for_each() -
         found = re.match(form, command)
         assert found, command
         assert int(found[2]) >= int(found[1])
+
+
+def test_the_changelog_has_the_versions_in_order_with_this_one_first() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    heads = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text, re.MULTILINE)
+    versions = {name: date for name, date in heads if name != "Unreleased"}
+    numbers = [tuple(map(int, name.split("."))) for name in versions]
+    assert next(iter(versions)) == __version__
+    assert numbers == sorted(numbers, reverse=True)
+    assert all(versions.values())

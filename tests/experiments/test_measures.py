@@ -126,7 +126,6 @@ def test_a_record_is_added_to_others(tmp_path: Path) -> None:
         ("measure.tokens=[130]", "measure.tokens=130 is not a multiple of 128"),
         ("measure.block_sizes=[2]", "measure.block_sizes=2: expected a whole number of at least 4"),
         ("measure.tries=1", "Key 'tries' not in 'Settings'"),
-        ("modle=tiny", "Could not override 'modle'"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(word: str, message: str) -> None:

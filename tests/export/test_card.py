@@ -18,7 +18,6 @@ BASES = {
     "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", None),
     "hub model.hub_name=some/model model.licence=mit": ("some/model", "mit"),
     "local model.path=.": (None, None),
-    "tiny": (None, None),
 }
 
 
@@ -34,8 +33,3 @@ def test_the_hub_reads_the_base_model_and_the_licence(model: str, tmp_path: Path
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["sparse", "2:4", "permllm"]
-
-
-def test_a_base_model_does_not_change_the_run() -> None:
-    chosen = config("model=tiny", "model.base_model=some/model")
-    assert chosen.hash == config("model=tiny").hash

@@ -6,8 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,15 +21,14 @@ from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, LlamaForCausa
 import permllm
 from permllm.cli import call
 from permllm.errors import ConfigError, DataError
-from permllm.export import write as checkpoint
 from permllm.export.gathered import ORDERS, leave_out_gathers
 from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.models.families import channel_groups, decoder_layers, linear_at
-from permllm.models.source import DenseSource, dense_source
-from permllm.settings.config import ExportConfig, ModelConfig, NMPattern
+from permllm.settings.config import ExportConfig, NMPattern
 from permllm.store.files import file_sha256, read_json, write_json, write_text
 from permllm.store.tensors import save_tensors, violations
+from tests.conftest import run_python
 from tests.export.pruned import (
     TWO_OF_FOUR,
     VARIANTS,
@@ -191,26 +188,6 @@ def test_an_export_takes_the_memory_of_a_layer_and_a_file(tmp_path: Path) -> Non
     assert 0 < growth < layer + shard
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_folding_holds_for_random_shapes(seed: int, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def one_of(*options: int) -> int:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
-
-    name, n, m = [("qwen3", 4, 8), ("mistral", 1, 4), ("qwen3-tied", 2, 6)][seed]
-    shape = {"num_key_value_heads": one_of(1, 2, 3), "head_dim": 2 * m * one_of(1, 2)}
-    shape["num_attention_heads"] = shape["num_key_value_heads"] * one_of(1, 2, 4)
-    shape |= {"hidden_size": 24 * one_of(1, 2, 3), "intermediate_size": 24 * one_of(2, 3, 5)}
-    run = make_run(tmp_path, variant_model(name, **shape), "foldable", NMPattern(n, m))
-    export_run(run, ExportConfig("folded"), tmp_path / "out")
-    pruned = reference(variant_model(name, **shape), run)
-    assert relative(logits(load(tmp_path / "out")), logits(pruned)) < 1e-5
-    report = verify(tmp_path / "out")
-    assert (report["passed"], report["pattern"]) == (True, f"{n}:{m}")
-    assert verify(tmp_path / "out", NMPattern(1, m))["passed"] == (n == 1)
-
-
 # A layer, a member of a group, and a group of the residual stream stay dense; another M is there.
 BY_NAME = ("layers.1.mlp", "v_proj", "layers.0.mlp.gate_up_proj")
 PARTS = {
@@ -346,36 +323,14 @@ def test_bad_requests(
 def test_of_two_exports_to_one_folder_the_first_gets_it(
     exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, together = exports / "of-folded" / "run", threading.Barrier(2)
-    writing: list[Path] = []
-    # While transformers builds a model, it replaces methods of its classes; two threads that do so
-    # at once leave the replacements behind.
-    building = threading.Lock()
-
-    def source_in_turn(model: ModelConfig, seed: int) -> DenseSource:
-        with building:
-            return dense_source(model, seed)
-
-    def slow(file: Path, tensors: dict[str, Any]) -> None:
-        writing.append(file)
-        assert len(writing) == 1
-        time.sleep(0.3)
-        save_tensors(file, tensors)
-        writing.remove(file)
-
-    def export(_: int) -> str:
-        together.wait()
-        try:
-            return str(export_run(run, ExportConfig("folded"), tmp_path / "out")["form"])
-        except ConfigError as error:
-            return str(error)
-
-    monkeypatch.setattr(checkpoint, "dense_source", source_in_turn)
-    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    words = ["-m", "permllm", "export", str(exports / "of-folded" / "run")]
+    words += ["--to", str(tmp_path / "out")]
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # once for both threads, each of which does so too
     with ThreadPoolExecutor() as threads:
-        outcomes = sorted(threads.map(export, range(2)), key=len)
-    assert outcomes[0] == "folded"
-    assert "not empty" in outcomes[1]
+        done = list(threads.map(lambda _: run_python(*words), range(2)))
+    (second,) = [one for one in done if one.returncode]
+    assert "not empty" in second.stderr
     assert present_export(tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

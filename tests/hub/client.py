@@ -32,7 +32,7 @@ from permllm.settings.config import CalibrationConfig, ModelConfig, PerplexityCo
 from permllm.store.cache import tensor_digest
 from tests.conftest import FAMILY_SETTINGS
 from tests.hub.repositories import model_name, write_model
-from tests.hub.server import GRANTED, KNOWN
+from tests.hub.server import GRANTED
 from tests.settings.test_config import composed
 
 SAMPLING = {"c4": "documents", "pile": "documents", "wikitext2": "overlapping"}
@@ -108,7 +108,6 @@ def failures(root: Path) -> None:
         write_model(big / name, "qwen2")
     (big / "gated" / ".gated").touch()
     note("gated", model, "big/gated")
-    note("gated, known", model, "big/gated", KNOWN)
     note("gated, granted", model, "big/gated", GRANTED)
     note("missing", model, "big/nothing")
     note("wrong revision", model, "big/moves", "", "nowhere")
@@ -136,7 +135,6 @@ def down(root: Path) -> None:
 def main() -> None:
     register_resolvers()
     time.sleep = lambda seconds: None  # the clients wait between attempts
-    constants.DOWNLOAD_CHUNK_SIZE = 1000  # what is kept of a body that breaks; our files are small
     # All definitions take seconds to read.
     tasks = Path(installed.__file__).parent / "tasks" / "glue" / "rte"
     manager = TaskManager(include_defaults=False, include_path=str(tasks))

@@ -2,9 +2,9 @@
 
 It serves a folder of repositories, `models/OWNER/NAME` and `datasets/OWNER/NAME`, each with one
 branch, and reads it anew at each request. As on the hub, a commit is 40 hex digits, here of the
-content, and failures have an X-Error-Code. `GRANTED` reads gated repositories, `KNOWN` does not,
-any other token is refused. Files mark a repository: `.gated`, and `.limit`, a number of bytes after
-which the body of a file breaks.
+content, and failures have an X-Error-Code. `GRANTED` reads gated repositories, and any other token
+is refused. Files mark a repository: `.gated`, and `.limit`, a number of bytes after which the body
+of a file breaks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-GRANTED, KNOWN = "hf_granted", "hf_known"
+GRANTED = "hf_granted"
 _API = re.compile(r"/api/(\w+)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_GET(self) -> None:
-        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        self.server.requests.append((self.command, self.path))
         try:
             self._route(unquote(urlsplit(self.path).path))
         except Refused as refusal:
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         of_api, of_file = _API.fullmatch(path), _FILE.fullmatch(path)
-        if token not in (None, GRANTED, KNOWN):
+        if token not in (None, GRANTED):
             raise Refused(401, "", "Invalid credentials in Authorization header")
         if of_api:
             kind, name, what, revision, under = of_api.groups(default="")
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("", "main", found.commit):
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if of_file and gated and token != GRANTED:
-            raise Refused(403 if token else 401, "GatedRepo", f"Access to {name} is restricted")
+            raise Refused(401, "GatedRepo", f"Access to {name} is restricted")
         if of_file:
             return self._send_file(found, of_file[4])
         siblings = [{"rfilename": file} for file in found.files]
@@ -99,24 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in found.files:
             raise Refused(404, "EntryNotFound", f"no {name}")
         headers = {"X-Repo-Commit": found.commit, "ETag": f'"{found.files[name]["oid"]}"'}
-        content, limit = (found.folder / name).read_bytes(), found.folder / ".limit"
-        first, size, status = 0, len(content), 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(asked[1]), int(asked[2] or size - 1)
-            content, status = content[first : last + 1], 206
-            headers |= {"Content-Range": f"bytes {first}-{last}/{size}"}
-        room = max(0, int(limit.read_text()) - first) if limit.exists() else size
-        self._send(status, content, headers | {"Accept-Ranges": "bytes"}, room)
+        content = (found.folder / name).read_bytes()
+        limit = found.folder / ".limit"
+        room = int(limit.read_text()) if limit.exists() else len(content)
+        self._send(200, content, headers, room)
 
     def _send(
-        self,
-        status: int,
-        content: bytes,
-        headers: dict[str, str] | None = None,
-        room: int = 1 << 30,
+        self, status: int, content: bytes, headers: dict[str, str], room: int = 1 << 30
     ) -> None:
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+        for key, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -125,12 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """The hub of a folder, on a free port; `requests` are the method, path and range of each."""
+    """The hub of a folder, on a free port; `requests` are the method and path of each."""
 
     daemon_threads = True
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
-        self.requests: list[tuple[str, str, str | None]] = []
+        self.requests: list[tuple[str, str]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import stages
 from permllm.pruning.methods import methods_of
-from permllm.store.files import read_json
+from permllm.store.files import read_json, read_lines
 from permllm.training.objective import Objective
 from permllm.training.trainer import Trainer
 from tests.settings.test_config import config
@@ -26,10 +25,6 @@ from tests.test_job import run
 
 LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")
 BOTH = ("mask=score", "mask.epochs=2", *LEARNING)
-
-
-def history(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(
     assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
     assert metrics["seconds"]["mask"] > 0
     assert verify(directory / "export")["passed"]
-    assert [line["mask_flips"] > 0 for line in history(directory)] == [True]
+    assert [line["mask_flips"] > 0 for line in read_lines(directory / "history.jsonl")] == [True]
 
 
 @pytest.mark.parametrize("interrupted", ["prune", "masks"])
@@ -83,7 +78,10 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
     assert metrics["perplexity"] == whole[0]["perplexity"]
     for name in ("masks.safetensors", "permutations.safetensors"):
         assert (directory / name).read_bytes() == (whole[1] / name).read_bytes()
-    lines, expected = history(directory), history(whole[1])
+    lines, expected = (
+        read_lines(directory / "history.jsonl"),
+        read_lines(whole[1] / "history.jsonl"),
+    )
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert sum("mask_flips" in line for line in lines) == 2
     assert not list(directory.glob("*.pt"))
@@ -107,7 +105,7 @@ def test_a_learner_without_measures_of_its_own_keeps_its_history_once(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *words)
     _, directory = run(tmp_path, *words)
-    lines = [(line["group"], line["epoch"]) for line in history(directory)]
+    lines = [(line["group"], line["epoch"]) for line in read_lines(directory / "history.jsonl")]
     assert lines == [("permutation", 1), ("mask", 1), ("mask", 2)]
 
 

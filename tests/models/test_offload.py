@@ -25,7 +25,6 @@ from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
 from permllm.models.offload import Offloaded, placement_of
 from permllm.models.source import dense_source
-from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_model
 from tests.models.test_bad_checkpoints import local
 from tests.settings.test_config import config
@@ -49,10 +48,6 @@ def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **chang
     return folder
 
 
-def settings(folder: Path, placement: str, **more: Any) -> ModelConfig:
-    return local(folder, placement=placement, **more)
-
-
 @pytest.mark.parametrize(
     ("family", "of_files", "dtype"),
     [
@@ -68,7 +63,7 @@ def test_perplexity_has_the_same_bits(
     windows = torch.randint(0, 259, (5, 16), generator=torch.Generator().manual_seed(0))
     found = []
     for placement in ("device", *PLACEMENTS):
-        model = load_model(settings(folder, placement, dtype=dtype), 0).model
+        model = load_model(local(folder, placement=placement, dtype=dtype), 0).model
         found.append(measure_perplexity(model, windows, 32))
     assert found[0] == found[1] == found[2]
 
@@ -78,8 +73,8 @@ def test_weights_are_there_inside_of_their_layer_or_all_alone(
     checkpoint: Path, placement: str
 ) -> None:
     ids = torch.arange(12).view(2, 6)
-    dense = load_model(settings(checkpoint, "device"), 0).model
-    model = load_model(settings(checkpoint, placement), 0).model
+    dense = load_model(local(checkpoint, placement="device"), 0).model
+    model = load_model(local(checkpoint, placement=placement), 0).model
     (first, second), place = decoder_layers(model), placement_of(model)
     expected = dict(decoder_layers(dense)[1].named_parameters())
     with place.layer(1), place.layer(1):
@@ -104,10 +99,10 @@ def test_generation_settings_come_from_the_files(tmp_path: Path) -> None:
     # Without a file of their own they may stand in the config, whose class drops them.
     for file, settings_of in (("generation_config.json", {}), ("config.json", config)):
         (export / file).write_text(json.dumps(settings_of | {"repetition_penalty": 1.5}))
-        models = [load_model(settings(export, one), 0).model for one in ("device", "disk")]
+        models = [load_model(local(export, placement=one), 0).model for one in ("device", "disk")]
         on_device, on_disk = (measure_perplexity(model, windows, 32) for model in models)
         assert on_device == on_disk
-        source = dense_source(settings(export, "device"), 0)
+        source = dense_source(local(export, placement="device"), 0)
         generations = [*(model.generation_config for model in models), source.generation]
         assert {one.repetition_penalty for one in generations if one} == {1.5}
         (export / "generation_config.json").unlink(missing_ok=True)
@@ -125,8 +120,8 @@ def test_files_without_the_models_tensors_are_not_read_by_layer(tmp_path: Path, 
         state["lm_head.weight"] += 1
         save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"^model\.placement=disk"):
-        load_model(settings(folder, "disk"), 0)
-    loaded = load_model(settings(folder, "host"), 0).model
+        load_model(local(folder, placement="disk"), 0)
+    loaded = load_model(local(folder, placement="host"), 0).model
     assert torch.equal(loaded.get_output_embeddings().weight, state["lm_head.weight"])
 
 
@@ -174,7 +169,7 @@ def test_every_stage_gives_the_same_model(tmp_path: Path, checkpoint: Path, meth
 def test_a_weight_is_rearranged_and_replaced(
     checkpoint: Path, tmp_path: Path, placement: str
 ) -> None:
-    model = load_model(settings(checkpoint, placement), 0).model
+    model = load_model(local(checkpoint, placement=placement), 0).model
     place, linear = placement_of(model), linear_at(model, "model.layers.1.mlp.down_proj")
 
     def weight() -> Tensor:
@@ -205,7 +200,7 @@ def test_a_weight_is_rearranged_and_replaced(
 def test_a_graph_keeps_the_weights_that_it_was_made_with(checkpoint: Path, placement: str) -> None:
     gradients = []
     for one in ("device", placement):
-        model = load_model(settings(checkpoint, one), 0).model
+        model = load_model(local(checkpoint, placement=one), 0).model
         place, linear = placement_of(model), linear_at(model, "model.layers.0.mlp.up_proj")
         states = torch.ones(2, linear.in_features, requires_grad=True)
         with place.layer(0):
@@ -222,7 +217,8 @@ def test_a_graph_keeps_the_weights_that_it_was_made_with(checkpoint: Path, place
 def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(settings(saved("llama", tmp_path, num_hidden_layers=4), "host"), 0).model
+    folder = saved("llama", tmp_path, num_hidden_layers=4)
+    model = load_model(local(folder, placement="host"), 0).model
     place, seen = placement_of(model), list[str]()
     assert isinstance(place, Offloaded)
     read = place._values
@@ -258,7 +254,7 @@ def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_compute
 )
 def test_a_file_that_was_damaged_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = saved("llama", tmp_path)
-    model = load_model(settings(folder, "disk"), 0).model
+    model = load_model(local(folder, placement="disk"), 0).model
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     file = folder / index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
     damage(file)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from unittest.mock import Mock
 
 import pytest
@@ -25,7 +21,6 @@ from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
 from permllm.runtime.precision import products_in
-from permllm.runtime.signals import ending_signals
 from permllm.sparsity.blocks import split_blocks
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Progress, Stage
@@ -147,27 +142,15 @@ def test_flips_are_the_share_of_channels_that_moved_since_the_last_step(
     assert min(flips[2], flips[4]) > 0  # the first steps of epochs
 
 
-def test_an_interruption_that_python_drops_ends_learning_after_the_step() -> None:
+def test_an_interruption_that_python_drops_ends_learning_after_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     steps: list[int] = []
-
-    class Dropped:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def on_step(step: int, _: dict[str, float]) -> None:
-        steps.append(step)
-        Dropped()
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
-    try:
-        with (
-            mock.patch.object(sys, "unraisablehook"),
-            ending_signals(),
-            pytest.raises(KeyboardInterrupt),
-        ):
-            lcp(init="random", epochs=3).orders(problem(on_step=on_step))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    dropped = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr("permllm.training.trainer.raise_if_interrupted", dropped)
+    learning = problem(on_step=lambda step, _: steps.append(step))
+    with pytest.raises(KeyboardInterrupt):
+        lcp(init="random", epochs=3).orders(learning)
     assert steps == [0]
 
 

@@ -19,7 +19,6 @@ from tests.settings.test_config import composed, config
 
 PLAN = ("plan=true", "plan_on=h100")
 QWEN = "model=qwen2.5-7b"
-WOULD = ["mask=lowrank", "method=order-folded"]
 
 
 def minutes(*words: str, place: str = "device") -> dict[str, float]:
@@ -36,29 +35,6 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
         assert part in said
     assert "permutations learn 28 layers at a time, 28 in all" in said
     assert not (tmp_path / "runs").exists()
-
-
-FOLDABLE = [QWEN, "permutation.constraint=foldable"]
-EIGHT = "permutation.layers_per_stage=8"
-STAYS = "residual_stream stays at its start"
-
-
-@pytest.mark.parametrize(
-    ("words", "said", "unsaid"),
-    [
-        (["model=tiny"], "host", "disk"),  # a random model has no files
-        ([QWEN, EIGHT], "permutations learn 8 layers at a time, 28 in all", "residual"),
-        (FOLDABLE, "residual_stream", STAYS),
-        ([*FOLDABLE, EIGHT], STAYS, "learn 28"),
-    ],
-)
-def test_the_plan_says_what_learns_together(
-    words: list[str], said: str, unsaid: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_plan(planned(*words, *PLAN))
-    printed = capsys.readouterr().out
-    assert said in printed
-    assert unsaid not in printed
 
 
 def test_a_placement_that_does_not_fit_is_not_called_chosen(

@@ -24,7 +24,8 @@ from permllm.settings.config import NMPattern
 from permllm.store.directory import Record, RunDirectory
 from permllm.store.files import PRUNED_LAYERS
 from tests.conftest import tiny_model
-from tests.models.test_offload import saved, settings
+from tests.models.test_bad_checkpoints import local
+from tests.models.test_offload import saved
 from tests.problems import Interrupt, pruned, same, tokens
 from tests.settings.test_config import config
 
@@ -101,7 +102,7 @@ def test_what_was_found_for_a_model_that_is_read_from_disk_is_read_from_there(
     folder = saved("llama", tmp_path / "checkpoint", num_hidden_layers=3)
 
     def on_disk() -> torch.nn.Module:
-        return load_model(settings(folder, "disk"), 0).model
+        return load_model(local(folder, placement="disk"), 0).model
 
     whole = attempt(None, method, Orders())
     with pytest.raises(Interrupt):

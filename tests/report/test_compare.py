@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from permllm.cli import call
 from permllm.report.compare import paired
-from permllm.report.read import collect
-from permllm.report.table import Table, find, table_of
+from permllm.report.table import Table, find
 from permllm.store.files import read_json, write_json
-from tests.kept import evaluation, make_run
+from tests.kept import PERPLEXITY, evaluation, make_run, table_below
 
-PERPLEXITY = "wikitext2 perplexity (window 2048)"
 TASKS = ("rte", "piqa")
 HEADER = ["measure", "permutation=lcp", "permutation=none", "difference", "over"]
 Numbers = NDArray[np.float64]
@@ -38,7 +36,7 @@ def scored(folder: Path, nats: Numbers, tasks: dict[str, Numbers], **settings: A
 
 
 def rows_of(folder: Path) -> tuple[Table, int, int]:
-    table = table_of(collect([folder]).runs)
+    table = table_below(folder)
     names = ("permutation=lcp", "permutation=none")
     return table, *(find(table.labels, name, "--compare") for name in names)
 
@@ -114,7 +112,7 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(
     for name, runs in made.items():
         for seed, nats in enumerate(runs):
             make_run(tmp_path / f"{name}{seed}", 0.0, evaluation(nats), permutation=name, seed=seed)
-    table = table_of(collect([tmp_path]).runs)
+    table = table_below(tmp_path)
     rows = {table.labels.at[row, "permutation"]: row for row in range(3)}
 
     def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
@@ -175,10 +173,10 @@ def test_other_windows_of_a_text_are_another_column_within_a_model(tmp_path: Pat
         if permutation != "heuristic":  # as in a record of version 1
             write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
     expected = {PERPLEXITY, f"{PERPLEXITY}, windows 0", f"{PERPLEXITY}, windows 1"}
-    names = {name for name in table_of(collect([tmp_path]).runs).kinds if "perplexity" in name}
+    names = {name for name in table_below(tmp_path).kinds if "perplexity" in name}
     assert names == expected
     scored(tmp_path / "heuristic", nats, tasks, permutation="heuristic", model="another")
-    one = table_of(collect([tmp_path / "lcp", tmp_path / "heuristic"]).runs)
+    one = table_below(tmp_path / "lcp", tmp_path / "heuristic")
     assert {name for name in one.kinds if "perplexity" in name} == {PERPLEXITY}
 
 

@@ -22,13 +22,19 @@ from safetensors.numpy import save_file
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.report.plots import dense_lines, plot_masks, points
-from permllm.report.read import collect
 from permllm.report.report_command import as_run
-from permllm.report.table import DENSE_ROW, Table, table_of
+from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
-from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
+from tests.kept import (
+    PERPLEXITY,
+    THREE_RUNS,
+    as_folder,
+    evaluation,
+    make_run,
+    record,
+    table_below,
+)
 
-PERPLEXITY = "wikitext2 perplexity (window 2048)"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ERRANDS = ("background-networking", "component-update", "sync")
 # No window, no sandbox (containers have none), and none of the browser's own errands.
@@ -36,10 +42,6 @@ ARGUMENTS = [
     f"--{word}" for word in ("no-sandbox", "disable-gpu", *(f"disable-{name}" for name in ERRANDS))
 ]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-
-
-def table_below(*folders: Path) -> Table:
-    return table_of(collect(folders).runs)
 
 
 def write_masks(folder: Path, layers: int = 5, rows: int = 24, channels: int = 32) -> None:
@@ -138,20 +140,15 @@ def test_pictures_have_the_format_of_a_suffix(
         assert message in capsys.readouterr().err
 
 
-def test_masks_are_those_of_the_run(tmp_path: Path) -> None:
-    write_masks(make_run(tmp_path / "a"))
+def test_masks_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a")
+    write_masks(run)
     table = table_below(tmp_path)
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
     assert caption in (tmp_path / "masks.svg").read_text()
     with pytest.raises(ConfigError, match="--linear"):
         plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
-
-
-def test_masks_that_cannot_be_read_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path / "run")
     (run / "masks.safetensors").write_bytes(b"\xff" * 100)
     assert call("report", [str(run), "--masks", str(tmp_path / "masks.png")]) == 1
     assert "masks.safetensors cannot be read: " in capsys.readouterr().err
@@ -207,19 +204,6 @@ def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> 
         assert column(page, PERPLEXITY) == ["48.00"]
         page.get_by_label("Search").fill("nothing like this")
         assert "No matching records" in page.locator("#table tbody").inner_text()
-
-
-def test_a_point_says_what_it_is(browser: Any, tmp_path: Path) -> None:
-    make_run(tmp_path / "runs" / "lcp", 20.0, seconds={"permute": 60.0})
-    make_run(tmp_path / "runs" / "none", 40.0, permutation="none", seconds={"permute": 6.0})
-    with opened(browser, tmp_path / "runs") as page:
-        section = page.locator("#quality")
-        assert section.locator(".scatterlayer .point").count() == 2
-        section.locator(".scatterlayer .trace").last.scroll_into_view_if_needed()
-        section.locator(".scatterlayer .point").first.hover(force=True)
-        section.locator(".hoverlayer text").first.wait_for()
-        said = " ".join(section.locator(".hoverlayer text").all_text_contents())
-        assert ("1.0 min" if "lcp" in said else "0.1 min") in said
 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from permllm.errors import ConfigError
 from permllm.runtime import parallel
 from permllm.runtime.signals import CONTINUES
 from permllm.store.directory import RunDirectory, run_directory
-from permllm.store.files import read_json
+from permllm.store.files import read_json, read_lines
 from permllm.store.sweep import read_outcomes, share_gpus
 from permllm.store.tensors import load_masks, load_state
 from permllm.training import trainer as training
@@ -55,10 +54,6 @@ def ranks(
         return list(pool.map(run, range(processes)))
 
 
-def losses_of(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "history.jsonl").read_text().splitlines()]
-
-
 def check_equal(single: Path, several: Path, of_weights: float = 1e-12) -> None:
     """Compare the tensors and the losses of two runs.
 
@@ -70,7 +65,10 @@ def check_equal(single: Path, several: Path, of_weights: float = 1e-12) -> None:
         alone, together = load_file(file), load_file(several / file.relative_to(single))
         differs = of_weights if file.parent.name == "weights" else 1e-12
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=differs)
-    assert losses_of(several) == pytest.approx(losses_of(single), rel=0, abs=1e-12)
+    losses = [
+        [line["loss"] for line in read_lines(run / "history.jsonl")] for run in (several, single)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-12)
 
 
 def test_two_ranks_continue_a_run_to_what_one_process_learns(

@@ -157,12 +157,3 @@ def test_where_nobody_reads_a_job_goes_on_and_where_the_disk_is_full_a_command_s
     assert error.startswith("error: ")
     assert "No space left on device" in error
     assert error.count("\n") == 1
-
-
-def test_a_help_is_quiet_where_nobody_reads(tmp_path: Path) -> None:
-    process = started(tmp_path, "--help")
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.wait(timeout=200) == 141
-    assert process.stderr.read() == ""

@@ -60,18 +60,6 @@ def test_the_landscape_has_the_gap_of_each_published_row() -> None:
         assert found[7] == f"{100 * share:.1f}%"
 
 
-def test_the_landscape_names_each_perplexity_of_wanda_that_is_published() -> None:
-    text = (LANDSCAPE / "README.md").read_text(encoding="utf-8")
-    with (LANDSCAPE / "landscape.csv").open(encoding="utf-8") as file:
-        values = {
-            row["reference"]
-            for row in csv.DictReader(file)
-            if (row["model"], row["reference_method"]) == ("LLaMA-2-7B", "Wanda")
-        }
-    (said,) = re.findall(r"Wanda on LLaMA-2-7B has a perplexity of ([\d., or]+), by", text)
-    assert set(re.findall(r"\d+\.\d+", said)) == values
-
-
 def test_our_rows_of_the_landscape_are_those_of_the_frontier() -> None:
     ours = {"../frontier/minutes-10.jsonl": "masks frontier/weights"}
     shown = landscape(LANDSCAPE, "landscape.csv", "Wanda", **ours)

@@ -238,6 +238,7 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
         ("pruner._target_=mine.Wanda", False),
         ("model.device=cuda", False),
         ("model.terms=x model.accept_terms=true", True),
+        ("model.base_model=some/model", True),
         ("keep_dense=[0,-1]", False),
     ],
 )
@@ -268,10 +269,12 @@ def test_what_a_method_does_not_use_is_no_part_of_the_identity(permutation: str)
 
 def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> None:
     base = config("model=tiny").evaluation_identity
+    assert "tasks" not in base
     batches = ["evaluation.perplexity.batch_tokens=1", "evaluation.lm_eval.batch_size=1"]
     assert config("model=tiny", *batches).evaluation_identity == base
     asked = [["evaluation.tasks=[rte]", *more] for more in ([], ["evaluation.lm_eval.limit=2"])]
     asked += [["evaluation.tasks=[rte]", "evaluation.lm_eval.add_bos_token=false"]]
+    asked += [[f"evaluation.tasks={{rte: {{{own}}}}}"] for own in ("limit: 9", "num_fewshot: 5")]
     values = ("seqlen=32", "limit=1", "dataset=boolq-passages", "dataset=null")
     asked += [[f"evaluation.perplexity.{value}"] for value in values]
     for name in ("one", "two"):
@@ -301,17 +304,6 @@ def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
     assert chosen.evaluation.lm_eval.add_bos_token is False
 
 
-def test_an_option_of_calibration_says_how_the_papers_code_draws_windows() -> None:
-    for words, sampling in (
-        (["calibration=c4"], "documents"),
-        (["calibration=pile"], "documents"),
-        (["calibration=wikitext2"], "overlapping"),
-        # By its name alone a text is drawn from as the chosen option says.
-        (["model=tiny", "calibration.dataset=c4"], "disjoint"),
-    ):
-        assert config(*words).calibration.sampling == sampling
-
-
 def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
     held_out, small = (config(f"evaluation={option}") for option in ("held-out", "small"))
     assert held_out.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
@@ -320,21 +312,6 @@ def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
     assert held_out.evaluation.perplexity.limit == quick.evaluation.perplexity.limit == 32
     alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
     assert alone.evaluation_identity == small.evaluation_identity
-
-
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        ("permutation=heuristic mask=score", "tiny-wanda-heuristic-score-2x4"),
-        (
-            "permutation=heuristic mask=score reconstruction=distill",
-            "tiny-wanda-heuristic-score-distill-2x4",
-        ),
-        ("model=hub model.hub_name=owner/Some-1.5B permutation=none", "Some-1.5B-wanda-none-2x4"),
-    ],
-)
-def test_a_run_is_named_by_its_methods_and_its_pattern(words: str, name: str) -> None:
-    assert config("model=tiny", *words.split()).name == name
 
 
 @pytest.mark.parametrize(
@@ -353,6 +330,8 @@ def test_options_that_replace_those_of_a_method_are_found(
     assert replaced_options(method, chosen) == replaced
 
 
-def test_a_model_of_the_hub_needs_its_name() -> None:
+def test_a_model_of_the_hub_needs_its_name_and_gives_it_to_runs() -> None:
     with pytest.raises(ConfigError, match=r"^model=hub needs model\.hub_name=OWNER/NAME"):
         config("model=hub")
+    words = ("model=hub", "model.hub_name=owner/Some-1.5B", "permutation=none")
+    assert config(*words).name == "Some-1.5B-wanda-none-2x4"

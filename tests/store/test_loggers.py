@@ -21,7 +21,7 @@ from permllm.report.measures import flat_figures
 from permllm.settings.config import read_config
 from permllm.store.files import WANDB_ID, read_json, read_lines
 from permllm.store.loggers import RunLogger, _WandB, described, open_logger
-from tests.conftest import run_module
+from tests.conftest import run_python
 from tests.settings.test_config import composed
 
 GROUP = "table6-1a2b3c4d"
@@ -31,7 +31,7 @@ def offline_runs(folder: Path) -> list[list[dict[str, Any]]]:
     """Return the records of each run, as wandb's own command prints them."""
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        printed = run_module("wandb", "leet", "inspect", str(file), "--json")
+        printed = run_python("-m", "wandb", "leet", "inspect", str(file), "--json")
         assert printed.returncode == 0, printed.stderr
         found.append([json.loads(line) for line in printed.stdout.splitlines()])
     return found
@@ -262,15 +262,6 @@ def test_mlflow_has_tags_settings_curves_and_final_numbers(
     assert run.data.metrics.items() >= numbers_of(metrics).items()
     history = read_lines(directory / "history.jsonl")
     assert losses == [(number, entry["loss"]) for number, entry in enumerate(history, 1)]
-
-
-def test_a_finished_run_is_not_logged_again(
-    finished: tuple[dict[str, Any], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "permllm")
-    assert run_with("tensorboard", finished[1].parent) == finished
-    assert "is finished already; force=true runs and logs it again" in caplog.text
-    assert not (finished[1] / "tensorboard").exists()
 
 
 def test_force_is_a_new_run_for_the_loggers(

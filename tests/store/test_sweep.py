@@ -236,11 +236,3 @@ def test_a_search_minimises_the_perplexity_or_the_error() -> None:
     several = {"a": {"value": 2.0}, "b": {"value": 8.0}}
     assert objective(metrics | {"perplexity": {"sparse": several}}) == pytest.approx(4.0)
     assert objective({}) == float("inf")
-
-
-def test_a_sweep_over_models_on_different_texts_is_refused(tmp_path: Path) -> None:
-    words = ("-m", "model=tiny,smollm2-135m", "permutation=none", "logger=none", "plan=true")
-    (error,) = run_command(*words, cwd=tmp_path).stderr.splitlines()
-    assert error.startswith("error: the models of this sweep have different texts")
-    assert "model=tiny builtin and builtin; model=smollm2-135m boolq-passages" in error
-    assert not (tmp_path / "runs").exists()

@@ -17,11 +17,11 @@ from permllm.models.families import (
     after_layers,
     decoder_layers,
 )
-from permllm.models.head import Head, tokens_at_a_time
+from permllm.models.head import Head
 from permllm.training import losses
 from permllm.training.losses import cosine_loss, head_divergence
 from tests.conftest import tiny_model
-from tests.problems import CPU, random, tokens
+from tests.problems import random, tokens
 
 
 def last_states(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,14 +31,6 @@ def last_states(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     logits = model(input_ids=ids).logits
     handle.remove()
     return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]), logits
-
-
-def test_the_heads_weight_is_rounded_once() -> None:
-    head = Head(tiny_model("llama"))
-    rounded = head.weight_in(torch.bfloat16)
-    assert torch.equal(rounded, head.weight.to(torch.bfloat16))
-    assert head.weight_in(torch.bfloat16) is rounded
-    assert head.weight_in(torch.float32).data_ptr() == head.weight.data_ptr()
 
 
 def test_cosine_loss_against_its_formula() -> None:
@@ -90,18 +82,6 @@ def test_the_divergence_is_compiled_where_that_pays(monkeypatch: pytest.MonkeyPa
     for asked, count in ((None, 9), (False, 11), (None, 11), (True, 9)):
         losses.loss_named("kl", model, count, asked)(torch.zeros(1), torch.zeros(1))
     assert [form is losses._divergence for form in seen] == [True, True, False, False]
-
-
-def test_a_large_vocabulary_has_the_logits_of_fewer_tokens_at_a_time() -> None:
-    sizes = [49_152, 151_936, 262_144]
-    assert [tokens_at_a_time(size, 5000) for size in sizes] == [5000, 5000, 256]
-    assert [tokens_at_a_time(size, 128) for size in [*sizes, 10**9]] == [128, 128, 128, 1]
-
-
-def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows() -> None:
-    for vocabulary, count in ((32_000, 1024), (152_064, 220), (262_144, 128)):
-        assert losses.chunk_of(torch.device("cuda"), vocabulary) == count
-        assert losses.chunk_of(CPU, vocabulary) == 128
 
 
 # The others cap their logits (Gemma 2) or scale them (Granite).
