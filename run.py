@@ -2,7 +2,7 @@
 
 import sys
 
-from permllm.cli import run
+from permllm.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_command())

@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["run"]:
         sys.argv = ["permllm run", *words[1:]]  # Hydra reads it
-        return run()
+        return run_command()
     if words and words[0] in COMMANDS:
         return call(words[0], words[1:])
     parser = argparse.ArgumentParser(
@@ -165,7 +165,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 _ARGUMENTS = {"export": _export, "verify": _verify, "bench": _bench}
 
 
-def run() -> int:
+def run_command() -> int:
     """Run the job or the sweep of the command line (`sys.argv`) and return the exit code."""
     if sys.platform == "win32":
         print("error: a job needs Linux or macOS; on Windows use WSL", file=sys.stderr)

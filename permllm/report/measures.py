@@ -115,7 +115,7 @@ def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -
     if len(accuracies) > 1:
         measures.append(_average(accuracies))
     beginning = DENSE if which == "dense" else ""
-    ending = FP8 if "weights" in evaluation["evaluation"] else ""
+    ending = FP8 if "weights" in _part(evaluation, "evaluation") else ""
     return [replace(measure, name=f"{beginning}{measure.name}{ending}") for measure in measures]
 
 

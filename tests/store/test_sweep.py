@@ -100,7 +100,7 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line(
     monkeypatch.setattr("hydra.main", lambda **_: lambda job: launch)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     with suppress(error):  # one of ours is seen whole
-        assert cli.run() == 1
+        assert cli.run_command() == 1
     said = capsys.readouterr().err
     assert ("error: Gone: job 7 was killed\nfor its memory\n" in said) == (module != "somewhere")
 
