@@ -8,7 +8,7 @@ path of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `ml
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup
 from permllm.settings.config import NMPattern
 
@@ -64,8 +64,12 @@ def recorded_groups(
         patterns: as `differing_patterns`.
 
     Raises:
+        DataError: the model lacks a linear of `patterns`.
         ConfigError: linears that read the same channels have different patterns.
     """
+    unknown = patterns.keys() - {path for group in groups for path in group.members}
+    if unknown:
+        raise DataError(f"its patterns name {min(unknown)}, but the model has no such linear")
     dense = {path for path, text in patterns.items() if text == DENSE}
     others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
     return _without_dense(groups, pattern, dense, others)
