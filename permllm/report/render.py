@@ -179,7 +179,7 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     lines = {
         "sparsity": f"{patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, "
         f"{sparsity['violations']} violations, {retained:.2%} of the saliency retained)",
-        "time": f"{sum(seconds.values()) / 60:.1f} min ({stages})",
+        "time": f"{_duration(sum(seconds.values()))} ({stages})",
         "memory": memory,
         "files": directory,
     }
@@ -206,6 +206,10 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
     counts = Counter(job.outcome for job in jobs)
     outcomes = [name for name in ("ran", "skipped", "failed") if counts[name]]
     terminal().print(", ".join(f"{counts[name]} {name}" for name in outcomes))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:
