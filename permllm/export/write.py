@@ -241,15 +241,15 @@ class _StoredTensors:
         is_pruned = path in self._pruned
         if is_pruned:
             tensor = self._source.weight(path, tensor)
-        cast = tensor.to(self.dtype)
-        if not all_finite(cast):
+        tensor = tensor.to(self.dtype)
+        if not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite in {self.dtype}")
         if is_pruned:
-            if not cast.any(-1).all():
+            if not tensor.any(-1).all():
                 self.zero_rows.add(path)
             # Turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
-            cast = cast + 0.0
-        return self._stored.apply(name, cast)
+            tensor = tensor + 0.0
+        return self._stored.apply(name, tensor)
 
 
 def write_shards(
