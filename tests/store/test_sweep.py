@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from permllm import cli
 from permllm.cli import objective
-from permllm.errors import ConfigError
+from permllm.errors import SHORT_ERRORS, ConfigError
 from permllm.report.read import collect
 from permllm.settings.composition import SWEEP_VARIABLE
 from permllm.store import sweep
@@ -98,7 +98,8 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line(
         raise error("job 7 was killed\nfor its memory\n")
 
     monkeypatch.setattr("hydra.main", lambda **_: lambda job: launch)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    for variable in ("HYDRA_FULL_ERROR", SHORT_ERRORS):  # which the command sets
+        monkeypatch.setenv(variable, "1")
     with suppress(error):  # one of ours is seen whole
         assert cli.run_command() == 1
     said = capsys.readouterr().err
