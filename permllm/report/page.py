@@ -128,6 +128,10 @@ def _quality(table: Table, measure: str) -> str:
     form = ".0%" if kind in ("accuracy", "share") else ""
     figure.update_yaxes(title_text=escape(table.heading(measure)), tickformat=form)
     figure.update_xaxes(title_text=MINUTES)
+    # Below the axes, because the name of a row may be as long as the page is wide.
+    rows = len(figure.data)
+    legend = {"orientation": "v", "yanchor": "top", "y": -0.2, "x": 0}
+    figure.update_layout(legend=legend, height=520 + 20 * rows, margin_b=120 + 20 * rows)
     return str(
         figure.to_html(
             full_html=False,
