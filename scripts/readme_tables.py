@@ -35,7 +35,7 @@ from permllm.report.read import Run, collect
 from permllm.report.render import as_text, markdown, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
-from permllm.settings.config import NMPattern, flatten
+from permllm.settings.config import METHOD_GROUPS, NMPattern, flatten
 from permllm.sparsity.two_of_four import window_count
 from permllm.store.files import RECORDS, write_text
 from scripts.memory_table import gigabytes, memory
@@ -43,12 +43,11 @@ from scripts.provenance import machine, processor
 
 _BLOCK = re.compile(r"(<!-- view: ([^\n]*) -->\n).*?(<!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
-_METHODS = ("pruner", "permutation", "mask", "reconstruction")
 # Settings that tell rows with other methods apart.
-_OF_METHODS = [f"{group}.name" for group in _METHODS]
+_OF_METHODS = [f"{group}.name" for group in METHOD_GROUPS]
 _OF_METHODS += ["permutation.constraint", "reconstruction.start"]
 # `ablation`: settings that make a result, but for these endings of their keys.
-_OF_RESULT = ("block_size", "compute_dtype", "calibration", *_METHODS)
+_OF_RESULT = ("block_size", "compute_dtype", "calibration", *METHOD_GROUPS)
 _LEFT_OUT = ("permutation.block_size", "compile", "path", "_target_")
 
 
@@ -306,7 +305,7 @@ def _differing(run: Run) -> Iterator[str]:
     """Give what sets a run apart from `python run.py budget.epochs=3` with its methods."""
     if path := run.config["permutation"].get("path"):
         yield f"the order of `{path.rpartition('-')[2]}`"
-    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in _METHODS))
+    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in METHOD_GROUPS))
     ours = flatten({group: run.config[group] for group in _OF_RESULT})
     ours["compute_dtype"] = run.metrics.get("compute_dtype", "float32")
     ours["permutation.loss"] = ours.get("permutation.loss") or "kl"

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 from permllm.export.serve import COMMAND, READERS, SETTINGS
 from permllm.report.measures import patterns_text, result_rows
 from permllm.runtime.version import __version__
+from permllm.settings.config import METHOD_GROUPS
 
 # Versions of transformers with the same logits for a small random model of each family.
 _TRIED = "Tried with transformers 4.57.6 and 5.24.0."
@@ -50,8 +51,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         base_model=model.get("base_model") or model.get("hub_name"),
         tags=["sparse", summary["sparsity"], "permllm"],
     )
-    groups = ("pruner", "permutation", "mask", "reconstruction")
-    methods = ", ".join(f"{group} {config[group]['name']}" for group in groups)
+    methods = ", ".join(f"{group} {config[group]['name']}" for group in METHOD_GROUPS)
     lines = [
         "---",
         metadata.to_yaml(),

@@ -18,14 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
-from permllm.settings.config import RunConfig, read_config
+from permllm.settings.config import METHOD_GROUPS, RunConfig, read_config
 
 log = logging.getLogger(__name__)
 
 # Variable with the name of the sweep. The processes of launchers get it, and conf/config.yaml uses
 # it for hydra.sweep.dir.
 SWEEP_VARIABLE = "PERMLLM_SWEEP"
-_METHOD_GROUPS = ("pruner", "permutation", "mask", "reconstruction")
 ONE_PLACE = "are the same setting: give one of them"
 
 # Hydra 1.4 has only one version base, and asks which classes settings may name. They may name any
@@ -93,7 +92,7 @@ def job_config(composed: DictConfig) -> RunConfig:
     merged: Any = OmegaConf.merge(composed, _directories(composed, hydra_config))
     config = read_config(merged)
     choices = hydra_config.runtime.choices
-    for group in _METHOD_GROUPS:
+    for group in METHOD_GROUPS:
         name = getattr(config, group).get("name")
         if name != choices.get(group, name):
             raise ConfigError(f"{group}={choices[group]}: its `name` is {name}; expected the same")

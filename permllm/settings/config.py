@@ -45,6 +45,8 @@ from permllm.settings.values import (
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Placement = Literal["device", "sharded", "host", "disk"]
 PLACEMENTS = get_args(Placement)  # the fastest first
+# Groups of `conf/` whose options are methods, in the order in which a job reads them.
+METHOD_GROUPS = ("pruner", "permutation", "mask", "reconstruction")
 # Models of the package index; the first is the default.
 WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
