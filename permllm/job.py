@@ -122,7 +122,7 @@ def _complete(
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
 
-    with _logs(config, methods, record) as logger, half_products(dtype, device):
+    with _logs(config, methods, record, device) as logger, half_products(dtype, device):
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
         with record.stage("load", device):
@@ -198,7 +198,9 @@ def _prepared_device(config: RunConfig) -> torch.device:
 
 
 @contextmanager
-def _logs(config: RunConfig, methods: Methods, record: RunDirectory) -> Iterator[RunLogger]:
+def _logs(
+    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
+) -> Iterator[RunLogger]:
     """Write the log file and the environment of a run, and open its logger, in rank 0."""
     if parallel.rank():
         yield NO_LOGGER
@@ -206,7 +208,6 @@ def _logs(config: RunConfig, methods: Methods, record: RunDirectory) -> Iterator
     directory = record.directory
     with job_log(directory / LOG), open_logger(config, directory, methods.learned) as logger:
         if not record.pruned:
-            device = resolve_device(config.model.device)
             write_json(directory / ENVIRONMENT, environment(config.seed, device))
         yield logger
 
@@ -216,7 +217,8 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
     model = meta_model(config.model)
     groups = checked_groups(config, methods, model)
     if config.export.serve:
-        groups_on_kernels(model, config.sparsity, differing_patterns(groups.every, groups.pruned))
+        patterns = differing_patterns(groups.every, groups.pruned)
+        groups_on_kernels(model.config.model_type, groups.every, config.sparsity, patterns)
     return Footprint(config, model, methods, groups, device)
 
 

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup, channel_groups
+from permllm.models.families import ChannelGroup
 from permllm.models.selection import DENSE
 from permllm.settings.config import ExportConfig, NMPattern
 
@@ -79,25 +77,24 @@ def check_serve(settings: ExportConfig) -> None:
 
 
 def groups_on_kernels(
-    model: PreTrainedModel, pattern: str, patterns: Mapping[str, str]
+    model_type: str, groups: list[ChannelGroup], pattern: str, patterns: Mapping[str, str]
 ) -> list[ChannelGroup]:
     """Return the channel groups that fit the FP8 kernels for 2:4, and warn of 2:4 ones that do not.
 
     Args:
-        model: the model; may be on the meta device.
+        model_type: type of the model in its config.
+        groups: all its channel groups.
         pattern: N:M of linears that are not in `patterns`.
         patterns: N:M, or `dense`, by linear.
 
     Raises:
         ConfigError: vLLM cannot run this kind of model on the kernels, or no group fits them.
     """
-    model_type = model.config.model_type
     if model_type in _THROUGH_TRANSFORMERS:
         raise ConfigError(
             f"export.serve=vllm: vLLM runs {model_type} through its Transformers backend, whose "
             "activations have three dimensions, and the kernels take two; leave export.serve out"
         )
-    groups = channel_groups(model)
     fitting: list[ChannelGroup] = []
     unfit: list[ChannelGroup] = []
     for group in groups:
@@ -133,20 +130,19 @@ def _is_two_of_four(text: str) -> bool:
 
 
 def serving(
-    model: PreTrainedModel, fitting: list[ChannelGroup], zero_rows: AbstractSet[str]
+    groups: list[ChannelGroup], fitting: list[ChannelGroup], zero_rows: AbstractSet[str]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the content of the file `SETTINGS`, and numbers of linears as vLLM joins them.
 
     Args:
-        model: the model; may be on the meta device.
-        fitting: groups that fit the kernels.
+        groups: all channel groups of the model.
+        fitting: those that fit the kernels.
         zero_rows: linears whose weight has a row of zeros, which stay dense. The scale of such a
             row is 0, and its product with any input NaN.
 
     Returns:
         The content, and the numbers: `sparse`, on the kernels, and `all`.
     """
-    groups = channel_groups(model)
     sparse = [group.name for group in fitting if zero_rows.isdisjoint(group.members)]
     without_scale = [group.name for group in fitting if group.name not in sparse]
     if without_scale:

@@ -168,7 +168,7 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     fitting: list[ChannelGroup] = []
     if settings.serve:  # before the weights, because it may fail
         check_serve(settings)
-        fitting = groups_on_kernels(model, sparsity["pattern"], patterns)
+        fitting = groups_on_kernels(model.config.model_type, groups, sparsity["pattern"], patterns)
     tensors = _StoredTensors(source, stored, groups, getattr(torch, str(settings.dtype)))
     _write_settings(source.dense, stored, tensors.dtype, folder)
     planned = tensors.planned()
@@ -185,7 +185,7 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     if patterns:
         summary["patterns"] = patterns
     if settings.serve:
-        content, summary["served"] = serving(model, fitting, tensors.zero_rows)
+        content, summary["served"] = serving(groups, fitting, tensors.zero_rows)
         write_json(folder / SETTINGS, content)
         files.append(SETTINGS)
     summary["sha256"] = {name: file_sha256(folder / name) for name in files}

@@ -19,7 +19,7 @@ from permllm.evaluation.fp8 import rounded
 from permllm.export.serve import COMMAND, KERNELS, SETTINGS, groups_on_kernels, serving
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.job import export_of, run
-from permllm.models.families import linear_at
+from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
 from permllm.settings.config import ExportConfig, NMPattern, read_config
@@ -221,7 +221,9 @@ REAL = ("llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b", "smollm2-135m")
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     model = meta_model(config(f"model={name}").model)
-    settings, counts = serving(model, groups_on_kernels(model, "2:4", {}), set())
+    groups = channel_groups(model)
+    fitting = groups_on_kernels(model.config.model_type, groups, "2:4", {})
+    settings, counts = serving(groups, fitting, set())
     assert counts["sparse"] == counts["all"] > 0
     assert list(settings["_data"]["fqn_to_config"].values()) == [KERNELS]
 
