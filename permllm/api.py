@@ -35,7 +35,7 @@ from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import composed, conf_directory, replaced_options
-from permllm.settings.config import ExportConfig, PerplexityConfig, read_config
+from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
@@ -107,19 +107,6 @@ def prune(
     groups = checked_groups(config, methods, model)
     # Nothing asks for the tokenizer if texts are tokens.
     loaded = LoadedModel(model, tokenizer, "", config.model.bos)  # type: ignore[arg-type]
-
-    def windows() -> Tensor:
-        if isinstance(texts, Tensor):
-            tokens = texts.cpu().clone()  # a tensor of inference mode cannot have gradients
-        else:
-            settings = config.calibration
-            text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
-            tokens = calibration_windows(
-                loaded.tokenizer, text, settings, config.seed, loaded.bos, further
-            )
-        check_windows("texts", tokens, model)
-        return tokens
-
     record = Record()
     if model.device.type == "cpu":
         keep_freed_memory()
@@ -134,10 +121,11 @@ def prune(
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
+        record.keep_products(products)
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
-        pruned = prune_model(job, windows())
+        pruned = prune_model(job, _windows(texts, loaded, config, further))
     report = {
         "name": config.name,
         "config_hash": config.hash,
@@ -147,6 +135,19 @@ def prune(
     result = Pruned(pruned.orders, pruned.masks, report)
     setattr(model, _PRUNED, (result, tokenizer, config.resolved))
     return result
+
+
+def _windows(texts: Texts, loaded: LoadedModel, config: RunConfig, further: int) -> Tensor:
+    """Return the windows to calibrate on and `further` windows, int64 `(windows, seqlen)`."""
+    if isinstance(texts, Tensor):
+        return texts.cpu().clone()  # a tensor of inference mode cannot have gradients
+    settings = config.calibration
+    text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
+    windows = calibration_windows(
+        loaded.tokenizer, text, settings, config.seed, loaded.bos, further
+    )
+    check_windows("texts", windows, loaded.model)
+    return windows
 
 
 def perplexity(

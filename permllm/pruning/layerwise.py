@@ -325,7 +325,6 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     weights = sum(group.weights for group in job.groups.pruned)
     nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     return {
-        "compute_dtype": str(job.products).removeprefix("torch."),
         "sparsity": {
             "pattern": str(job.config.pattern),
             **({"patterns": patterns} if patterns else {}),
