@@ -55,7 +55,7 @@ class Pruned(NamedTuple):
     """Result of `prune`.
 
     Attributes:
-        orders: permutations by channel group, int64 `(C_in,)`: `weight[:, order]` is N:M.
+        permutations: by channel group, int64 `(C_in,)`: `weight[:, permutation]` is N:M.
         masks: masks by the path of a linear, bool `(C_out, C_in)`, original channel order, on the
             CPU; True: the weight is kept.
         report: plain values, named as in `metrics.json`: sparsity and violations, saliency retained
@@ -63,7 +63,7 @@ class Pruned(NamedTuple):
             with one entry for each epoch of learning.
     """
 
-    orders: dict[str, Tensor]
+    permutations: dict[str, Tensor]
     masks: Mapping[str, Tensor]
     report: dict[str, Any]
 
@@ -132,7 +132,7 @@ def prune(
         **record.metrics,
         "history": record.history,
     }
-    result = Pruned(pruned.orders, pruned.masks, report)
+    result = Pruned(pruned.permutations, pruned.masks, report)
     setattr(model, _PRUNED, (result, tokenizer, config.resolved))
     return result
 
@@ -241,7 +241,7 @@ def save(
     )
     # Training may have changed the dtype since.
     config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
-    pruned = PrunedSource(source, config, result.report, result.orders, weight)
+    pruned = PrunedSource(source, config, result.report, result.permutations, weight)
     settings = {"form": form or "none", "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
     return write_checkpoint(pruned, validated(ExportConfig, settings, "export"), Path(folder))
 

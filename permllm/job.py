@@ -179,7 +179,7 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     with job.record.stage("prune", device):
         pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
         if permutations is None:
-            job.record.keep(PERMUTATIONS, pruned.orders, save_tensors)
+            job.record.keep(PERMUTATIONS, pruned.permutations, save_tensors)
         if masks is None:
             job.record.keep(MASKS, pruned.masks, save_masks)
         record_pruning(job, pruned)

@@ -24,7 +24,7 @@ from permllm.export.verify import verify
 from permllm.job import run
 from permllm.models.families import linear_at
 from permllm.store.files import read_lines
-from permllm.store.tensors import load_masks, load_orders
+from permllm.store.tensors import load_masks, load_permutations
 from tests.conftest import ROOT, tiny_model
 from tests.settings.test_config import config
 
@@ -74,9 +74,9 @@ def test_it_finds_what_the_command_finds(
 
     found = permllm.prune(model, tokenizer, texts=[TEXT], **settings)
 
-    orders = load_orders(tmp_path / "run" / "permutations.safetensors")
-    assert orders.keys() == found.orders.keys()
-    assert all(torch.equal(order, found.orders[name]) for name, order in orders.items())
+    orders = load_permutations(tmp_path / "run" / "permutations.safetensors")
+    assert orders.keys() == found.permutations.keys()
+    assert all(torch.equal(order, found.permutations[name]) for name, order in orders.items())
     masks = load_masks(tmp_path / "run" / "masks.safetensors")
     assert all(torch.equal(masks[path], mask) for path, mask in found.masks.items())
     for key in ("sparsity", "retained_saliency", "output_error", "moved_channels", "compute_dtype"):
@@ -151,7 +151,7 @@ def test_how_the_caller_has_left_gradients_changes_nothing(tokenizer: ByT5Tokeni
             model.config.return_dict = False
         with torch.inference_mode(kind == "left"):
             learned = {"reconstruction": "distill"} | SMALL
-            orders = permllm.prune(model, tokenizer, texts=[TEXT], **learned).orders
+            orders = permllm.prune(model, tokenizer, texts=[TEXT], **learned).permutations
         found.append(dict(model.state_dict()) | orders)
         assert model.is_gradient_checkpointing == (kind == "checkpointing")
     for other in found[1:]:
@@ -382,5 +382,5 @@ def test_the_lines_of_the_documents_work(
     found: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "documents": [TEXT]}
     exec(lines, found)
     assert found["report"]["sparsity"]["violations"] == 0
-    assert found["orders"].keys() == found["report"]["retained_saliency"].keys()
+    assert found["permutations"].keys() == found["report"]["retained_saliency"].keys()
     assert verify(tmp_path / "my-model")["passed"]

@@ -78,7 +78,7 @@ def calibration_windows(
         DataError: the text cannot be downloaded or read, or is too short.
     """
     first = bos_of(tokenizer, bos)
-    order = random.Random(seed)
+    generator = random.Random(seed)
     piece = config.seqlen if first is None else config.seqlen - 1
     count = config.samples + further
     tokens_of = partial(encode, tokenizer, special=first is None)
@@ -86,20 +86,20 @@ def calibration_windows(
     def draw() -> Tensor:
         documents = text.calibration(seed)
         if config.sampling == "documents":
-            windows = _of_documents(documents, tokens_of, piece, count, order)
+            windows = _of_documents(documents, tokens_of, piece, count, generator)
         else:
-            part = _part_of(documents, piece * count, order)
+            part = _part_of(documents, piece * count, generator)
             if config.sampling == "overlapping":
-                windows = _overlapping(tokens_of(" ".join(part)), piece, count, order)
+                windows = _overlapping(tokens_of(" ".join(part)), piece, count, generator)
             else:
-                order.shuffle(part)
-                windows = _disjoint(tokens_of("\n\n".join(part)), piece, config, further, order)
+                generator.shuffle(part)
+                windows = _disjoint(tokens_of("\n\n".join(part)), piece, config, further, generator)
         return begun(torch.stack(windows), first)
 
     return parallel.on_main(draw)
 
 
-def _part_of(documents: Sequence[str], tokens: int, order: random.Random) -> list[str]:
+def _part_of(documents: Sequence[str], tokens: int, generator: random.Random) -> list[str]:
     """Return all documents of a small text, or random pieces of a large one.
 
     Tokenising a text of a gigabyte would take minutes and tens of gigabytes.
@@ -107,7 +107,7 @@ def _part_of(documents: Sequence[str], tokens: int, order: random.Random) -> lis
     Args:
         documents: the text.
         tokens: number of tokens that the windows take.
-        order: generator, which a small text does not use.
+        generator: generator, which a small text does not use.
     """
     wanted = max(_SMALL_TEXT, _CHARACTERS_A_TOKEN * tokens)
     if sum(map(len, documents)) <= wanted:
@@ -115,7 +115,7 @@ def _part_of(documents: Sequence[str], tokens: int, order: random.Random) -> lis
     pieces = [
         text[start : start + _PIECE] for text in documents for start in range(0, len(text), _PIECE)
     ]
-    order.shuffle(pieces)
+    generator.shuffle(pieces)
     part = []
     for piece in pieces:
         part.append(piece)
@@ -126,7 +126,7 @@ def _part_of(documents: Sequence[str], tokens: int, order: random.Random) -> lis
 
 
 def _disjoint(
-    tokens: Tensor, piece: int, config: CalibrationConfig, further: int, order: random.Random
+    tokens: Tensor, piece: int, config: CalibrationConfig, further: int, generator: random.Random
 ) -> list[Tensor]:
     """Draw windows that do not overlap."""
     needed = (config.samples + further) * piece
@@ -136,15 +136,15 @@ def _disjoint(
             f"windows (calibration.samples) of calibration.seqlen={config.seqlen} need {needed}: "
             f"the text has {len(tokens) // piece} such windows"
         )
-    offset = order.randrange(len(tokens) % piece + 1)
+    offset = generator.randrange(len(tokens) % piece + 1)
     places = range(offset, len(tokens) - piece + 1, piece)
-    starts = order.sample(places, config.samples)
+    starts = generator.sample(places, config.samples)
     if further:
-        starts += order.sample(sorted(set(places) - set(starts)), further)
+        starts += generator.sample(sorted(set(places) - set(starts)), further)
     return [tokens[start : start + piece] for start in starts]
 
 
-def _overlapping(tokens: Tensor, piece: int, count: int, order: random.Random) -> list[Tensor]:
+def _overlapping(tokens: Tensor, piece: int, count: int, generator: random.Random) -> list[Tensor]:
     """Draw windows at random places.
 
     The released code of SparseGPT, Wanda, RIA and PermLLM does so for WikiText-2.
@@ -154,7 +154,7 @@ def _overlapping(tokens: Tensor, piece: int, count: int, order: random.Random) -
             f"the calibration text has {len(tokens)} tokens, but calibration.sampling=overlapping "
             f"with calibration.seqlen needs at least {piece + 1}"
         )
-    starts = [order.randint(0, len(tokens) - piece - 1) for _ in range(count)]
+    starts = [generator.randint(0, len(tokens) - piece - 1) for _ in range(count)]
     return [tokens[start : start + piece] for start in starts]
 
 
@@ -163,7 +163,7 @@ def _of_documents(
     tokens_of: Callable[[str], Tensor],
     piece: int,
     count: int,
-    order: random.Random,
+    generator: random.Random,
 ) -> list[Tensor]:
     """Draw each window at a random place of a random document; a document may be drawn again.
 
@@ -177,12 +177,12 @@ def _of_documents(
                 f"none of the {len(short)} documents for calibration has more than the {piece} "
                 "tokens that a window of calibration.seqlen takes"
             )
-        index = order.randint(0, len(documents) - 1)
+        index = generator.randint(0, len(documents) - 1)
         if index in short:
             continue
         tokens = tokens_of(documents[index])
         if len(tokens) > piece:
-            start = order.randint(0, len(tokens) - piece - 1)
+            start = generator.randint(0, len(tokens) - piece - 1)
             windows.append(tokens[start : start + piece])
         else:
             short.add(index)

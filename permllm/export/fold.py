@@ -1,6 +1,6 @@
 """Stored order of a checkpoint's tensors: permuted rows and columns, and gathered activations.
 
-A permutation is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M. The
+A permutation is an index vector, and its linear is stored as `W[:, permutation]`, which is N:M. The
 inputs of the linear must be permuted in the same way:
 
 - `folded`: the rows of earlier weights and biases are permuted, or the norms and embeddings of the
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
 from permllm.models.head import head_path
-from permllm.permutation.foldable import RESIDUAL, foldable, local_order
+from permllm.permutation.foldable import RESIDUAL, foldable, local_permutation
 
 
 @dataclass
@@ -47,18 +47,18 @@ class StoredOrder:
 
 
 def first_form(
-    groups: list[ChannelGroup], orders: dict[str, Tensor]
+    groups: list[ChannelGroup], permutations: dict[str, Tensor]
 ) -> Literal["folded", "gathered"]:
     """Return `folded` if all permutations fold, else `gathered`."""
     try:
-        foldable([group for group in groups if group.name in orders], orders)
+        foldable([group for group in groups if group.name in permutations], permutations)
     except ConfigError:
         return "gathered"
     return "folded"
 
 
 def stored_order(
-    form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
+    form: str, model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
 ) -> StoredOrder:
     """Return the stored order of a model.
 
@@ -66,29 +66,35 @@ def stored_order(
         form: `simulate`, `folded` or `gathered`.
         model: the model; may be on the meta device.
         groups: all channel groups of the model, whether pruned or not.
-        orders: permutations of the pruned groups, int64 `(C_in,)`, by group. Other groups that read
-            the same channels are stored in the same permutation.
+        permutations: permutations of the pruned groups, int64 `(C_in,)`, by group. Other groups
+            that read the same channels are stored in the same order.
 
     Raises:
         ConfigError: the form is `folded`, and a permutation does not fold.
     """
     if form == "simulate":
         return StoredOrder()
-    return _folded(model, groups, orders) if form == "folded" else _gathered(model, groups, orders)
+    return (
+        _folded(model, groups, permutations)
+        if form == "folded"
+        else _gathered(model, groups, permutations)
+    )
 
 
-def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
-    shared = foldable([group for group in groups if group.name in orders], orders)
+def _folded(
+    model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
+) -> StoredOrder:
+    shared = foldable([group for group in groups if group.name in permutations], permutations)
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
     stream = shared.get(RESIDUAL)
     for group in groups:
         if not group.table.folds:  # `foldable` has checked that it has no permutation
             continue
-        order = orders.get(group.name) if group.table.producers else stream
-        if order is not None:
-            stored.columns |= {f"{path}.weight": order for path in group.members}
-            _put_producers(stored, parameters, group, shared.get(group.name, order))
+        permutation = permutations.get(group.name) if group.table.producers else stream
+        if permutation is not None:
+            stored.columns |= {f"{path}.weight": permutation for path in group.members}
+            _put_producers(stored, parameters, group, shared.get(group.name, permutation))
     if stream is not None:
         _put_stream(stored, parameters, model, stream)
     return stored
@@ -116,27 +122,30 @@ def _put_stream(
 
 
 def _put_producers(
-    stored: StoredOrder, parameters: dict[str, nn.Parameter], group: ChannelGroup, order: Tensor
+    stored: StoredOrder,
+    parameters: dict[str, nn.Parameter],
+    group: ChannelGroup,
+    permutation: Tensor,
 ) -> None:
     """Permute the rows of a group's producers that are its channels."""
     for producer, part in group.table.produced():
         for name in (f"{group.prefix}{producer}.weight", f"{group.prefix}{producer}.bias"):
             if name in parameters:
-                rows = produced_rows(len(parameters[name]), part, order)
+                rows = produced_rows(len(parameters[name]), part, permutation)
                 stored.rows[name] = stored.rows[name][rows] if name in stored.rows else rows
 
 
 def _gathered(
-    model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
+    model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
 ) -> StoredOrder:
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
-    for group in (group for group in groups if group.name in orders):
-        order = orders[group.name]
-        stored.columns |= {f"{path}.weight": order for path in group.members}
-        absorbed = local_order(group).shared(order) if group.table.producers else None
+    for group in (group for group in groups if group.name in permutations):
+        permutation = permutations[group.name]
+        stored.columns |= {f"{path}.weight": permutation for path in group.members}
+        absorbed = local_permutation(group).shared(permutation) if group.table.producers else None
         if absorbed is not None:
             _put_producers(stored, parameters, group, absorbed)
-        elif not torch.equal(order, torch.arange(len(order))):
-            stored.gathers |= {group.prefix + path: order for path in group.table.readers}
+        elif not torch.equal(permutation, torch.arange(len(permutation))):
+            stored.gathers |= {group.prefix + path: permutation for path in group.table.readers}
     return stored

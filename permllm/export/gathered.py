@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from permllm.errors import DataError, printable
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.store.files import write_json
-from permllm.store.tensors import load_orders, save_tensors
+from permllm.store.tensors import load_permutations, save_tensors
 
 ORDERS = "gathers.safetensors"
 _ORDER = "input_order"
@@ -74,13 +74,15 @@ class GatheredForCausalLM:
         )
         place = {key: options.get(key) for key in _PLACE}
         file = Path(str(cached_file(checkpoint, ORDERS, **place)))
-        stored = load_orders(file)
-        orders = {name.removesuffix(f".{_ORDER}"): order for name, order in stored.items()}
-        if other := sorted(orders.keys() ^ set(config.gathers or ())):
+        stored = load_permutations(file)
+        permutations = {
+            name.removesuffix(f".{_ORDER}"): permutation for name, permutation in stored.items()
+        }
+        if other := sorted(permutations.keys() ^ set(config.gathers or ())):
             raise DataError(
                 f"{file} and config.json do not both name the input of {printable(other[0])}"
             )
-        _attach(loaded[0] if isinstance(loaded, tuple) else loaded, orders, file)
+        _attach(loaded[0] if isinstance(loaded, tuple) else loaded, permutations, file)
         return loaded
 
 
@@ -99,20 +101,25 @@ def permuted_names(groups: Iterable[ChannelGroup], gathers: Collection[str]) -> 
     }
 
 
-def write_gathered(folder: Path, config: PreTrainedConfig, orders: Mapping[str, Tensor]) -> None:
+def write_gathered(
+    folder: Path, config: PreTrainedConfig, permutations: Mapping[str, Tensor]
+) -> None:
     """Turn a dense model's checkpoint into a gathered one.
 
     Args:
         folder: folder of the checkpoint; its `config.json` is replaced.
         config: config of the dense model.
-        orders: permutations `(channels,)` of modules' inputs, by path of the module.
+        permutations: permutations `(channels,)` of modules' inputs, by path of the module.
     """
     dense = json.loads(config.to_json_string())
     # Renamed, because a class of transformers accepts a nested config with its own `model_type`.
     dense["dense_type"] = dense.pop("model_type")
-    own = {"model_type": _MODEL_TYPE, "hidden_size": _HINT, "gathers": sorted(orders)}
+    own = {"model_type": _MODEL_TYPE, "hidden_size": _HINT, "gathers": sorted(permutations)}
     write_json(folder / "config.json", own | {"dense_config": dense})
-    stored = {f"{path}.{_ORDER}": order.to(torch.int32) for path, order in orders.items()}
+    stored = {
+        f"{path}.{_ORDER}": permutation.to(torch.int32)
+        for path, permutation in permutations.items()
+    }
     save_tensors(folder / ORDERS, stored)
 
 
@@ -127,20 +134,20 @@ def leave_out_gathers(model: nn.Module) -> None:
         module._forward_pre_hooks.clear()
 
 
-def _attach(model: PreTrainedModel, orders: Mapping[str, Tensor], file: Path) -> None:
+def _attach(model: PreTrainedModel, permutations: Mapping[str, Tensor], file: Path) -> None:
     """Add a gather to each module, and let `save_pretrained` write a gathered checkpoint."""
     groups = channel_groups(model)
     readers = {
         group.prefix + path: group.channels for group in groups for path in group.table.readers
     }
-    for path, order in orders.items():
-        if readers.get(path) != len(order):
+    for path, permutation in permutations.items():
+        if readers.get(path) != len(permutation):
             raise DataError(
-                f"{file}: {printable(path)} has no input of {len(order)} channels to gather"
+                f"{file}: {printable(path)} has no input of {len(permutation)} channels to gather"
             )
         module = model.get_submodule(path)
         device = next(module.parameters()).device
-        module.register_buffer(_ORDER, order.to(device, torch.int32), persistent=False)
+        module.register_buffer(_ORDER, permutation.to(device, torch.int32), persistent=False)
         module.register_forward_pre_hook(_gather, with_kwargs=True)
     model.save_pretrained = partial(_save, model)  # type: ignore[method-assign]
 
@@ -153,17 +160,17 @@ def _save(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
     # transformers would apply `_NAMES` backwards, to every weight.
     options |= {"state_dict": renamed, "save_original_format": False}
     type(model).save_pretrained(model, folder, **options)
-    orders = {path: module.get_buffer(_ORDER) for path, module in modules.items()}
-    write_gathered(Path(folder), model.config, orders)
+    permutations = {path: module.get_buffer(_ORDER) for path, module in modules.items()}
+    write_gathered(Path(folder), model.config, permutations)
 
 
 def _gather(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    order = module.get_buffer(_ORDER)
+    permutation = module.get_buffer(_ORDER)
     if args:
-        return (args[0].index_select(-1, order), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, order)}
+        return (args[0].index_select(-1, permutation), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, permutation)}
 
 
 def register() -> None:

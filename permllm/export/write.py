@@ -54,7 +54,7 @@ class PrunedSource:
         dense: the dense model.
         config: resolved settings of the run.
         metrics: metrics of the run, as in `metrics.json`.
-        orders: permutations, int64 `(C_in,)`, by channel group.
+        permutations: permutations, int64 `(C_in,)`, by channel group.
         weight: function that returns the pruned weight of a linear, in original channel order, for
             its path and its dense weight.
     """
@@ -62,7 +62,7 @@ class PrunedSource:
     dense: DenseSource
     config: dict[str, Any]
     metrics: dict[str, Any]
-    orders: dict[str, Tensor]
+    permutations: dict[str, Tensor]
     weight: Callable[[str, Tensor], Tensor]
 
 
@@ -95,7 +95,7 @@ def export_run(
         model.revision = metrics["model"].split(":")[2]
     dense = dense_source(model, config["seed"])
     pruned = PrunedTensors(directory, metrics, dense.identity)
-    source = PrunedSource(dense, config, metrics, pruned.orders, pruned.weight)
+    source = PrunedSource(dense, config, metrics, pruned.permutations, pruned.weight)
     return write_checkpoint(source, settings, target, overwrite)
 
 
@@ -161,10 +161,10 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     groups = channel_groups(model)
     settings = replace(
         settings,
-        form=first_form(groups, source.orders) if settings.form == "none" else settings.form,
+        form=first_form(groups, source.permutations) if settings.form == "none" else settings.form,
         dtype=settings.dtype or source.config["model"]["dtype"],
     )
-    stored = stored_order(settings.form, model, groups, source.orders)
+    stored = stored_order(settings.form, model, groups, source.permutations)
     fitting: list[ChannelGroup] = []
     if settings.serve:  # before the weights, because it may fail
         check_serve(settings)

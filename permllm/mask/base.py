@@ -32,12 +32,14 @@ class FoundMask(Mask, ABC):
     found_dense = "mask"
 
     @abstractmethod
-    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def masks(
+        self, problem: LearningProblem, permutations: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
         """Return the masks by linear, bool `(C_out, C_in)` on the CPU, in original channel order.
 
         Args:
             problem: model, text and targets.
-            orders: permutations, int64 `(C_in,)` on the CPU by channel group.
+            permutations: permutations, int64 `(C_in,)` on the CPU by channel group.
         """
 
 

@@ -41,7 +41,7 @@ class RefinedMask(FoundMask):
 
     @override
     @torch.no_grad()
-    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
+    def masks(self, problem: LearningProblem, permutations: Mapping[str, Tensor]) -> PackedMasks:
         """Refine the masks of all linears, layer by layer."""
         stream = LayerStream(problem.model, problem.calibration, problem.calibration_batch_size)
         masks = PackedMasks()
@@ -50,18 +50,23 @@ class RefinedMask(FoundMask):
                 stream.advance(layer)
             for group in groups:
                 pattern = problem.pattern_of(group)
-                order = orders[group.name].to(problem.device)
-                gram = statistics[group.name][Gram].value[order][:, order]
+                permutation = permutations[group.name].to(problem.device)
+                gram = statistics[group.name][Gram].value[permutation][:, permutation]
                 weights = [linear_at(problem.model, path).weight for path in group.members]
                 saliencies = (problem.saliency_of(path) for path in group.members)
-                start = [permuted_nm_mask(score, order, pattern) for score in saliencies]
+                start = [permuted_nm_mask(score, permutation, pattern) for score in saliencies]
                 # Linears that read the same channels are refined together, which takes fewer
                 # operations. Products in half precision would give wrong exchanges.
                 with products_in(gram.dtype, problem.device):
                     mask = refined_mask(
-                        torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern
+                        torch.cat(weights)[:, permutation],
+                        torch.cat(start)[:, permutation],
+                        gram,
+                        pattern,
                     )
-                parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
+                parts = (
+                    mask[:, permutation.argsort()].cpu().split([len(weight) for weight in weights])
+                )
                 masks.update(zip(group.members, parts, strict=True))
         return masks
 

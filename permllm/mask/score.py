@@ -100,10 +100,12 @@ class ScoreMask(LearningSettings, LearnedMask):
         return LearningPlan(spans, parameters, self.kind.keeps_masked)
 
     @override
-    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
+    def masks(self, problem: LearningProblem, permutations: Mapping[str, Tensor]) -> PackedMasks:
         """Learn the masks of all linears, stage by stage."""
         schedule = StageSchedule(self, problem, "mask", MASK_CHECKPOINT)
-        orders = {name: order.to(problem.device) for name, order in orders.items()}
+        permutations = {
+            name: permutation.to(problem.device) for name, permutation in permutations.items()
+        }
         packed: dict[str, Tensor] = {}
         if schedule.state is not None:
             packed = _on_cpu(schedule.state["learner"]["earlier"])
@@ -112,12 +114,12 @@ class ScoreMask(LearningSettings, LearnedMask):
             if path in packed:
                 return unpacked_mask(packed[path], linear_at(problem.model, path).weight.shape)
             saliency = problem.saliency_of(path)
-            return permuted_nm_mask(saliency, orders[group.name], problem.pattern_of(group))
+            return permuted_nm_mask(saliency, permutations[group.name], problem.pattern_of(group))
 
         pruned = {group.layer for group in problem.groups}
         for stage in schedule.stages(lambda span: not pruned.isdisjoint(span), mask_of):
             groups = [group for group in problem.groups if group.layer in stage.layers]
-            with self.masked_linears(problem, groups, orders, stage) as linears:
+            with self.masked_linears(problem, groups, permutations, stage) as linears:
                 learner = MaskLearner(problem, groups, linears, packed)
                 schedule.train(stage, learner)
                 packed |= learner.best
@@ -130,7 +132,7 @@ class ScoreMask(LearningSettings, LearnedMask):
         self,
         problem: LearningProblem,
         groups: list[ChannelGroup],
-        orders: Mapping[str, Tensor],
+        permutations: Mapping[str, Tensor],
         stage: Stage,
     ) -> AbstractContextManager[dict[str, ScoreLinear]]:
         """Replace the linears of a stage by masked linears inside the returned context.
@@ -141,17 +143,19 @@ class ScoreMask(LearningSettings, LearnedMask):
         generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
 
         def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
-            return weight.t()[orders[group.name]].t()
+            return weight.t()[permutations[group.name]].t()
 
         def original(group: ChannelGroup, weight: Tensor) -> Tensor:
-            return weight.t()[orders[group.name].argsort()].t().contiguous()
+            return weight.t()[permutations[group.name].argsort()].t().contiguous()
 
         def masked_linear(group: ChannelGroup, path: str, linear: nn.Linear) -> ScoreLinear:
-            perm = orders[group.name]
-            factors = problem.factors_of(path).permuted(perm)
+            permutation = permutations[group.name]
+            factors = problem.factors_of(path).permuted(permutation)
             scores = self.scores(permuted(group, linear.weight.data), factors, generator)
-            identity = torch.equal(perm, torch.arange(len(perm), device=perm.device))
-            moved = None if identity else perm
+            identity = torch.equal(
+                permutation, torch.arange(len(permutation), device=permutation.device)
+            )
+            moved = None if identity else permutation
             return ScoreLinear(linear, scores, problem.pattern_of(group), moved, kernels)
 
         return replaced_linears(problem.model, groups, masked_linear, permuted, original)
@@ -183,7 +187,7 @@ class MaskLearner(Learner):
         self.earlier = dict(earlier)
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
-        self.gathers = any(linear.perm is not None for linear in linears.values())
+        self.gathers = any(linear.permutation is not None for linear in linears.values())
         self.masked_weights = sum(
             linear.linear.weight.numel()
             for linear in linears.values()

@@ -81,8 +81,8 @@ class ScoreLinear(nn.Module):
         linear: the layer; its weight `(C_out, C_in)` is permuted and gets no gradient.
         scores: scores that choose the mask, permuted like the weight.
         pattern: N:M.
-        perm: int64 `(C_in,)`, the permutation (`weight[:, perm]` of the dense model); None: the
-            identity.
+        permutation: int64 `(C_in,)`, of the dense model's columns (`weight[:, permutation]`); None:
+            the identity.
         kernels: kernels of the elementwise work.
     """
 
@@ -91,15 +91,15 @@ class ScoreLinear(nn.Module):
         linear: nn.Linear,
         scores: Scores,
         pattern: NMPattern,
-        perm: Tensor | None = None,
+        permutation: Tensor | None = None,
         kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.scores = scores
         self.pattern = pattern
-        self.perm = perm
-        self.inverse = None if perm is None else perm.argsort()
+        self.permutation = permutation
+        self.inverse = None if permutation is None else permutation.argsort()
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class _ScoreProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: ScoreLinear, *parameters: Tensor) -> Tensor:
         """Multiply `x (tokens, C_in)`."""
-        states = _columns_at(x, module.perm, product_dtype(x))
+        states = _columns_at(x, module.permutation, product_dtype(x))
         weight = module.linear.weight  # kept, as the layer may leave the device before backward
         masked_t = module.masked_weight_t(weight, states.dtype)
         ctx.save_for_backward(states, masked_t if module.scores.keeps_masked else None, weight)
@@ -162,11 +162,11 @@ class _ScoreProduct(torch.autograd.Function):
         return grad_x, None, *module.scores.of_parameters(of_scores)
 
 
-def _columns_at(states: Tensor, perm: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return `states[:, perm]` in a dtype, for states `(tokens, C)`; None: all columns."""
-    if perm is not None:
+def _columns_at(states: Tensor, permutation: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return `states[:, permutation]` in a dtype, for states `(tokens, C)`; None: all columns."""
+    if permutation is not None:
         # torch gathers columns in half precision five times slower than in float32 on a CPU.
         if states.device.type == "cpu" and states.dtype.itemsize < 4:
             states = states.float()
-        states = states.index_select(1, perm)
+        states = states.index_select(1, permutation)
     return states.to(dtype)

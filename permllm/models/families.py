@@ -318,17 +318,17 @@ def _heads(model: nn.Module, prefix: str, table: GroupTable) -> tuple[int, int]:
     return heads, query // heads
 
 
-def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
+def produced_rows(rows: int, part: Part, permutation: Tensor) -> Tensor:
     """Return an index of a producer's rows, int64 `(rows,)`, that permutes its channels.
 
     Args:
         rows: number of rows of the producer.
         part: part of the rows that are the channels.
-        order: the permutation, int64 `(channels,)`.
+        permutation: the permutation, int64 `(channels,)`.
     """
-    start = rows - len(order) if part == "last" else 0
-    index = torch.arange(rows, device=order.device)
-    index[start : start + len(order)] = order + start
+    start = rows - len(permutation) if part == "last" else 0
+    index = torch.arange(rows, device=permutation.device)
+    index[start : start + len(permutation)] = permutation + start
     return index
 
 

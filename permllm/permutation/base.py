@@ -22,8 +22,8 @@ class Permutation(Method, ABC):
     """Base of all methods, which permute the channel groups of the whole dense model.
 
     Attributes:
-        local: the method has `order`, which finds the permutation of one channel group from its
-            saliency alone, also if this saliency is not the dense model's.
+        local: the method has `permutation`, which finds that of one channel group from its saliency
+            alone, also if this saliency is not the dense model's.
         searches: the method searches for permutations by `permllm.permutation.heuristic`.
         constraint: constraint of the permutations (see `permllm.permutation.foldable`); None:
             unknown until they are found.
@@ -34,7 +34,7 @@ class Permutation(Method, ABC):
     constraint: Constraint | None = "free"
 
     @abstractmethod
-    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutations, int64 `(C_in,)` on the CPU, by group."""
 
     def norm_tokens(self, window: int) -> int:
@@ -52,7 +52,7 @@ class LocalPermutation(Permutation):
     local = True
 
     @abstractmethod
-    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Return the permutation of a group, int64 `(C_in,)`.
 
         Args:
@@ -62,13 +62,15 @@ class LocalPermutation(Permutation):
         """
 
     @override
-    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutation of each group by its saliency in the dense model."""
-        orders = {}
+        permutations = {}
         for group in problem.groups:
             scores = torch.cat([problem.saliency_of(path) for path in group.members])
-            orders[group.name] = self.order(group.name, scores, problem.pattern_of(group))
-        return orders
+            permutations[group.name] = self.permutation(
+                group.name, scores, problem.pattern_of(group)
+            )
+        return permutations
 
 
 class Identity(LocalPermutation):
@@ -77,12 +79,12 @@ class Identity(LocalPermutation):
     constraint = "foldable"  # the identity always folds
 
     @override
-    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Return the identity."""
         return torch.arange(saliency.shape[1])
 
     @override
-    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return identities, without computing a saliency."""
         return {group.name: torch.arange(group.channels) for group in problem.groups}
 
@@ -98,22 +100,26 @@ class LearnedPermutation(Permutation):
         """Return the plan for a model with these pruned groups and this number of layers."""
 
 
-def checked_order(config: RunConfig, group: ChannelGroup, order: object) -> Tensor:
+def checked_permutation(config: RunConfig, group: ChannelGroup, permutation: object) -> Tensor:
     """Return a permutation that a method has found, on the CPU.
 
     Args:
         config: settings of the run, which name the method.
         group: the channel group.
-        order: result of the method.
+        permutation: result of the method.
 
     Raises:
         ConfigError: the result is no int64 permutation of the channels.
     """
-    actual = type(order).__name__
-    if isinstance(order, Tensor):
-        if order.dtype == torch.int64 and is_permutation(order) and len(order) == group.channels:
-            return order.cpu()
-        actual = f"{order.dtype} {tuple(order.shape)}"
+    actual = type(permutation).__name__
+    if isinstance(permutation, Tensor):
+        if (
+            permutation.dtype == torch.int64
+            and is_permutation(permutation)
+            and len(permutation) == group.channels
+        ):
+            return permutation.cpu()
+        actual = f"{permutation.dtype} {tuple(permutation.shape)}"
     raise ConfigError(
         f"permutation={config.permutation.get('name')}: the permutation of {group.name} is "
         f"{actual}; expected int64 ({group.channels},) with each channel once"

@@ -26,7 +26,7 @@ RESIDUAL = "residual_stream"
 
 
 @dataclass(frozen=True)
-class SharedOrder:
+class SharedPermutation:
     """Shared permutation and the channel groups that use it.
 
     The channels of a group are the segments of the shared permutation, each `repeats` times in a
@@ -56,14 +56,14 @@ class SharedOrder:
         """Return the blocks of the shared permutation; with `repeats`, the blocks of a group."""
         return split_blocks(self.channels * repeats, block_size, self.segment)
 
-    def expand(self, order: Tensor) -> Tensor:
+    def expand(self, permutation: Tensor) -> Tensor:
         """Return the permutation of a group, int64 `(channels * repeats,)`.
 
         Args:
-            order: the shared permutation, int64 `(channels,)`.
+            permutation: the shared permutation, int64 `(channels,)`.
         """
-        local = order.view(-1, 1, self.segment) - self._starts(1, order.device)
-        return (local + self._starts(self.repeats, order.device)).flatten()
+        local = permutation.view(-1, 1, self.segment) - self._starts(1, permutation.device)
+        return (local + self._starts(self.repeats, permutation.device)).flatten()
 
     def expand_rows(self, values: Tensor) -> Tensor:
         """Repeat values `(channels,)` of the segments to `(channels * repeats,)`."""
@@ -94,9 +94,9 @@ class SharedOrder:
         copies = saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0)
         return copies.reshape(-1, self.channels)
 
-    def shared(self, order: Tensor) -> Tensor | None:
-        """Return the shared permutation, int64 `(channels,)`, that expands to `order`, or None."""
-        copies = order.cpu().view(-1, self.repeats, self.segment)
+    def shared(self, permutation: Tensor) -> Tensor | None:
+        """Return the shared permutation, int64 `(channels,)`, of an expanded one, or None."""
+        copies = permutation.cpu().view(-1, self.repeats, self.segment)
         local = copies - self._starts(self.repeats, copies.device)
         inside = (local >= 0) & (local < self.segment)
         if not bool(inside.all()) or not bool((local == local[:, :1]).all()):
@@ -109,7 +109,9 @@ class SharedOrder:
         return starts.view(-1, repeats, 1)
 
 
-def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
+def shared_permutations(
+    groups: list[ChannelGroup], constraint: Constraint
+) -> list[SharedPermutation]:
     """Return the shared permutations of a model, sorted as their first groups run.
 
     Raises:
@@ -119,7 +121,9 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
     shared = []
     for group in groups:
         if constraint == "free":
-            shared.append(SharedOrder(group.name, group.channels, group.channels, 1, (group,)))
+            shared.append(
+                SharedPermutation(group.name, group.channels, group.channels, 1, (group,))
+            )
         elif not group.table.folds:
             raise ConfigError(
                 "permutation.constraint=foldable: no family table names weights that absorb the "
@@ -127,40 +131,45 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
                 "export=gathered"
             )
         elif group.table.producers:
-            shared.append(local_order(group))
+            shared.append(local_permutation(group))
         elif group is stream[0]:
-            shared.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
+            shared.append(SharedPermutation(RESIDUAL, group.channels, group.channels, 1, stream))
     return shared
 
 
-def orders_within(shared: list[SharedOrder], layers: range) -> list[SharedOrder]:
+def permutations_within(shared: list[SharedPermutation], layers: range) -> list[SharedPermutation]:
     """Return the permutations whose groups all lie in some layers."""
-    return [order for order in shared if order.layers[0] in layers and order.layers[-1] in layers]
+    return [
+        permutation
+        for permutation in shared
+        if permutation.layers[0] in layers and permutation.layers[-1] in layers
+    ]
 
 
-def local_order(group: ChannelGroup) -> SharedOrder:
+def local_permutation(group: ChannelGroup) -> SharedPermutation:
     """Return the shared permutation that the producers of a group absorb."""
     heads, repeats = group.heads
     channels = group.channels // repeats
     segment = channels // heads if group.table.by_head else channels
-    return SharedOrder(group.name, channels, segment, repeats, (group,))
+    return SharedPermutation(group.name, channels, segment, repeats, (group,))
 
 
-def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
+def check_segments(shared: list[SharedPermutation], pattern: NMPattern) -> None:
     """Raise ConfigError if a group of M crosses a segment, or a group of a larger M.
 
     Args:
         shared: the shared permutations.
         pattern: N:M of the groups that have no pattern of their own.
     """
-    for order in shared:
-        m = max((group.pattern or pattern).m for group in order.groups)
-        if order.segment % m:
+    for permutation in shared:
+        m = max((group.pattern or pattern).m for group in permutation.groups)
+        if permutation.segment % m:
             raise ConfigError(
-                f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} "
-                f"channels; expected a multiple of M = {m}, or permutation.constraint=free"
+                f"permutation.constraint=foldable: the heads of {permutation.name} have "
+                f"{permutation.segment} channels; expected a multiple of M = {m}, or "
+                "permutation.constraint=free"
             )
-        for group in order.groups:
+        for group in permutation.groups:
             group_pattern = group.pattern or pattern
             if m % group_pattern.m:
                 raise ConfigError(
@@ -170,38 +179,42 @@ def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
                 )
 
 
-def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:
+def expanded(shared: list[SharedPermutation], permutations: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the permutations of all groups by name; no two share memory.
 
     Args:
         shared: the shared permutations.
-        orders: their values, int64 `(channels,)`, by their names.
+        permutations: their values, int64 `(channels,)`, by their names.
     """
     return {
-        group.name: order.expand(orders[order.name]) for order in shared for group in order.groups
+        group.name: permutation.expand(permutations[permutation.name])
+        for permutation in shared
+        for group in permutation.groups
     }
 
 
-def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str, Tensor]:
+def foldable(groups: list[ChannelGroup], permutations: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the shared permutations, by name, that expand to the permutations of all groups.
 
     Raises:
         ConfigError: a permutation does not fold; the message names its group.
     """
-    permutations: dict[str, Tensor] = {}
+    folded: dict[str, Tensor] = {}
     for group in groups:
-        order = orders[group.name]
-        if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
+        permutation = permutations[group.name]
+        if not group.table.folds and not torch.equal(
+            permutation.cpu(), torch.arange(len(permutation))
+        ):
             raise _refusal(group, "its family has no table")
-    for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
+    for shared in shared_permutations([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
-            permutation = shared.shared(orders[group.name])
-            if permutation is None:
+            value = shared.shared(permutations[group.name])
+            if value is None:
                 raise _refusal(group, "it is not the same inside each head")
-            first = permutations.setdefault(shared.name, permutation)
-            if not torch.equal(first, permutation):
+            first = folded.setdefault(shared.name, value)
+            if not torch.equal(first, value):
                 raise _refusal(group, f"it is not that of {shared.groups[0].name}")
-    return permutations
+    return folded
 
 
 def _refusal(group: ChannelGroup, reason: str) -> ConfigError:

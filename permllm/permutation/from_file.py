@@ -13,7 +13,7 @@ from permllm.permutation.foldable import foldable
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.settings.values import SETTINGS
 from permllm.store.files import PERMUTATIONS
-from permllm.store.tensors import load_orders
+from permllm.store.tensors import load_permutations
 from permllm.training.problem import LearningProblem
 
 
@@ -32,27 +32,27 @@ class FromFile(LocalPermutation):
                 f"permutation.path={self.path}: no such file; expected a run directory with "
                 f"{PERMUTATIONS}, or such a file"
             )
-        self._orders = load_orders(file)
+        self._permutations = load_permutations(file)
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         """Raise ConfigError if a group has no permutation in the file, or one that cannot fold."""
         for group in groups:
-            order = self._orders.get(group.name)
-            if order is None or len(order) != group.channels:
+            permutation = self._permutations.get(group.name)
+            if permutation is None or len(permutation) != group.channels:
                 raise ConfigError(
                     f"permutation.path={self.path}: no permutation of {group.channels} channels "
                     f"for {group.name}; expected a run with this model that pruned this group"
                 )
         if config.export.form == "folded":
-            foldable(groups, self._orders)
+            foldable(groups, self._permutations)
 
     @override
-    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Return the permutation of a group out of the file."""
-        return self._orders[group]
+        return self._permutations[group]
 
     @override
-    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutations of the pruned groups, without computing a saliency."""
-        return {group.name: self._orders[group.name] for group in problem.groups}
+        return {group.name: self._permutations[group.name] for group in problem.groups}

@@ -25,7 +25,12 @@ from typing_extensions import override
 from permllm.models.families import ChannelGroup
 from permllm.models.offload import placement_of
 from permllm.permutation.base import Constraint, LocalPermutation
-from permllm.permutation.foldable import SharedOrder, check_segments, expanded, shared_orders
+from permllm.permutation.foldable import (
+    SharedPermutation,
+    check_segments,
+    expanded,
+    shared_permutations,
+)
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import free_memory
@@ -63,22 +68,22 @@ class Heuristic(LocalPermutation):
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         """Raise ConfigError if a permutation cannot fold, or M does not divide its segments."""
-        check_segments(shared_orders(groups, self.constraint), config.pattern)
+        check_segments(shared_permutations(groups, self.constraint), config.pattern)
 
     @override
-    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Search for the permutation of a group."""
-        return heuristic_order(partial(_in_one_part, saliency, pattern))
+        return heuristic_permutation(partial(_in_one_part, saliency, pattern))
 
     @override
-    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Search for all shared permutations, in all ranks together."""
-        shared = shared_orders(problem.groups, self.constraint)
-        return expanded(shared, heuristic_orders(shared, problem, "heuristic permutation"))
+        shared = shared_permutations(problem.groups, self.constraint)
+        return expanded(shared, heuristic_permutations(shared, problem, "heuristic permutation"))
 
 
-def heuristic_orders(
-    shared: list[SharedOrder], problem: LearningProblem, label: str
+def heuristic_permutations(
+    shared: list[SharedPermutation], problem: LearningProblem, label: str
 ) -> dict[str, Tensor]:
     """Search for shared permutations, segment by segment.
 
@@ -97,38 +102,41 @@ def heuristic_orders(
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
     searched = shared if placement_of(problem.model).sharded else mine
-    ahead = sorted(searched, key=lambda order: order.channels)
+    ahead = sorted(searched, key=lambda permutation: permutation.channels)
     together = parallel.share(_searches_at_once(shared, problem.device))
-    values = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
+    values = {
+        permutation.name: torch.zeros(permutation.channels, dtype=torch.int64)
+        for permutation in shared
+    }
     progress = tqdm(total=len(ahead), desc=label, unit="permutation")
     with ThreadPoolExecutor(together) as pool, progress:
         for first in range(0, len(ahead), together):
-            orders = ahead[first : first + together]
+            batch = ahead[first : first + together]
             parts: list[Parts] = []
-            for order in orders:
-                parts += segments_of(order, problem.saliency_of, problem.pattern)
-            perms = iter(_searched(parts, pool.map))
+            for permutation in batch:
+                parts += segments_of(permutation, problem.saliency_of, problem.pattern)
+            segments = iter(_searched(parts, pool.map))
             del parts  # frees the saliency before the next one is made
-            for order in orders:
-                starts = range(0, order.channels, order.segment)
-                perm = torch.cat([start + next(perms) for start in starts])
-                if order in mine:
-                    values[order.name] = perm
+            for permutation in batch:
+                starts = range(0, permutation.channels, permutation.segment)
+                value = torch.cat([start + next(segments) for start in starts])
+                if permutation in mine:
+                    values[permutation.name] = value
                 progress.update()
     parallel.all_reduce(values.values())
     return values
 
 
-def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
+def _searches_at_once(shared: list[SharedPermutation], device: torch.device) -> int:
     if device.type == "cpu":
         return 1
-    groups = [group for order in shared for group in order.groups]
+    groups = [group for permutation in shared for group in permutation.groups]
     largest = max((4 * group.channels * sum(group.rows) for group in groups), default=1)
     return max(1, min(cores(), int(_SHARE_OF_FREE * free_memory(device)) // largest))
 
 
 def segments_of(
-    shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern
+    shared: SharedPermutation, saliency_of: Callable[[str], Tensor], pattern: NMPattern
 ) -> list[Parts]:
     """Return the saliency of each segment of a shared permutation.
 
@@ -155,7 +163,7 @@ def _in_one_part(saliency: Tensor, pattern: NMPattern) -> list[tuple[Tensor, NMP
     return [(saliency, pattern)]
 
 
-def heuristic_order(saliency: Parts) -> Tensor:
+def heuristic_permutation(saliency: Parts) -> Tensor:
     """Return a permutation that retains more saliency than the identity, or the identity.
 
     Args:
@@ -183,11 +191,11 @@ class Search:
     """Search for one permutation.
 
     Args:
-        saliency: as in `heuristic_order`.
+        saliency: as in `heuristic_permutation`.
 
     Attributes:
         m: the largest M.
-        perm: int64 `(C_in,)` on the CPU, the present permutation.
+        present: int64 `(C_in,)` on the CPU, the present permutation.
     """
 
     def __init__(self, saliency: Parts) -> None:
@@ -198,7 +206,7 @@ class Search:
             sizes.append(pattern.m)
         self._saliency = saliency
         self.m = max(sizes)
-        self.perm = allocate(reduce(Tensor.add, sums), min(sizes))
+        self.present = allocate(reduce(Tensor.add, sums), min(sizes))
 
     def scores(self, position: int) -> Tensor:
         """Return `assignment_scores` for one of the `m` positions, on the CPU."""
@@ -206,27 +214,29 @@ class Search:
         return reduce(torch.add, parts).cpu()
 
     def _part_scores(self, part: Tensor, pattern: NMPattern, position: int) -> Tensor:
-        places = self.perm.view(-1, self.m)
+        places = self.present.view(-1, self.m)
         place = position % pattern.m  # position in the group of a smaller M
         inside = places[:, position - place : position - place + pattern.m].flatten()
         return assignment_scores(part, inside, place, pattern)
 
     def exchange(self, position: int, sources: Tensor) -> None:
         """Give each group the channel at `position` of its source group, int64 `(groups,)`."""
-        places = self.perm.view(-1, self.m)
+        places = self.present.view(-1, self.m)
         places[:, position] = places[sources, position]
 
     def permutation(self) -> Tensor:
         """Return the present permutation, or the identity if it retains as much saliency."""
-        identity = torch.arange(len(self.perm))
-        return self.perm if self._retained(self.perm) > self._retained(identity) else identity
+        identity = torch.arange(len(self.present))
+        if self._retained(self.present) > self._retained(identity):
+            return self.present
+        return identity
 
-    def _retained(self, perm: Tensor) -> float:
+    def _retained(self, permutation: Tensor) -> float:
         """Return the saliency that the masks of permuted channels retain."""
         retained = 0.0
         for part, pattern in self._saliency():
             for rows in part.split(_ROWS_AT_A_TIME):
-                permuted = rows[:, perm.to(rows.device)]
+                permuted = rows[:, permutation.to(rows.device)]
                 retained += saliency_sum(permuted, nm_mask(permuted, pattern))
         return retained
 
@@ -249,12 +259,14 @@ def allocate(total: Tensor, m: int) -> Tensor:
     return torch.stack(snake, dim=1).flatten().cpu()
 
 
-def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
+def assignment_scores(
+    saliency: Tensor, permutation: Tensor, position: int, pattern: NMPattern
+) -> Tensor:
     """Return the scores of moving the channels at one position among the groups.
 
     Args:
         saliency: `(rows, C_in)`.
-        perm: int64, the channels of all groups or of some groups, M for each.
+        permutation: int64, the channels of all groups or of some groups, M for each.
         position: position in each group whose channels are exchanged, from 0 to M - 1.
         pattern: N:M.
 
@@ -262,7 +274,7 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
         `(groups, groups)`. Entry (a, b) is the retained saliency of group b if the channel of group
         a takes `position` in it, minus a constant of b (the sum of its N - 1 largest others).
     """
-    places = perm.to(saliency.device).view(-1, pattern.m)
+    places = permutation.to(saliency.device).view(-1, pattern.m)
     moving = places[:, position]
     others = places[:, [place for place in range(pattern.m) if place != position]]
     scores = torch.zeros(len(places), len(places), dtype=saliency.dtype, device=saliency.device)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
-from permllm.permutation.foldable import shared_orders
+from permllm.permutation.foldable import shared_permutations
 from permllm.planning.speed import Speed
 from permllm.pruning.methods import Methods, ModelGroups
 from permllm.runtime import parallel
@@ -132,7 +132,7 @@ class Footprint:
         for group in self.groups.pruned:
             self.weights[group.pattern or config.pattern] += group.weights
         self.pruned = self.weights.total()
-        self.orders = self._plan_of(methods.permutation)
+        self.permutations = self._plan_of(methods.permutation)
         self.masks = self._plan_of(methods.mask)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
@@ -191,9 +191,9 @@ class Footprint:
             stages["search"] = self._search()
         if methods.mask.statistics:
             stages["refine masks"] = self._refine_masks()
-        if self.orders.spans:
+        if self.permutations.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            stages["learn"] = self._learn(methods.permutation, self.orders, 4, streams)
+            stages["learn"] = self._learn(methods.permutation, self.permutations, 4, streams)
         if self.masks.spans:
             waiting = self.products.itemsize if self.masks.keeps_masked else 0
             stages["learn masks"] = self._learn(methods.mask, self.masks, waiting, streams)
@@ -231,11 +231,11 @@ class Footprint:
         m = self.config.pattern.m
         seconds = 0.0
         moved = 0.0
-        searched = shared_orders(self.groups.pruned, self.methods.permutation.constraint)
-        for order in searched:
-            width = order.segment // m
-            assignments = order.channels // order.segment * m
-            rows = order.repeats * sum(sum(group.rows) for group in order.groups)
+        searched = shared_permutations(self.groups.pruned, self.methods.permutation.constraint)
+        for permutation in searched:
+            width = permutation.segment // m
+            assignments = permutation.channels // permutation.segment * m
+            rows = permutation.repeats * sum(sum(group.rows) for group in permutation.groups)
             relative = (width / _ASSIGNED_GROUPS) ** _ASSIGNMENT_POWER
             seconds += assignments * _ASSIGNMENT_SECONDS * relative
             moved += assignments * width**2 * rows * _PAIR_BYTES
@@ -377,7 +377,7 @@ class Footprint:
         if placement != "device" and self.config.evaluation.perplexity.names:  # states of a text
             states = max(states, ceil(self.measured))
         size = states * self.hidden * self.item
-        learns = self.orders.spans or self.masks.spans
+        learns = self.permutations.spans or self.masks.spans
         if self.on_a_host and not streams and learns and self.config.model.source != "random":
             # Pages of mapped files, in addition to the weights in the layout for learning.
             size += self.all_layers * self.item

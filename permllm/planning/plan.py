@@ -32,12 +32,12 @@ def print_plan(of: Footprint) -> None:
         f"The model has {of.parameters} parameters. Pruned weights: {pruned}. "
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
-    for name in of.orders.stays:
+    for name in of.permutations.stays:
         console.print(
             f"{name} stays at its start: it learns only with permutation.layers_per_stage=all "
             "and all layers"
         )
-    for what, plan in {"permutations": of.orders, "masks": of.masks}.items():
+    for what, plan in {"permutations": of.permutations, "masks": of.masks}.items():
         if plan.spans:
             console.print(f"{what} learn {plan.depth} layers at a time, {plan.layers} in all")
     console.print(_estimates(of))
@@ -55,7 +55,7 @@ def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
         str(group.pattern or of.config.pattern),
         str(group.channels),
         " + ".join(map(str, group.rows)),
-        *of.orders.columns.get(group.name, ("-", "-")),
+        *of.permutations.columns.get(group.name, ("-", "-")),
     )
 
 

@@ -28,7 +28,7 @@ class Pruner(Method, ABC):
         self,
         weight: Tensor,
         statistics: InputStatistics,
-        perm: Tensor,
+        permutation: Tensor,
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class SparseGPT(Pruner):
         self,
         weight: Tensor,
         statistics: InputStatistics,
-        perm: Tensor,
+        permutation: Tensor,
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class SparseGPT(Pruner):
         Args:
             weight: `(C_out, C_in)`, in original channel order.
             statistics: statistics of the linear's inputs, with the Gram matrix.
-            perm: permutation of the columns, int64 `(C_in,)`.
+            permutation: permutation of the columns, int64 `(C_in,)`.
             pattern: N:M of the permuted mask.
             mask: weights to keep, bool `(C_out, C_in)`, in original order. None: choose the mask
                 group by group from the weights corrected so far, by `w^2 / U_jj^2` with U the upper
@@ -55,15 +55,15 @@ class SparseGPT(Pruner):
             order.
         """
         inverse = _inverse_hessian(statistics, self.damping)
-        w = weight[:, perm].float()
+        w = weight[:, permutation].float()
         if mask is None:
             # Channels that are zero in the whole text need no weights, and groups should keep
             # others. A given mask decides itself.
-            w[:, statistics[Gram].value.diagonal()[perm] == 0] = 0.0
+            w[:, statistics[Gram].value.diagonal()[permutation] == 0] = 0.0
         # The inverse of the permuted Hessian is the permuted inverse.
-        upper = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
-        keep = None if mask is None else mask[:, perm]
-        original = perm.argsort()
+        upper = torch.linalg.cholesky(inverse[permutation][:, permutation], upper=True)
+        keep = None if mask is None else mask[:, permutation]
+        original = permutation.argsort()
         keep = prune_columns(w, upper, pattern, keep)[:, original]
         return torch.where(keep, w[:, original].to(weight.dtype), 0.0), keep
 

@@ -15,7 +15,7 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import differing_patterns
-from permllm.permutation.base import checked_order
+from permllm.permutation.base import checked_permutation
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.stages import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
@@ -55,7 +55,7 @@ class PrunedModel(PrunedLayer):
     def add(self, layer: PrunedLayer) -> None:
         """Add the result of a layer."""
         self.masks.take(layer.masks)
-        for name in ("orders", "retained", "moved", "output_error"):
+        for name in ("permutations", "retained", "moved", "output_error"):
             getattr(self, name).update(getattr(layer, name))
 
 
@@ -116,8 +116,10 @@ def prune_layers(
         with placement_of(model).layer(group.layer):
             for path in group.members:
                 weight = linear_at(model, path).weight
-                order = result.orders[group.name].to(weight.device)
-                result.violations += violations(weight, order, group.pattern or config.pattern)
+                permutation = result.permutations[group.name].to(weight.device)
+                result.violations += violations(
+                    weight, permutation, group.pattern or config.pattern
+                )
     return result
 
 
@@ -221,34 +223,36 @@ class _Layers:
         factors = self.factors
         if factors is None:
             factors = member_factors(self.model, group, pruner, statistics)
-        order = self._order(group, factors)
-        layer.orders[group.name] = order
-        layer.moved[group.name] = float((order != torch.arange(group.channels)).float().mean())
+        permutation = self._permutation(group, factors)
+        layer.permutations[group.name] = permutation
+        layer.moved[group.name] = float(
+            (permutation != torch.arange(group.channels)).float().mean()
+        )
         retained = 0.0
         total = 0.0
         for path in group.members:
             dense = linear_at(self.model, path).weight
-            perm = order.to(dense.device)
+            columns = permutation.to(dense.device)
             scores = saliency(dense, factors[path].to(dense.device))
             mask = None
             new = None
             if self.masks is not None:
                 mask = self.masks[path].to(dense.device)
             if pruner.updates_weights:
-                new, mask = pruner.update(dense, statistics, perm, pattern, mask)
+                new, mask = pruner.update(dense, statistics, columns, pattern, mask)
             elif mask is None:
-                mask = permuted_nm_mask(scores, perm, pattern)
+                mask = permuted_nm_mask(scores, columns, pattern)
             layer.masks[path] = parallel.share(mask).cpu()
             if self.changes:
                 new = masked(mask, dense) if new is None else new
-                pruned = PrunedLinear(dense, new, mask, perm, pattern, statistics)
+                pruned = PrunedLinear(dense, new, mask, columns, pattern, statistics)
                 new = reconstruction.linear(pruned)
                 layer.weights[path] = parallel.share(new.to(dense.dtype))
             retained += saliency_sum(scores, mask)
             total += saliency_sum(scores)
         layer.retained[group.name] = retained / max(total, 1e-300)
 
-    def _order(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
+    def _permutation(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
         """Return the permutation of a group."""
         if self.permutations is not None:
             return self.permutations[group.name]
@@ -259,9 +263,9 @@ class _Layers:
                 weight = linear_at(self.model, path).weight
                 scores.append(saliency(weight, factors[path].to(weight.device)))
             pattern = group.pattern or job.config.pattern
-            permutation = job.methods.permutation
-            order = parallel.share(permutation.order(group.name, torch.cat(scores), pattern))
-            return checked_order(job.config, group, order)
+            method = job.methods.permutation
+            value = method.permutation(group.name, torch.cat(scores), pattern)
+            return checked_permutation(job.config, group, parallel.share(value))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
-from permllm.permutation.base import checked_order
+from permllm.permutation.base import checked_permutation
 from permllm.pruner.base import Pruner
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.runtime.precision import products_in
@@ -24,7 +24,7 @@ from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.cache import cached, tensor_digest
 from permllm.store.files import MASKS, PERMUTATIONS
-from permllm.store.tensors import load_masks, load_orders, save_masks, save_tensors
+from permllm.store.tensors import load_masks, load_permutations, save_masks, save_tensors
 from permllm.training.problem import LearningProblem
 
 
@@ -107,13 +107,13 @@ def find_permutations(
     def compute() -> dict[str, Tensor]:
         problem = _dense_problem(job, "permutation", windows, calibration)
         with products_in(job.products, job.device):
-            permutations = job.methods.permutation.orders(problem)
+            permutations = job.methods.permutation.permutations(problem)
         return {
-            group.name: checked_order(job.config, group, permutations.get(group.name))
+            group.name: checked_permutation(job.config, group, permutations.get(group.name))
             for group in job.groups.pruned
         }
 
-    return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
+    return job.record.kept(PERMUTATIONS, compute, save_tensors, load_permutations)
 
 
 def find_masks(

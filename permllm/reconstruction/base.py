@@ -20,7 +20,7 @@ class PrunedLinear:
         dense: the dense weight, `(C_out, C_in)`.
         weight: the weight that the pruner returned, same shape, +0.0 outside of the mask.
         mask: bool, same shape, in original channel order.
-        perm: permutation of the channels, int64 `(C_in,)`.
+        permutation: permutation of the channels, int64 `(C_in,)`.
         pattern: N:M of the permuted mask.
         statistics: statistics of the inputs after the earlier layers are pruned.
     """
@@ -28,7 +28,7 @@ class PrunedLinear:
     dense: Tensor
     weight: Tensor
     mask: Tensor
-    perm: Tensor
+    permutation: Tensor
     pattern: NMPattern
     statistics: InputStatistics
 

@@ -20,6 +20,6 @@ class OBS(Reconstruction):
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the dense weight after the update."""
         weight, _ = SparseGPT(self.damping).update(
-            pruned.dense, pruned.statistics, pruned.perm, pruned.pattern, pruned.mask
+            pruned.dense, pruned.statistics, pruned.permutation, pruned.pattern, pruned.mask
         )
         return weight

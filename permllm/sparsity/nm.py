@@ -38,8 +38,8 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
     """
     m = len(entries)
     if m > COMPARE_UP_TO:
-        order = torch.stack(list(entries)).argsort(dim=0, descending=True, stable=True)
-        return list(order.argsort(0))
+        permutation = torch.stack(list(entries)).argsort(dim=0, descending=True, stable=True)
+        return list(permutation.argsort(0))
     # Eager code is fastest with bytes. Compiled code cannot vectorise bytes, but keeps counts in
     # registers.
     counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
@@ -63,15 +63,15 @@ def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:
     return keep_largest(groups, pattern.n, dim=-1).flatten(-2)
 
 
-def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tensor:
+def permuted_nm_mask(saliency: Tensor, permutation: Tensor, pattern: NMPattern) -> Tensor:
     """Return the N:M mask of permuted channels in the original order, bool `(C_out, C_in)`.
 
     Args:
         saliency: `(C_out, C_in)`, in original order.
-        perm: int64 `(C_in,)`; `saliency[:, perm]` is permuted.
+        permutation: int64 `(C_in,)`; `saliency[:, permutation]` is permuted.
         pattern: N:M.
     """
-    return nm_mask(saliency[:, perm], pattern)[:, perm.argsort()]
+    return nm_mask(saliency[:, permutation], pattern)[:, permutation.argsort()]
 
 
 def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:

@@ -43,9 +43,9 @@ class SaliencyFactors:
         """Return the same factors with each channel of a dense score in a row of memory."""
         return replace(self, column=self.column.t().contiguous().t()) if self.dense else self
 
-    def permuted(self, perm: Tensor | slice) -> Self:
-        """Return the factors of `W[:, perm]`; int64 `perm` may select any channels."""
-        return replace(self, column=self.column.t()[perm].t())
+    def permuted(self, permutation: Tensor | slice) -> Self:
+        """Return the factors of `W[:, permutation]`, int64, which may select any channels."""
+        return replace(self, column=self.column.t()[permutation].t())
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same factors on `device`."""

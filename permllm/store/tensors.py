@@ -30,22 +30,22 @@ _NUMBERS = ("retained", "moved", "output_error")
 _FIGURES = "figures"
 
 
-def is_permutation(order: Tensor) -> bool:
+def is_permutation(permutation: Tensor) -> bool:
     """Tell if a tensor of whole numbers is `(C_in,)` and has each of 0 to `C_in - 1` once."""
-    identity = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
-    return torch.equal(order.sort().values, identity)
+    identity = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
+    return torch.equal(permutation.sort().values, identity)
 
 
-def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
+def violations(weight: Tensor, permutation: Tensor | None, pattern: NMPattern) -> int:
     """Return the number of groups of M weights that have more than N nonzeros.
 
     Args:
         weight: `(C_out, C_in)`, in the original channel order.
-        perm: permutation in which the weight should be N:M, int64 `(C_in,)`; None: the original.
+        permutation: int64 `(C_in,)`, in which the weight should be N:M; None: the original.
         pattern: N:M.
     """
     nonzero = weight != 0
-    permuted = nonzero if perm is None else nonzero[:, perm]
+    permuted = nonzero if permutation is None else nonzero[:, permutation]
     groups = permuted.unflatten(-1, (-1, pattern.m))
     # `groups.sum(-1)` would need int64, four times the memory.
     counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
@@ -154,16 +154,16 @@ def tensor_formats(path: Path) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
-def load_orders(path: Path) -> dict[str, Tensor]:
+def load_permutations(path: Path) -> dict[str, Tensor]:
     """Read permutations by channel group, int64 `(C_in,)`.
 
     Raises DataError if the file cannot be read or has something else.
     """
-    orders = load_tensors(path)
-    for name, order in orders.items():
-        if order.dtype not in (torch.int64, torch.int32) or not is_permutation(order):
+    permutations = load_tensors(path)
+    for name, permutation in permutations.items():
+        if permutation.dtype not in (torch.int64, torch.int32) or not is_permutation(permutation):
             raise DataError(f"{path}: {name} is no permutation of its channels")
-    return {name: order.long() for name, order in orders.items()}
+    return {name: permutation.long() for name, permutation in permutations.items()}
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
@@ -214,7 +214,7 @@ class PrunedLayer:
     """Result of pruning a decoder layer.
 
     Attributes:
-        orders: permutations by channel group, int64 `(C_in,)`.
+        permutations: permutations by channel group, int64 `(C_in,)`.
         masks: masks by linear, bool `(C_out, C_in)`, in the original channel order.
         weights: changed weights by linear, `(C_out, C_in)`; empty: the kept weights are dense ones.
         retained: share of the saliency retained, by channel group.
@@ -222,7 +222,7 @@ class PrunedLayer:
         output_error: output error, by channel group.
     """
 
-    orders: dict[str, Tensor] = field(default_factory=dict)
+    permutations: dict[str, Tensor] = field(default_factory=dict)
     masks: PackedMasks = field(default_factory=PackedMasks)
     weights: dict[str, Tensor] = field(default_factory=dict)
     retained: dict[str, float] = field(default_factory=dict)
@@ -242,7 +242,7 @@ def weight_name(path: str) -> str:
 
 def save_layer(path: Path, layer: PrunedLayer) -> None:
     """Write a layer, so that a run can resume after it."""
-    tensors = {f"order of {name}": order for name, order in layer.orders.items()}
+    tensors = {f"order of {name}": permutation for name, permutation in layer.permutations.items()}
     tensors |= {mask_name(name): layer.masks.packed(name)[0] for name in layer.masks}
     tensors |= {weight_name(name): weight for name, weight in layer.weights.items()}
     figures: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
@@ -256,7 +256,7 @@ def load_layer(path: Path) -> PrunedLayer:
         figures = json.loads(file.metadata()[_FIGURES])
     tensors = load_tensors(path)
     layer = PrunedLayer(**{key: figures[key] for key in _NUMBERS})
-    layer.orders = {group: tensors[f"order of {group}"] for group in layer.retained}
+    layer.permutations = {group: tensors[f"order of {group}"] for group in layer.retained}
     for name, shape in figures[_SHAPES].items():
         layer.masks.set_packed(name, tensors[mask_name(name)], shape)
         if weight_name(name) in tensors:
@@ -273,7 +273,7 @@ class PrunedTensors:
         identity: identity of the dense model (`LoadedModel.identity`).
 
     Attributes:
-        orders: permutations by channel group, int64 `(C_in,)`.
+        permutations: permutations by channel group, int64 `(C_in,)`.
         masks: masks by linear, bool `(C_out, C_in)`, in the original channel order.
         weights_changed: True: the kept weights differ from those of the dense model.
         weight_files: file of each changed weight, by linear.
@@ -294,7 +294,7 @@ class PrunedTensors:
         self.weights_changed: bool = sparsity["weights_changed"]
         if self.weights_changed and not sparsity["weights_kept"]:
             raise DataError(f"{directory} has no weights: it was run with save_weights=false")
-        self.orders = load_orders(directory / PERMUTATIONS)
+        self.permutations = load_permutations(directory / PERMUTATIONS)
         self.masks = load_masks(directory / MASKS)
         files = sorted(directory.glob(f"{WEIGHTS}/*.safetensors"))
         self.weight_files = {name: file for file in files for name in tensor_formats(file)}

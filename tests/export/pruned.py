@@ -14,7 +14,7 @@ from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import folder_identity
 from permllm.models.selection import differing_patterns, pruned_groups
-from permllm.permutation.foldable import expanded, shared_orders
+from permllm.permutation.foldable import expanded, shared_permutations
 from permllm.settings.config import ModelConfig, NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.store.files import file_sha256, read_json, write_json, write_text
@@ -59,7 +59,7 @@ def make_run(
     ByT5Tokenizer(extra_ids=0).save_pretrained(dense)
     everything = channel_groups(model)
     groups = pruned_groups(everything, pattern, keep_dense, sparsity_of or {})
-    shared = shared_orders(groups, constraint)  # type: ignore[arg-type]
+    shared = shared_permutations(groups, constraint)  # type: ignore[arg-type]
     found = {order.name: random_order(order, seed) for seed, order in enumerate(shared)}
     orders, masks = expanded(shared, found), {}
     for group in groups:

@@ -30,7 +30,7 @@ def mask(name: str, **settings: Any) -> Any:
 
 
 def ordered(learning: LearningProblem, permutation: str) -> dict[str, Tensor]:
-    return (Identity() if permutation == "none" else Heuristic()).orders(learning)
+    return (Identity() if permutation == "none" else Heuristic()).permutations(learning)
 
 
 def pruners(learning: LearningProblem, orders: dict[str, Tensor]) -> dict[str, Tensor]:

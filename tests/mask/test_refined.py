@@ -89,7 +89,7 @@ def test_patterns_of_modules_and_dense_layers_in_orders_that_fold() -> None:
     model = tiny_model("llama")
     learning = problem(model, pattern=PATTERN)
     learning.groups = mixed(model)
-    orders = Heuristic("foldable").orders(learning)
+    orders = Heuristic("foldable").permutations(learning)
     masks = RefinedMask().masks(learning, orders)
     own: dict[str, Any] = {"groups": learning.groups, "pattern": PATTERN}
     check(

@@ -17,7 +17,7 @@ from permllm.export.fold import stored_order
 from permllm.export.verify import verify
 from permllm.models.families import FAMILIES, channel_groups, decoder_layers, family_of, linear_at
 from permllm.models.layers import LayerStream, layer_inputs, run_layer
-from permllm.permutation.foldable import expanded, shared_orders
+from permllm.permutation.foldable import expanded, shared_permutations
 from tests.conftest import tiny_model
 
 # Decoders without a table, with what differs from LLaMA: biases in fused heads, layers that give
@@ -61,7 +61,7 @@ def test_a_table_folds_any_foldable_permutation(family: str, more: dict[str, Any
     dense = model(input_ids=TOKENS).logits
     groups = channel_groups(model)
     assert all(group.table.folds for group in groups)
-    shared, generator = shared_orders(groups, "foldable"), torch.Generator().manual_seed(1)
+    shared, generator = shared_permutations(groups, "foldable"), torch.Generator().manual_seed(1)
     orders = {}
     for one in shared:
         starts = range(0, one.channels, one.segment)

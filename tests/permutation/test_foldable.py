@@ -10,27 +10,27 @@ from permllm.models.families import channel_groups
 from permllm.models.selection import pruned_groups
 from permllm.permutation.foldable import (
     RESIDUAL,
-    SharedOrder,
+    SharedPermutation,
     check_segments,
     expanded,
     foldable,
-    shared_orders,
+    shared_permutations,
 )
-from permllm.permutation.heuristic import heuristic_order, segments_of
+from permllm.permutation.heuristic import heuristic_permutation, segments_of
 from permllm.settings.config import NMPattern
 from tests.conftest import FAMILY_SETTINGS, tiny_model
 from tests.problems import PATTERN, problem
 
 
-def random_order(shared: SharedOrder, seed: int = 0) -> torch.Tensor:
+def random_order(shared: SharedPermutation, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     starts = range(0, shared.channels, shared.segment)
     parts = [start + torch.randperm(shared.segment, generator=generator) for start in starts]
     return torch.cat(parts)
 
 
-def heads(segments: int, segment: int, repeats: int) -> SharedOrder:
-    return SharedOrder("x", segments * segment, segment, repeats, ())
+def heads(segments: int, segment: int, repeats: int) -> SharedPermutation:
+    return SharedPermutation("x", segments * segment, segment, repeats, ())
 
 
 @pytest.mark.parametrize(("segments", "segment", "repeats"), [(1, 16, 1), (3, 12, 2), (1, 8, 4)])
@@ -90,7 +90,7 @@ def test_saliency_is_collected_with_the_copies_as_further_rows() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILY_SETTINGS))
 def test_foldable_orders_of_each_family(family: str) -> None:
     groups = channel_groups(tiny_model(family))
-    shared = shared_orders(groups, "foldable")
+    shared = shared_permutations(groups, "foldable")
     assert [order.name for order in shared].count(RESIDUAL) == 1
     orders = {order.name: random_order(order, seed) for seed, order in enumerate(shared)}
     whole = expanded(shared, orders)
@@ -108,17 +108,17 @@ def test_m_divides_the_heads_and_where_groups_share_an_order_the_other_m() -> No
     groups = channel_groups(tiny_model("llama"))
     own = {"self_attn.qkv_proj": "4:8", "down_proj": "1:2"}
     mixed = pruned_groups(groups, NMPattern(2, 4), ["0.self_attn.o_proj"], own)
-    residual, *others = shared_orders(mixed, "foldable")
+    residual, *others = shared_permutations(mixed, "foldable")
     check_segments([residual, *others], NMPattern(2, 4))
     with pytest.raises(ConfigError, match=r"o_proj have 8 channels; expected a multiple of M = 16"):
-        check_segments(shared_orders(groups, "foldable"), NMPattern(2, 16))
+        check_segments(shared_permutations(groups, "foldable"), NMPattern(2, 16))
     with pytest.raises(ConfigError, match=r"mlp.gate_up_proj is 2:3, .* have M = 8"):
         check_segments([residual], NMPattern(2, 3))
 
 
 def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
     learning = problem(tiny_model("llama", dtype=torch.float64))
-    shared = {order.name: order for order in shared_orders(learning.groups, "foldable")}
+    shared = {order.name: order for order in shared_permutations(learning.groups, "foldable")}
     asked: list[str] = []
 
     def saliency_of(path: str) -> torch.Tensor:
@@ -128,18 +128,20 @@ def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
     paths = [path for group in shared[RESIDUAL].groups for path in group.members]
     whole = torch.cat([learning.saliency_of(path) for path in paths])
     (streamed,) = segments_of(shared[RESIDUAL], saliency_of, PATTERN)
-    assert torch.equal(heuristic_order(streamed), heuristic_order(lambda: [(whole, PATTERN)]))
+    assert torch.equal(
+        heuristic_permutation(streamed), heuristic_permutation(lambda: [(whole, PATTERN)])
+    )
     assert asked == paths * (PATTERN.m + 3)  # totals, positions, twice to compare
 
 
 def test_the_heuristic_stays_inside_heads_and_counts_all_their_copies() -> None:
     groups = channel_groups(tiny_model("llama"))
-    orders = shared_orders(groups, "foldable")
+    orders = shared_permutations(groups, "foldable")
     shared = next(order for order in orders if order.name.endswith("0.self_attn.o_proj"))
     assert (shared.channels, shared.segment, shared.repeats) == (16, 8, 2)
     scores = torch.rand(20, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     copies = scores.split(8, dim=1)
     for head, segment in enumerate(segments_of(shared, lambda path: scores, PATTERN)):
         rows = torch.cat(copies[2 * head : 2 * head + 2])
-        expected = heuristic_order(lambda rows=rows: [(rows, PATTERN)])
-        assert torch.equal(heuristic_order(segment), expected)
+        expected = heuristic_permutation(lambda rows=rows: [(rows, PATTERN)])
+        assert torch.equal(heuristic_permutation(segment), expected)

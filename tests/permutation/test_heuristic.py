@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from permllm.permutation import heuristic
-from permllm.permutation.foldable import shared_orders
+from permllm.permutation.foldable import shared_permutations
 from permllm.permutation.heuristic import (
     Search,
     allocate,
     assigned,
-    heuristic_order,
-    heuristic_orders,
+    heuristic_permutation,
+    heuristic_permutations,
     segments_of,
     sums_of_larger,
 )
@@ -47,16 +47,16 @@ def test_each_assignment_step_is_the_best_of_all_and_never_lowers(
     groups, m = 4, max(NMPattern.parse(text).m for text in patterns)
     parts = random_parts(6, groups * m, patterns)
     search = Search(lambda: parts)
-    search.perm = shuffled(groups * m)
+    search.present = shuffled(groups * m)
     for position in range(m):
-        best, before = 0.0, sum(retained(parts, search.perm))
+        best, before = 0.0, sum(retained(parts, search.present))
         for exchange in itertools.permutations(range(groups)):
-            places = search.perm.view(groups, m).clone()
+            places = search.present.view(groups, m).clone()
             places[:, position] = places[list(exchange), position]
             best = max(best, sum(retained(parts, places.flatten())))
         search.exchange(position, assigned(search.scores(position)))
-        assert sorted(search.perm.tolist()) == list(range(groups * m))
-        assert sum(retained(parts, search.perm)) == pytest.approx(best, rel=1e-12)
+        assert sorted(search.present.tolist()) == list(range(groups * m))
+        assert sum(retained(parts, search.present)) == pytest.approx(best, rel=1e-12)
         assert best >= before - 1e-12
 
 
@@ -80,9 +80,9 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
     monkeypatch.setattr(heuristic, "cores", lambda: 3)
     monkeypatch.setattr(heuristic, "free_memory", lambda _: free)  # a search takes 16,384 bytes
     learning = problem()
-    shared = shared_orders(learning.groups, "free")
+    shared = shared_permutations(learning.groups, "free")
     segments = {one.name: segments_of(one, learning.saliency_of, PATTERN)[0] for one in shared}
-    expected = {name: heuristic_order(segment) for name, segment in segments.items()}
+    expected = {name: heuristic_permutation(segment) for name, segment in segments.items()}
     calls, met, threads = itertools.count(), threading.Barrier(together, timeout=20), set()
 
     def meeting(scores: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
     monkeypatch.setattr(heuristic, "assigned", meeting)
     on_a_gpu: Any = SimpleNamespace(**vars(learning), saliency_of=learning.saliency_of)
     on_a_gpu.device = torch.device("cuda")
-    found = heuristic_orders(shared, on_a_gpu, "order")
+    found = heuristic_permutations(shared, on_a_gpu, "order")
     assert all(torch.equal(order, found[name]) for name, order in expected.items())
     assert len(threads) == together
 
@@ -115,7 +115,7 @@ def test_channels_are_dealt_in_a_snake() -> None:
 @pytest.mark.parametrize("patterns", [["2:4"], ["2:4", "4:8"]], ids=" and ".join)
 def test_an_order_retains_more_of_each_pattern_than_the_identity(patterns: list[str]) -> None:
     parts = random_parts(20, 64, patterns)
-    perm = heuristic_order(lambda: parts)
+    perm = heuristic_permutation(lambda: parts)
     assert sorted(perm.tolist()) == list(range(64))
     pairs = zip(retained(parts, perm), retained(parts, torch.arange(64)), strict=True)
     assert all(found > identity for found, identity in pairs)
@@ -125,7 +125,7 @@ def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.Mon
     # Each group holds the two large entries of its row already: nothing can be gained, and a tie
     # goes to the identity.
     parts = [(torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]]), NMPattern(2, 4))]
-    assert torch.equal(heuristic_order(lambda: parts), torch.arange(8))
+    assert torch.equal(heuristic_permutation(lambda: parts), torch.arange(8))
     worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
     monkeypatch.setattr(Search, "exchange", lambda self, *_: setattr(self, "perm", worse))
-    assert torch.equal(heuristic_order(lambda: parts), torch.arange(8))
+    assert torch.equal(heuristic_permutation(lambda: parts), torch.arange(8))

@@ -13,7 +13,7 @@ from torch import Tensor
 from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
-from permllm.permutation.foldable import RESIDUAL, foldable, shared_orders
+from permllm.permutation.foldable import RESIDUAL, foldable, shared_permutations
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.permutation_learner import PermutationLearner
@@ -46,19 +46,19 @@ from tests.problems import (
 def learned(told: list[dict[str, Any]] | None = None, **settings: Any) -> dict[str, Tensor]:
     """Return the orders that LCP learns on a tiny model; the list gets the figures of epochs."""
     on_epoch = (told if told is not None else []).append
-    return lcp(**settings).orders(problem(on_epoch=on_epoch))
+    return lcp(**settings).permutations(problem(on_epoch=on_epoch))
 
 
 def begin(settings: LCP, learning: LearningProblem) -> dict[str, BlockLogits]:
     """Return the logits at the start of learning from the channels as they are."""
-    shared = shared_orders(learning.groups, settings.constraint)
+    shared = shared_permutations(learning.groups, settings.constraint)
     start = {order.name: torch.arange(order.channels) for order in shared}
     return settings.start_logits(learning, shared, start)
 
 
 def gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockLogits]) -> Any:
     """Return the gradients of a step over all samples by the first logits of each order."""
-    shared = shared_orders(learning.groups, settings.constraint)
+    shared = shared_permutations(learning.groups, settings.constraint)
     stage, progress = Stage(0, range(2), None, learning.target), Progress(0, 1, 0, 1)
     start = {order.name: torch.arange(order.channels) for order in shared}
     with settings.masked_linears(learning, shared, stage, EAGER) as linears:
@@ -113,9 +113,11 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
         on_step=lambda _, values: steps.append(values["loss"]),
         on_epoch=lambda values: epochs.append(values["loss"]),
     )
-    orders = lcp(margin=5.0, epochs=1, batch_size=6).orders(learning)  # one step, at the start
+    orders = lcp(margin=5.0, epochs=1, batch_size=6).permutations(
+        learning
+    )  # one step, at the start
     assert steps == [pytest.approx(output_loss(orders), rel=1e-4)]
-    lcp(init="random", learning_rate=0.05, batch_size=5, epochs=1).orders(learning)
+    lcp(init="random", learning_rate=0.05, batch_size=5, epochs=1).permutations(learning)
     large, small = steps[1:]  # of five samples and of one
     assert epochs[1] == pytest.approx((5 * large + small) / 6, rel=1e-12)
     assert epochs[1] != pytest.approx((large + small) / 2, rel=1e-6)
@@ -134,7 +136,7 @@ def test_flips_are_the_share_of_channels_that_moved_since_the_last_step(
     monkeypatch.setattr(PermutationLearner, "step_values", seen)
     flips: list[float] = []
     learning = problem(on_step=lambda _, values: flips.append(values["flips"]))
-    lcp(init="random", learning_rate=0.05, epochs=3).orders(learning)  # two steps an epoch
+    lcp(init="random", learning_rate=0.05, epochs=3).permutations(learning)  # two steps an epoch
     assert len(flips) == 6
     for step in range(1, 6):
         moved = (orders[step] != orders[step - 1]).double().mean()
@@ -150,7 +152,7 @@ def test_an_interruption_that_python_drops_ends_learning_after_the_step(
     monkeypatch.setattr("permllm.training.trainer.raise_if_interrupted", dropped)
     learning = problem(on_step=lambda step, _: steps.append(step))
     with pytest.raises(KeyboardInterrupt):
-        lcp(init="random", epochs=3).orders(learning)
+        lcp(init="random", epochs=3).permutations(learning)
     assert steps == [0]
 
 
@@ -177,7 +179,7 @@ def test_seeds_give_equal_results_however_layers_are_recomputed_and_other_seeds_
     learning, found = problem(), []
     for learning.seed, recomputed in ((1, True), (1, False), (2, None)):
         method = lcp(init="random", epochs=1, activation_checkpointing=recomputed)
-        found.append(method.orders(learning))
+        found.append(method.permutations(learning))
     first, again, other = found
     assert same(first, again)
     assert not same(first, other)
@@ -198,7 +200,7 @@ def test_a_step_in_portions_is_the_undivided_step() -> None:
 
         decoder_layers(learning.model)[0].mlp.register_forward_pre_hook(count)  # type: ignore[union-attr, operator]
         method = lcp(init="random", learning_rate=0.05, epochs=1, select_from=1, **settings)
-        return method.orders(learning), losses, samples
+        return method.permutations(learning), losses, samples
 
     orders, losses, samples = seen()
     assert samples == [4, 2]
@@ -223,8 +225,8 @@ def test_an_interrupted_training_continues_to_the_same_result(
 
     kept: dict[str, Any] = {"directory": tmp_path, "on_epoch": stop}
     with pytest.raises(Interrupt):
-        lcp(**settings).orders(problem(**kept))
-    continued = lcp(**settings).orders(problem(**kept))
+        lcp(**settings).permutations(problem(**kept))
+    continued = lcp(**settings).permutations(problem(**kept))
     assert len(epochs) == (2 if stage == "all" else 4)
     assert same(whole, continued)
 
@@ -276,7 +278,7 @@ def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
 def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
     orders = learned(last_layers=1, init="random", epochs=2, learning_rate=0.1)
     learning = problem()
-    searched = Heuristic().orders(learning)
+    searched = Heuristic().permutations(learning)
     for group in learning.groups:
         assert torch.equal(orders[group.name], searched[group.name]) == (group.layer == 0)
 
@@ -300,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
 
     learning = problem(model, directory=tmp_path, on_epoch=break_layer)
     with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 "):
-        lcp(epochs=5).orders(learning)
+        lcp(epochs=5).permutations(learning)
     # The loss is read after backward, and still before the logits change.
     assert updates == {1, 2}
     assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
@@ -309,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
 def test_a_measured_loss_that_is_not_finite_stops_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Objective, "mean", lambda self: float("nan"))
     with pytest.raises(TrainingError, match="epoch 1: the loss is not finite"):
-        lcp(epochs=1, select_from=1, last_layers=1).orders(problem())
+        lcp(epochs=1, select_from=1, last_layers=1).permutations(problem())
 
 
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +332,7 @@ def test_bfloat16_weights_learn_with_float32_logits() -> None:
     learning = problem(tiny_model("llama", dtype=torch.bfloat16))
     logits = [stack for block in begin(moving, learning).values() for stack in block.logits]
     assert {stack.dtype for stack in logits} == {torch.float32}
-    assert not same(moving.orders(learning), still.orders(learning))
+    assert not same(moving.permutations(learning), still.permutations(learning))
 
 
 def test_schedules() -> None:
@@ -367,8 +369,8 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
 def test_an_order_of_the_whole_model_stays_unless_all_layers_learn_together() -> None:
     learning = problem()
     settings = lcp(constraint="foldable", block_size=16, layers_per_stage=1, learning_rate=0.1)
-    moved = foldable(learning.groups, settings.orders(learning))
-    start = foldable(learning.groups, Heuristic("foldable").orders(learning))
+    moved = foldable(learning.groups, settings.permutations(learning))
+    start = foldable(learning.groups, Heuristic("foldable").permutations(learning))
     assert torch.equal(moved[RESIDUAL], start[RESIDUAL])
     assert not same(moved, start)
 

@@ -42,7 +42,7 @@ given = LearningProblem(model, groups, tokens, factors, target, tokens, PATTERN,
                         calibration_batch_size={SAMPLES})
 layers = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 lcp(block_size={BLOCK}, init="random", epochs=1, batch_size={SAMPLES}, loss=None,
-    layers_per_stage=layers, activation_checkpointing=True, compile=False).orders(given)
+    layers_per_stage=layers, activation_checkpointing=True, compile=False).permutations(given)
 print(peak_host_memory() - before)
 """
 

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedModel
 
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
-from permllm.permutation.foldable import shared_orders
+from permllm.permutation.foldable import shared_permutations
 from permllm.permutation.lcp.lcp import LCP
 from permllm.pruning.methods import Job, ModelGroups, learning_problem, methods_of
 from permllm.pruning.stages import calibrate
@@ -121,8 +121,8 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
     method: LCP = instantiate("permutation", settings.permutation)
     model = tiny_model("llama", dtype=torch.float64)
     problem = learning(model, settings)
-    shared = shared_orders(problem.groups, "free")
-    start = method.start_orders(problem, shared, 0)
+    shared = shared_permutations(problem.groups, "free")
+    start = method.start_permutations(problem, shared, 0)
     blocks = method.start_logits(problem, shared, start)
     for block in blocks.values():
         assert block.scale is not None

@@ -47,7 +47,7 @@ def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
     for path, mask in found.masks.items():
         weight = linear_at(model, path).weight
         n, m = OWN.get(path.removeprefix("model."), (6, 8))
-        kept = mask[:, found.orders[group_of[path]]].view(len(weight), -1, m).sum(2)
+        kept = mask[:, found.permutations[group_of[path]]].view(len(weight), -1, m).sum(2)
         assert bool((kept == n).all())
         assert not bool(weight[~mask].any())
         assert moves or torch.equal(weight, torch.where(mask, before[f"{path}.weight"], 0.0))
@@ -74,7 +74,7 @@ def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, way: 
         model, Wanda(), PATTERN, on_epoch=lambda values: losses.append(values["measured_loss"])
     )
     learning.groups = mixed(model)
-    orders = lcp(constraint=constraint, straight_through=way, **settings).orders(learning)
+    orders = lcp(constraint=constraint, straight_through=way, **settings).permutations(learning)
     assert orders.keys() == {group.name for group in learning.groups}
     own: dict[str, Any] = {"groups": learning.groups, "pattern": PATTERN}
     check(
@@ -90,7 +90,7 @@ def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
     told: list[Any] = []
     learning = problem(pattern=PATTERN, on_epoch=told.append)
     learning.groups = pruned_groups(learning.groups, PATTERN, ["0"], {})
-    orders = lcp(layers_per_stage=1, epochs=1).orders(learning)
+    orders = lcp(layers_per_stage=1, epochs=1).permutations(learning)
     assert orders.keys() == {group.name for group in learning.groups}
     assert [(values["first_layer"], values["last_layer"]) for values in told] == [(1, 1)]
 

@@ -39,11 +39,13 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
     learning = problem(model, pruner)
     method: Any = {"none": Identity(), "heuristic": Heuristic(), "lcp": lcp(epochs=1)}[permutation]
     factors = learning.factors if statistics == "dense" else None
-    orders = method.orders(learning) if statistics == "dense" or permutation == "lcp" else None
+    orders = (
+        method.permutations(learning) if statistics == "dense" or permutation == "lcp" else None
+    )
     result = pruned(model, pruner, method, factors=factors, permutations=orders)
     assert result.violations == 0
     for group in groups:
-        perm = result.orders[group.name]
+        perm = result.permutations[group.name]
         assert sorted(perm.tolist()) == list(range(group.channels))
         for path in group.members:
             weight, mask = linear_at(model, path).weight, result.masks[path]

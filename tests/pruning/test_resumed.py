@@ -39,11 +39,11 @@ class Orders(LocalPermutation):
         self.asked: list[str] = []
         self._stop = None if stop is None else f".{stop}."
 
-    def order(self, name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def permutation(self, name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         if self._stop is not None and self._stop in name:
             raise Interrupt
         self.asked.append(name)
-        return Heuristic().order(name, saliency, pattern)
+        return Heuristic().permutation(name, saliency, pattern)
 
 
 def attempt(
@@ -68,8 +68,8 @@ def check_equal(left: Attempt, right: Attempt) -> None:
         with placement_of(left[0]).layer(index):
             assert same(layer.state_dict(), expected.state_dict())
     one, other = left[1], right[1]
-    assert one.orders.keys() == other.orders.keys()
-    assert same(one.orders, other.orders)
+    assert one.permutations.keys() == other.permutations.keys()
+    assert same(one.permutations, other.permutations)
     assert same(other.masks, one.masks)
     for figure in ("retained", "moved", "output_error", "violations"):
         assert getattr(one, figure) == getattr(other, figure)

@@ -54,7 +54,7 @@ def masked(linear: nn.Linear) -> tuple[PermutationLinear, BlockLogits]:
     return PermutationLinear(linear, factors, NMPattern(2, 4), logits.stacks), logits
 
 
-def set_order(module: PermutationLinear, logits: BlockLogits) -> None:
+def follow(module: PermutationLinear, logits: BlockLogits) -> None:
     softs = [sinkhorn(logits.effective(0), 1.0, 5)]
     module.set_permutation(logits.base, torch.arange(16).repeat(2), softs)
 
@@ -71,7 +71,7 @@ def test_a_masked_linear_rounds_the_factors_of_products_and_not_its_mask() -> No
     for dtype in (torch.float32, torch.bfloat16):
         with products_in(dtype, CPU):
             logits.zero_grad()
-            set_order(module, logits)
+            follow(module, logits)
             inputs = x.clone().requires_grad_()
             y = module(inputs)
             y.backward(grad.to(y.dtype))
@@ -171,7 +171,7 @@ def test_no_product_of_a_half_precision_model_is_made_in_half_precision(
     module, logits = masked(linear)
     x = torch.randn(5, 32).bfloat16().requires_grad_()
     with ThroughFloat32(), products_in(rounds, CPU), Formats() as formats:
-        set_order(module, logits)
+        follow(module, logits)
         y, plain = module(x), linear(x)
         (y + plain).sum().backward()
         model = tiny_model("llama", dtype=torch.bfloat16)

@@ -128,8 +128,8 @@ def test_finished_stages_are_not_done_again(
     begun(tmp_path, words, job, "prune_layers")
     learned = begun(tmp_path / "lcp", LEARNED, *line_with("temperature"))
     assert (learned / "lcp_checkpoint.pt").exists()
-    monkeypatch.setattr(Heuristic, "orders", lambda *_: pytest.fail("searched again"))
-    monkeypatch.setattr(LCP, "start_orders", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(Heuristic, "permutations", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(LCP, "start_permutations", lambda *_: pytest.fail("searched again"))
     run(tmp_path, *words)
     run(tmp_path / "lcp", *LEARNED)
 

@@ -27,7 +27,7 @@ def saved_bytes(learns: str, dtype: torch.dtype, layers: int, length: int) -> in
     learning = problem(model, samples=tokens(4, length))
     settings: dict[str, Any] = {"steps": 1, "select_from": 0, "batch_size": 4, "loss": "cosine"}
     settings |= {"activation_checkpointing": False, "compile": False}
-    orders = Identity().orders(learning)
+    orders = Identity().permutations(learning)
     found: dict[int, int] = {}
     held: list[Tensor] = []
 
@@ -38,7 +38,7 @@ def saved_bytes(learns: str, dtype: torch.dtype, layers: int, length: int) -> in
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         if learns == "orders":
-            lcp(**settings).orders(learning)
+            lcp(**settings).permutations(learning)
         else:
             ScoreMask(**settings).masks(learning, orders)
     return sum(found.values())

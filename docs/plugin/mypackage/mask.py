@@ -15,12 +15,14 @@ from permllm.training.problem import LearningProblem
 class RandomMask(FoundMask):
     """Random N:M masks: the baseline that every pruner should beat."""
 
-    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def masks(
+        self, problem: LearningProblem, permutations: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
         """Return the masks by linear, bool `(C_out, C_in)` on the CPU, original channel order.
 
         Args:
             problem: the model, its channel groups and the samples.
-            orders: permutation of each channel group, int64 `(C_in,)` on the CPU.
+            permutations: permutation of each channel group, int64 `(C_in,)` on the CPU.
         """
         generator = torch.Generator().manual_seed(problem.seed)
         found = {}
@@ -28,5 +30,5 @@ class RandomMask(FoundMask):
             for path, rows in zip(group.members, group.rows, strict=True):
                 score = torch.rand(rows, group.channels, generator=generator)
                 pattern = problem.pattern_of(group)
-                found[path] = permuted_nm_mask(score, orders[group.name], pattern)
+                found[path] = permuted_nm_mask(score, permutations[group.name], pattern)
         return found

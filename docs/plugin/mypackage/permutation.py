@@ -11,7 +11,7 @@ from permllm.settings.config import NMPattern
 class Spread(LocalPermutation):
     """Permutation that spreads the channels with the largest saliency over the groups of M."""
 
-    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Return the channel at each position, int64 `(C_in,)` on the CPU.
 
         Args:

@@ -33,7 +33,7 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
 
     Returns:
         int64 `(blocks, B)` for each stack, on the same device. Entry j of a block is the source
-        channel at position j (`P[perm[j], j] = 1`).
+        channel at position j (`P[permutation[j], j] = 1`).
 
     Raises:
         ValueError: an entry is not finite.
@@ -49,7 +49,7 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
             softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
     if not bool(torch.stack([soft.sum().isfinite() for soft in softs]).all()):
         raise ValueError("a soft permutation is not finite")
-    return solved or [to_device(perm, device) for perm in _on_host(softs)]
+    return solved or [to_device(permutation, device) for permutation in _on_host(softs)]
 
 
 def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
@@ -68,22 +68,24 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     permutation, as in most blocks at low temperatures, it is the optimum. SciPy solves the other
     blocks.
     """
-    perms = [soft.argmax(1) for soft in softs]
+    permutations = [soft.argmax(1) for soft in softs]
     unsolved: list[_Block] = []
-    for soft, perm in zip(softs, perms, strict=True):
-        channel_left = torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1)
+    for soft, permutation in zip(softs, permutations, strict=True):
+        channel_left = (
+            torch.ones_like(permutation, dtype=torch.bool).scatter_(1, permutation, False).any(1)
+        )
         blocks = channel_left.nonzero().flatten()
         scores = soft[blocks].numpy()
         costs = scores.max(2, keepdims=True) - scores.astype(np.float64)
         costs -= costs.min(1, keepdims=True)  # the same optimum, in three quarters of the time
-        unsolved += zip(costs, (perm[block].numpy() for block in blocks), strict=True)
+        unsolved += zip(costs, (permutation[block].numpy() for block in blocks), strict=True)
     threads = max(1, min(torch.get_num_threads(), len(unsolved) // _BLOCKS_A_THREAD))
     with ThreadPoolExecutor(threads) as pool:  # SciPy releases the interpreter's lock
         list(pool.map(_assign, [unsolved[first::threads] for first in range(threads)]))
-    return perms
+    return permutations
 
 
 def _assign(blocks: list[_Block]) -> None:
-    for costs, perm in blocks:
+    for costs, permutation in blocks:
         source, position = linear_sum_assignment(costs)
-        perm[position] = source
+        permutation[position] = source

@@ -26,11 +26,11 @@ def assign(soft: Tensor) -> Tensor:
     """
     soft = soft.contiguous()
     count, size, _ = soft.shape
-    perms = torch.empty(count, size, dtype=torch.int64, device=soft.device)
+    permutations = torch.empty(count, size, dtype=torch.int64, device=soft.device)
     lanes = triton.next_power_of_2(size)
     with torch.cuda.device_of(soft):  # Triton launches on the current device
-        _assign[(count,)](soft, perms, size, lanes, num_warps=max(1, min(8, lanes // 64)))
-    return perms
+        _assign[(count,)](soft, permutations, size, lanes, num_warps=max(1, min(8, lanes // 64)))
+    return permutations
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _start(soft, size, LANES: tl.constexpr):
 
 
 @triton.jit
-def _assign(soft, perms, size, LANES: tl.constexpr):
+def _assign(soft, permutations, size, LANES: tl.constexpr):
     """Solve one block; `of_row` has the dual variable of a row at the column that has the row."""
     block = tl.program_id(0).to(tl.int64)
     soft += block * size * size
@@ -109,4 +109,4 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
                 of_row = tl.where(column == at, earlier_dual, of_row)
                 at = earlier
                 back += 1
-    tl.store(perms + block * size + column, has.to(tl.int64), mask=inside)
+    tl.store(permutations + block * size + column, has.to(tl.int64), mask=inside)

@@ -20,13 +20,13 @@ from permllm.errors import ConfigError, check_positive
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.permutation.foldable import (
-    SharedOrder,
+    SharedPermutation,
     check_segments,
     expanded,
-    orders_within,
-    shared_orders,
+    permutations_within,
+    shared_permutations,
 )
-from permllm.permutation.heuristic import heuristic_orders
+from permllm.permutation.heuristic import heuristic_permutations
 from permllm.permutation.lcp.permutation_learner import PermutationLearner, members
 from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.sinkhorn import BlockLogits
@@ -82,7 +82,7 @@ class LCP(LearningSettings, LearnedPermutation):
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         """Raise ConfigError if a permutation cannot fold or be cut into blocks, or none learns."""
-        check_segments(shared_orders(groups, self.constraint), config.pattern)
+        check_segments(shared_permutations(groups, self.constraint), config.pattern)
         self.check_last_layers("permutation", groups, layers)
         if not self.plan(groups, layers).parameters:
             raise ConfigError(
@@ -94,67 +94,85 @@ class LCP(LearningSettings, LearnedPermutation):
     @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""
-        shared = shared_orders(groups, self.constraint)
+        shared = shared_permutations(groups, self.constraint)
         spans = self.spans(layers)
-        learning = [order for span in spans for order in orders_within(shared, span)]
+        learning = [
+            permutation for span in spans for permutation in permutations_within(shared, span)
+        ]
         columns: dict[str, tuple[str, str]] = {}
-        for order in shared:
-            stacks = order.stacks(self.block_size)
+        for permutation in shared:
+            stacks = permutation.stacks(self.block_size)
             count = sum(stack.count for stack in stacks)
             largest = max(stack.size for stack in stacks)
             logits = str(_count_logits(stacks))
-            if len(order.groups) > 1:
-                logits += f", shared as {order.name}"
-            elif order.repeats > 1:
-                heads = f"{order.channels // order.segment} heads of {order.segment}"
-                logits += f", shared as {heads}, each {order.repeats} times"
-            for group in order.groups:
+            if len(permutation.groups) > 1:
+                logits += f", shared as {permutation.name}"
+            elif permutation.repeats > 1:
+                heads = (
+                    f"{permutation.channels // permutation.segment} heads of {permutation.segment}"
+                )
+                logits += f", shared as {heads}, each {permutation.repeats} times"
+            for group in permutation.groups:
                 columns[group.name] = f"{count} of at most {largest}", logits
-        learned = sum(_count_logits(order.stacks(self.block_size)) for order in learning)
-        stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
+        learned = sum(
+            _count_logits(permutation.stacks(self.block_size)) for permutation in learning
+        )
+        stays = [
+            permutation.name
+            for permutation in shared
+            if permutation not in learning and len(permutation.groups) > 1
+        ]
         return LearningPlan(spans, learned, columns=columns, stays=stays)
 
     @override
-    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the permutations of all groups, stage by stage."""
-        shared = shared_orders(problem.groups, self.constraint)
+        shared = shared_permutations(problem.groups, self.constraint)
         schedule = StageSchedule(self, problem, "lcp", CHECKPOINT)
         if schedule.state is None:
             spans = self.spans(len(decoder_layers(problem.model)))
-            orders = self.start_orders(problem, shared, spans[0].start)
+            permutations = self.start_permutations(problem, shared, spans[0].start)
         else:
             best = schedule.state["learner"]["best"]
-            orders = {name: order.cpu() for name, order in best.items()}
-        shared_of = {group.name: order for order in shared for group in order.groups}
+            permutations = {name: permutation.cpu() for name, permutation in best.items()}
+        shared_of = {
+            group.name: permutation for permutation in shared for group in permutation.groups
+        }
 
         def present_mask(group: ChannelGroup, path: str) -> Tensor:
             saliency = problem.saliency_of(path)
-            order = shared_of[group.name]
-            perm = order.expand(orders[order.name]).to(saliency.device)
-            return permuted_nm_mask(saliency, perm, problem.pattern_of(group))
+            permutation = shared_of[group.name]
+            columns = permutation.expand(permutations[permutation.name]).to(saliency.device)
+            return permuted_nm_mask(saliency, columns, problem.pattern_of(group))
 
-        for stage in schedule.stages(lambda span: bool(orders_within(shared, span)), present_mask):
-            learning = orders_within(shared, stage.layers)
-            logits = self.start_logits(problem, learning, orders)
-            groups = [group for order in learning for group in order.groups]
+        for stage in schedule.stages(
+            lambda span: bool(permutations_within(shared, span)), present_mask
+        ):
+            learning = permutations_within(shared, stage.layers)
+            logits = self.start_logits(problem, learning, permutations)
+            groups = [group for permutation in learning for group in permutation.groups]
             kernels = chosen_kernels(self, problem, groups)
             with self.masked_linears(problem, shared, stage, kernels) as linears:
-                learner = self.learner(shared, orders, logits, linears)
+                learner = self.learner(shared, permutations, logits, linears)
                 schedule.train(stage, learner)
-                orders = learner.best
+                permutations = learner.best
                 del logits, learner  # frees their memory before the next stage
-        return expanded(shared, orders)
+        return expanded(shared, permutations)
 
     def masked_linears(
-        self, problem: LearningProblem, shared: list[SharedOrder], stage: Stage, kernels: Kernels
+        self,
+        problem: LearningProblem,
+        shared: list[SharedPermutation],
+        stage: Stage,
+        kernels: Kernels,
     ) -> AbstractContextManager[dict[str, PermutationLinear]]:
         """Replace the linears of a stage by masked linears inside the returned context.
 
         Their weights are stored column by column, so that a permutation of channels gathers rows.
         """
         stacks = {
-            group: order.stacks(self.block_size, order.repeats)
-            for order, group in members(shared, stage.layers)
+            group: permutation.stacks(self.block_size, permutation.repeats)
+            for permutation, group in members(shared, stage.layers)
         }
 
         def masked_linear(group: ChannelGroup, path: str, linear: nn.Linear) -> PermutationLinear:
@@ -182,8 +200,8 @@ class LCP(LearningSettings, LearnedPermutation):
 
     def learner(
         self,
-        shared: list[SharedOrder],
-        orders: dict[str, Tensor],
+        shared: list[SharedPermutation],
+        permutations: dict[str, Tensor],
         logits: dict[str, BlockLogits],
         linears: dict[str, PermutationLinear],
     ) -> PermutationLearner:
@@ -199,27 +217,34 @@ class LCP(LearningSettings, LearnedPermutation):
             # The paper's released code starts with a softmax over rows. This is the first half of
             # the first iteration, if there is an iteration.
             halves = 1
-        return PermutationLearner(shared, orders, logits, linears, temperature, halves)
+        return PermutationLearner(shared, permutations, logits, linears, temperature, halves)
 
     @override
     def norm_tokens(self, window: int) -> int:
         """Return `window` for the norms of the paper's released code, which divide by windows."""
         return window if self.conventions == "paper" else 1
 
-    def start_orders(
-        self, problem: LearningProblem, shared: list[SharedOrder], first: int
+    def start_permutations(
+        self, problem: LearningProblem, shared: list[SharedPermutation], first: int
     ) -> dict[str, Tensor]:
         """Return the shared permutations at the start, int64 on the CPU by name.
 
         With `init=random` they are the identity in all layers that learn, from `first` on.
         """
-        drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
-        searched = [order for order in shared if order not in drawn]
-        identities = {order.name: torch.arange(order.channels) for order in drawn}
-        return identities | heuristic_orders(searched, problem, "start permutation")
+        drawn = [
+            permutation
+            for permutation in shared
+            if self.init == "random" and permutation.layers.start >= first
+        ]
+        searched = [permutation for permutation in shared if permutation not in drawn]
+        identities = {permutation.name: torch.arange(permutation.channels) for permutation in drawn}
+        return identities | heuristic_permutations(searched, problem, "start permutation")
 
     def start_logits(
-        self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
+        self,
+        problem: LearningProblem,
+        learning: list[SharedPermutation],
+        permutations: dict[str, Tensor],
     ) -> dict[str, BlockLogits]:
         """Return the logits of each permutation at the start, on the device.
 
@@ -231,8 +256,8 @@ class LCP(LearningSettings, LearnedPermutation):
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
-        for order in learning:
-            stacks = order.stacks(self.block_size)
+        for permutation in learning:
+            stacks = permutation.stacks(self.block_size)
             start = []
             for stack in stacks:
                 shape = (stack.count, stack.size, stack.size)
@@ -241,8 +266,8 @@ class LCP(LearningSettings, LearnedPermutation):
                     start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
                     start.append(uniform / scale)
-            blocks = BlockLogits(orders[order.name], stacks, start, scale)
-            logits[order.name] = blocks.to(problem.device, dtype)
+            blocks = BlockLogits(permutations[permutation.name], stacks, start, scale)
+            logits[permutation.name] = blocks.to(problem.device, dtype)
         return logits
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
-from permllm.permutation.foldable import SharedOrder
+from permllm.permutation.foldable import SharedPermutation
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, soft_batches
@@ -16,13 +16,13 @@ from permllm.training.learner import Learner, Progress
 
 
 def members(
-    shared: Iterable[SharedOrder], layers: Container[int]
-) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
+    shared: Iterable[SharedPermutation], layers: Container[int]
+) -> Iterator[tuple[SharedPermutation, ChannelGroup]]:
     """Yield the channel groups in some layers, each with its shared permutation."""
-    for order in shared:
-        for group in order.groups:
+    for permutation in shared:
+        for group in permutation.groups:
             if group.layer in layers:
-                yield order, group
+                yield permutation, group
 
 
 class PermutationLearner(Learner):
@@ -30,7 +30,7 @@ class PermutationLearner(Learner):
 
     Args:
         shared: all shared permutations of the model.
-        orders: their values at the start, int64 `(channels,)` by name.
+        permutations: their values at the start, int64 `(channels,)` by name.
         logits: logits of each permutation that learns, by name.
         linears: masked linears of the stage, by path.
         temperature: returns the temperature of the soft permutations in a step.
@@ -43,8 +43,8 @@ class PermutationLearner(Learner):
 
     def __init__(
         self,
-        shared: list[SharedOrder],
-        orders: Mapping[str, Tensor],
+        shared: list[SharedPermutation],
+        permutations: Mapping[str, Tensor],
         logits: dict[str, BlockLogits],
         linears: dict[str, PermutationLinear],
         temperature: Callable[[Progress], float],
@@ -61,8 +61,8 @@ class PermutationLearner(Learner):
         bases = [block.base for block in logits.values()]
         self.channels = sum(map(len, bases))
         self.device = bases[0].device
-        self.present = self._on_device(orders)
-        self.best = {name: order.cpu() for name, order in orders.items()}
+        self.present = self._on_device(permutations)
+        self.best = {name: permutation.cpu() for name, permutation in permutations.items()}
         self._hard: dict[str, Tensor] = {}
         self._soft: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
@@ -70,8 +70,8 @@ class PermutationLearner(Learner):
         self._at_step = self.present
         self._at_epoch = self.present
 
-    def _on_device(self, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: order.to(self.device) for name, order in orders.items()}
+    def _on_device(self, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: permutation.to(self.device) for name, permutation in permutations.items()}
 
     @override
     def parameters(self) -> list[Tensor]:
@@ -116,15 +116,15 @@ class PermutationLearner(Learner):
     @override
     def set_layer(self, index: int) -> None:
         """Set the permutations of a layer's masked linears."""
-        for order, group in members(self.shared, (index,)):
-            perm = order.expand(self.present[order.name])
+        for permutation, group in members(self.shared, (index,)):
+            columns = permutation.expand(self.present[permutation.name])
             hard = None
             soft: list[Tensor] = []
-            if torch.is_grad_enabled() and order.name in self.blocks:
-                hard = order.expand_rows(self._hard[order.name])
-                soft = order.expand_blocks(self._soft[order.name])
+            if torch.is_grad_enabled() and permutation.name in self.blocks:
+                hard = permutation.expand_rows(self._hard[permutation.name])
+                soft = permutation.expand_blocks(self._soft[permutation.name])
             for path in group.members:
-                self.linears[path].set_permutation(perm, hard, soft)
+                self.linears[path].set_permutation(columns, hard, soft)
 
     @override
     def step_values(self, progress: Progress) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ class PermutationLearner(Learner):
 
     @override
     def keep(self) -> None:
-        self.best = {name: order.cpu() for name, order in self.present.items()}
+        self.best = {name: permutation.cpu() for name, permutation in self.present.items()}
 
     @override
     def state(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class PermutationLearner(Learner):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self.logits.load_state_dict(state["logits"])
-        self.best = {name: order.cpu() for name, order in state["best"].items()}
+        self.best = {name: permutation.cpu() for name, permutation in state["best"].items()}
         self.present = self._on_device(state["present"])
         self._at_step = self._on_device(state["at_step"])
         self._at_epoch = self._on_device(state["at_epoch"])

@@ -80,38 +80,43 @@ class PermutationLinear(nn.Module):
         self._present: tuple[Tensor, Tensor | None, Sequence[Tensor]] | None = None
 
     def set_permutation(
-        self, perm: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()
+        self, permutation: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()
     ) -> None:
         """Set the permutation for the next forward alone.
 
         Args:
-            perm: int64 `(C_in,)`, the channel at each permuted position.
+            permutation: int64 `(C_in,)`, the channel at each permuted position.
             hard: int64 `(C_in,)`, the same channels as rows of their blocks' soft matrices; None:
                 no gradient.
             soft: the differentiable soft permutations, `(blocks, B, B)` for each stack of blocks.
                 They receive gradients, and their values are not used. Empty: no gradient.
         """
-        self._present = (perm, hard, soft)
+        self._present = (permutation, hard, soft)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
         assert self._present is not None
-        perm, hard, soft = self._present
+        permutation, hard, soft = self._present
         self._present = None  # or the soft permutations would stay in memory until the next step
         states = x.flatten(0, -2).to(product_dtype(x))
-        y: Tensor = _PermutationProduct.apply(states, self, perm, hard, *soft)
+        y: Tensor = _PermutationProduct.apply(states, self, permutation, hard, *soft)
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
-    def masked_weight_t(self, weight: Tensor, perm: Tensor, dtype: torch.dtype) -> Tensor:
+    def masked_weight_t(self, weight: Tensor, permutation: Tensor, dtype: torch.dtype) -> Tensor:
         """Return `(W * M)^T (C_in, C_out)`, in the original channel order."""
         masked_t = torch.empty(weight.t().shape, dtype=dtype, device=weight.device)
         for _, _, positions in self._chunks(weight):
-            self._kernels.mask(masked_t, self._chunk(weight, perm[positions]))
+            self._kernels.mask(masked_t, self._chunk(weight, permutation[positions]))
         return masked_t
 
     def gradients(
-        self, weight: Tensor, perm: Tensor, hard: Tensor, grad_masked_t: Tensor, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        permutation: Tensor,
+        hard: Tensor,
+        grad_masked_t: Tensor,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return `(W * M)^T`, and the gradients of the soft permutations.
 
@@ -128,7 +133,7 @@ class PermutationLinear(nn.Module):
             for stack in self._stacks
         ]
         for number, (index, blocks, positions) in enumerate(self._chunks(weight)):
-            chunk = self._chunk(weight, perm[positions])
+            chunk = self._chunk(weight, permutation[positions])
             if not _summed(chunk, grad_masked_t, number % parallel.world_size()):
                 self._kernels.mask(masked_t, chunk)
                 continue
@@ -199,14 +204,14 @@ class _PermutationProduct(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         module: PermutationLinear,
-        perm: Tensor,
+        permutation: Tensor,
         hard: Tensor | None,
         *soft: Tensor,
     ) -> Tensor:
         """Multiply states `(tokens, C_in)`."""
         weight = module.linear.weight  # kept, as the layer may leave the device before backward
-        masked_t = module.masked_weight_t(weight, perm, states.dtype)
-        ctx.save_for_backward(states if soft else None, weight, perm, hard)
+        masked_t = module.masked_weight_t(weight, permutation, states.dtype)
+        ctx.save_for_backward(states if soft else None, weight, permutation, hard)
         ctx.module = module
         ctx.soft_dtype = soft[0].dtype if soft else None
         y = product(states, masked_t)
@@ -215,16 +220,16 @@ class _PermutationProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the states and of the soft permutations."""
-        states, weight, perm, hard = ctx.saved_tensors
+        states, weight, permutation, hard = ctx.saved_tensors
         module: PermutationLinear = ctx.module
         grad_y = grads[0]
         grad_soft: list[Tensor] = []
         if states is None:
-            masked_t = module.masked_weight_t(weight, perm, grad_y.dtype)
+            masked_t = module.masked_weight_t(weight, permutation, grad_y.dtype)
         else:
             grad_masked_t = product(states.t(), grad_y)
             masked_t, grad_soft = module.gradients(
-                weight, perm, hard, grad_masked_t, ctx.soft_dtype
+                weight, permutation, hard, grad_masked_t, ctx.soft_dtype
             )
         grad_states = product(grad_y, masked_t.t()) if ctx.needs_input_grad[0] else None
         return grad_states, None, None, None, *grad_soft
