@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.permutation.heuristic import heuristic_order
+from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.sinkhorn import normalize
 from permllm.report.plots import picture
@@ -88,7 +88,7 @@ def draw(file: Path) -> None:
     """Write the figure to a file."""
     saliency = torch.tensor(_SALIENCY, dtype=torch.float32)
     channels = torch.arange(saliency.shape[1])
-    perm = heuristic_order(lambda: [(saliency, _PATTERN)])
+    perm = heuristic_permutation(lambda: [(saliency, _PATTERN)])
 
     generator = torch.Generator().manual_seed(0)
     matrix = torch.eye(len(perm))[:, perm]

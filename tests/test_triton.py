@@ -247,6 +247,6 @@ BLOCKS = [(64, A100), (64, H100), (64, B200), (16, H100), (1024, H100)]
 @no_fusion
 def test_gpus_keep_the_state_of_a_block_in_registers(size: int, architecture: int) -> None:
     kernel = importlib.import_module("permllm.permutation.lcp.assignment_triton")._assign
-    types = {"soft": "*fp32", "perms": "*i64", "size": "i32:16"}
+    types = {"soft": "*fp32", "permutations": "*i64", "size": "i32:16"}
     warps = max(1, min(8, size // 64))
     assert spilled_bytes(kernel, types, {"LANES": size}, architecture, warps) <= 64

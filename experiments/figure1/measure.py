@@ -27,7 +27,7 @@ from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
 from permllm.models.selection import pruned_groups
-from permllm.permutation.heuristic import heuristic_order
+from permllm.permutation.heuristic import heuristic_permutation
 from permllm.pruning.stages import member_factors
 from permllm.runtime.precision import compute_dtype
 from permllm.settings.config import NMPattern, RunConfig, check_divides
@@ -242,7 +242,7 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
     device = layer.weight.device
     generator = torch.Generator().manual_seed(seed)
     identity = torch.arange(channels)
-    heuristic = heuristic_order(lambda: [(layer.saliency, layer.pattern)]).cpu()
+    heuristic = heuristic_permutation(lambda: [(layer.saliency, layer.pattern)]).cpu()
     found = [("none", identity)]
     found += [("random", torch.randperm(channels, generator=generator)) for _ in range(own.random)]
     for index in range(own.random):

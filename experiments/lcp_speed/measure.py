@@ -26,7 +26,7 @@ from experiments.measuring import check_whole, main
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.layers import layer_inputs, run_layer
-from permllm.permutation.foldable import shared_orders
+from permllm.permutation.foldable import shared_permutations
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
@@ -324,7 +324,7 @@ def _row(
     dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     compute = compute_dtype(config.compute_dtype, dtype, device)
     kernels = chosen_kernels(LCP(**settings, compile=True), problem, problem.groups)
-    shared = shared_orders(problem.groups, "free")
+    shared = shared_permutations(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
     stage = Stage(0, range(1), None, problem.target)
     progress = Progress(1, 2, 0, 1)

@@ -38,8 +38,8 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
     """
     m = len(entries)
     if m > COMPARE_UP_TO:
-        permutation = torch.stack(list(entries)).argsort(dim=0, descending=True, stable=True)
-        return list(permutation.argsort(0))
+        order = torch.stack(list(entries)).argsort(dim=0, descending=True, stable=True)
+        return list(order.argsort(0))
     # Eager code is fastest with bytes. Compiled code cannot vectorise bytes, but keeps counts in
     # registers.
     counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
