@@ -27,7 +27,7 @@ from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
-from permllm.pruning.stages import calibrate, find_masks, find_permutations
+from permllm.pruning.stages import allocate, calibrate, find_masks, find_permutations
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel
@@ -169,6 +169,9 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
         if dense_statistics or not job.methods.permutation.local:
             calibration = calibrate(job, windows)
     if calibration is not None:
+        if not job.methods.allocation.uniform:
+            with job.record.stage("allocate", device):
+                job = allocate(job, windows, calibration)
         with job.record.stage("permute", device):
             permutations = find_permutations(job, windows, calibration)
         if not job.methods.mask.local:

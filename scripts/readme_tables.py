@@ -305,8 +305,9 @@ def _differing(run: Run) -> Iterator[str]:
     """Give what sets a run apart from `python run.py budget.epochs=3` with its methods."""
     if path := run.config["permutation"].get("path"):
         yield f"the order of `{path.rpartition('-')[2]}`"
-    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in METHOD_GROUPS))
-    ours = flatten({group: run.config[group] for group in _OF_RESULT})
+    groups = [group for group in METHOD_GROUPS if group in run.config]
+    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in groups))
+    ours = flatten({group: run.config[group] for group in _OF_RESULT if group in run.config})
     ours["compute_dtype"] = run.metrics.get("compute_dtype", "float32")
     ours["permutation.loss"] = ours.get("permutation.loss") or "kl"
     for key, value in ours.items():

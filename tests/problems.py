@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from permllm.allocation.uniform import Uniform
 from permllm.mask.base import Mask
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.layers import LayerStream
@@ -110,7 +111,7 @@ def pruned(model: Any, pruner: Pruner, permutation: Any = None, **more: Any) -> 
     """
     config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)))
     reconstruction = more.get("reconstruction") or NoReconstruction()
-    methods = Methods(pruner, permutation or Identity(), Mask(), reconstruction)
+    methods = Methods(pruner, Uniform(), permutation or Identity(), Mask(), reconstruction)
     groups, record = more.get("groups") or channel_groups(model), more.get("record") or Record()
     loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
     products = more.get("products") or model.dtype

@@ -14,8 +14,8 @@ PACKAGE = Path(permllm.__file__).parent
 # A room is a package, or a file directly in `permllm/`. CONTRIBUTING.md follows this order.
 ROOMS = (
     *("errors", "runtime", "command", "settings", "store", "data", "models", "sparsity"),
-    *("training", "pruner", "permutation", "mask", "reconstruction", "pruning", "planning"),
-    *("evaluation", "report", "export", "job", "api", "cli", "__init__"),
+    *("training", "pruner", "allocation", "permutation", "mask", "reconstruction", "pruning"),
+    *("planning", "evaluation", "report", "export", "job", "api", "cli", "__init__"),
 )
 # Loaded by `import permllm`, they would cost seconds.
 HEAVY = ("torch", "transformers", "numpy", "pandas", "hydra", "omegaconf", "pydantic")

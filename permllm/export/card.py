@@ -51,7 +51,9 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         base_model=model.get("base_model") or model.get("hub_name"),
         tags=["sparse", summary["sparsity"], "permllm"],
     )
-    methods = ", ".join(f"{group} {config[group]['name']}" for group in METHOD_GROUPS)
+    methods = ", ".join(
+        f"{group} {config[group]['name']}" for group in METHOD_GROUPS if group in config
+    )
     lines = [
         "---",
         metadata.to_yaml(),
@@ -71,7 +73,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     if served := summary.get("served"):
         lines += [
             f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on "
-            "FP8 kernels for 2:4. The others stay in bfloat16. On an H100 or H200 (compute "
+            "FP8 kernels for 2:4, and the others on dense FP8 kernels. On an H100 or H200 (compute "
             "capability 9), in this folder:",
             "",
             f"    {COMMAND}",

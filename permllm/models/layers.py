@@ -9,6 +9,7 @@ rotary embedding of each position. Batches of one shape may then share the argum
 computes arguments from the tokens (`arguments_depend_on_tokens`), each batch needs its own.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -242,6 +243,12 @@ class LayerStream:
         """Advance through all layers, with a bar of progress."""
         for index in tqdm(range(len(self._layers)), desc=label, unit="layer", leave=False):
             self.advance(index)
+
+    def copy(self) -> "LayerStream":
+        """Return a stream with the same states, which advances on its own."""
+        other = copy.copy(self)
+        other._states = self._states.clone()
+        return other
 
     def states(self) -> Tensor:
         """Return the states of all windows, `(windows, tokens, hidden)` on the host, in all ranks.

@@ -187,6 +187,8 @@ class Footprint:
         methods = self.methods
         loading = _START_SECONDS + self.parameters * self.item / _LOADED_A_SECOND
         stages = {"weights": StageCost(0, seconds=loading), "calibrate": self._calibrate()}
+        if methods.allocation.windows:
+            stages["allocate"] = self._allocate(methods.allocation.windows)
         if methods.permutation.searches:
             stages["search"] = self._search()
         if methods.mask.statistics:
@@ -225,6 +227,14 @@ class Footprint:
         if self.config.calibration.statistics != "dense" and self.methods.permutation.local:
             return cost
         return cost._replace(products=self.forward, single=self._grams(statistics))
+
+    def _allocate(self, windows: int) -> StageCost:
+        """Return the forwards with one pruned group each, from its layer to the loss."""
+        tokens = windows * self.seqlen / self.ranks
+        passes = sum(1 - group.layer / self.layers for group in self.groups.pruned)
+        head = 2 * self.hidden * self.vocabulary * len(self.groups.pruned)
+        products = 2 * tokens * (self.all_layers * passes + head)
+        return StageCost(self._forward_memory(()), products, passes=passes)
 
     def _search(self) -> StageCost:
         """Return the search for permutations; a GPU makes scores while the cores solve others."""

@@ -32,6 +32,8 @@ def print_plan(of: Footprint) -> None:
         f"The model has {of.parameters} parameters. Pruned weights: {pruned}. "
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
+    if not of.methods.allocation.uniform:
+        console.print("Which linears stay dense is decided after calibration. Here none does.")
     for name in of.permutations.stays:
         console.print(
             f"{name} stays at its start: it learns only with permutation.layers_per_stage=all "

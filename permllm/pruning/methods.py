@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permllm.allocation.base import Allocation
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 # Base class of the methods of each group.
 METHODS = {
     "pruner": Pruner,
+    "allocation": Allocation,
     "permutation": Permutation,
     "mask": Mask,
     "reconstruction": Reconstruction,
@@ -44,20 +46,22 @@ class Methods:
 
     Attributes:
         pruner: the base pruner.
+        allocation: method that chooses the linears to prune, and their N:M.
         permutation: method that finds the permutation of each channel group.
         mask: method that finds the masks, or leaves them to the pruner.
         reconstruction: method that changes the kept weights.
     """
 
     pruner: Pruner
+    allocation: Allocation
     permutation: Any
     mask: Any
     reconstruction: Reconstruction
 
     @property
     def all(self) -> tuple[Method, ...]:
-        """All four methods, in the order of the attributes."""
-        return self.pruner, self.permutation, self.mask, self.reconstruction
+        """All methods, in the order of the attributes."""
+        return self.pruner, self.allocation, self.permutation, self.mask, self.reconstruction
 
     @property
     def change_weights(self) -> bool:
@@ -161,11 +165,25 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     check_dense(config.model.path or config.model.name, model.config)
     every = channel_groups(model)
     pruned = pruned_groups(every, config.pattern, config.keep_dense, config.sparsity_of)
+    check_pruned(config, methods, pruned, len(decoder_layers(model)))
+    return ModelGroups(every, pruned)
+
+
+def check_pruned(
+    config: RunConfig, methods: Methods, pruned: list[ChannelGroup], layers: int
+) -> None:
+    """Raise ConfigError if M does not divide a group's channels, or a method cannot work on them.
+
+    Args:
+        config: settings of the job.
+        methods: methods of the settings.
+        pruned: groups to prune.
+        layers: number of decoder layers.
+    """
     for group in pruned:
         check_divides(group.pattern or config.pattern, group.channels, group.name)
     for method in methods.all:
-        method.check_groups(config, pruned, len(decoder_layers(model)))
-    return ModelGroups(every, pruned)
+        method.check_groups(config, pruned, layers)
 
 
 def windows_for(method: Method, calibration: int) -> slice:

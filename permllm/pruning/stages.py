@@ -5,7 +5,7 @@ windows first, and `calibration`, the result of `calibrate`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,16 +14,24 @@ from torch import Tensor, nn
 
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
+from permllm.models.selection import differing_patterns, recorded_groups
 from permllm.permutation.base import checked_permutation
 from permllm.pruner.base import Pruner
-from permllm.pruning.methods import Job, learning_problem, windows_for
+from permllm.pruning.methods import (
+    Job,
+    ModelGroups,
+    check_pruned,
+    learning_problem,
+    windows_for,
+)
 from permllm.runtime.precision import products_in
+from permllm.sparsity.method import Method
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.cache import cached, tensor_digest
-from permllm.store.files import MASKS, PERMUTATIONS
+from permllm.store.files import ALLOCATION, MASKS, PERMUTATIONS, read_json, write_json
 from permllm.store.tensors import load_masks, load_permutations, save_masks, save_tensors
 from permllm.training.problem import LearningProblem
 
@@ -70,17 +78,22 @@ def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
             norm_tokens=norm_tokens,
         )
 
-    # A third-party pruner is not cached, because the key has only the version of this package.
-    if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
+    if _is_ours(pruner):
         key = {"pruner": dict(job.config.pruner), "norm_tokens": norm_tokens}
-        packed = _cached_tensors(
+        packed = _cached_values(
             job, tokens, "saliency", lambda: packed_factors(calibrated().factors), **key
         )
         factors = unpacked_factors(packed)
     else:
         factors = calibrated().factors
-    target = _cached_tensors(job, tokens, "target", lambda: {"target": calibrated().target})
+    target = _cached_values(job, tokens, "target", lambda: {"target": calibrated().target})
     return DenseCalibration(factors, _with_further_targets(job, windows, target["target"]))
+
+
+def _is_ours(*methods: Method) -> bool:
+    """Tell if all methods are of this package, whose version is part of the keys of the cache."""
+    packages = {type(method).__module__.partition(".")[0] for method in methods}
+    return packages == {__name__.partition(".")[0]}
 
 
 def _dense_problem(
@@ -97,6 +110,50 @@ def _dense_problem(
         factors=calibration.factors,
         target=calibration.target[learned_from],
     )
+
+
+def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
+    """Return the job with the channel groups that its allocation prunes."""
+    method = job.methods.allocation
+    config = job.config
+    every = job.groups.every
+    tokens = windows[: config.calibration.samples]
+    problem = LearningProblem(
+        model=job.loaded.model,
+        groups=job.groups.pruned,
+        tokens=tokens,
+        factors=calibration.factors,
+        target=calibration.target,
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+        calibration=tokens,
+    )
+
+    def measured() -> dict[str, float]:
+        with products_in(job.products, job.device):
+            return method.sensitivity(problem)
+
+    def compute() -> dict[str, Any]:
+        if _is_ours(method, job.methods.pruner):
+            key = {
+                "method": type(method).__name__,
+                "windows": method.windows,
+                "pruner": dict(config.pruner),
+                "patterns": differing_patterns(every, job.groups.pruned),
+                "pattern": config.sparsity,
+            }
+            sensitivity = _cached_values(job, tokens, "sensitivity", measured, **key)
+        else:
+            sensitivity = measured()
+        patterns = method.patterns(problem, every, sensitivity)
+        return {"sensitivity": sensitivity, "patterns": patterns}
+
+    allocation = job.record.kept(ALLOCATION, compute, write_json, read_json)
+    pruned = recorded_groups(every, config.pattern, allocation["patterns"])
+    check_pruned(config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
+    job.record.metrics["sensitivity"] = allocation["sensitivity"]
+    return replace(job, groups=ModelGroups(every, pruned))
 
 
 def find_permutations(
@@ -173,7 +230,7 @@ def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
     if not len(further):
         return target
     batch_size = job.config.calibration.batch_size
-    computed = _cached_tensors(
+    computed = _cached_values(
         job,
         further,
         "target",
@@ -185,12 +242,12 @@ def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
     return targets
 
 
-def _cached_tensors(
-    job: Job, tokens: Tensor, kind: str, compute: Callable[[], dict[str, Tensor]], **key: Any
-) -> dict[str, Tensor]:
-    """Return tensors by name that depend on model, text and `key`, from the cache if possible.
+def _cached_values(
+    job: Job, tokens: Tensor, kind: str, compute: Callable[[], dict[str, Any]], **key: Any
+) -> dict[str, Any]:
+    """Return tensors or numbers by name, from the cache if possible.
 
-    Results of a model without an identity are not cached.
+    They depend on model, text and `key`. Results of a model without an identity are not cached.
     """
     if not job.loaded.identity:
         return compute()

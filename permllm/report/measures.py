@@ -18,11 +18,11 @@ from permllm.settings.config import flatten
 Scores = tuple[tuple[Any, ...], list[float]]
 
 # Metrics with a value for each channel group. Loggers get their mean.
-_BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
+_BY_GROUP = ("sensitivity", "retained_saliency", "output_error", "moved_channels")
 # Metrics that loggers do not get, because the settings have them in a shorter form.
 _LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
 # Stages that make the pruned model. Reconstruction is part of `prune`.
-PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
+PRUNING_STAGES = ("calibrate", "allocate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
@@ -32,13 +32,17 @@ DENSE = "dense: "
 FP8 = " in fp8"
 PERPLEXITY = " perplexity ("
 AVERAGE = "average acc"
+# Measures that are the same for all runs of one pattern without dense linears.
 ZEROS = "zeros"
+DENSE_WEIGHTS = "dense weights"
+SPEED_LIMIT = "speed limit"
+OF_SPARSITY = (ZEROS, DENSE_WEIGHTS, SPEED_LIMIT)
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
 FACTS = ["windows", "beginning", "passages", "tasks", "items", "bos", "file"]
 # Groups of methods, and the option of some that does nothing.
-METHODS = ("permutation", "mask", "reconstruction")
-IDLE = {"mask": "pruner", "reconstruction": "none"}
+METHODS = ("allocation", "permutation", "mask", "reconstruction")
+IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 # With "z" a mean that rounding leaves just below zero is shown without a minus.
 _FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
@@ -90,11 +94,15 @@ def run_measures(
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration, whose result may come from the cache.
     seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
+    zeros = float(metrics["sparsity"]["of_model"])
     return [
         *measures.values(),
         Measure("saliency retained", "share", retained),
         Measure("output error", "error", error),
-        Measure(ZEROS, "share", float(metrics["sparsity"]["of_model"])),
+        Measure(ZEROS, "share", zeros),
+        Measure(DENSE_WEIGHTS, "share", 1 - zeros / metrics["sparsity"]["fraction"]),
+        # Of kernels that skip all zeros: a product takes the time of its nonzeros.
+        Measure(SPEED_LIMIT, "number", 1 / (1 - zeros)),
         Measure("seconds", "seconds", seconds),
     ]
 
@@ -248,7 +256,7 @@ def change_text(change: float, kind: str, interval: list[float] | None = None) -
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """Return a run's permutation, and its mask and reconstruction unless they do nothing."""
+    """Return a run's permutation, and its other methods unless they do nothing."""
     names = [config["permutation"]["name"]]
     for group, idle in IDLE.items():
         name = config.get(group, {}).get("name", idle)
@@ -299,7 +307,11 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     Metrics of channel groups are replaced by their mean. Two numbers are added: `minutes`
     (`pruning_minutes`), and `nats_above_dense`, the mean of `ln sparse - ln dense` over the texts.
     """
-    means = {key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP}
+    means = {
+        key: {"mean": statistics.fmean(metrics[key].values())}
+        for key in _BY_GROUP
+        if key in metrics
+    }
     flat = {
         name: value
         for name, value in flatten(metrics | means, "/").items()

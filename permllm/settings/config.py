@@ -46,7 +46,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Placement = Literal["device", "sharded", "host", "disk"]
 PLACEMENTS = get_args(Placement)  # the fastest first
 # Groups of `conf/` whose options are methods, in the order in which a job reads them.
-METHOD_GROUPS = ("pruner", "permutation", "mask", "reconstruction")
+METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction")
 # Models of the package index; the first is the default.
 WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
@@ -241,6 +241,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     logger: LoggerConfig
     pruner: dict[str, Any]
+    allocation: dict[str, Any]
     permutation: dict[str, Any]
     temperature: dict[str, Any]
     mask: dict[str, Any]
@@ -265,7 +266,7 @@ class RunConfig:
     plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.patterns  # raises ConfigError if a pattern is not valid
+        NMPattern.parse(self.sparsity)
         if self.plan_on and not self.plan:
             raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
         if "/" in self.name:
@@ -280,14 +281,6 @@ class RunConfig:
     def pattern(self) -> NMPattern:
         """Pattern of `sparsity`."""
         return NMPattern.parse(self.sparsity)
-
-    @property
-    def patterns(self) -> list[NMPattern]:
-        """Distinct patterns of `sparsity` and `sparsity_of`, that of `sparsity` first."""
-        others = (
-            NMPattern.parse(text, f"sparsity_of.{name}") for name, text in self.sparsity_of.items()
-        )
-        return list(dict.fromkeys([self.pattern, *others]))
 
     @cached_property  # because reading the files takes time
     def resolved(self) -> dict[str, Any]:

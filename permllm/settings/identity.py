@@ -57,6 +57,8 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     identity["model"] = model
     if "keep_dense" in identity:  # the order of the names does not matter
         identity["keep_dense"] = sorted(identity["keep_dense"])
+    if identity.get("allocation", {}).get("name") == "uniform":  # as before there were others
+        del identity["allocation"]
     permutation = resolved["permutation"]
     identity["permutation"] = _without(permutation, _OF_A_PERMUTATION)
     identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}

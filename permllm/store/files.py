@@ -23,6 +23,7 @@ LOG = "run.log"
 METRICS = "metrics.json"
 EVALUATIONS = "evaluations"
 HISTORY = "history.jsonl"
+ALLOCATION = "allocation.json"
 PERMUTATIONS = "permutations.safetensors"
 MASKS = "masks.safetensors"
 # Folders: weights and pruned layers, with one file for each layer, and the exported checkpoint.
@@ -38,7 +39,7 @@ WANDB_ID = ".wandb-id"
 OF_LOGGERS = (TENSORBOARD, WANDB_ID)
 # Files that only an unfinished run needs.
 UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, PRUNED_LAYERS)
-RESULTS = (EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
+RESULTS = (EVALUATIONS, HISTORY, ALLOCATION, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
 
 # Usual name, and suffix, of a file of records, which has one run in each line.
 RECORDS = "records.jsonl"

@@ -25,7 +25,7 @@ LCP = ("permutation=lcp", "permutation.batch_size=4", "permutation.select_from=6
 # Windows of one layer, of which each knows the layers before; portions that one rank has none of;
 # weights that change go back to their parts.
 STAGES = (*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1")
-STAGES += ("reconstruction=obs",)
+STAGES += ("reconstruction=obs", "allocation=sensitive", "allocation.share=0.2")
 # A rank has no sample of the last batch, and nothing learns in the layer before those that do.
 DENSE = (*LCP, "keep_dense=[0]", "permutation.batch_size=2", "export=gathered")
 MASKS = ("permutation=heuristic", "mask=score", "mask.layers_per_stage=1", "mask.batch_size=4")

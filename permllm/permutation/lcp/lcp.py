@@ -68,20 +68,20 @@ class LCP(LearningSettings, LearnedPermutation):
 
     @override
     def validate(self, config: RunConfig) -> None:
-        """Raise ConfigError if M does not divide `block_size`, or a temperature is not positive."""
+        """Raise ConfigError if a temperature is not positive."""
         super().validate(config)
-        for pattern in config.patterns:
-            if self.block_size % pattern.m:
-                raise ConfigError(
-                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
-                    f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
-                )
         for progress in (0.0, 0.5, 1.0):
             check_positive(f"temperature: at progress={progress}", self.temperature(progress))
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         """Raise ConfigError if a permutation cannot fold or be cut into blocks, or none learns."""
+        for pattern in {group.pattern or config.pattern for group in groups}:
+            if self.block_size % pattern.m:
+                raise ConfigError(
+                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
+                    f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
+                )
         check_segments(shared_permutations(groups, self.constraint), config.pattern)
         self.check_last_layers("permutation", groups, layers)
         if not self.plan(groups, layers).parameters:

@@ -1,0 +1,1 @@
+"""Methods that choose the linears to prune: the options of the group `allocation`."""

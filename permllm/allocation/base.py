@@ -1,0 +1,43 @@
+"""Base class of the allocations."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from permllm.models.families import ChannelGroup
+from permllm.sparsity.method import Method
+from permllm.training.problem import LearningProblem
+
+
+class Allocation(Method, ABC):
+    """Base of the methods that choose which linears are pruned, and their N:M.
+
+    Attributes:
+        uniform: the method changes nothing, so that it is not asked.
+        windows: number of calibration windows whose forward is repeated for each channel group.
+    """
+
+    uniform: bool = False
+    windows: int = 0
+    found_dense: str | None = "allocation"
+
+    def sensitivity(self, problem: LearningProblem) -> dict[str, float]:
+        """Return how much the pruning of a channel group hurts, by group; by default, nothing.
+
+        Args:
+            problem: problem with the dense model, and the groups that the settings prune.
+        """
+        return {}
+
+    @abstractmethod
+    def patterns(
+        self, problem: LearningProblem, every: list[ChannelGroup], sensitivity: Mapping[str, float]
+    ) -> dict[str, str]:
+        """Return N:M, or `dense`, of the linears that are not pruned to the job's pattern, by path.
+
+        Linears that the settings keep dense must stay dense.
+
+        Args:
+            problem: as in `sensitivity`.
+            every: all channel groups of the model.
+            sensitivity: result of `sensitivity`.
+        """
