@@ -1,9 +1,10 @@
-"""Settings by which vLLM runs a folded checkpoint's 2:4 linears on FP8 kernels of torchao.
+"""Settings by which vLLM runs a folded checkpoint's linears on FP8 kernels of torchao.
 
 vLLM reads the settings from a file in the checkpoint's folder. It rounds the weights to FP8 while
 it loads them. It joins the linears of a channel group to one, under the name of the group.
 """
 
+import copy
 import json
 import logging
 import re
@@ -60,6 +61,9 @@ KERNELS: dict[str, Any] = json.loads("""
   }
 }
 """)
+# The same for dense linears. torchao leaves those in bfloat16 whose sizes are not multiples of 16.
+DENSE_KERNELS = copy.deepcopy(KERNELS)
+DENSE_KERNELS["_data"]["packing_format"]["_data"] = "PLAIN"
 
 
 def check_serve(settings: ExportConfig) -> None:
@@ -111,7 +115,7 @@ def groups_on_kernels(
         )
     if unfit:
         log.warning(
-            "vLLM runs %d of %d linears as dense ones, such as %s: its kernels need %s; "
+            "vLLM runs %d of %d linears as dense ones, such as %s: its 2:4 kernels need %s; "
             "keep_dense=[...] would leave them unpruned",
             len(unfit),
             len(groups),
@@ -137,28 +141,28 @@ def serving(
     Args:
         groups: all channel groups of the model.
         fitting: those that fit the kernels.
-        zero_rows: linears whose weight has a row of zeros, which stay dense. The scale of such a
-            row is 0, and its product with any input NaN.
+        zero_rows: linears whose weight has a row of zeros, which stay in bfloat16. The scale of
+            such a row is 0, and its product with any input NaN.
 
     Returns:
         The content, and the numbers: `sparse`, on the kernels, and `all`.
     """
-    sparse = [group.name for group in fitting if zero_rows.isdisjoint(group.members)]
-    without_scale = [group.name for group in fitting if group.name not in sparse]
+    without_scale = [group.name for group in groups if not zero_rows.isdisjoint(group.members)]
     if without_scale:
         log.warning(
-            "vLLM runs %s as dense linears, because FP8 has no scale for a row of zeros",
+            "vLLM runs %s in bfloat16, because FP8 has no scale for a row of zeros",
             ", ".join(without_scale),
         )
+    sparse = [group.name for group in fitting if group.name not in without_scale]
     # A dict keeps the order, and a linear alone in its group has the name of the group.
     on_kernels: dict[str, None] = {}
-    dense: dict[str, None] = {}
+    dense: dict[str, Any] = {}
     for group in groups:
         for name in (group.name, *group.members):
             if group.name in sparse:
                 on_kernels[re.escape(name.removeprefix(group.prefix))] = None
             else:
-                dense[name] = None
+                dense[name] = None if group.name in without_scale else DENSE_KERNELS
     layers = groups[0].prefix.rstrip(".").rpartition(".")[0]
     expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(on_kernels)})"
     by_name = {expression: KERNELS, **dense}

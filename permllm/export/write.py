@@ -202,7 +202,7 @@ class _StoredTensors:
 
     Attributes:
         dtype: dtype of the stored weights.
-        zero_rows: paths of the pruned linears, of those that were read, with a row of zeros.
+        zero_rows: paths of the decoder layers' linears, of those read, with a row of zeros.
     """
 
     def __init__(
@@ -217,8 +217,8 @@ class _StoredTensors:
         self._source = source
         self._stored = stored
         patterns = source.metrics["sparsity"].get("patterns", {})
-        members = {path for group in groups for path in group.members}
-        self._pruned = {path for path in members if patterns.get(path) != DENSE}
+        self._linears = {path for group in groups for path in group.members}
+        self._pruned = {path for path in self._linears if patterns.get(path) != DENSE}
         permuted = permuted_names(groups, stored.gathers)
         # Names in the model by stored name.
         self._names = {
@@ -244,9 +244,9 @@ class _StoredTensors:
         tensor = tensor.to(self.dtype)
         if not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite in {self.dtype}")
+        if path in self._linears and not tensor.any(-1).all():
+            self.zero_rows.add(path)
         if is_pruned:
-            if not tensor.any(-1).all():
-                self.zero_rows.add(path)
             # Turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
             tensor = tensor + 0.0
         return self._stored.apply(name, tensor)
