@@ -1,4 +1,4 @@
-"""Pictures with matplotlib: quality over minutes, loss curves, and the masks of one linear."""
+"""Pictures with matplotlib: quality over minutes, losses, masks of one linear, sensitivities."""
 
 import math
 import re
@@ -226,3 +226,41 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
             f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
             fontsize="small",
         )
+
+
+def plot_sensitivity(table: Table, file: Path) -> None:
+    """Draw the sensitivity of each channel group, groups by decoder layers, for each row.
+
+    A cross marks a group that stays dense.
+
+    Raises ConfigError if no run has sensitivities, or the picture cannot be written.
+    """
+    titles = []
+    runs = []
+    for row, title in enumerate(table.names()):
+        run = table.first(row)
+        if "sensitivity" in run.metrics:
+            titles.append(title)
+            runs.append(run)
+    if not runs:
+        raise ConfigError(f"{file}: no run has sensitivities; allocation=sensitive measures them")
+    with picture(file) as pyplot:
+        size = (8, 2.2 * len(runs) + 0.6)
+        _, axes = pyplot.subplots(len(runs), squeeze=False, figsize=size, layout="constrained")
+        for axis, run, title in zip(axes.flat, runs, titles, strict=True):
+            values = pd.Series(run.metrics["sensitivity"], name="value")
+            frame = values.index.str.extract(r"\.(?P<layer>\d+)\.(?P<group>.*)")
+            frame = frame.assign(layer=frame["layer"].astype(int), value=values.to_numpy())
+            groups = list(frame["group"].unique())
+            grid = frame.pivot(index="group", columns="layer", values="value").loc[groups]
+            image = axis.imshow(grid, norm="log", aspect="auto", cmap="viridis")
+            bar = pyplot.colorbar(image, ax=axis, label="nats a token", format="{x:g}")
+            bar.locator = pyplot.LogLocator(subs=(1, 2, 5))
+            bar.minorticks_off()
+            pruned = run.metrics["retained_saliency"]
+            dense = frame[[name not in pruned for name in values.index]]
+            axis.plot(dense["layer"] - frame["layer"].min(), dense["group"].map(groups.index), "rx")
+            axis.set_yticks(range(len(groups)), groups)
+            axis.set(xlabel="decoder layer")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_title(title, fontsize="small")

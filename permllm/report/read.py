@@ -90,7 +90,8 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Return the method and the settings of the identity but the seed, by their typed names."""
-        settings = {"method": self.config.get("method") or ""}
+        # The identity has other allocations alone.
+        settings = {"method": self.config.get("method") or "", "allocation": "uniform"}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))
             if key.startswith("inputs."):

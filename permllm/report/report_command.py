@@ -4,13 +4,14 @@ permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
 permllm report runs --curves curves.png
 permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
+permllm report runs --sensitivity sensitivity.png
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 
 The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
 network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
 sets the format. --curves draws losses of learning; --masks draws the mask of one linear for each
-row.
+row; --sensitivity draws how much the pruning of each channel group alone hurts.
 
 The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
 plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
@@ -45,6 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
         "--curves": "draw the losses of learning",
         "--masks": "draw the mask of one linear for each row",
+        "--sensitivity": "draw the sensitivity of each channel group; a cross: it stays dense",
     }.items():
         written.add_argument(option, type=Path, metavar="FILE", help=description)
     add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
@@ -71,28 +73,32 @@ def work(options: argparse.Namespace) -> Answer:
     """Write a file and return its path, or return a table from W&B."""
     if options.wandb and options.table:
         return _of_wandb(options)
-    file = options.to or options.curves or options.masks
+    file = options.to or options.curves or options.masks or options.sensitivity
     if not options.places or not file:
-        raise ConfigError("expected DIR... and one of --to, --curves, --masks; or --wandb, --table")
+        raise ConfigError(
+            "expected DIR... and --to, --curves, --masks or --sensitivity; or --wandb, --table"
+        )
     # The libraries for drawing take seconds to import.
-    from permllm.report.plots import drawn_measure, plot_cost, plot_curves, plot_masks, undrawn
+    from permllm.report import plots
 
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
     notes = [*collection.notes, *table.notes]
     if options.to:
-        measure = drawn_measure(table, options.measure)
-        notes += undrawn(table, measure)
+        measure = plots.drawn_measure(table, options.measure)
+        notes += plots.undrawn(table, measure)
         if file.suffix == ".html":
             from permllm.report.page import page
 
             write_text(file, page(table, notes, measure))
         else:
-            plot_cost(table, file, measure)
+            plots.plot_cost(table, file, measure)
     elif options.curves:
-        plot_curves(table, file)
+        plots.plot_curves(table, file)
+    elif options.sensitivity:
+        plots.plot_sensitivity(table, file)
     else:
-        plot_masks(table, file, options.linear)
+        plots.plot_masks(table, file, options.linear)
     note(notes)
     runs = len(table.runs)
     return Answer({"file": str(file), "runs": runs}, lambda: print(f"{file}: {runs} runs"))

@@ -23,7 +23,7 @@ from permllm.report.measures import (
     FACTS,
     FP8,
     IDLE,
-    ZEROS,
+    OF_SPARSITY,
     Measure,
     number,
     setting_text,
@@ -40,8 +40,8 @@ _SPARE = {
 }
 # Order of the first columns.
 _FIRST = [
-    *("method", "model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask"),
-    "reconstruction",
+    *("method", "model", "sparsity", "pruner", "allocation", "permutation"),
+    *("permutation.constraint", "mask", "reconstruction"),
 ]
 
 
@@ -161,7 +161,7 @@ class Table:
                 for name, value in texts.items()
                 if value not in ("", IDLE.get(name))
             ]
-            names.append(", ".join(parts))
+            names.append(", ".join(parts or texts))
         return names
 
 
@@ -201,9 +201,10 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     if gaps:
         end = shown.index(closed.columns[-1]) + 1
         shown[end:end] = gaps
-    if frame[ZEROS].map("{:.2%}".format).nunique() == 1:
-        shown.remove(ZEROS)
-        del kinds[ZEROS]
+    for name in OF_SPARSITY:
+        if frame[name].round(4).nunique() == 1:
+            shown.remove(name)
+            del kinds[name]
     means, errors = means_and_errors(frame, values, [*kinds])
     return Table(
         runs=runs,

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.report.plots import dense_lines, plot_masks, points
+from permllm.report.plots import dense_lines, plot_masks, plot_sensitivity, points
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
@@ -134,10 +134,33 @@ def test_pictures_have_the_format_of_a_suffix(
         ("--to a.png --measure speed", "error: no row has speed"),
         ("--to a.html --measure speed", "error: no row has speed"),
         ("--masks a.png", "error: a.png: none of the runs has its masks.safetensors"),
-        ("", "error: expected DIR... and one of --to"),
+        ("", "error: expected DIR... and --to"),
     ):
         assert call("report", [runs, *words.split()]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_sensitivities_are_drawn_by_layer_and_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot
+
+    png, sensitivity = tmp_path / "a.png", {"model.layers.0.mlp": 0.1, "model.layers.1.mlp": 0.01}
+    make_run(tmp_path / "a", permutation="none")
+    assert call("report", [str(tmp_path / "a"), "--sensitivity", str(png)]) == 1
+    line = record(20.0, allocation={"name": "sensitive"})
+    line["metrics"]["sensitivity"] = sensitivity
+    line["metrics"]["retained_saliency"] = {"model.layers.1.mlp": 0.5}
+    as_folder(line, tmp_path / "b")
+    with monkeypatch.context() as left_open:
+        left_open.setattr(pyplot, "close", lambda figures: None)
+        plot_sensitivity(table_below(tmp_path), png)
+    axis = pyplot.gcf().axes[0]
+    assert axis.get_images()[0].get_array().tolist() == [[0.1, 0.01]]
+    (crosses,) = axis.get_lines()
+    pyplot.close("all")
+    assert crosses.get_xydata().tolist() == [[0.0, 0.0]]
+    assert Image.open(png).format == "PNG"
 
 
 def test_masks_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

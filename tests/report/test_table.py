@@ -83,6 +83,19 @@ def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None
     assert zeros.to_dict() == {"": "50.00%", "0": "43.75%"}
 
 
+def test_records_from_before_allocations_are_uniform(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="none")
+    line = record(20.0, permutation="none", allocation={"name": "sensitive", "share": 0.1})
+    line["metrics"]["sparsity"]["of_model"] = 0.45
+    as_folder(line, tmp_path / "b")
+    table = table_below(tmp_path)
+    found = cells(table).iloc[1:].set_index("allocation")
+    assert found["dense weights"].to_dict() == {"uniform": "0.00%", "sensitive": "10.00%"}
+    assert found["speed limit"].to_dict() == {"uniform": "2", "sensitive": "1.818"}
+    assert found["gap closed"].to_dict() == {"uniform": "0.00%", "sensitive": "50.00%"}
+    assert table.names() == ["sensitive", "uniform"]
+
+
 def test_columns_can_be_chosen(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 40.0, permutation="none", method="wanda")
     make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
