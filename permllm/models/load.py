@@ -43,6 +43,7 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import FAMILIES, after_layers, family_of
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
+from permllm.models.gguf import gguf_folder, quantisation
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
@@ -108,6 +109,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
             model = read_weights(folder, getattr(torch, config.dtype), onto)
         tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
+        if _is_gguf(config):
+            log.info("%s holds quantised weights: %s", config.path, quantisation(Path(called)))
     if head_of_its_own(model):
         # The files may hold a separate head although the config ties it. lm-eval ties weights again
         # if the config says so.
@@ -140,7 +143,7 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         DataError: its config cannot be found or downloaded.
     """
     if config.source == "local":
-        architecture = _architecture_in(Path(config.path or ""), config)
+        architecture = _architecture_in(_local_folder(config), config)
     elif config.source == "hub" and not config.architecture:
         folder = hub_snapshot(config.hub_name or "", config.revision, ["config.json"])
         architecture = _architecture_in(folder, config)
@@ -162,8 +165,23 @@ def dense_folder(config: ModelConfig) -> Path | None:
     if config.source == "wheel":
         return wheel_model_folder(config)
     if config.source == "local":
-        return Path(config.path or "")
+        return _local_folder(config)
     return None if config.source == "random" else _hub_folder(config)
+
+
+def _local_folder(config: ModelConfig) -> Path:
+    """Return the folder of a local model; that of a GGUF file is in the cache.
+
+    Raises DataError if a GGUF file cannot be converted.
+    """
+    path = Path(config.path or "")
+    return gguf_folder(path) if _is_gguf(config) else path
+
+
+def _is_gguf(config: ModelConfig) -> bool:
+    """Tell if a local model is a GGUF file."""
+    path = Path(config.path or "")
+    return config.source == "local" and path.suffix == ".gguf" and path.is_file()
 
 
 def generation_of(folder: Path) -> GenerationConfig:
@@ -183,6 +201,8 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
         identity = f"{model.package}:{model.sha256}"
     elif config.source == "hub":
         identity = f"hub:{config.hub_name}:{folder.name}"  # the folder's name is the commit
+    elif _is_gguf(config):
+        identity = f"gguf:{file_sha256(Path(config.path or ''))}"
     else:
         identity = _digest_of_files(folder)
     return f"{identity}:{config.dtype}"

@@ -48,7 +48,7 @@ PLACEMENTS = get_args(Placement)  # the fastest first
 # Groups of `conf/` whose options are methods, in the order in which a job reads them.
 METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction")
 # Models of the package index; the first is the default.
-WheelModel = Literal["smollm2-135m", "gemma3-270m"]
+WheelModel = Literal["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"]
 WHEEL_MODELS = get_args(WheelModel)
 
 
@@ -118,7 +118,9 @@ class ModelConfig:
         if self.source == "hub" and not self.hub_name:
             raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository on the hub")
         if self.source == "local" and not self.path:
-            raise ConfigError("model=local needs model.path=DIR, a folder with a checkpoint")
+            raise ConfigError(
+                "model=local needs model.path=DIR, a folder with a checkpoint, or FILE.gguf"
+            )
         if self.placement == "disk" and self.source == "random":
             raise ConfigError(
                 f"model.placement=disk: model={self.name} is random and has no files; use host"

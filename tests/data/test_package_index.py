@@ -98,7 +98,7 @@ def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
         (target / "model.safetensors").write_bytes(found[-1])
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr(from_wheel, "_convert_gguf", convert)
+    monkeypatch.setattr(from_wheel, "convert_gguf", convert)
 
     def member_of(_: object, member: str) -> Path:
         return tmp_path / member.rpartition("/")[2]
