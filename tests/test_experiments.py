@@ -86,7 +86,7 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
 
 
 # The first three take texts of the hub, the last any checkpoint.
-OTHERS = ("peers", "frontier", "serving", "scale")
+OTHERS = ("peers", "frontier", "serving", "allocation", "scale")
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in OTHERS])
