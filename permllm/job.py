@@ -94,7 +94,7 @@ def run(config: RunConfig) -> JobResult | None:
             _complete(config, methods, texts, record, device)
         if export is not None:
             parallel.on_main(lambda: _export(export, record))
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 and not (skipped and sweeping()):
             print_run(record.metrics, record.directory)
     return JobResult(record.metrics, record.directory, skipped)
 

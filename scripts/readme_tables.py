@@ -102,7 +102,8 @@ def frontier(
     drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
     if methods:
         names = {_row(found, method): f"`{method}`" for method in methods.split()}
-        found.labels["method"], found.settings = found.labels.index.map(names), ["method"]
+        found.labels["method"] = found.labels.index.map(names)
+        found.settings = found.varied = ["method"]
         drawn = drawn[drawn.index.isin(names)]
     frame = _chosen(_texts(found), drawn.index)
     costs = {
@@ -160,7 +161,7 @@ def bounds(folder: Path, methods: str, records: str) -> str:
         width = 4 * window_count(pattern) / pattern.m
         sizes = [f"{width * (bits / 2 + 1) / bits:.1%}" for bits in (16, 8)]
         costs.append([text, f"`{method}`", *sizes, f"{2 / width:.2f}"])
-    frame = _chosen(_texts(found), rows).drop(columns=found.settings)
+    frame = _chosen(_texts(found), rows).drop(columns=[*found.settings, *found.details()])
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
     used = [found.runs[run] for row in rows for run in found.members(row).index]
     frame = pd.DataFrame(costs, frame.index, names).join(frame)

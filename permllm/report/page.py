@@ -1,18 +1,18 @@
-"""HTML page of runs that needs no network: quality over minutes, and the table."""
+"""HTML page of runs that needs no network: quality over minutes, the table, and each row."""
 
+from collections.abc import Callable
 from html import escape
-from itertools import cycle
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import itables
 import pandas as pd
-import plotly.express as px
 from itables.javascript import generate_init_offline_itables_html
-from plotly.offline import get_plotlyjs
+from matplotlib import rc_context
 
-from permllm.report.measures import number
-from permllm.report.plots import MINUTES, dense_lines, points
+from permllm.report.gaps import GAP
+from permllm.report.plots import plot_cost, plot_curves, points
 from permllm.report.render import sources, table_cells, texts
 from permllm.report.table import Table
 
@@ -25,15 +25,28 @@ _FRAME = """<!doctype html>
 <style>
 body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
 #table_wrapper {{ overflow-x: auto }}
-</style>
-<script>{plotly}</script></head><body>
+#table th * {{ white-space: normal !important }}
+#table th {{ min-width: 5em }}
+svg {{ max-width: 100%; height: auto }}
+.narrow {{ display: none }}
+@media (max-width: 700px) {{ .narrow {{ display: block }} .wide {{ display: none }} }}
+pre {{ white-space: pre-wrap; background: #f4f4f4; padding: 0.5em }}
+summary {{ cursor: pointer; padding: 0.2em 0 }}
+</style></head><body>
 <h1>PermLLM: pruned models side by side</h1>
 <p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p>
 <ul>{notes}</ul>
-<h2>Quality over minutes</h2><p>Bars are the ± of the table.</p>{quality}
+<h2>Quality over minutes</h2>
+<p>Bars are the ± of the table. A click on a point opens its row below.</p>{quality}
 <h2>Table</h2>{itables}{table}
+<h2>Rows</h2><p>Commands, commits and learning curves.</p>{details}
 </body></html>
 """
+_SWITCH = """<label>Measure <select onchange="document.querySelectorAll('.measure').forEach(
+ (part, place) => part.hidden = place != this.selectedIndex)">{options}</select></label>
+{pictures}"""
+# Width and height of pictures in inches, for a wide and a narrow screen.
+_SIZES = {"wide": (12.5, 6.5), "narrow": (4.2, 6.0)}
 # Cells such as "56.16% ± 2.00%" are sorted by their first number. Cells without one come last.
 _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
@@ -45,25 +58,31 @@ def page(table: Table, notes: list[str], measure: str) -> str:
     Args:
         table: table of the runs.
         notes: lines for the reader.
-        measure: measure to draw over minutes.
+        measure: measure to draw over minutes first.
     """
     frame = texts(table, table_cells(table))
+    uncertainties = sources(frame)
+    names = pd.Series(table.names())
+    frame = frame.drop(columns=[*table.settings, *table.details()])
+    frame.insert(0, "row", names.reindex(frame.index).fillna("dense"))
+    measures = frame.shape[1]
+    frame = frame.join(table.labels[[*table.settings, *table.details()]]).fillna("")
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
         rows=len(table.labels),
-        plotly=get_plotlyjs(),
-        notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *sources(frame)]),
+        notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *uncertainties]),
         quality=_quality(table, measure),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
-        table=_table(frame, len(table.settings)),
+        table=_table(frame, measures),
+        details="".join(_details(table, row, name) for row, name in names.items()),
     )
 
 
-def _table(frame: pd.DataFrame, words: int) -> str:
-    """Return the HTML of a frame, whose first columns, `words` of them, are no numbers."""
+def _table(frame: pd.DataFrame, measures: int) -> str:
+    """Return the HTML of a frame: names, numbers before column `measures`, and settings."""
     numbers: Any = {
-        "targets": [*range(words, frame.shape[1])],
+        "targets": [*range(1, measures)],
         "render": itables.JavascriptFunction(_BY_NUMBER),
         "type": "num",
     }
@@ -83,60 +102,51 @@ def _table(frame: pd.DataFrame, words: int) -> str:
     )
 
 
-def _quality(table: Table, measure: str) -> str:
-    """Return the HTML of quality over minutes, with a point for each row; empty without points."""
-    frame = points(table, measure)
-    if frame.empty:
-        return ""
-    frame["name"] = frame["name"].map(escape)
-    frame["text"] = [
-        f"{point['name']}<br>{table.shown(row, measure)}<br>{point['minutes']:.1f} min, "
-        f"{point['memory'] / 1e9:.2f} GB at the peak"
-        for row, point in frame.iterrows()
-    ]
-    figure = px.scatter(
-        frame,
-        x="minutes",
-        y="value",
-        error_y="error",
-        color="name",
-        hover_name="text",
-        size="memory",
-        log_x=True,
-        height=520,
-        template="plotly_white",
-    )
-    figure.update_traces(hovertemplate="%{hovertext}<extra></extra>")
-    front = frame[frame["front"]].sort_values("minutes")
-    figure.add_scatter(
-        x=front["minutes"],
-        y=front["value"],
-        mode="lines",
-        line={"shape": "hv", "dash": "dot", "color": "grey"},
-        name="Pareto front",
-        hoverinfo="skip",
-    )
-    kind = table.kinds[measure]
-    styles = cycle(("dash", "dashdot", "dot"))
-    for label, value in dense_lines(table, measure, frame.index).items():
-        figure.add_hline(
-            value,
-            name=escape(f"{label}: {number(value, kind)}"),
-            showlegend=True,
-            line={"dash": next(styles), "width": 1, "color": "grey"},
-        )
-    form = ".0%" if kind in ("accuracy", "share") else ""
-    figure.update_yaxes(title_text=escape(table.heading(measure)), tickformat=form)
-    figure.update_xaxes(title_text=MINUTES)
-    # Below the axes, because the name of a row may be as long as the page is wide.
-    rows = len(figure.data)
-    legend = {"orientation": "v", "yanchor": "top", "y": -0.2, "x": 0}
-    figure.update_layout(legend=legend, height=520 + 20 * rows, margin_b=120 + 20 * rows)
-    return str(
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            config={"displaylogo": False},
-            div_id="quality",
-        )
-    )
+def _quality(table: Table, first: str) -> str:
+    """Return the HTML of quality over minutes, with a switch of the measure; empty: no points."""
+    names = [first]
+    for name in table.measures:
+        if table.kinds[name] in ("perplexity", "accuracy") or name.startswith(GAP):
+            names.append(name)
+    options = []
+    pictures = []
+    for name in dict.fromkeys(names):
+        frame = points(table, name)
+        if frame.empty:
+            continue
+        text = ""
+        for screen, size in _SIZES.items():
+            drawn = _svg(lambda file, name=name, size=size: plot_cost(table, file, name, size))
+            text += f'<div class="{screen}">{drawn}</div>'
+        for row, point in frame.iterrows():
+            cost = f"{point['minutes']:.1f} min, {point['memory'] / 1e9:.2f} GB at the peak"
+            title = escape(f"{point['name']}\n{table.shown(row, name)}\n{cost}")
+            text = text.replace(f'<g id="point-{row}">', f"<g><title>{title}</title>")
+        hidden = " hidden" * bool(pictures)
+        options.append(f"<option>{escape(table.heading(name))}</option>")
+        pictures.append(f'<div class="measure"{hidden}>{text}</div>')
+    return _SWITCH.format(options="".join(options), pictures="".join(pictures)) if pictures else ""
+
+
+def _svg(draw: Callable[[StringIO], None]) -> str:
+    """Return a picture as a part of a page."""
+    file = StringIO()
+    with rc_context({"svg.fonttype": "none", "savefig.format": "svg"}):
+        draw(file)
+    return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file
+
+
+def _details(table: Table, row: int, name: str) -> str:
+    """Return the HTML of a row that opens: command and commit of each run, and learning curves."""
+    text = ""
+    for place in table.members(row).index:
+        run = table.runs[place]
+        environment = {"git": None, "command": "unknown", "started": ""} | run.environment
+        commit = (environment["git"] or {}).get("commit", "unknown")
+        about = f"commit {commit}, seed {run.config['seed']}, {environment['started']}"
+        text += f"<pre>{escape(environment['command'])}</pre>"
+        text += f"<p>{escape(f'{about}, {run.directory}')}</p>"
+    if table.first(row).history:
+        text += _svg(lambda file: plot_curves(table, file, pd.Index([row])))
+    inside = f'<div id="row-{row}">{text}</div>'
+    return f"<details><summary>{escape(name)}</summary>{inside}</details>"

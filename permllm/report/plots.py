@@ -2,33 +2,30 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.measures import DENSE
+from permllm.report.labels import place_labels
+from permllm.report.measures import DENSE, number
 from permllm.report.table import Table, shared_value
+from permllm.settings.config import NMPattern
 from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
 _CORNER = 64  # rows and channels of a mask that are drawn
-# A legend beside the axes hides no point.
-_LEGEND: Any = {
-    "fontsize": "small",
-    "loc": "upper left",
-    "bbox_to_anchor": (1.01, 1.0),
-    "borderaxespad": 0.0,
-}
 
 
 @contextmanager
-def picture(file: Path) -> Iterator[Any]:
+def picture(file: Path | IO[str]) -> Iterator[Any]:
     """Yield matplotlib's pyplot, and write the figure that the caller has drawn to a file.
 
     Raises:
@@ -41,12 +38,12 @@ def picture(file: Path) -> Iterator[Any]:
         raise ConfigError(f"{file}: pictures need matplotlib: pip install -e '.[plot]'") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # texts of records may contain dollar signs
+    matplotlib.rcParams["figure.constrained_layout.use"] = True
     from matplotlib import pyplot
 
     try:
         yield pyplot
-        pyplot.gcf().set_layout_engine("constrained")
-        pyplot.savefig(file, dpi=150, bbox_inches="tight")  # with the legend beside the axes
+        pyplot.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
     finally:
@@ -67,7 +64,7 @@ def drawn_measure(table: Table, measure: str | None) -> str:
 def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of quality over minutes, by row.
 
-    Rows without a finite value, or with a permutation from a file, have no point.
+    Rows without a finite value or minutes, or with a permutation from a file, have no point.
 
     Returns:
         `name` of the row; `minutes` of its fastest run, because other jobs on the
@@ -92,7 +89,7 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     )
     # The minutes of a permutation from a file lack those of its making.
     drawn = np.isfinite(frame["value"]) & (table.labels["permutation"] != "from_file")
-    frame = frame[drawn]
+    frame = frame[drawn & (frame["minutes"] > 0)]
     sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
     ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
     best = ordered["badness"].cummin().shift(fill_value=math.inf)
@@ -110,13 +107,15 @@ def undrawn(table: Table, measure: str) -> list[str]:
 def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
     """Return the dense model's value of a measure by the label of its line, a line for each model.
 
-    A model whose runs differ in this value, or lack it, has no line.
+    A model whose runs differ in this value, or lack it, has no line. It closes a whole gap.
 
     Args:
         table: table of the runs.
         measure: a measure of the table.
         rows: rows with a point.
     """
+    if measure in table.gaps:
+        return {"dense": 1.0}
     lines = {}
     frame = table.frame[table.frame["row"].isin(rows)].reindex(columns=["model", DENSE + measure])
     for model, values in frame.groupby("model")[DENSE + measure]:
@@ -126,67 +125,112 @@ def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
     return lines
 
 
-def plot_cost(table: Table, file: Path, name: str) -> None:
+def plot_cost(
+    table: Table,
+    file: Path | IO[str],
+    name: str,
+    size: tuple[float, float] = (9, 5.5),
+) -> None:
     """Draw a measure over minutes, with a point for each row whose area is the peak memory.
 
-    Raises ConfigError if no row has a point, or the picture cannot be written.
+    Args:
+        table: table of the runs.
+        file: file of the picture.
+        name: a measure of the table.
+        size: width and height in inches.
+
+    Raises:
+        ConfigError: no row has a point, or the picture cannot be written.
     """
-    frame = points(table, name)
+    frame = points(table, name).sort_values("minutes")
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
-    front = frame[frame["front"]].sort_values("minutes")
-    frame["area"] = 30 + 150 * frame["memory"] / frame["memory"].max()
+    kind = table.kinds[name]
+    front = frame[frame["front"]]
+    frame["area"] = 30 + 90 * frame["memory"] / frame["memory"].max()
     with picture(file) as pyplot:
-        _, axis = pyplot.subplots(figsize=(8, 4.8))
-        axis.step(
-            front["minutes"],
-            front["value"],
-            where="post",
-            linestyle=":",
-            color="grey",
-            label="Pareto front",
-        )
-        axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-        for _, point in frame.sort_values("minutes").iterrows():
-            axis.scatter(
-                point["minutes"], point["value"], point["area"], label=point["name"], alpha=0.8
-            )
-        styles = cycle(("--", "-.", ":"))
-        for label, value in dense_lines(table, name, frame.index).items():
-            axis.axhline(value, linestyle=next(styles), color="grey", linewidth=1, label=label)
-        axis.margins(x=0.15, y=0.1)
-        axis.set(xscale="log", xlabel=f"{MINUTES} (area: peak of memory)")
-        axis.set_ylabel(table.heading(name))
-        axis.xaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-        if table.kinds[name] == "share":
+        _, axis = pyplot.subplots(figsize=size)
+        axis.step(front["minutes"], front["value"], ":", where="post", color="grey", zorder=1)
+        for style, (row, point) in zip(_styles(), frame.iterrows(), strict=False):
+            at = (point["minutes"], point["value"])
+            axis.errorbar(*at, point["error"], color=style["color"], linewidth=1)
+            names = {"gid": f"point-{row}", "urls": [f"#row-{row}"]}
+            axis.scatter(*at, point["area"], alpha=0.8, **names, **style)
+        axis.margins(x=0.12, y=0.12)
+        _set_logarithmic(axis.xaxis, "x", frame["minutes"])
+        dense = dense_lines(table, name, frame.index)
+        if kind == "perplexity":
+            _set_logarithmic(axis.yaxis, "y", [*frame["value"], *dense.values()])
+        for style, (label, value) in zip(cycle(("--", "-.", ":")), dense.items(), strict=False):
+            axis.axhline(value, linestyle=style, color="grey", linewidth=1)
+            text = f" {label}: {number(value, kind)}"
+            place = axis.get_yaxis_transform()
+            axis.text(0, value, text, transform=place, va="bottom", fontsize="small")
+        if kind in ("accuracy", "share"):
             axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front")
+        axis.set_ylabel(table.heading(name))
         axis.grid(alpha=0.3)
-        axis.legend(**_LEGEND)
+        place_labels(axis, frame["name"], frame[["minutes", "value"]].to_numpy())
 
 
-def plot_curves(table: Table, file: Path) -> None:
-    """Draw the loss curves of all rows with learning.
+def _styles() -> Iterator[dict[str, Any]]:
+    """Give colours and markers, a colour again only with another marker."""
+    for marker in cycle("oDs^vPX"):
+        for place in range(10):
+            yield {"color": f"C{place}", "marker": marker}
 
-    Raises ConfigError if no run has learned, or the picture cannot be written.
+
+def _set_logarithmic(axis: Any, which: str, values: Any) -> None:
+    """Make an axis, x or y, logarithmic with ticks at round numbers."""
+    from matplotlib import ticker
+
+    axis.axes.set(**{f"{which}scale": "log"})
+    ratio = max(values) / min(values)
+    if ratio < 3:
+        axis.set_major_locator(ticker.MaxNLocator(6))
+    else:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7) if ratio < 20 else (1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def plot_curves(table: Table, file: Path | IO[str], rows: pd.Index | None = None) -> None:
+    """Draw the loss curves of rows with learning, with an axis for each loss.
+
+    Args:
+        table: table of the runs.
+        file: file of the picture.
+        rows: rows to draw; None: all.
+
+    Raises:
+        ConfigError: no run has learned, or the picture cannot be written.
     """
-    histories = [table.first(row).history for row in table.labels.index]
-    if not any(histories):
+    names = table.names()
+    curves: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for row in table.labels.index if rows is None else rows:
+        run = table.first(row)
+        for entry in run.history:
+            group = entry.get("group", "")
+            loss = run.config.get(group or "permutation", {}).get("loss") or "loss"
+            curves[f"{group} {loss}".strip()].setdefault(names[row], []).append(entry["loss"])
+    if not curves:
         raise ConfigError(f"{file}: no run has a history of losses")
     with picture(file) as pyplot:
-        _, axis = pyplot.subplots(figsize=(7, 4))
-        for name, history in zip(table.names(), histories, strict=True):
-            if history:
-                losses = [entry["loss"] for entry in history]
-                axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
-        axis.legend(**_LEGEND)
+        size = (7, 3.2 * len(curves))
+        _, axes = pyplot.subplots(len(curves), squeeze=False, figsize=size)
+        for axis, (title, lines) in zip(axes.flat, curves.items(), strict=True):
+            for style, losses in zip(_styles(), lines.values(), strict=False):
+                axis.plot(range(1, len(losses) + 1), losses, markersize=4, **style)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(xlabel="epoch", ylabel=f"{title}, mean of the epoch")
+            axis.margins(x=0.12, y=0.12)
+            if rows is None:
+                place_labels(axis, lines, [(len(line), line[-1]) for line in lines.values()])
 
 
 def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
-    """Draw the corner of one linear's mask for each row, as in figure 3.
+    """Draw the corner of one linear's mask for each row, as in figure 3, with lines every M.
 
     Args:
         table: table of the runs.
@@ -200,30 +244,36 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
     """
     from permllm.store.tensors import load_masks  # imports torch, which takes seconds
 
-    corners = []
+    corners: list[tuple[str, Any, int]] = []
     path = ""
     for row, title in enumerate(table.names()):
-        masks_file = table.first(row).directory / MASKS
+        run = table.first(row)
+        masks_file = run.directory / MASKS
         if masks_file.is_file():
             masks = load_masks(masks_file)
             names = sorted(masks, key=lambda name: int(re.findall(r"\.(\d+)\.", name)[0]))
             path = linear or names[len(names) // 2]
             if path not in masks:
                 raise ConfigError(f"--linear {path}: {masks_file} has {names[0]}, ...")
-            corners.append((title, masks[path].numpy()[:_CORNER, :_CORNER]))
+            pattern = run.metrics["sparsity"].get("patterns", {}).get(path, run.config["sparsity"])
+            width = _CORNER if pattern == "dense" else NMPattern.parse(pattern).m
+            corners.append((title, masks[path].numpy()[:_CORNER, :_CORNER], width))
     if not corners:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")
     columns = min(3, len(corners))
     lines = math.ceil(len(corners) / 3)
     with picture(file) as pyplot:
         figure = pyplot.figure(figsize=(3.4 * columns, 3.8 * lines + 0.3))
-        for place, (title, mask) in enumerate(corners, 1):
+        for place, (title, mask, width) in enumerate(corners, 1):
             axis = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
             axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
-            axis.set_title(title, fontsize="small")
+            for channel in range(width, mask.shape[1], width):
+                axis.axvline(channel - 0.5, color="C1", linewidth=0.5)
+            axis.set_title(fill(title, 40), fontsize="small")
         rows, channels = mask.shape
         figure.suptitle(
-            f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept",
+            f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept, "
+            "lines: every M",
             fontsize="small",
         )
 
@@ -246,7 +296,7 @@ def plot_sensitivity(table: Table, file: Path) -> None:
         raise ConfigError(f"{file}: no run has sensitivities; allocation=sensitive measures them")
     with picture(file) as pyplot:
         size = (8, 2.2 * len(runs) + 0.6)
-        _, axes = pyplot.subplots(len(runs), squeeze=False, figsize=size, layout="constrained")
+        _, axes = pyplot.subplots(len(runs), squeeze=False, figsize=size)
         for axis, run, title in zip(axes.flat, runs, titles, strict=True):
             values = pd.Series(run.metrics["sensitivity"], name="value")
             frame = values.index.str.extract(r"\.(?P<layer>\d+)\.(?P<group>.*)")
@@ -263,4 +313,4 @@ def plot_sensitivity(table: Table, file: Path) -> None:
             axis.set_yticks(range(len(groups)), groups)
             axis.set(xlabel="decoder layer")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set_title(title, fontsize="small")
+            axis.set_title(fill(title, 90), fontsize="small")

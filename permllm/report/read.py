@@ -132,13 +132,16 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     places = list(places)
     files = set()
     notes: list[str] = []
+    jobs = [job for place in places for job in sweep.read_outcomes(place)]
+    # Jobs that an earlier sweep did not finish are no loss if another sweep of the places did.
+    finished = [job.overrides for job in jobs if job.directory]
     for place in places:
         if place.is_dir():
             files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
             for job in sweep.read_outcomes(place):
                 if job.directory:
                     files.add(Path(job.directory) / METRICS)
-                else:
+                elif job.overrides not in finished:
                     notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
         elif place.suffix == LINES and place.is_file():
             files.add(place)

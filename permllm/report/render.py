@@ -16,6 +16,7 @@ from rich.table import Table as Printed
 
 from permllm.command import terminal
 from permllm.report.compare import paired
+from permllm.report.gaps import GAP
 from permllm.report.measures import AVERAGE, change_text, number, patterns_text, result_rows
 from permllm.report.published import Comparison
 from permllm.report.read import collect
@@ -124,16 +125,31 @@ def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Se
 
 
 def texts(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the texts of a table's cells (`table_cells`), with its settings and seeds before them.
+    """Return the texts of a table's cells (`table_cells`) between its settings.
 
     The index is the row. If all rows share the dense model, it is the first row.
     """
+    frame = cells.pivot(index="row", columns="column", values="text")[cells["column"].unique()]
+    return _between_settings(table, frame)
+
+
+def numbers(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the numbers of a table's cells between its settings, and errors beside them."""
+    columns = {}
+    for name, part in cells.set_index("row").groupby("column", sort=False):
+        columns[name] = part["value"]
+        columns[f"{name} ±"] = part["error"]
+    return _between_settings(table, pd.DataFrame(columns).dropna(axis=1, how="all"))
+
+
+def _between_settings(table: Table, measures: pd.DataFrame) -> pd.DataFrame:
+    """Return columns of measures after the settings that name rows, and before the other ones."""
     labels = table.labels[table.settings].copy()
     seeds = table.frame["row"].value_counts()
     if seeds.max() > 1:
         labels["seeds"] = seeds.map(str)
-    frame = cells.pivot(index="row", columns="column", values="text")[cells["column"].unique()]
-    frame = labels.reindex(frame.index).join(frame).fillna("")
+    frame = labels.reindex(measures.index).join(measures).join(table.labels[table.details()])
+    frame = frame.astype(object).fillna("")
     if DENSE_ROW in frame.index:
         frame.loc[DENSE_ROW, frame.columns[0]] = "dense"
     return frame
@@ -156,7 +172,7 @@ def records(table: Table, cells: pd.DataFrame) -> list[dict[str, Any]]:
         runs = table.members(row)
         rows.append(
             {
-                "settings": table.labels.loc[[row], table.settings].to_dict("records")[0],
+                "settings": table.labels.loc[[row], table.varied].to_dict("records")[0],
                 "seeds": runs["seed"].tolist(),
                 "measures": values_of_row,
                 "dense": dense,
@@ -190,22 +206,38 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
 
 
 def print_sweep(jobs: Sequence[Outcome]) -> None:
-    """Print the finished runs of a sweep, and the outcome of each job with its own overrides."""
-    finished = [Path(job.directory) for job in jobs if job.directory]
-    if len(finished) > 1:
-        table = table_of(collect(finished).runs)
-        frame = texts(table, table_cells(table))
-        _print_table("sparse models", [*frame], frame.to_numpy(), "right")
-        terminal().print(*sources(frame), sep="\n", markup=False, highlight=False)
+    """Print a table with a row for each finished job of a sweep, and a line for each other job."""
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     rows = []
+    others = []
+    places = {job.directory: Path(job.directory) for job in jobs if job.directory}
+    measures = _measures_of_runs([*places.values()]) if places else pd.DataFrame()
     for job in jobs:
-        words = " ".join(word for word in job.overrides if word not in shared)
-        rows.append((words, job.outcome, job.reason or job.directory or ""))
-    _print_table("jobs", ["job", "outcome", "run, or reason"], rows, "left")
+        words = " ".join(word for word in job.overrides if word not in shared).replace("\\", "")
+        if job.directory in measures.index:
+            rows.append((words, job.outcome, *measures.loc[job.directory]))
+        else:
+            others.append(f"{job.outcome} {words}: {job.reason}")
+    if rows:
+        rows.insert(0, ("dense", "", *measures.iloc[0]))
+        _print_table("jobs", ["job", "outcome", *measures], rows, "right")
     counts = Counter(job.outcome for job in jobs)
-    outcomes = [name for name in ("ran", "skipped", "failed") if counts[name]]
-    terminal().print(", ".join(f"{counts[name]} {name}" for name in outcomes))
+    outcomes = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
+    lines = [*others, ", ".join(outcomes)]
+    terminal().print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def _measures_of_runs(directories: list[Path]) -> pd.DataFrame:
+    """Return the texts of the main measures, first of the dense model, then by run directory."""
+    table = table_of(collect(directories).runs)
+    accuracy = AVERAGE if AVERAGE in table.measures else " acc"
+    table.show(None, f"perplexity (, {GAP}, {accuracy}, seconds")
+    columns = {}
+    for name in table.measures:
+        form = partial(number, kind=table.kinds[name])
+        values = table.means[name].reindex([DENSE_ROW]).tolist() + table.frame[name].tolist()
+        columns[table.heading(name)] = ["" if pd.isna(value) else form(value) for value in values]
+    return pd.DataFrame(columns, ["", *table.frame["directory"]])
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from permllm.report.read import collect, keep_runs
 from permllm.report.render import (
     FORMATS,
     as_text,
+    numbers,
     records,
     sources,
     table_cells,
@@ -73,7 +74,8 @@ def work(options: argparse.Namespace) -> Answer:
         frame = frame.set_axis(["measure", *options.compare, "difference", "over"], axis=1)
         return _answer(measures, frame, options.format)
     cells = table_cells(table, paper)
-    return _answer(records(table, cells), texts(table, cells), options.format)
+    make = numbers if options.format == "csv" else texts
+    return _answer(records(table, cells), make(table, cells), options.format)
 
 
 def _answer(value: list[dict[str, Any]], frame: pd.DataFrame, format: str) -> Answer:

@@ -41,8 +41,10 @@ _SPARE = {
 # Order of the first columns.
 _FIRST = [
     *("method", "model", "sparsity", "pruner", "allocation", "permutation"),
-    *("permutation.constraint", "mask", "reconstruction"),
+    *("permutation.constraint", "mask", "reconstruction", "reconstruction.start"),
 ]
+# Values that the names of rows leave out.
+_USUAL = {**IDLE, "permutation.constraint": "free"}
 
 
 @dataclass
@@ -62,7 +64,8 @@ class Table:
         starts: for each row with a gap the row from which the gap is measured.
         gaps: for each measure of a gap the perplexities over which it is the mean.
         baseline: row with which others are compared; None: there is none.
-        settings: columns of settings that are shown.
+        varied: settings in which rows differ, or those that `show` has chosen.
+        settings: those of them that name the rows. They are shown before the measures.
         measures: columns of measures that are shown.
         notes: lines for the reader.
     """
@@ -77,6 +80,7 @@ class Table:
     starts: dict[int, int]
     gaps: dict[str, list[str]]
     baseline: int | None
+    varied: list[str]
     settings: list[str]
     measures: list[str]
     notes: list[str] = field(init=False)
@@ -121,6 +125,8 @@ class Table:
         """
         if columns:
             self.settings = _ranked({*columns.split(",")} & {*self.labels})
+            self.settings = telling_apart(self.labels, self.settings, self.varied)
+            self.varied = self.settings
         if not self.settings:
             valid = ", ".join(varying(self.labels))
             raise ConfigError(f"--columns {columns}: expected settings, such as {valid}")
@@ -152,14 +158,24 @@ class Table:
         means = self.means.loc[self.labels.index, candidates]
         return next(iter([*means.dropna(axis=1), *candidates]), None)
 
+    def details(self) -> list[str]:
+        """Return the settings shown after the measures, without those that an option implies."""
+        details = []
+        for name in self.varied:
+            option = name.partition(".")[0]
+            implied = option in self.labels and not _differs(self.labels, name, [option])
+            if name not in self.settings and not implied:
+                details.append(name)
+        return details
+
     def names(self) -> list[str]:
-        """Return a short name for each row, with its methods and the other settings shown."""
+        """Return a short name for each row, without options that do nothing."""
         names = []
         for _, texts in self.labels[self.settings].iterrows():
             parts = [
                 value if name in _FIRST else f"{name.rpartition('.')[2]}={value}"
                 for name, value in texts.items()
-                if value not in ("", IDLE.get(name))
+                if value not in ("", _USUAL.get(name))
             ]
             names.append(", ".join(parts or texts))
         return names
@@ -177,8 +193,8 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     keys = [run.key("seed") for run in runs]
     labels = runs_labels(runs).set_axis(keys)
     labels = labels[~labels.index.duplicated()]
-    settings = varying(labels)
-    labels = labels.sort_values(settings, key=lambda texts: texts.map(_sort_key))
+    varied = varying(labels)
+    labels = labels.sort_values(varied, key=lambda texts: texts.map(_sort_key))
     frame["row"] = labels.index.get_indexer(keys)
     labels = labels.reset_index(drop=True)
     start = find(labels, baseline, "--baseline") if baseline else None
@@ -217,7 +233,8 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
         starts=starts,
         gaps=gaps,
         baseline=start,
-        settings=settings,
+        varied=varied,
+        settings=telling_apart(labels, [name for name in varied if name in _FIRST], varied),
         measures=shown,
     )
 
@@ -299,6 +316,20 @@ def varying(labels: pd.DataFrame) -> list[str]:
     return _ranked(names) or ["pruner", "permutation"]
 
 
+def telling_apart(labels: pd.DataFrame, names: list[str], others: list[str]) -> list[str]:
+    """Return names of settings, and those other settings that tell equal rows apart."""
+    chosen = [*names]
+    for name in others:
+        if name not in chosen and (not chosen or _differs(labels, name, chosen)):
+            chosen.append(name)
+    return chosen
+
+
+def _differs(labels: pd.DataFrame, name: str, others: list[str]) -> bool:
+    """Tell if rows differ in a setting although they agree in some others."""
+    return bool((labels.groupby(others)[name].nunique() > 1).any())
+
+
 def find(labels: pd.DataFrame, text: str, option: str) -> int:
     """Return the only row with the settings `name=value,name=value` of an option."""
     rows = labels
@@ -322,12 +353,12 @@ def notes_of(table: Table) -> list[str]:
     if len(table.gaps) > 1:
         means = [gap for gap in table.gaps if gap in (GAP, GAP + FP8)]
         notes += [f"{gap}: the mean over {', '.join(table.gaps[gap])}" for gap in means]
-    if table.gaps and several_starts(table.labels, table.starts):
+    if table.gaps and table.baseline is None:
         names = table.names()
         bases = ", ".join(f"'{names[row]}'" for row in sorted({*table.starts.values()}))
         notes.append(
-            f"{GAP}: measured from several rows, {bases}; --baseline NAME=VALUE,... measures every "
-            "row of its model from one row"
+            f"{GAP}: 0 % is {bases}, by default; --baseline NAME=VALUE,... measures every row of "
+            "its model from one row"
         )
     return notes
 

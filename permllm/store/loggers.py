@@ -30,6 +30,8 @@ _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 # Groups of the settings whose methods may train, in the order in which they do.
 LEARNING = ("permutation", "mask", "reconstruction")
 _EPOCH = "epoch/"  # prefix of the measures of an epoch
+# Numbers that are no measures.
+_NO_MEASURES = ("epoch", "round", "first_layer", "last_layer", "schema_version")
 # Limits of W&B.
 _LONGEST_NAME = 128
 _LONGEST_TAG = 64
@@ -154,7 +156,7 @@ class _Tracked(RunLogger):
         numbers = {
             _NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value
             for key, value in values.items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and key not in _NO_MEASURES
         }
         try:
             self._tracker.log(numbers, number)
