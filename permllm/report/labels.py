@@ -41,6 +41,7 @@ def place_labels(axis: Any, labels: Iterable[str], points: Any) -> None:
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
             arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkB": 0},
         )
+        text.set_in_layout(False)  # a long label must not make the axis small
         extent = text.get_window_extent()
         offsets = [
             direction * (distance * unit + extent.size / 2)

@@ -139,7 +139,7 @@ def numbers(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
     for name, part in cells.set_index("row").groupby("column", sort=False):
         columns[name] = part["value"]
         columns[f"{name} ±"] = part["error"]
-    return _between_settings(table, pd.DataFrame(columns).dropna(axis=1, how="all"))
+    return _between_settings(table, pd.DataFrame(columns).dropna(axis=1, how="all").sort_index())
 
 
 def _between_settings(table: Table, measures: pd.DataFrame) -> pd.DataFrame:

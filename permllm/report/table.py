@@ -162,9 +162,9 @@ class Table:
         """Return the settings shown after the measures, without those that an option implies."""
         details = []
         for name in self.varied:
-            option = name.partition(".")[0]
-            implied = option in self.labels and not _differs(self.labels, name, [option])
-            if name not in self.settings and not implied:
+            option, _, part = name.partition(".")
+            implied = part and option in self.labels and not _differs(self.labels, name, [option])
+            if not implied and name not in self.settings:
                 details.append(name)
         return details
 

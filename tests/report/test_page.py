@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from permllm.cli import call
 from permllm.errors import ConfigError
+from permllm.report.labels import place_labels
 from permllm.report.plots import dense_lines, plot_masks, plot_sensitivity, points
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
@@ -57,7 +58,10 @@ def test_rows_are_named_by_what_is_shown_of_them(tmp_path: Path) -> None:
     assert table_below(THREE_RUNS).names() == ["none", "heuristic", "lcp"]
     make_run(tmp_path / "a", block_size=32)
     make_run(tmp_path / "b", permutation="none", mask={"name": "score"})
-    assert table_below(tmp_path).names() == ["none, score, block_size=64", "lcp, block_size=32"]
+    assert table_below(tmp_path).names() == ["none, score", "lcp"]
+    make_run(tmp_path / "c", permutation="none", mask={"name": "score"}, block_size=32)
+    names = ["none, score, block_size=32", "none, score, block_size=64", "lcp, block_size=32"]
+    assert table_below(tmp_path).names() == names
 
 
 def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
@@ -116,6 +120,22 @@ def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
     make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
     table = table_below(tmp_path)
     assert [*dense_lines(table, PERPLEXITY, table.labels.index)] == ["dense, a"]
+
+
+def test_labels_hide_neither_points_nor_each_other() -> None:
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    _, axis = pyplot.subplots()
+    crowd = [(1.0, 1.0), (1.0, 1.0), (1.01, 1.0), (1.0, 1.01), (2.0, 2.0)]
+    axis.plot(*zip(*crowd, strict=True))
+    place_labels(axis, ["a long label"] * len(crowd), crowd)
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their lines
+    points = axis.transData.transform(crowd)
+    pyplot.close("all")
+    for place, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[place + 1 :]) == 0
+        assert not any(box.contains(*point) for point in points)
 
 
 def test_pictures_have_the_format_of_a_suffix(
@@ -227,6 +247,24 @@ def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> 
         assert column(page, PERPLEXITY) == ["48.00"]
         page.get_by_label("Search").fill("nothing like this")
         assert "No matching records" in page.locator("#table tbody").inner_text()
+
+
+def test_a_measure_can_be_chosen_and_a_row_opened(browser: Any, tmp_path: Path) -> None:
+    for name, value in (("none", 40.0), ("lcp", 20.0)):
+        line = record(value, permutation=name)
+        line["environment"] = {"command": f"run.py {name}", "git": {"commit": "abc"}}
+        as_folder(line, tmp_path / "runs" / name)
+    with opened(browser, tmp_path / "runs") as page:
+        axis = page.locator(".wide svg").get_by_text("gap closed", exact=True)
+        assert not axis.is_visible()
+        page.get_by_label("Measure").select_option("gap closed")
+        assert axis.is_visible()
+        assert page.locator(".wide svg").get_by_text("dense: 100.00%").is_visible()
+        page.locator("summary").filter(has_text="lcp").click()
+        opened_row = page.locator("details[open]")
+        assert "run.py lcp" in opened_row.inner_text()
+        assert "commit abc" in opened_row.inner_text()
+        assert opened_row.locator("svg").count() == 1
 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:

@@ -155,6 +155,33 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
             row_of(table_below(tmp_path), text)
 
 
+def test_settings_that_options_imply_are_no_columns_and_equal_rows_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    score: Any = {"name": "score", "steps": 10, "samples": 1}
+    make_run(tmp_path / "a", 40.0, permutation="none")
+    make_run(tmp_path / "b", 30.0, mask=score)
+    table = table_below(tmp_path)
+    assert [*cells(table)][:3] == ["permutation", "mask", PERPLEXITY]
+    assert "mask.steps" not in cells(table)
+    make_run(tmp_path / "c", 20.0, mask=score | {"steps": 20, "samples": 5})
+    table = table_below(tmp_path)
+    assert [*cells(table)][:3] == ["permutation", "mask", "mask.samples"]
+    assert [*cells(table)][-1] == "mask.steps"
+    table.show("mask", "perplexity")
+    assert [*cells(table)] == ["mask", "mask.samples", PERPLEXITY]
+    assert len({*table.names()}) == 3
+
+
+def test_csv_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, value in enumerate([20.0, 22.0]):
+        make_run(tmp_path / f"a{seed}", value, seed=seed)
+    assert call("results", [str(tmp_path), "--format", "csv"]) == 0
+    line = [*csv.DictReader(io.StringIO(capsys.readouterr().out))][-1]
+    assert float(line[PERPLEXITY]) == 21.0
+    assert float(line[f"{PERPLEXITY} ±"]) == pytest.approx(2**0.5)
+
+
 def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 20.0)
     make_run(tmp_path / "b", float("inf"), block_size=128)
@@ -191,12 +218,16 @@ def test_each_uncertainty_that_is_shown_names_its_source(
         return capsys.readouterr().err.splitlines()
 
     folder = str(runs)
-    assert noted(folder) == []
+    (of_base,) = noted(folder)
+    assert "0 % is 'none', by default; --baseline" in of_base
     (of_windows,) = noted(folder, "--baseline", "permutation=none")
     assert "bootstrap" in of_windows
-    assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [of_windows]
+    assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [
+        of_base,
+        of_windows,
+    ]
     made("lcp", 0.6, seed=1)
-    (of_seeds,) = noted(folder)
+    _, of_seeds = noted(folder)
     assert "deviation over the seeds" in of_seeds
     assert "standard error over the items" in of_seeds
     file = tmp_path / "page.html"
@@ -309,7 +340,7 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     assert table.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *names]
     found = table.means.loc[row_of(table, "permutation=lcp"), names].tolist()
     assert found == pytest.approx(alone)
-    assert table.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
+    assert table.notes[0] == f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"
     make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
     table = table_below(tmp_path)
     assert gaps(table)["lcp"] == pytest.approx(alone[0])
@@ -514,6 +545,8 @@ def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixt
         write_json(tmp_path / f"sweep/jobs/{number:04d}.json", job | words)
     assert call("results", [str(tmp_path / "sweep")]) == 0
     assert "skipped seed=1: out of memory" in capsys.readouterr().err
+    write_json(tmp_path / "again/jobs/0000.json", ran | {"overrides": ["seed=1"], "outcome": "ran"})
+    assert keep(tmp_path / "sweep", tmp_path / "again", to=tmp_path / "kept.jsonl") == 0
 
 
 def test_with_several_starts_a_note_says_from_which_row_each_gap_is_measured(
@@ -521,8 +554,6 @@ def test_with_several_starts_a_note_says_from_which_row_each_gap_is_measured(
 ) -> None:
     make_run(tmp_path / "wanda", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
-    assert call("results", [str(tmp_path)]) == 0
-    assert "--baseline" not in capsys.readouterr().err
     make_run(tmp_path / "sparsegpt", 30.0, permutation="none", pruner={"name": "sparsegpt"})
     assert call("results", [str(tmp_path)]) == 0
     (note,) = (line for line in capsys.readouterr().err.splitlines() if "--baseline" in line)
