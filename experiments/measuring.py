@@ -142,7 +142,7 @@ def draw_picture(file: Path, draw: Callable[[Any], None]) -> None:
     """Draw a picture and write it to a file.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: the picture cannot be written.
     """
     with picture(file) as pyplot:
         _, axes = pyplot.subplots(figsize=(7, 4.5))

@@ -44,7 +44,7 @@ def test_each_command_has_a_help_without_what_takes_long_to_import(
 ) -> None:
     code = (
         f"import atexit, sys; sys.argv = ['permllm', '{name}', '--help']\n"
-        "heavy = ('torch', 'transformers', 'lm_eval', 'wandb', 'accelerate', 'plotly')\n"
+        "heavy = ('torch', 'transformers', 'lm_eval', 'wandb', 'accelerate', 'matplotlib')\n"
         "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
         "from permllm.cli import main\n"
         "sys.exit(main())"

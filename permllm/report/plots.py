@@ -29,13 +29,10 @@ def picture(file: Path | IO[str]) -> Iterator[Any]:
     """Yield matplotlib's pyplot, and write the figure that the caller has drawn to a file.
 
     Raises:
-        ConfigError: matplotlib is not installed, the file cannot be written, or its suffix is no
-            format of a picture.
+        ConfigError: the file cannot be written, or its suffix is no format of a picture.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(f"{file}: pictures need matplotlib: pip install -e '.[plot]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # texts of records may contain dollar signs
     matplotlib.rcParams["figure.constrained_layout.use"] = True
@@ -70,16 +67,19 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         `name` of the row; `minutes` of its fastest run, because other jobs on the
         machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
         bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
-        is as good in as few minutes.
+        is as good in as few minutes; `cached`, True if the fastest run found its calibration in
+        the cache.
     """
     runs = table.frame.groupby("row")
     fastest = runs["minutes"].idxmin()
     dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
     peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
     peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
+    calibrated = pd.Series([run.metrics["seconds"].get("calibrate", 0.0) for run in table.runs])
     frame = pd.DataFrame(
         {
             "name": table.names(),
+            "cached": (calibrated < 0.02 * calibrated.max())[fastest].to_numpy(),
             "minutes": runs["minutes"].min(),
             "value": table.means[measure],
             "error": table.errors[measure].fillna(0.0),
@@ -168,10 +168,15 @@ def plot_cost(
             axis.text(0, value, text, transform=place, va="bottom", fontsize="small")
         if kind in ("accuracy", "share"):
             axis.yaxis.set_major_formatter("{x:.0%}")
-        axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front")
+        star = "; *: calibration from the cache" if frame["cached"].any() else ""
+        axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front{star}")
         axis.set_ylabel(table.heading(name))
         axis.grid(alpha=0.3)
-        place_labels(axis, frame["name"], frame[["minutes", "value"]].to_numpy())
+        place_labels(
+            axis,
+            frame["name"] + frame["cached"].map({True: "*", False: ""}),
+            frame[["minutes", "value"]].to_numpy(),
+        )
 
 
 def _styles() -> Iterator[dict[str, Any]]:
