@@ -148,7 +148,12 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     (error,) = result.stderr.splitlines()
     assert error.startswith("error: block_size=30 is not a multiple of M = 4")
     assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
-    for words in ("block_size=16 │", "block_size=32 │", "failed block_size=30: ", "2 ran, 1 failed"):
+    for words in (
+        "block_size=16 │",
+        "block_size=32 │",
+        "failed block_size=30: ",
+        "2 ran, 1 failed",
+    ):
         assert words in result.stdout
     again = run_command("-m", *TINY, "block_size=16,30,32", cwd=tmp_path)
     assert "2 skipped, 1 failed" in again.stdout

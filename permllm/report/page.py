@@ -60,21 +60,18 @@ def page(table: Table, notes: list[str], measure: str) -> str:
         notes: lines for the reader.
         measure: measure to draw over minutes first.
     """
-    frame = texts(table, table_cells(table))
-    uncertainties = sources(frame)
+    settings = [*table.settings, *table.details()]
     names = pd.Series(table.names())
-    frame = frame.drop(columns=[*table.settings, *table.details()])
+    frame = texts(table, table_cells(table)).drop(columns=settings)
     frame.insert(0, "row", names.reindex(frame.index).fillna("dense"))
-    measures = frame.shape[1]
-    frame = frame.join(table.labels[[*table.settings, *table.details()]]).fillna("")
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
         rows=len(table.labels),
-        notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *uncertainties]),
+        notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *sources(frame)]),
         quality=_quality(table, measure),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
-        table=_table(frame, measures),
+        table=_table(frame.join(table.labels[settings]).fillna(""), frame.shape[1]),
         details="".join(_details(table, row, name) for row, name in names.items()),
     )
 
@@ -104,15 +101,12 @@ def _table(frame: pd.DataFrame, measures: int) -> str:
 
 def _quality(table: Table, first: str) -> str:
     """Return the HTML of quality over minutes, with a switch of the measure; empty: no points."""
-    names = [first]
-    for name in table.measures:
-        if table.kinds[name] in ("perplexity", "accuracy") or name.startswith(GAP):
-            names.append(name)
     options = []
     pictures = []
-    for name in dict.fromkeys(names):
+    for name in sorted(table.measures, key=lambda name: name != first):
         frame = points(table, name)
-        if frame.empty:
+        quality = table.kinds[name] in ("perplexity", "accuracy") or name.startswith(GAP)
+        if frame.empty or not (quality or name == first):
             continue
         text = ""
         for screen, size in _SIZES.items():

@@ -229,7 +229,7 @@ def plot_curves(table: Table, file: Path | IO[str], rows: pd.Index | None = None
                 axis.plot(range(1, len(losses) + 1), losses, markersize=4, **style)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="epoch", ylabel=f"{title}, mean of the epoch")
-            axis.margins(x=0.12, y=0.12)
+            axis.set_xlim(0.5, 0.5 + max(map(len, lines.values())))
             if rows is None:
                 place_labels(axis, lines, [(len(line), line[-1]) for line in lines.values()])
 

@@ -177,7 +177,7 @@ class Table:
                 for name, value in texts.items()
                 if value not in ("", _USUAL.get(name))
             ]
-            names.append(", ".join(parts or texts))
+            names.append(", ".join(parts or filter(None, texts)))
         return names
 
 

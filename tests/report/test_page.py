@@ -54,16 +54,6 @@ def write_masks(folder: Path, layers: int = 5, rows: int = 24, channels: int = 3
     save_file(masks, folder / "masks.safetensors", {"shapes": shapes})
 
 
-def test_rows_are_named_by_what_is_shown_of_them(tmp_path: Path) -> None:
-    assert table_below(THREE_RUNS).names() == ["none", "heuristic", "lcp"]
-    make_run(tmp_path / "a", block_size=32)
-    make_run(tmp_path / "b", permutation="none", mask={"name": "score"})
-    assert table_below(tmp_path).names() == ["none, score", "lcp"]
-    make_run(tmp_path / "c", permutation="none", mask={"name": "score"}, block_size=32)
-    names = ["none, score, block_size=32", "none, score, block_size=64", "lcp, block_size=32"]
-    assert table_below(tmp_path).names() == names
-
-
 def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     for seed in range(2):
         seconds = {"load": 7.0, "permute": 570.0 + 120 * seed, "prune": 30.0, "evaluate": 999.0}
@@ -131,11 +121,10 @@ def test_labels_hide_neither_points_nor_each_other() -> None:
     axis.plot(*zip(*crowd, strict=True))
     place_labels(axis, ["a long label"] * len(crowd), crowd)
     boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their lines
-    points = axis.transData.transform(crowd)
     pyplot.close("all")
     for place, box in enumerate(boxes):
         assert box.count_overlaps(boxes[place + 1 :]) == 0
-        assert not any(box.contains(*point) for point in points)
+        assert not any(box.contains(*point) for point in axis.transData.transform(crowd))
 
 
 def test_pictures_have_the_format_of_a_suffix(
@@ -261,10 +250,9 @@ def test_a_measure_can_be_chosen_and_a_row_opened(browser: Any, tmp_path: Path) 
         assert axis.is_visible()
         assert page.locator(".wide svg").get_by_text("dense: 100.00%").is_visible()
         page.locator("summary").filter(has_text="lcp").click()
-        opened_row = page.locator("details[open]")
-        assert "run.py lcp" in opened_row.inner_text()
-        assert "commit abc" in opened_row.inner_text()
-        assert opened_row.locator("svg").count() == 1
+        row = page.locator("details[open]")
+        assert re.search("run.py lcp\\s+commit abc", row.inner_text())
+        assert row.locator("svg").count() == 1
 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:
