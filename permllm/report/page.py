@@ -1,6 +1,7 @@
 """HTML page of runs that needs no network: quality over minutes, the table, and each row."""
 
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -102,7 +103,7 @@ def _table(frame: pd.DataFrame, measures: int) -> str:
 def _quality(table: Table, first: str) -> str:
     """Return the HTML of quality over minutes, with a switch of the measure; empty: no points."""
     options = []
-    pictures = []
+    pictures: list[str] = []
     for name in sorted(table.measures, key=lambda name: name != first):
         frame = points(table, name)
         quality = table.kinds[name] in ("perplexity", "accuracy") or name.startswith(GAP)
@@ -110,7 +111,7 @@ def _quality(table: Table, first: str) -> str:
             continue
         text = ""
         for screen, size in _SIZES.items():
-            drawn = _svg(lambda file, name=name, size=size: plot_cost(table, file, name, size))
+            drawn = _svg(partial(plot_cost, table, name=name, size=size))
             text += f'<div class="{screen}">{drawn}</div>'
         for row, point in frame.iterrows():
             cost = f"{point['minutes']:.1f} min, {point['memory'] / 1e9:.2f} GB at the peak"
@@ -141,6 +142,6 @@ def _details(table: Table, row: int, name: str) -> str:
         text += f"<pre>{escape(environment['command'])}</pre>"
         text += f"<p>{escape(f'{about}, {run.directory}')}</p>"
     if table.first(row).history:
-        text += _svg(lambda file: plot_curves(table, file, pd.Index([row])))
+        text += _svg(partial(plot_curves, table, rows=pd.Index([row])))
     inside = f'<div id="row-{row}">{text}</div>'
     return f"<details><summary>{escape(name)}</summary>{inside}</details>"

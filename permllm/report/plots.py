@@ -161,8 +161,8 @@ def plot_cost(
         dense = dense_lines(table, name, frame.index)
         if kind == "perplexity":
             _set_logarithmic(axis.yaxis, "y", [*frame["value"], *dense.values()])
-        for style, (label, value) in zip(cycle(("--", "-.", ":")), dense.items(), strict=False):
-            axis.axhline(value, linestyle=style, color="grey", linewidth=1)
+        for dashes, (label, value) in zip(cycle(("--", "-.", ":")), dense.items(), strict=False):
+            axis.axhline(value, linestyle=dashes, color="grey", linewidth=1)
             text = f" {label}: {number(value, kind)}"
             place = axis.get_yaxis_transform()
             axis.text(0, value, text, transform=place, va="bottom", fontsize="small")

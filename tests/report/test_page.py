@@ -245,14 +245,12 @@ def test_a_measure_can_be_chosen_and_a_row_opened(browser: Any, tmp_path: Path) 
         as_folder(line, tmp_path / "runs" / name)
     with opened(browser, tmp_path / "runs") as page:
         axis = page.locator(".wide svg").get_by_text("gap closed", exact=True)
-        assert not axis.is_visible()
         page.get_by_label("Measure").select_option("gap closed")
         assert axis.is_visible()
         assert page.locator(".wide svg").get_by_text("dense: 100.00%").is_visible()
         page.locator("summary").filter(has_text="lcp").click()
-        row = page.locator("details[open]")
-        assert re.search("run.py lcp\\s+commit abc", row.inner_text())
-        assert row.locator("svg").count() == 1
+        text = page.locator("details[open]").inner_text()
+        assert re.search("run.py lcp\\s+commit abc[^$]+mean of the epoch", text)
 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:
