@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,7 +34,12 @@ from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.settings.composition import composed, conf_directory, replaced_options
+from permllm.settings.composition import (
+    composed,
+    conf_directory,
+    replaced_options,
+    unknown_key,
+)
 from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
 from permllm.settings.values import validated
 from permllm.store.directory import Record
@@ -339,6 +344,8 @@ def _composed(
     for key, value in (values | overrides).items():
         try:
             OmegaConf.update(config, key, value)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            raise ConfigError(unknown_key(error)) from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {first_line(error)}") from error
     return config

@@ -190,6 +190,7 @@ def _run_hydra() -> int:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
     os.environ.pop(sweep.FOLDER_VARIABLE, None)
     register_resolvers()
+    sys.argv[1:] = _arranged(sys.argv[1:])
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
     failed = False
     try:
@@ -218,6 +219,21 @@ def _run_hydra() -> int:
     if "permllm.runtime.parallel" in sys.modules:  # a job has begun
         sys.modules["permllm.runtime.parallel"].stop()
     return int(failed)
+
+
+def _arranged(words: Sequence[str]) -> list[str]:
+    """Return the words of `permllm run` with the settings first, because argparse asks for that.
+
+    Raises:
+        ConfigError: an option is unknown; it may be a setting.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    typed, unknown = get_args_parser().parse_known_intermixed_args(words)
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is no option; settings are KEY=VALUE, as in permutation=lcp")
+    options = [word for word in words if word not in typed.overrides]
+    return [*typed.overrides, *options]
 
 
 def _module_that_raised(error: Exception) -> str:

@@ -87,8 +87,12 @@ def test_json_has_no_infinity(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("permutaton=lcp", "permutaton"),
+        ("permutaton=lcp", " permutation?"),
         ("permutation.nonsense=1", "nonsense"),
+        ("permutation.epoch=1", "permutation.epochs"),
+        ("permutation=none permutation.epochs=1", "permutation=none"),
+        ("epochs=1", "permutation.epochs"),
+        ("--permutation lcp", "KEY=VALUE"),
         ("pruner=wandaa", "pruner/wandaa"),
         ("seed=x", "seed='x'"),
         ("seed=[0", "seed=[0"),
@@ -143,7 +147,7 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
 def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     tmp_path: Path,
 ) -> None:
-    result = run_command("-m", *TINY, "block_size=16,30,32", cwd=tmp_path)
+    result = run_command(*TINY, "-m", "block_size=16,30,32", cwd=tmp_path)
     assert result.returncode == 1
     (error,) = result.stderr.splitlines()
     assert error.startswith("error: block_size=30 is not a multiple of M = 4")

@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
 from permllm.settings.config import METHOD_GROUPS, RunConfig, read_config
@@ -37,6 +38,10 @@ HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS
 # Ends of Hydra's messages: folders of the machine, and the advice to append a key, which no setting
 # here allows.
 _ADVICE = re.compile(r"Config search path:|To append to your ")
+# Least likeness of a key to the typed one, from 0 to 1, with which an error names it, and largest
+# number of keys that it names because only their group is missing.
+_LIKE = 0.8
+_MOST_NAMED = 3
 
 
 def conf_directory() -> Path:
@@ -161,9 +166,43 @@ def composed(words: Sequence[str]) -> DictConfig:
 
 def refusal(error: Exception) -> str:
     """Return the message of an error of Hydra or OmegaConf, in one line."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return unknown_key(cause)
     parts = [_ADVICE.split(str(error))[0].strip()]
     if (override := getattr(error, "override", None)) and override not in parts[0]:
         parts.insert(0, override)
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        parts.append(first_line(error.__cause__))
+    if isinstance(cause, OmegaConfBaseException):
+        parts.append(first_line(cause))
     return " ".join(": ".join(parts).split())
+
+
+def unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
+    """Return the message for a key that no setting has, with the keys that may be meant."""
+    typed = str(error.full_key)
+    group, _, name = typed.partition(".")
+    settings: Any = error.parent_node
+    option = settings.get("name") if group in METHOD_GROUPS and name else None
+    message = f"{typed} is no setting"
+    if option:
+        message = f"{typed}: {group}={option} has no such setting"
+    keys = list(dict.fromkeys([*_keys(settings._get_root()), *_groups()]))
+    meant = get_close_matches(typed, keys, 1, _LIKE)
+    if not meant and not option:  # the group may be missing
+        meant = [key for key in keys if key.endswith(f".{typed}")][:_MOST_NAMED]
+    if not meant:
+        return f"{message}; `permllm run --cfg job` lists all settings"
+    return f"{message}; did you mean {' or '.join(meant)}?"
+
+
+def _keys(settings: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the key of each setting, and of each mapping of settings."""
+    for key in settings:
+        yield f"{prefix}{key}"
+        part = settings._get_node(key)
+        if isinstance(part, DictConfig) and not part._is_none() and not part._is_missing():
+            yield from _keys(part, f"{prefix}{key}.")
+
+
+def _groups() -> list[str]:
+    return sorted(folder.name for folder in conf_directory().iterdir() if folder.is_dir())
