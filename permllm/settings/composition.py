@@ -54,7 +54,7 @@ def conf_directory() -> Path:
 def register_resolvers() -> None:
     """Register the resolvers of `conf/` with OmegaConf.
 
-    `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the part after the last slash.
+    `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the last name in a path.
     `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
     `times:COUNT,FACTOR`: the rounded product; null if COUNT is null.
     """
@@ -63,7 +63,7 @@ def register_resolvers() -> None:
     register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     register("either", _either, replace=True)
     register("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
-    register("last", lambda path: str(path).rsplit("/", 1)[-1], replace=True)
+    register("last", lambda path: os.path.basename(os.path.abspath(str(path))), replace=True)
     register(
         "times",
         lambda count, factor: None if count is None else round(count * factor),

@@ -335,3 +335,5 @@ def test_a_model_of_the_hub_needs_its_name_and_gives_it_to_runs() -> None:
         config("model=hub")
     words = ("model=hub", "model.hub_name=owner/Some-1.5B", "permutation=none")
     assert config(*words).name == "Some-1.5B-wanda-none-2x4"
+    words = ("model=local", "model.path=folder/mine/", "permutation=none")
+    assert config(*words).name == "mine-wanda-none-2x4"
