@@ -115,14 +115,24 @@ def groups_on_kernels(
         )
     if unfit:
         log.warning(
-            "vLLM runs %d of %d linears as dense ones, such as %s: its 2:4 kernels need %s; "
-            "keep_dense=[...] would leave them unpruned",
+            "vLLM runs %d of %d linears as dense ones: its 2:4 kernels need %s; 'keep_dense=[%s]' "
+            "would leave them unpruned",
             len(unfit),
             len(groups),
-            unfit[0].name,
             sizes,
+            ",".join(_names(unfit, groups)),
         )
     return fitting
+
+
+def _names(unfit: list[ChannelGroup], groups: list[ChannelGroup]) -> list[str]:
+    """Return names for `keep_dense`: the last word, where all groups with this word are unfit."""
+    names = []
+    for group in unfit:
+        word = group.name.rpartition(".")[2]
+        alike = [other for other in groups if other.name.endswith(f".{word}")]
+        names.append(word if all(other in unfit for other in alike) else group.name)
+    return list(dict.fromkeys(names))
 
 
 def _is_two_of_four(text: str) -> bool:

@@ -103,7 +103,7 @@ def _layers_path(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and linears and not inside:
             paths.append(name)
     if len(paths) != 1:
-        raise _refused(model, f"it has {len(paths)} lists of layers with linears")
+        raise _refused(model, f"expected one list of layers with nn.Linear, got {len(paths)}")
     return paths[0]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
@@ -328,6 +328,8 @@ def read_config(composed: DictConfig) -> RunConfig:
         keys = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]
         settings.budget = OmegaConf.masked_copy(settings.budget, keys)
         resolved: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} must be given") from error
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'settings'}: {reason}") from error

@@ -136,6 +136,7 @@ def test_sizes_that_the_kernels_do_not_take_stay_dense(
         rows, channels = weight.shape
         assert (chosen(settings, names[0]) == KERNELS) == (rows % 64 == 0 and channels % 32 == 0)
     assert caplog.text.count("6 of 12 linears") == 1
+    assert "keep_dense=[" in caplog.text
     export_run(run, VLLM, tmp_path / "again")
     assert caplog.text.count("6 of 12 linears") == 2
 
