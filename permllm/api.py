@@ -36,7 +36,7 @@ from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import composed, replaced_options, unknown_key
 from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
-from permllm.settings.options import conf_directory
+from permllm.settings.options import groups
 from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
@@ -336,13 +336,11 @@ def _composed(
     for key in overrides:
         if key in values or key in options or key.split(".")[0] in _NOT_HERE:
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
-    groups = {
-        key: overrides.pop(key) for key in list(overrides) if (conf_directory() / key).is_dir()
-    }
-    options |= groups | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
+    chosen = {key: overrides.pop(key) for key in groups() if key in overrides}
+    options |= chosen | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
     words = [f"{key}={name}" for key, name in options.items()]
     config = _composed_apart(words)
-    if replaced_options(groups.get("method", ""), groups):
+    if replaced_options(chosen.get("method", ""), chosen):
         config.method = None  # the name would say something else than the options
     for key, value in (values | overrides).items():
         try:

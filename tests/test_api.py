@@ -33,6 +33,7 @@ TEXT = (ROOT / "permllm" / "data" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
 SMALL = FEW | {"permutation__epochs": 1, "block_size": 16}
 WINDOWS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+QUICK = FEW | {"budget__epochs": 1}
 FOLDABLE = {"permutation": "heuristic", "permutation__constraint": "foldable"}
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -377,9 +378,7 @@ def test_the_lines_of_the_documents_work(
     """As they stand, with a text and a model that are small."""
     text = (ROOT / document).read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(import permllm\n.*?)```", text, re.DOTALL)
-    monkeypatch.setattr(
-        permllm, "prune", partial(permllm.prune, **FEW, budget__epochs=1), raising=False
-    )
+    monkeypatch.setattr(permllm, "prune", partial(permllm.prune, **QUICK), raising=False)
     monkeypatch.chdir(tmp_path)
     tokenizer = ByT5Tokenizer(extra_ids=0)
     model.save_pretrained("smollm2-135m")  # a folder precedes an option of the same name

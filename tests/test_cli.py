@@ -88,8 +88,6 @@ def test_json_has_no_infinity(
     ("words", "named"),
     [
         ("permutaton=lcp", " permutation?"),
-        ("permutation.nonsense=1", "nonsense"),
-        ("permutation.epoch=1", "permutation.epochs"),
         ("permutation=none permutation.epochs=1", "permutation=none"),
         ("epochs=1", "permutation.epochs"),
         ("--permutation lcp", "KEY=VALUE"),

@@ -120,19 +120,9 @@ def groups_on_kernels(
             len(unfit),
             len(groups),
             sizes,
-            ",".join(_names(unfit, groups)),
+            ",".join(group.name for group in unfit),
         )
     return fitting
-
-
-def _names(unfit: list[ChannelGroup], groups: list[ChannelGroup]) -> list[str]:
-    """Return names for `keep_dense`: the last word, where all groups with this word are unfit."""
-    names = []
-    for group in unfit:
-        word = group.name.rpartition(".")[2]
-        alike = [other for other in groups if other.name.endswith(f".{word}")]
-        names.append(word if all(other in unfit for other in alike) else group.name)
-    return list(dict.fromkeys(names))
 
 
 def _is_two_of_four(text: str) -> bool:

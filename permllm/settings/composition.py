@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
-from permllm.settings.config import METHOD_GROUPS, RunConfig, read_config
-from permllm.settings.options import conf_directory, help_of_groups
+from permllm.settings.config import METHOD_GROUPS, RunConfig, flatten, read_config
+from permllm.settings.options import conf_directory, groups, help_of_groups
 
 log = logging.getLogger(__name__)
 
@@ -182,23 +182,11 @@ def unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     message = f"{typed} is no setting"
     if option:
         message = f"{typed}: {group}={option} has no such setting"
-    keys = list(dict.fromkeys([*_keys(settings._get_root()), *_groups()]))
+    every: Any = OmegaConf.to_container(settings._get_root())
+    keys = [*groups(), *flatten(every)]
     meant = get_close_matches(typed, keys, 1, _LIKE)
     if not meant and not option:  # the group may be missing
         meant = [key for key in keys if key.endswith(f".{typed}")][:_MOST_NAMED]
     if not meant:
         return f"{message}; `permllm run --cfg job` lists all settings"
     return f"{message}; did you mean {' or '.join(meant)}?"
-
-
-def _keys(settings: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the key of each setting, and of each mapping of settings."""
-    for key in settings:
-        yield f"{prefix}{key}"
-        part = settings._get_node(key)
-        if isinstance(part, DictConfig) and not part._is_none() and not part._is_missing():
-            yield from _keys(part, f"{prefix}{key}.")
-
-
-def _groups() -> list[str]:
-    return sorted(folder.name for folder in conf_directory().iterdir() if folder.is_dir())

@@ -26,6 +26,11 @@ def conf_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def groups() -> list[str]:
+    """Return the names of all groups, sorted."""
+    return sorted(folder.name for folder in conf_directory().iterdir() if folder.is_dir())
+
+
 def options(group: str, places: Sequence[str] = ()) -> dict[str, str]:
     """Return what each option of a group is, the comment at the head of its YAML, by its name.
 
@@ -49,9 +54,9 @@ def help_of_groups(places: Sequence[str] = ()) -> str:
         places: as in `options`.
     """
     lines = []
-    for folder in sorted(conf_directory().iterdir()):
-        if folder.is_dir() and folder.name not in EXPLAINED:
-            lines.append(f"{folder.name}: {', '.join(options(folder.name, places))}")
+    for group in groups():
+        if group not in EXPLAINED:
+            lines.append(f"{group}: {', '.join(options(group, places))}")
     for group in EXPLAINED:
         top, _, inner = group.partition("/")
         if not inner:

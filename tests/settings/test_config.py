@@ -270,7 +270,8 @@ def test_what_a_method_does_not_use_is_no_part_of_the_identity(permutation: str)
 def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> None:
     base = config("model=tiny").evaluation_identity
     assert "tasks" not in base
-    batches = ["evaluation.perplexity.batch_tokens=1", "evaluation.lm_eval.batch_size=1"]
+    same = ["evaluation.perplexity.dataset=[builtin]", "evaluation.perplexity.batch_tokens=1"]
+    batches = [*same, "evaluation.lm_eval.batch_size=1"]
     assert config("model=tiny", *batches).evaluation_identity == base
     asked = [["evaluation.tasks=[rte]", *more] for more in ([], ["evaluation.lm_eval.limit=2"])]
     asked += [["evaluation.tasks=[rte]", "evaluation.lm_eval.add_bos_token=false"]]
@@ -304,16 +305,6 @@ def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
     assert chosen.evaluation.lm_eval.add_bos_token is False
 
 
-def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
-    held_out, small = (config(f"evaluation={option}") for option in ("held-out", "small"))
-    assert held_out.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
-    assert held_out.hash == small.hash
-    quick = config("evaluation=held-out", "budget=quick")
-    assert held_out.evaluation.perplexity.limit == quick.evaluation.perplexity.limit == 32
-    alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
-    assert alone.evaluation_identity == small.evaluation_identity
-
-
 @pytest.mark.parametrize(
     ("method", "chosen", "replaced"),
     [
@@ -335,5 +326,4 @@ def test_a_model_of_the_hub_needs_its_name_and_gives_it_to_runs() -> None:
         config("model=hub")
     words = ("model=hub", "model.hub_name=owner/Some-1.5B", "permutation=none")
     assert config(*words).name == "Some-1.5B-wanda-none-2x4"
-    words = ("model=local", "model.path=folder/mine/", "permutation=none")
-    assert config(*words).name == "mine-wanda-none-2x4"
+    assert config("model=local", "model.path=folder/mine/").name == "mine-wanda-lcp-2x4"
