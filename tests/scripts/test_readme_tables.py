@@ -64,7 +64,8 @@ def test_our_rows_of_the_landscape_are_those_of_the_frontier() -> None:
     ours = {"../frontier/minutes-10.jsonl": "masks frontier/weights"}
     shown = landscape(LANDSCAPE, "landscape.csv", "Wanda", **ours)
     (masks,), (weights,) = (
-        re.findall(rf"^\| ours: `{name}` .*$", shown, re.MULTILINE) for name in ("masks", "weights")
+        re.findall(rf"^\| ours: `{name}` .*$", shown, re.MULTILINE)
+        for name in ("masks", "frontier/weights")
     )
     of_frontier = (LANDSCAPE.parent / "frontier" / "README.md").read_text(encoding="utf-8")
     line = r"^\| wanda \| none \|  \| score \| none .*?\| ([\d.]+)% ± [\d.]+% \| ([\d.]+) "
