@@ -375,7 +375,6 @@ def test_what_perplexity_cannot_be_measured_on_is_one_line(
 def test_the_lines_of_the_documents_work(
     document: str, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they stand, with a text and a model that are small."""
     text = (ROOT / document).read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(import permllm\n.*?)```", text, re.DOTALL)
     monkeypatch.setattr(permllm, "prune", partial(permllm.prune, **QUICK), raising=False)
