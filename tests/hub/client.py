@@ -119,6 +119,7 @@ def failures(root: Path) -> None:
     away = glue.rename(glue.with_name("away"))
     note("task missing", run, "big/moves")
     away.rename(glue)
+    note("stopped", run, "big/moves", "evaluation.lm_eval.add_bos_token=true")  # by the task
     write_model(big / "moves", "qwen2", seed=1)
     note("moved", run, "big/moves")
     note("anew", run, "big/moves", "force=true")
