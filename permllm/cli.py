@@ -226,17 +226,19 @@ def _arranged(words: Sequence[str]) -> list[str]:
     """Return the words of `permllm run` with the settings first, because argparse asks for that.
 
     Raises:
-        ConfigError: an option is unknown; it may be a setting.
+        ConfigError: a setting is typed as an option.
     """
-    from hydra._internal.utils import get_args_parser
+    from permllm.settings.options import groups
 
-    typed, unknown = get_args_parser().parse_known_intermixed_args(words)
-    if unknown:
-        raise ConfigError(
-            f"{unknown[0]} is no option; settings are KEY=VALUE, as in permutation=lcp"
-        )
-    options = [word for word in words if word not in typed.overrides]
-    return [*typed.overrides, *options]
+    settings = []
+    options = []
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name.startswith("--") and name.removeprefix("--") in groups():
+            raise ConfigError(f"{word} is no option; settings are KEY=VALUE: {name[2:]}=NAME")
+        is_setting = not word.startswith("-") and (has_value or word.startswith("~"))
+        (settings if is_setting else options).append(word)
+    return [*settings, *options]
 
 
 def _module_that_raised(error: Exception) -> str:

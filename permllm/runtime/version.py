@@ -1,3 +1,3 @@
 """Version of this package."""
 
-__version__ = "1.1.0"
+__version__ = "2.0.0"
