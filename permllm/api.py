@@ -336,11 +336,11 @@ def _composed(
     for key in overrides:
         if key in values or key in options or key.split(".")[0] in _NOT_HERE:
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
-    chosen = {key: overrides.pop(key) for key in groups() if key in overrides}
-    options |= chosen | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
+    choices = {key: overrides.pop(key) for key in groups() if key in overrides}
+    options |= choices | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
     words = [f"{key}={name}" for key, name in options.items()]
     config = _composed_apart(words)
-    if replaced_options(chosen.get("method", ""), chosen):
+    if replaced_options(choices.get("method", ""), choices):
         config.method = None  # the name would say something else than the options
     for key, value in (values | overrides).items():
         try:

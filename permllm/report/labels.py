@@ -27,8 +27,8 @@ def place_labels(axis: Any, labels: Iterable[str], points: Any) -> None:
     unit = axis.figure.dpi / 72
     frame = axis.get_window_extent()
     places = axis.transData.transform(points)
-    taken = [Bbox([place - 5 * unit, place + 5 * unit]) for place in places]
-    taken += [text.get_window_extent() for text in axis.texts]
+    boxes = [Bbox([place - 5 * unit, place + 5 * unit]) for place in places]
+    boxes += [text.get_window_extent() for text in axis.texts]
     for label, point in zip(labels, points, strict=True):
         text = axis.annotate(
             label,
@@ -52,7 +52,7 @@ def place_labels(axis: Any, labels: Iterable[str], points: Any) -> None:
         for offset in offsets:
             box = extent.translated(*offset)
             outside = (Bbox.union([frame, box]).extents != frame.extents).any()
-            crowds.append(box.count_overlaps(taken) + 10 * outside)
+            crowds.append(box.count_overlaps(boxes) + 10 * outside)
         best = offsets[int(np.argmin(crowds))]
         text.set_position(best / unit)
-        taken.append(extent.translated(*best))
+        boxes.append(extent.translated(*best))

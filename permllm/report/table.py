@@ -318,11 +318,11 @@ def varying(labels: pd.DataFrame) -> list[str]:
 
 def telling_apart(labels: pd.DataFrame, names: list[str], others: list[str]) -> list[str]:
     """Return names of settings, and those other settings that tell equal rows apart."""
-    chosen = [*names]
+    columns = [*names]
     for name in others:
-        if name not in chosen and (not chosen or _differs(labels, name, chosen)):
-            chosen.append(name)
-    return chosen
+        if name not in columns and (not columns or _differs(labels, name, columns)):
+            columns.append(name)
+    return columns
 
 
 def _differs(labels: pd.DataFrame, name: str, others: list[str]) -> bool:
