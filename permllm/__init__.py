@@ -1,8 +1,9 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
 `permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes a
-checkpoint, `permllm.load` loads it, and `permllm.results` reads runs. After `import permllm.export`
-transformers can load gathered checkpoints. `import permllm` alone takes no time.
+checkpoint, `permllm.load` loads it, `permllm.keep_zeros` lets fine-tuning keep its zeros, and
+`permllm.results` reads runs. After `import permllm.export` transformers can load gathered
+checkpoints. `import permllm` alone takes no time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
-    from permllm.api import Pruned, load, perplexity, prune, results, save
+    from permllm.api import Pruned, keep_zeros, load, perplexity, prune, results, save
 
-__all__ = ["Pruned", "__version__", "load", "perplexity", "prune", "results", "save"]
+__all__ = [
+    *("Pruned", "__version__", "keep_zeros", "load", "perplexity", "prune", "results", "save"),
+]
 
 
 def __getattr__(name: str) -> Any:

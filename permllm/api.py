@@ -21,6 +21,7 @@ from permllm.data.texts import Documents
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
+from permllm.export.masks import has_masks, load_masked
 from permllm.export.write import PrunedSource, write_checkpoint
 from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
@@ -41,6 +42,7 @@ from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
+from permllm.training.keep_zeros import keep_zeros as keep_zeros
 
 Texts = str | Sequence[str] | Tensor
 
@@ -254,9 +256,9 @@ def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> Pr
     The tokenizer is `AutoTokenizer.from_pretrained(model.name_or_path)`.
 
     Args:
-        place: folder of the checkpoint, or an option of the group `model` (`"smollm2-135m"`), whose
-            files are downloaded.
-        accept_terms: as `model.accept_terms`, for a model by its name.
+        place: folder of the checkpoint, or of masks, whose dense model is fetched; or an option of
+            the group `model` (`"smollm2-135m"`), whose files are downloaded.
+        accept_terms: as `model.accept_terms`, for a dense model that is fetched.
         options: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype` or
             `device_map`.
 
@@ -266,13 +268,16 @@ def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> Pr
             the file or the tensor.
     """
     folder = Path(place)
+    dtype = options.pop("dtype", None)
+    if has_masks(folder):
+        return load_masked(folder, dtype, accept_terms, **options).eval()
     if not folder.is_dir() and str(place) in options_of("model"):
         words = [f"model={place}", f"model.accept_terms={accept_terms}"]
         dense = dense_folder(read_config(_composed_apart(words)).model)
         if dense is None:
             raise ConfigError(f"model={place} is random: expected a model with files")
         folder = dense
-    return read_weights(folder, options.pop("dtype", None), torch.device("cpu"), **options).eval()
+    return read_weights(folder, dtype, torch.device("cpu"), **options).eval()
 
 
 def results(*places: str | Path) -> pd.DataFrame:

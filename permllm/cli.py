@@ -55,7 +55,7 @@ COMMANDS = {
     "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
     "results": ("make one table of many runs, or one file", "permllm.report.results_command"),
     "report": ("write a page or a picture of many runs", "permllm.report.report_command"),
-    "export": ("write a run's pruned model as a checkpoint", "permllm.export.write"),
+    "export": ("write a run's pruned model as a checkpoint", "permllm.export.export_command"),
     "verify": ("check that a checkpoint is whole and N:M", "permllm.export.verify"),
     "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench"),
 }
@@ -112,10 +112,15 @@ def _answered(name: str, words: Sequence[str]) -> int:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR."""
-    forms = ("folded", "gathered", "simulate")
+    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR.
+
+    With --form masks the folder has masks and permutations, but no weights. permllm.load(DIR) and
+    permllm export DIR apply them to the dense model, which they fetch.
+    """
+    forms = ("folded", "gathered", "simulate", "masks")
     add = parser.add_argument
-    add("run", type=Path, help="run directory")
+    of_run = "directory of a run (with metrics.json), or of its masks (with permllm.json)"
+    add("run", type=Path, help=of_run)
     add("--to", type=Path, required=True, help="new or empty folder")
     first = "default: the first form that the permutations allow"
     add("--form", choices=forms, default="none", help=first)

@@ -19,7 +19,18 @@ _FORMS = {
     "gathered": "Its stored weights are N:M. It gathers activations where a permutation cannot be "
     "folded into neighbouring weights, so transformers loads it only after `import permllm.export` "
     "from a checkout of PermLLM. Tried with transformers 5.24.0.",
+    "masks": "It has no weights, but a bit for each weight of the pruned linears, and permutations. "
+    "They belong to the weights of one dense model alone.",
 }
+# Lines that apply masks, in Python and in a shell.
+_APPLY = """\
+With a checkout of PermLLM, beside a folder `masks` with these files:
+
+    import permllm
+    model = permllm.load("masks")  # fetches the dense model
+
+    permllm export masks --to my-model  # the same as a folded or gathered checkpoint
+"""
 
 
 def model_notice(config: dict[str, Any]) -> str | None:
@@ -66,7 +77,11 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         _FORMS[summary["form"]],
         "",
     ]
-    if notice := model_notice(config):
+    if summary["form"] == "masks":
+        lines += [f"Dense model: {metadata.base_model or model['name']}, `{metrics['model']}`."]
+        lines += [f"Its terms: {model['terms']}"] if model.get("terms") else []
+        lines += ["", _APPLY]
+    elif notice := model_notice(config):
         lines += [f"{notice} The terms: {model['terms']}", ""]
     if summary.get("patterns"):
         lines += [f"Patterns of its linears: {patterns_text(metrics['sparsity'])}.", ""]
@@ -86,7 +101,14 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         "| --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in result_rows(metrics)),
         "",
-        f"Weights: {summary['bytes'] / 1e6:.1f} MB, {summary['dtype']}.",
+        _size(summary),
         f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _size(summary: dict[str, Any]) -> str:
+    size = f"{summary['bytes'] / 1e6:.1f} MB"
+    if summary["form"] == "masks":
+        return f"Masks and permutations: {size}."
+    return f"Weights: {size}, {summary['dtype']}."

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
+from permllm.export.write import read_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
 from permllm.settings.config import NMPattern
-from permllm.store.files import METRICS, read_json
 from permllm.store.tensors import PrunedTensors
 
 
@@ -19,12 +19,12 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     Args:
         model: the dense model.
         identity: identity of the dense model (`LoadedModel.identity`).
-        directory: directory of a run that has pruned its model.
+        directory: directory of a run that has pruned its model, or a folder with its masks.
 
     Raises:
         DataError: as `PrunedTensors`.
     """
-    metrics = read_json(directory / METRICS)
+    metrics, _ = read_record(directory)
     sparsity = metrics["sparsity"]
     groups = recorded_groups(
         channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})

@@ -3,11 +3,11 @@
 Runs, the command `permllm export` and `permllm.save` use it.
 """
 
-import argparse
 import hashlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,18 @@ import torch
 from filelock import FileLock
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
-from transformers.utils.logging import set_verbosity_error
 
-from permllm.command import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import StoredOrder, first_form, stored_order
 from permllm.export.gathered import ORDERS, permuted_names, write_gathered
 from permllm.export.legacy import legacy_rope, legacy_tokenizer
-from permllm.export.serve import COMMAND, SETTINGS, check_serve, groups_on_kernels, serving
+from permllm.export.serve import SETTINGS, check_serve, groups_on_kernels, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
 from permllm.settings.config import ExportConfig, ModelConfig
-from permllm.settings.values import validated
 from permllm.store.cache import cache_directory
 from permllm.store.files import (
     CONFIG,
@@ -44,6 +41,8 @@ from permllm.store.files import (
 from permllm.store.tensors import PrunedTensors, save_tensors
 
 SUMMARY = "permllm.json"
+# Form of a folder with masks and permutations alone (`permllm.export.masks`).
+MASKS_ALONE = "masks"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def export_run(
     """Write the pruned model of a run.
 
     Args:
-        directory: directory of a finished run.
+        directory: directory of a finished run, or a folder with its masks.
         settings: settings of the export.
         target: folder to write, new or empty. It appears when it is complete.
         overwrite: True: replace an earlier checkpoint in the target once the new one is complete.
@@ -85,24 +84,50 @@ def export_run(
             is not empty.
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
-    metrics = read_json(directory / METRICS)
-    config = read_yaml(directory / CONFIG)
-    if metrics["status"] != "finished":
-        raise ConfigError(f"{directory} is not finished; the same command continues it")
+    metrics, config = finished_record(directory)
     model = ModelConfig(**config["model"])
-    if model.source == "hub":
-        # The commit, because the branch may have moved.
-        model.revision = metrics["model"].split(":")[2]
+    model.check_terms()
     dense = dense_source(model, config["seed"])
     pruned = PrunedTensors(directory, metrics, dense.identity)
     source = PrunedSource(dense, config, metrics, pruned.permutations, pruned.weight)
     return write_checkpoint(source, settings, target, overwrite)
 
 
+def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metrics and the settings of a run, from its directory or its masks.
+
+    Raises DataError if a file is missing or damaged.
+    """
+    summary = read_summary(directory)
+    if summary and summary.get("form") == MASKS_ALONE:
+        return summary["metrics"], summary["settings"]
+    metrics = read_json(directory / METRICS)
+    config = read_yaml(directory / CONFIG)
+    if config["model"]["source"] == "hub":
+        # The commit, because the branch may have moved.
+        config["model"]["revision"] = metrics["model"].split(":")[2]
+    return metrics, config
+
+
+def finished_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metrics and the settings of a run; raise ConfigError if it is not finished."""
+    metrics, config = read_record(directory)
+    if metrics["status"] != "finished":
+        raise ConfigError(f"{directory} is not finished; the same command continues it")
+    return metrics, config
+
+
 def write_checkpoint(
     source: PrunedSource, settings: ExportConfig, target: Path, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write a pruned model; arguments, result and errors are as in `export_run`.
+    """Write a pruned model; arguments, result and errors are as in `export_run`."""
+    with new_export(target, overwrite) as folder:
+        return _write(source, settings, folder)
+
+
+@contextmanager
+def new_export(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes the target at the end; errors as `export_run`.
 
     Processes that write the same target take turns, so that the first one gets it.
     """
@@ -116,7 +141,7 @@ def write_checkpoint(
                     f"{target} is not empty, or cannot be replaced; choose another folder"
                 )
         with new_folder(folder) as scratch:
-            return _write(source, settings, scratch)
+            yield scratch
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -301,18 +326,3 @@ def _write_settings(
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.exists():  # `permllm.save` may have no tokenizer
         write_json(tokenizer, legacy_tokenizer(read_json(tokenizer)))
-
-
-def work(options: argparse.Namespace) -> Answer:
-    """Run the command `permllm export`."""
-    set_verbosity_error()  # warnings of transformers are errors here
-    values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
-    settings = validated(ExportConfig, values, "export")
-    summary = export_run(options.run, settings, options.to)
-    report = (
-        f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
-        f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"
-    )
-    if options.serve:
-        report += f"\nserve it in {options.to} by: {COMMAND}"
-    return Answer(summary, lambda: print(report))

@@ -126,6 +126,14 @@ class ModelConfig:
                 f"model.placement=disk: model={self.name} is random and has no files; use host"
             )
 
+    def check_terms(self) -> None:
+        """Raise ConfigError if the model has terms that nobody has accepted."""
+        if self.terms and not self.accept_terms:
+            raise ConfigError(
+                f"model={self.name} has terms that you must accept: read {self.terms}, and give "
+                "model.accept_terms=true if you accept them"
+            )
+
 
 @dataclass(config=SETTINGS)
 class CalibrationConfig:
@@ -273,11 +281,8 @@ class RunConfig:
             raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
         if "/" in self.name:
             raise ConfigError(f"name={self.name!r} names a directory: expected no slash")
-        if self.model.terms and not self.model.accept_terms and not self.plan:
-            raise ConfigError(
-                f"model={self.model.name} has terms that you must accept: read "
-                f"{self.model.terms}, and give model.accept_terms=true if you accept them"
-            )
+        if not self.plan:
+            self.model.check_terms()
 
     @property
     def pattern(self) -> NMPattern:

@@ -1,0 +1,41 @@
+"""Command `permllm export`: write a run as a checkpoint, or its masks alone."""
+
+import argparse
+from dataclasses import fields
+
+from transformers.utils.logging import set_verbosity_error
+
+from permllm.command import Answer
+from permllm.errors import ConfigError
+from permllm.export.masks import write_masks
+from permllm.export.serve import COMMAND
+from permllm.export.write import MASKS_ALONE, export_run
+from permllm.settings.config import ExportConfig
+from permllm.settings.values import validated
+
+
+def work(options: argparse.Namespace) -> Answer:
+    """Run the command `permllm export`."""
+    set_verbosity_error()  # warnings of transformers are errors here
+    if options.form == MASKS_ALONE:
+        return _masks(options)
+    values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
+    settings = validated(ExportConfig, values, "export")
+    summary = export_run(options.run, settings, options.to)
+    report = (
+        f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
+        f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"
+    )
+    if options.serve:
+        report += f"\nserve it in {options.to} by: {COMMAND}"
+    return Answer(summary, lambda: print(report))
+
+
+def _masks(options: argparse.Namespace) -> Answer:
+    for name in ("dtype", "serve"):
+        value = getattr(options, name)
+        if value is not None:
+            raise ConfigError(f"--{name}={value}: --form masks has no weights; leave it out")
+    summary = write_masks(options.run, options.to)
+    report = f"{options.to}: {summary['bytes'] / 1e6:.1f} MB (masks and permutations, no weights)"
+    return Answer(summary, lambda: print(report))

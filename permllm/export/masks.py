@@ -1,0 +1,109 @@
+"""Masks and permutations of a run as a folder without weights, and the model that they make.
+
+A run that changed no weights is determined by the dense model and its masks. The folder has the
+files of masks and permutations of the run, its settings and results, and a card.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from permllm.errors import ConfigError
+from permllm.export.card import model_card
+from permllm.export.rebuild import apply_record
+from permllm.export.write import MASKS_ALONE, SUMMARY, finished_record, new_export, read_record, read_summary
+from permllm.models.checkpoint import read_weights
+from permllm.models.load import dense_folder, folder_identity, load_model
+from permllm.settings.config import ModelConfig
+from permllm.settings.identity import identity_of
+from permllm.store.files import MASKS, PERMUTATIONS, write_json, write_text
+from permllm.store.tensors import PrunedTensors
+
+_FILES = (MASKS, PERMUTATIONS)
+# Metrics that the model and the card need.
+_METRICS = (
+    *("status", "name", "config_hash", "model", "sparsity"),
+    *("evaluation", "perplexity", "tasks", "evaluated_texts"),
+)
+# Settings of the machine of the run, and the acceptance of terms, which each user gives.
+_ANYWHERE = {"device": "auto", "placement": "auto", "accept_terms": False}
+
+
+def write_masks(directory: Path, target: Path) -> dict[str, Any]:
+    """Write the masks and permutations of a run.
+
+    Args:
+        directory: directory of a finished run.
+        target: folder to write, new or empty.
+
+    Returns:
+        The summary, which is also written into the target.
+
+    Raises:
+        ConfigError: the run is not finished or has changed weights, or the target is not empty.
+        DataError: a file is missing or damaged.
+    """
+    metrics, config = finished_record(directory)
+    sparsity = metrics["sparsity"]
+    if sparsity["weights_changed"]:
+        raise ConfigError(
+            f"--form masks: {directory} has changed weights, and masks need those of the dense "
+            "model; take --form folded or gathered"
+        )
+    PrunedTensors(directory, metrics, metrics["model"])  # checks the files
+    with new_export(target) as folder:
+        for name in _FILES:
+            shutil.copyfile(directory / name, folder / name)
+        summary = {
+            "form": MASKS_ALONE,
+            "sparsity": sparsity["pattern"],
+            "bytes": sum((folder / name).stat().st_size for name in _FILES),
+            "sha256": {name: metrics["sha256"][name] for name in _FILES},
+        }
+        if "patterns" in sparsity:
+            summary["patterns"] = sparsity["patterns"]
+        summary["metrics"] = {key: metrics[key] for key in _METRICS if key in metrics}
+        summary["metrics"]["sha256"] = summary["sha256"]
+        summary["settings"] = identity_of(config) | {"model": config["model"] | _ANYWHERE}
+        write_json(folder / SUMMARY, summary)
+        write_text(folder / "README.md", model_card(config, metrics, summary))
+    return summary
+
+
+def has_masks(folder: Path) -> bool:
+    """Tell if a folder has masks without weights. Raise DataError if its summary is damaged."""
+    summary = read_summary(folder)
+    return summary is not None and summary.get("form") == MASKS_ALONE
+
+
+def load_masked(folder: Path, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+    """Fetch the dense model of a folder with masks, and apply them.
+
+    Args:
+        folder: folder with masks.
+        dtype: dtype of the weights; None: that of the run.
+        options: further options for transformers.
+
+    Raises:
+        ConfigError: the dense model has terms that must be accepted.
+        DataError: the dense model cannot be fetched or is another one, or a file is damaged.
+    """
+    _, config = read_record(folder)
+    settings = ModelConfig(**config["model"])
+    settings.check_terms()
+    source = dense_folder(settings)
+    if source is None:  # a random model
+        on_cpu = replace(settings, device="cpu", placement="device")
+        loaded = load_model(on_cpu, config["seed"])
+        model = loaded.model.to(dtype).requires_grad_(True)
+        identity = loaded.identity
+    else:
+        dtype = dtype or getattr(torch, settings.dtype)
+        model = read_weights(source, dtype, torch.device("cpu"), **options)
+        identity = folder_identity(settings, source)
+    apply_record(model, identity, folder)
+    return model

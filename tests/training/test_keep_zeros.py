@@ -1,0 +1,102 @@
+"""Zeros of a pruned model after fine-tuning: by optimizers, transformers' Trainer and LoRA."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import permllm
+from permllm.errors import ConfigError
+from permllm.export.write import export_run
+from permllm.models.families import channel_groups, linear_at
+from permllm.settings.config import ExportConfig
+from permllm.store.tensors import violations
+from tests.conftest import ROOT, tiny_model
+from tests.export.pruned import TWO_OF_FOUR, load, logits, make_run, variant_model
+from tests.problems import tokens
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> PreTrainedModel:
+    """Return the model of a folded checkpoint, in the folder `my-model`."""
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    export_run(run, ExportConfig("folded"), tmp_path / "my-model")
+    return load(tmp_path / "my-model")
+
+
+def weights(model: PreTrainedModel) -> list[Tensor]:
+    paths = [path for group in channel_groups(model) for path in group.members]
+    return [linear_at(model, path).weight.detach().clone() for path in paths]
+
+
+def check_tuned(model: PreTrainedModel, before: list[Tensor]) -> None:
+    """Check that every linear has the same zeros as before, and other values."""
+    for weight, old in zip(weights(model), before, strict=True):
+        assert violations(weight, None, TWO_OF_FOUR) == 0
+        assert torch.equal(weight == 0, old == 0)
+        assert not torch.equal(weight, old)
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    "Adam": {"weight_decay": 0.1},
+    "Adafactor": {"weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_zeros(name: str, pruned: PreTrainedModel) -> None:
+    before = weights(pruned)
+    pruned.requires_grad_(False)
+    permllm.keep_zeros(pruned)
+    pruned.requires_grad_(True)
+    train(pruned, getattr(torch.optim, name)(pruned.parameters(), lr=1e-2, **OPTIMIZERS[name]))
+    check_tuned(pruned, before)
+
+
+def test_the_trainer_of_the_page_keeps_zeros(
+    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    (lines,) = re.findall(r"```python\n(from transformers import Trainer.*?)```", page, re.DOTALL)
+    exec(lines, {"windows": [{"input_ids": row, "labels": row} for row in tokens()]})
+    check_tuned(load(tmp_path / "tuned"), weights(pruned))
+
+
+def test_a_merged_lora_computes_the_same_with_the_same_zeros(pruned: PreTrainedModel) -> None:
+    peft = pytest.importorskip("peft")
+    before = weights(pruned)
+    settings = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
+    model = peft.get_peft_model(pruned, settings)
+    permllm.keep_zeros(model)
+    train(model.train(), torch.optim.AdamW(model.parameters(), lr=1e-2))
+    tuned = logits(model.eval())
+    for merge in (model.merge_adapter, model.unmerge_adapter):
+        merge()
+        torch.testing.assert_close(logits(model), tuned)
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), tuned)
+    check_tuned(merged, before)
+
+
+def test_models_whose_zeros_cannot_be_kept_are_refused(pruned: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="model"):
+        permllm.keep_zeros(tiny_model("llama"))
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(use_dora=True, target_modules="all-linear")
+    with pytest.raises(ConfigError, match="adapter"):
+        permllm.keep_zeros(peft.get_peft_model(pruned, settings))
