@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from permllm.store.environment import git_commit
+from tests.conftest import ROOT
 
 
 def git(folder: Path, *words: str) -> str:
@@ -78,3 +80,13 @@ def test_a_checkout_that_git_does_not_read_counts_as_changed(
     assert state(checkout) == ("unknown", True)
     monkeypatch.setenv("PATH", "")
     assert state(checkout) == ("unknown", True)
+
+
+def test_the_constraints_have_the_versions_of_the_quickstart() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    constraints = dict(line.split("==") for line in lines)
+    records = (ROOT / "experiments" / "quickstart" / "records.jsonl").read_text().splitlines()
+    versions = json.loads(records[0])["environment"]["versions"]
+    shared = versions.keys() & constraints.keys()
+    assert shared == versions.keys() - {"python", "permllm"}
+    assert all(versions[name].split("+")[0] == constraints[name] for name in shared)
