@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
-    from permllm.api import Pruned, keep_zeros, load, perplexity, prune, results, save
+    from permllm.api import Pruned, load, perplexity, prune, results, save
+    from permllm.training.keep_zeros import keep_zeros
 
 __all__ = [
-    *("Pruned", "__version__", "keep_zeros", "load", "perplexity", "prune", "results", "save"),
+    "Pruned",
+    "__version__",
+    "keep_zeros",
+    "load",
+    "perplexity",
+    "prune",
+    "results",
+    "save",
 ]
 
 

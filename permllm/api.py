@@ -42,7 +42,7 @@ from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
-from permllm.training.keep_zeros import keep_zeros as keep_zeros
+from permllm.training.keep_zeros import keep_zeros  # noqa: F401 - part of `permllm`
 
 Texts = str | Sequence[str] | Tensor
 

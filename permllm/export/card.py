@@ -19,8 +19,8 @@ _FORMS = {
     "gathered": "Its stored weights are N:M. It gathers activations where a permutation cannot be "
     "folded into neighbouring weights, so transformers loads it only after `import permllm.export` "
     "from a checkout of PermLLM. Tried with transformers 5.24.0.",
-    "masks": "It has no weights, but a bit for each weight of the pruned linears, and permutations. "
-    "They belong to the weights of one dense model alone.",
+    "masks": "It has no weights, but a bit for each weight of the pruned linears, and "
+    "permutations. They belong to the weights of one dense model alone.",
 }
 # Lines that apply masks, in Python and in a shell.
 _APPLY = """\

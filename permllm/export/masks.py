@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from permllm.errors import ConfigError
 from permllm.export.card import model_card
 from permllm.export.rebuild import apply_record
-from permllm.export.write import MASKS_ALONE, SUMMARY, finished_record, new_export, read_record, read_summary
+from permllm.export.write import (
+    MASKS_ALONE,
+    SUMMARY,
+    finished_record,
+    new_export,
+    read_record,
+    read_summary,
+)
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
 from permllm.settings.config import ModelConfig
@@ -99,7 +107,9 @@ def load_masked(folder: Path, dtype: torch.dtype | None, **options: Any) -> PreT
     if source is None:  # a random model
         on_cpu = replace(settings, device="cpu", placement="device")
         loaded = load_model(on_cpu, config["seed"])
-        model = loaded.model.to(dtype).requires_grad_(True)
+        model = loaded.model
+        module: nn.Module = model.requires_grad_(True)
+        module.to(dtype or model.dtype)
         identity = loaded.identity
     else:
         dtype = dtype or getattr(torch, settings.dtype)

@@ -23,22 +23,22 @@ def keep_zeros(model: Any) -> None:
     Raises:
         ConfigError: no linear has zeros, or an adapter is no plain LoRA.
     """
-    head = model.get_output_embeddings()
-    factors: set[nn.Module] = set()
+    others = {model.get_output_embeddings()}  # the head, and factors of LoRA
     has_zeros = False
     for module in model.modules():
         if hasattr(module, "lora_variant"):
-            factors |= {*module.lora_A.modules(), *module.lora_B.modules()}
+            others |= {*module.lora_A.modules(), *module.lora_B.modules()}
             _mask_products(module)
-        elif isinstance(module, nn.Linear) and module is not head and module not in factors:
-            if bool((module.weight == 0).any()):
+        elif isinstance(module, nn.Linear) and module not in others:
+            weight = module.weight
+            if not weight.all():
                 has_zeros = True
-                _mask_gradients(module.weight)
+                _mask_gradients(weight)
     if not has_zeros:
         raise ConfigError("model: no linear has zeros; expected a pruned model")
 
 
-def _mask_gradients(weight: nn.Parameter) -> None:
+def _mask_gradients(weight: Tensor) -> None:
     trains = weight.requires_grad
     weight.requires_grad_(True)  # else torch refuses the hook
     weight.register_hook(lambda gradient: gradient.masked_fill(weight == 0, 0))
