@@ -88,12 +88,15 @@ def has_masks(folder: Path) -> bool:
     return summary is not None and summary.get("form") == MASKS_ALONE
 
 
-def load_masked(folder: Path, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+def load_masked(
+    folder: Path, dtype: torch.dtype | None, accept_terms: bool = False, **options: Any
+) -> PreTrainedModel:
     """Fetch the dense model of a folder with masks, and apply them.
 
     Args:
         folder: folder with masks.
         dtype: dtype of the weights; None: that of the run.
+        accept_terms: as `model.accept_terms`.
         options: further options for transformers.
 
     Raises:
@@ -101,7 +104,7 @@ def load_masked(folder: Path, dtype: torch.dtype | None, **options: Any) -> PreT
         DataError: the dense model cannot be fetched or is another one, or a file is damaged.
     """
     _, config = read_record(folder)
-    settings = ModelConfig(**config["model"])
+    settings = replace(ModelConfig(**config["model"]), accept_terms=accept_terms)
     settings.check_terms()
     source = dense_folder(settings)
     if source is None:  # a random model
