@@ -235,8 +235,8 @@ def _arranged(words: Sequence[str]) -> list[str]:
     """
     from permllm.settings.options import groups
 
-    settings = []
-    options = []
+    settings: list[str] = []
+    options: list[str] = []
     for word in words:
         name, has_value, _ = word.partition("=")
         if name.startswith("--") and name.removeprefix("--") in groups():
