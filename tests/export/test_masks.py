@@ -71,10 +71,10 @@ def test_masks_that_cannot_make_a_model_are_refused(exports: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="accept_terms"):
         permllm.load(tmp_path / "masks")
     variant_model("qwen2").save_pretrained(tmp_path / "other")
-    model |= {"accept_terms": True, "path": str(tmp_path / "other")}
+    model["path"] = str(tmp_path / "other")
     write_json(tmp_path / "masks" / SUMMARY, summary)
     with pytest.raises(DataError, match="was pruned from"):
-        permllm.load(tmp_path / "masks")
+        permllm.load(tmp_path / "masks", accept_terms=True)
     sparsity = read_json(run / "metrics.json")["sparsity"]
     change_metrics(run, sparsity=sparsity | {"weights_changed": True})
     with pytest.raises(ConfigError, match="changed weights"):

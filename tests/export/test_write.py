@@ -267,6 +267,7 @@ def test_what_lies_beside_the_weights(exports: Path, tmp_path: Path) -> None:
     run = shutil.copytree(exports / "of-gathered" / "run", tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"] |= {"licence": "gemma", "terms": "https://x.org", "notice": "X is under terms"}
+    config["model"]["accept_terms"] = True
     write_text(run / "config.yaml", json.dumps(config))
     summary = export_run(run, ExportConfig("gathered"), tmp_path / "out")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
