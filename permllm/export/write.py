@@ -154,7 +154,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     summary = read_json(file)
-    if missing := {"sparsity", "sha256"} - summary.keys():
+    needed = {"sparsity", "sha256"}
+    if summary.get("form") == MASKS_ALONE:
+        needed |= {"metrics", "settings"}
+    if missing := needed - summary.keys():
         raise DataError(f"{file} lacks {min(missing)}")
     return summary
 

@@ -146,7 +146,7 @@ def test_what_is_not_whole_is_one_line(name: str, exports: Path, tmp_path: Path)
     ("file", "content", "named"),
     [
         (SUMMARY, "{", SUMMARY),
-        (SUMMARY, '{"sparsity": "2:4"}', "sha256"),
+        (SUMMARY, '{"sparsity": "2:4", "sha256": {}, "form": "masks"}', "metrics"),
         (SUMMARY, '{"sparsity": "2:4", "sha256": {"model.safetensors": "0"}}', "sha256"),
         (SUMMARY, None, "sparsity='4:2'"),
         ("config.json", "[]", "config.json"),
