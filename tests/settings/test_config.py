@@ -183,7 +183,7 @@ def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() 
     assert quick.items() >= {"name": "lcp-paper", "epochs": 2}.items()
     # Only the first result of the default model takes less than three epochs.
     for words, epochs in (
-        (["model=smollm2-135m"], 1),
+        (["model=smollm2-135m"], 2),
         (["model=smollm2-135m", "permutation=lcp-paper"], 50),
         (["model=smollm2-135m", "budget.epochs=4"], 4),
         (["model=qwen2.5-7b"], 3),
