@@ -21,8 +21,8 @@ from permllm.data.texts import Documents
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
-from permllm.export.masks import has_masks, load_masked
-from permllm.export.write import PrunedSource, write_checkpoint
+from permllm.export.masks import load_masked
+from permllm.export.write import PrunedSource, has_masks, read_summary, write_checkpoint
 from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.families import linear_at
@@ -269,7 +269,7 @@ def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> Pr
     """
     folder = Path(place)
     dtype = options.pop("dtype", None)
-    if has_masks(folder):
+    if has_masks(read_summary(folder)):
         return load_masked(folder, dtype, accept_terms, **options).eval()
     if not folder.is_dir() and str(place) in options_of("model"):
         words = [f"model={place}", f"model.accept_terms={accept_terms}"]

@@ -1,4 +1,4 @@
-"""Base class of the allocations."""
+"""Base classes of the allocations."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -8,17 +8,24 @@ from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
 
 
-class Allocation(Method, ABC):
-    """Base of the methods that choose which linears are pruned, and their N:M.
+class Allocation(Method):
+    """Base of all methods, which choose the linears to prune, and their N:M.
 
     Attributes:
-        uniform: the method changes nothing, so that it is not asked.
+        uniform: True: `sparsity`, `keep_dense` and `sparsity_of` decide alone. False: a
+            `FoundAllocation` finds the patterns after calibration.
         windows: number of calibration windows whose forward is repeated for each channel group.
     """
 
-    uniform: bool = False
+    uniform: bool = True
     windows: int = 0
-    found_dense: str | None = "allocation"
+
+
+class FoundAllocation(Allocation, ABC):
+    """Base of the methods that find the linears to prune from the dense model."""
+
+    uniform = False
+    found_dense = "allocation"
 
     def sensitivity(self, problem: LearningProblem) -> dict[str, float]:
         """Return how much the pruning of a channel group hurts, by group; by default, nothing.

@@ -22,7 +22,6 @@ from permllm.export.write import (
     finished_record,
     new_export,
     read_record,
-    read_summary,
 )
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
@@ -80,12 +79,6 @@ def write_masks(directory: Path, target: Path) -> dict[str, Any]:
         write_json(folder / SUMMARY, summary)
         write_text(folder / "README.md", model_card(config, metrics, summary))
     return summary
-
-
-def has_masks(folder: Path) -> bool:
-    """Tell if a folder has masks without weights. Raise DataError if its summary is damaged."""
-    summary = read_summary(folder)
-    return summary is not None and summary.get("form") == MASKS_ALONE
 
 
 def load_masked(

@@ -98,8 +98,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises DataError if a file is missing or damaged.
     """
-    summary = read_summary(directory)
-    if summary and summary.get("form") == MASKS_ALONE:
+    summary: Any = read_summary(directory)
+    if has_masks(summary):
         return summary["metrics"], summary["settings"]
     metrics = read_json(directory / METRICS)
     config = read_yaml(directory / CONFIG)
@@ -107,6 +107,11 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         # The commit, because the branch may have moved.
         config["model"]["revision"] = metrics["model"].split(":")[2]
     return metrics, config
+
+
+def has_masks(summary: dict[str, Any] | None) -> bool:
+    """Tell if the summary is that of a folder with masks and no weights; None: no summary."""
+    return summary is not None and summary.get("form") == MASKS_ALONE
 
 
 def finished_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,7 +160,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     summary = read_json(file)
     needed = {"sparsity", "sha256"}
-    if summary.get("form") == MASKS_ALONE:
+    if has_masks(summary):
         needed |= {"metrics", "settings"}
     if missing := needed - summary.keys():
         raise DataError(f"{file} lacks {min(missing)}")

@@ -202,7 +202,7 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     elif config.source == "hub":
         identity = f"hub:{config.hub_name}:{folder.name}"  # the folder's name is the commit
     elif _is_gguf(config):
-        identity = f"gguf:{file_sha256(Path(config.path or ''))}"
+        identity = folder.name  # which has the sha256 of the file
     else:
         identity = _digest_of_files(folder)
     return f"{identity}:{config.dtype}"

@@ -53,7 +53,7 @@ class Methods:
     """
 
     pruner: Pruner
-    allocation: Allocation
+    allocation: Any
     permutation: Any
     mask: Any
     reconstruction: Reconstruction
