@@ -17,9 +17,9 @@ Numbers = NDArray[np.float64]
 def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     """Return the difference of two rows in one measure with its interval.
 
-    The bootstrap resamples windows or items with replacement, separately for each text or task. A
-    window or item has the scores of both rows, as means over the seeds, and for a gap also the
-    scores of the unpermuted and the dense models.
+    The bootstrap resamples the seeds, and separately for each text or task the windows or items,
+    with replacement and alike for both rows. For a gap the scores are also those of the unpermuted
+    and the dense models; where the former have other seeds, their mean over these.
 
     Returns:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
@@ -41,7 +41,7 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         "difference": difference,
         "interval": ends,
         "change": change_text(difference, kind, ends),
-        "over": f"{sum(sample.shape[1] for sample in samples)} {unit}",
+        "over": f"{sum(sample.shape[-1] for sample in samples)} {unit}",
     }
 
 
@@ -58,68 +58,70 @@ def _difference(table: Table, row: int, other: int, name: str) -> float:
 
 def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
     """Return the scores for `interval`; empty: the rows cannot be compared."""
-    if sorted(table.members(row)["seed"]) != sorted(table.members(other)["seed"]):
+    seeds = sorted(table.members(row)["seed"])
+    if sorted(table.members(other)["seed"]) != seeds:
         return []
     samples = []
     for text in table.gaps.get(name, [name]):
         lines = []
         for compared in (row, other):
-            lines.append(_mean_scores(table, compared, text))
+            lines.append(_scores(table, compared, text, seeds))
             if name in table.gaps:
                 start = table.starts[compared]
-                lines.append(_mean_scores(table, start, text))
-                lines.append(_mean_scores(table, start, f"{DENSE}{text}"))
+                lines.append(_scores(table, start, text, seeds))
+                lines.append(_scores(table, start, f"{DENSE}{text}", seeds))
         parts = lines[0].keys()
         if not parts or any(line.keys() != parts for line in lines):
             return []
         samples += [np.array([line[part] for line in lines]) for part in parts]
     # An infinite perplexity, and a single window, have no interval.
-    usable = all(np.isfinite(sample).all() and sample.shape[1] > 1 for sample in samples)
+    usable = all(np.isfinite(sample).all() and sample.shape[-1] > 1 for sample in samples)
     return samples if usable else []
 
 
-def _mean_scores(table: Table, row: int, column: str) -> dict[Any, Numbers]:
-    """Return means over a row's runs of the scores, by text or task and identity.
+def _scores(table: Table, row: int, column: str, seeds: Sequence[Any]) -> dict[Any, Numbers]:
+    """Return a row's scores, float64 `(seeds, windows)`, by text or task and identity.
 
     The result is empty if the runs do not have the same texts or tasks.
     """
     scores = defaultdict(list)
-    runs = table.members(row).index
-    for run in runs:
+    runs = table.members(row).sort_values("seed")
+    for run in runs.index:
         measure = table.values[run].get(column)
         for part, (identity, numbers) in (measure.scores if measure else {}).items():
             scores[part, identity].append(numbers)
     if any(len(lines) < len(runs) for lines in scores.values()):
         return {}
-    return {part: np.mean(lines, axis=0) for part, lines in scores.items()}
+    if list(runs["seed"]) == seeds:
+        return {part: np.array(lines) for part, lines in scores.items()}
+    means = {part: np.mean(lines, axis=0) for part, lines in scores.items()}
+    return {part: np.tile(mean, (len(seeds), 1)) for part, mean in means.items()}
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
-    """Return the ends of the bootstrap's percentile interval, with a fixed seed.
+    """Return the ends of the bootstrap's percentile interval, from 10,000 resamples.
 
     Args:
-        parts: for each text or task float64 `(scores, windows)`. Its columns are resampled.
-        of: function of the means of a part's rows. The statistic is its mean over the parts.
+        parts: for each text or task float64 `(scores, seeds, windows)`. One resample of the seeds
+            holds for all parts, and each part has its own of the windows.
+        of: function of the means of a part's scores. The statistic is its mean over the parts.
     """
-    from scipy import stats  # its import takes long, and most tables have no intervals
+    generator = np.random.default_rng(0)
+    statistics = []
+    for _ in range(20):  # few at a time, because a task can have 10,000 items
+        of_seeds = _resamples(generator, parts[0].shape[1])
+        values = []
+        for part in parts:
+            of_windows = _resamples(generator, part.shape[2])
+            means = np.einsum("xsw,rs,rw->xr", part, of_seeds, of_windows, optimize=True)
+            values.append(of(*means))
+        statistics.append(np.mean(values, axis=0))
+    return [float(end) for end in np.quantile(statistics, (0.025, 0.975))]
 
-    def statistic(*drawn: Any, axis: int = -1) -> Any:
-        resampled = []
-        for part, columns in zip(parts, drawn, strict=True):
-            resampled.append(of(*part[:, columns.astype(int)].mean(axis=axis)))
-        return np.mean(resampled, axis=0)
 
-    ends = stats.bootstrap(
-        [np.arange(part.shape[1]) for part in parts],
-        statistic,
-        n_resamples=10_000,
-        confidence_level=0.95,
-        method="percentile",
-        batch=500,
-        rng=np.random.default_rng(0),
-        vectorized=True,
-    ).confidence_interval
-    return [float(ends.low), float(ends.high)]
+def _resamples(generator: np.random.Generator, size: int) -> Numbers:
+    """Return how often 500 resamples draw each of `size` members, as shares `(500, size)`."""
+    return generator.multinomial(size, np.full(size, 1 / size), 500) / size
 
 
 def _gap_difference(

@@ -31,8 +31,8 @@ FORMATS = ("md", "csv", "latex", "json")
 _SOURCES = {
     "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
     "standard error over the items",
-    r"\[[+-]": "a 95 % interval is that of a paired bootstrap over windows or items, of scores "
-    "averaged over the seeds",
+    r"\[[+-]": "a 95 % interval is that of a paired bootstrap over windows or items, and over "
+    "the seeds of rows with several",
 }
 
 
