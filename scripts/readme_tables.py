@@ -143,6 +143,25 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     return as_text(pd.DataFrame(rows, columns=columns), "md")
 
 
+def sizes(folder: Path, methods: str, records: str = RECORDS) -> str:
+    """Return the gap that methods close in each model, with the number of seeds in brackets.
+
+    Args:
+        methods: options of the group `method`; the gap is measured from the first.
+        records: files of records, in which a method of a model is one row.
+    """
+    runs = _runs(folder, records)
+    first, *others = methods.split()
+    frame = pd.DataFrame(index=others, dtype=object)
+    for model in dict.fromkeys(run.config["model"]["name"] for run in runs):
+        of_model = [run for run in runs if run.config["model"]["name"] == model]
+        found = table_of(of_model, f"method={first}")
+        for row, method in found.labels["method"].items():
+            frame.loc[method, model] = f"{found.shown(row, GAP)} ({len(found.members(row))})"
+    frame = frame.loc[others].fillna("").set_axis([f"`{method}`" for method in others])
+    return f"{as_text(frame.rename_axis('method').reset_index(), 'md')}\n{machine(runs)}"
+
+
 def bounds(folder: Path, methods: str, records: str) -> str:
     """Return methods at 2:4 and at 6:8, with the bytes and the bound of the speed on 2:4 kernels.
 
@@ -414,7 +433,19 @@ def _provenance(runs: list[Run]) -> str:
     )
 
 
-_TABLES = (table, paper, frontier, differences, needs, bounds, options, ablation, placements, peers)
+_TABLES = (
+    table,
+    paper,
+    frontier,
+    sizes,
+    differences,
+    needs,
+    bounds,
+    options,
+    ablation,
+    placements,
+    peers,
+)
 _VIEWS = {view.__name__: view for view in (*_TABLES, landscape, memory)}
 
 
