@@ -88,11 +88,10 @@ def _size(model: str) -> float:
 
 
 def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
-    """Draw a line, or two points, for each `line` of the rows."""
+    """Draw each `line` of the rows."""
     for label, points in rows.groupby("line"):
         ordered = points.sort_values(over)
-        style = "o-" if len(ordered) > 2 else "D"
-        axis.errorbar(ordered[over], ordered["gap"], ordered["error"], fmt=style, label=label)
+        axis.errorbar(ordered[over], ordered["gap"], ordered["error"], fmt="o-", label=label)
     axis.yaxis.set_major_formatter("{x:.0%}")
     axis.grid(alpha=0.3)
 

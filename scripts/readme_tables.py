@@ -14,6 +14,7 @@ import argparse
 import re
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from itertools import product
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError
 from permllm.report.gaps import GAP, gap_closed
+from permllm.report.measures import SPEED_LIMIT
 from permllm.report.plots import points
 from permllm.report.published import Comparison, published
 from permllm.report.read import Run, collect
@@ -128,38 +130,57 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
 
 
 def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) -> str:
-    """Return by need what to type, the gap that it closes, and the memory that `model` takes.
+    """Return by need what to type, the gap closed in each model of the records, speed and memory.
 
     Args:
-        model: option of the group `model`.
+        records, baseline: as in `sizes`. The speed limit is that of the first model.
+        model: option of the group `model`, whose memory is shown.
         uses: what is typed by need, with `method=NAME` first.
     """
-    found, rows = _table(folder, records, baseline), []
-    for need, words in uses.items():
-        method = words.split()[0].removeprefix("method=")
-        gap = found.means.at[_row(found, method), GAP]
-        rows.append([need, f"`{words}`", f"{gap:.0%}", gigabytes(model, words)])
-    columns = ["you want", "use", GAP, f"GB for {model}, on a GPU / with layers on the host"]
-    return as_text(pd.DataFrame(rows, columns=columns), "md")
+    typed = pd.Series(uses)
+    methods = typed.str.split().str[0].str.removeprefix("method=")
+    by_model = _by_model(folder, records, baseline)
+    frame = pd.DataFrame({"you want": typed.index, "use": ("`" + typed + "`").array})
+    for name, found in by_model.items():
+        gaps = _by_method(found)[GAP].map("{:.0%}".format)
+        frame[f"gap closed, {name}"] = methods.map(gaps).fillna("").array
+    limits = _by_method(next(iter(by_model.values())))[SPEED_LIMIT]
+    frame[SPEED_LIMIT] = methods.map(limits.map("{:.3g}".format)).fillna("").array
+    memory_of = [gigabytes(model, words) for words in typed]
+    frame[f"GB for {model}, on a GPU / with layers on the host"] = memory_of
+    return as_text(frame, "md")
 
 
-def sizes(folder: Path, methods: str, records: str = RECORDS) -> str:
+def sizes(folder: Path, baseline: str, methods: str, records: str = RECORDS) -> str:
     """Return the gap that methods close in each model, with the number of seeds in brackets.
 
     Args:
-        methods: options of the group `method`; the gap is measured from the first.
+        baseline: option of the group `method`, from which the gap is measured.
+        methods: options of the group `method`.
         records: files of records, in which a method of a model is one row.
     """
-    runs = _runs(folder, records)
-    first, *others = methods.split()
-    frame = pd.DataFrame(index=others, dtype=object)
-    for model in dict.fromkeys(run.config["model"]["name"] for run in runs):
-        of_model = [run for run in runs if run.config["model"]["name"] == model]
-        found = table_of(of_model, f"method={first}")
-        for row, method in found.labels["method"].items():
-            frame.loc[method, model] = f"{found.shown(row, GAP)} ({len(found.members(row))})"
-    frame = frame.loc[others].fillna("").set_axis([f"`{method}`" for method in others])
-    return f"{as_text(frame.rename_axis('method').reset_index(), 'md')}\n{machine(runs)}"
+    by_model = _by_model(folder, records, baseline)
+    names = methods.split()
+    frame = pd.DataFrame({"method": [f"`{name}`" for name in names]})
+    for model, found in by_model.items():
+        rows = pd.Series(found.labels.index, found.labels["method"])
+        cells = rows.map(lambda row, of=found: f"{of.shown(row, GAP)} ({len(of.members(row))})")
+        frame[model] = cells.reindex(names).fillna("").array
+    runs = [run for found in by_model.values() for run in found.runs]
+    return f"{as_text(frame, 'md')}\n{machine(runs)}"
+
+
+def _by_model(folder: Path, records: str, baseline: str) -> dict[str, Table]:
+    """Return a table for each model, in the order of the files."""
+    runs = defaultdict(list)
+    for run in _runs(folder, records):
+        runs[run.config["model"]["name"]].append(run)
+    return {name: table_of(of_model, f"method={baseline}") for name, of_model in runs.items()}
+
+
+def _by_method(found: Table) -> pd.DataFrame:
+    """Return the means of a table's measures by `method`."""
+    return found.means.loc[found.labels.index].set_axis(found.labels["method"])
 
 
 def bounds(folder: Path, methods: str, records: str) -> str:

@@ -85,8 +85,8 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
     assert jobs("experiment=table6")[0].permutation["learning_rate"] == 1e-3
 
 
-# The first three take texts of the hub, the last any checkpoint.
-OTHERS = ("peers", "frontier", "serving", "allocation", "scale")
+# All take texts of the hub, but for the last, which takes any checkpoint.
+OTHERS = ("peers", "frontier", "serving", "allocation", "sizes", "scale")
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in OTHERS])

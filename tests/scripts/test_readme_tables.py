@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from permllm.errors import ConfigError
-from scripts.readme_tables import bounds, landscape, main, with_views
+from scripts.readme_tables import bounds, landscape, main, needs, sizes, with_views
 from tests.conftest import ROOT
 
 TABLE_6 = ROOT / "experiments" / "table6" / "records.jsonl"
 LANDSCAPE = ROOT / "experiments" / "landscape"
+SIZES = ROOT / "experiments" / "sizes"
 SERVING, FRONTIER = ROOT / "experiments" / "serving", "../frontier/minutes-10.jsonl"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
@@ -73,6 +77,30 @@ def test_our_rows_of_the_landscape_are_those_of_the_frontier() -> None:
     assert f"| {float(gap):.1f}% | no |" in masks
     assert f"| {perplexity} / " in masks
     assert "| yes |" in weights
+
+
+def test_the_gap_of_a_method_stands_in_the_column_of_its_model() -> None:
+    losses, dense = defaultdict(list), {}
+    for line in (SIZES / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        model, method = record["config"]["model"]["name"], record["config"]["method"]
+        texts = record["metrics"]["perplexity"]
+        losses[model, method].append(
+            [np.log(texts["sparse"][text]["value"]) for text in texts["dense"]]
+        )
+        dense[model] = np.log([result["value"] for result in texts["dense"].values()])
+    of_sizes = sizes(SIZES, "wanda", "folded-masks").splitlines()
+    of_needs = needs(
+        SIZES, "records.jsonl", "wanda", "tiny", masks="method=folded-masks"
+    ).splitlines()
+    heads, shown, needed = (line.split(" | ") for line in (of_sizes[0], of_sizes[2], of_needs[2]))
+    for place, model in enumerate(heads[1:], 1):
+        start = np.mean(losses[model.strip(" |"), "wanda"], axis=0)
+        runs = losses[model.strip(" |"), "folded-masks"]
+        gap = np.mean((start - np.mean(runs, axis=0)) / (start - dense[model.strip(" |")]))
+        assert shown[place].startswith(f"{gap:.2%}")
+        assert f"({len(runs)})" in shown[place]
+        assert needed[place + 1] == f"{gap:.0%}"
 
 
 def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None:
