@@ -133,7 +133,7 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     """Return by need what to type, the gap closed in each model of the records, speed and memory.
 
     Args:
-        records, baseline: as in `sizes`. The speed limit is that of the first model.
+        records, baseline: as in `sizes`. The speed limit is about the same in each model.
         model: option of the group `model`, whose memory is shown.
         uses: what is typed by need, with `method=NAME` first.
     """
@@ -142,10 +142,14 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     by_model = _by_model(folder, records, baseline)
     frame = pd.DataFrame({"you want": typed.index, "use": ("`" + typed + "`").array})
     for name, found in by_model.items():
-        gaps = _by_method(found)[GAP].map("{:.0%}".format)
+        gaps = found.means[GAP].rename(found.labels["method"]).map("{:.0%}".format)
         frame[f"gap closed, {name}"] = methods.map(gaps).fillna("").array
-    limits = _by_method(next(iter(by_model.values())))[SPEED_LIMIT]
-    frame[SPEED_LIMIT] = methods.map(limits.map("{:.3g}".format)).fillna("").array
+    limits = pd.concat(
+        found.frame.set_index(found.frame["row"].map(found.labels["method"]))[SPEED_LIMIT]
+        for found in by_model.values()
+    )
+    limits = limits.groupby(level=0).first().map("{:.3g}".format)
+    frame[SPEED_LIMIT] = methods.map(limits).fillna("").array
     memory_of = [gigabytes(model, words) for words in typed]
     frame[f"GB for {model}, on a GPU / with layers on the host"] = memory_of
     return as_text(frame, "md")
@@ -171,16 +175,12 @@ def sizes(folder: Path, baseline: str, methods: str, records: str = RECORDS) -> 
 
 
 def _by_model(folder: Path, records: str, baseline: str) -> dict[str, Table]:
-    """Return a table for each model, in the order of the files."""
+    """Return a table for each model, first of the one with the most runs."""
     runs = defaultdict(list)
     for run in _runs(folder, records):
         runs[run.config["model"]["name"]].append(run)
-    return {name: table_of(of_model, f"method={baseline}") for name, of_model in runs.items()}
-
-
-def _by_method(found: Table) -> pd.DataFrame:
-    """Return the means of a table's measures by `method`."""
-    return found.means.loc[found.labels.index].set_axis(found.labels["method"])
+    names = sorted(runs, key=lambda name: -len(runs[name]))
+    return {name: table_of(runs[name], f"method={baseline}") for name in names}
 
 
 def bounds(folder: Path, methods: str, records: str) -> str:
