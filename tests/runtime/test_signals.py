@@ -121,10 +121,14 @@ def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: P
 
 
 def test_an_early_interruption_is_one_line(tmp_path: Path) -> None:
-    process = started(tmp_path, *QUICK)
-    time.sleep(0.8)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=100)
+    for patience in (0.8, 2.5):
+        process = started(tmp_path, *QUICK)
+        time.sleep(patience)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=100)
+        # On a busy machine Python itself may still start, and then it ends with 1.
+        if process.returncode != 1:
+            break
     assert (process.returncode, out) == (130, "")
     assert len(error.splitlines()) == 1
     assert error.startswith("interrupted: ")
