@@ -1,7 +1,6 @@
-"""Draw the gap that methods close over what it costs, or over the size of the model.
+"""Draw the gap that methods close over the speed limit and over bytes.
 
-python scripts/gap_figure.py allocation RECORDS.jsonl CURVE.png
-python scripts/gap_figure.py sizes RECORDS.jsonl SIZES.png
+python scripts/gap_figure.py RECORDS.jsonl CURVE.png
 """
 
 import argparse
@@ -19,21 +18,22 @@ from permllm.report.plots import picture
 from permllm.report.read import Run, collect
 from permllm.report.table import table_of
 from permllm.settings.config import NMPattern
-from permllm.sparsity.two_of_four import window_count
+from permllm.sparsity.two_of_four import stored_share
 
 # Settings of the row at which the gap is 0 %.
-_WANDA = "method=wanda"
-_WANDA_AT_2_4 = f"{_WANDA},allocation=uniform,sparsity=2:4,keep_dense="
+_WANDA = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense="
 
 
-def allocation(runs: list[Run], file: Path) -> None:
+def draw(runs: list[Run], file: Path) -> None:
     """Draw the gap over the speed limit, and over the bytes of the linears in FP8."""
-    table = table_of(runs, _WANDA_AT_2_4)
+    table = table_of(runs, _WANDA)
     rows = table.labels[["method", "sparsity", "keep_dense"]].assign(
         speed=table.means[SPEED_LIMIT], gap=table.means[GAP], error=table.errors[GAP].fillna(0.0)
     )
     dense = table.means[DENSE_WEIGHTS].reindex(rows.index)
-    rows["bytes"] = dense + (1 - dense) * rows["sparsity"].map(_bytes_in_fp8)
+    rows["bytes"] = dense + (1 - dense) * rows["sparsity"].map(
+        lambda sparsity: stored_share(NMPattern.parse(sparsity), 8)
+    )
     rows["line"] = rows["method"]
     other = rows["sparsity"] != "2:4"
     rows.loc[other, "line"] += ", " + rows["sparsity"][other] + " everywhere"
@@ -49,44 +49,6 @@ def allocation(runs: list[Run], file: Path) -> None:
         left.legend(fontsize="small")
 
 
-def _bytes_in_fp8(sparsity: str) -> float:
-    """Return the bytes of an N:M linear in FP8 as a share of a dense one's."""
-    pattern = NMPattern.parse(sparsity)
-    windows = window_count(pattern)
-    assert windows is not None
-    # Each 2:4 window stores two values of 8 bits, and 2 bits for the place of each.
-    return windows * 2 * (8 + 2) / (pattern.m * 8)
-
-
-def sizes(runs: list[Run], file: Path) -> None:
-    """Draw the gap over the size of the model."""
-    rows, models = [], {}
-    for name in {run.config["model"]["name"] for run in runs}:
-        models[name] = _size(name)
-        table = table_of([run for run in runs if run.config["model"]["name"] == name], _WANDA)
-        rows.append(
-            table.labels[["method"]].assign(
-                line=table.labels["method"],
-                size=models[name],
-                gap=table.means[GAP],
-                error=table.errors[GAP].fillna(0.0),
-            )
-        )
-    with picture(file) as pyplot:
-        _, axis = pyplot.subplots(figsize=(8, 5))
-        _lines(axis, pd.concat(rows), "size")
-        axis.set(ylabel=GAP, xscale="log")
-        axis.set_xticks([*models.values()], [*models], minor=False)
-        axis.set_xticks([], minor=True)
-        axis.legend(fontsize="small")
-
-
-def _size(model: str) -> float:
-    """Return the number of parameters that a model's name ends with, such as 135m or 0.5b."""
-    *_, ending = model.split("-")
-    return float(ending[:-1]) * {"m": 1e6, "b": 1e9}[ending[-1]]
-
-
 def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
     """Draw each `line` of the rows."""
     for label, points in rows.groupby("line"):
@@ -98,9 +60,7 @@ def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    figures = {"allocation": allocation, "sizes": sizes}
-    parser.add_argument("figure", choices=figures)
     parser.add_argument("records", type=Path)
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    figures[options.figure](collect([options.records]).runs, options.picture)
+    draw(collect([options.records]).runs, options.picture)

@@ -39,7 +39,7 @@ from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
 from permllm.settings.config import METHOD_GROUPS, NMPattern, flatten
 from permllm.settings.options import options as options_of
-from permllm.sparsity.two_of_four import window_count
+from permllm.sparsity.two_of_four import stored_share, window_count
 from permllm.store.files import RECORDS, write_text
 from scripts.memory_table import gigabytes, memory
 from scripts.provenance import machine, processor
@@ -198,9 +198,8 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     for text, method in product(("2:4", "6:8"), methods.split()):
         rows.append(_row(found, f"{method},sparsity={text}"))
         pattern = NMPattern.parse(text)
-        # Half of four channels in each window is stored, with a bit for each channel.
         width = 4 * window_count(pattern) / pattern.m
-        sizes = [f"{width * (bits / 2 + 1) / bits:.1%}" for bits in (16, 8)]
+        sizes = [f"{stored_share(pattern, bits):.1%}" for bits in (16, 8)]
         costs.append([text, f"`{method}`", *sizes, f"{2 / width:.2f}"])
     frame = _chosen(_texts(found), rows).drop(columns=[*found.settings, *found.details()])
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]

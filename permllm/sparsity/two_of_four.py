@@ -15,6 +15,15 @@ def window_count(pattern: NMPattern) -> int | None:
     return pattern.n // 2 if pattern.m % 2 == 0 and pattern.n == pattern.m - 2 else None
 
 
+def stored_share(pattern: NMPattern, bits: int) -> float:
+    """Return the bytes of a weight that is stored as 2:4 windows, as a share of the dense ones.
+
+    Each window of four channels stores two values of `bits`, and 2 bits for the place of each.
+    `window_count` is not None.
+    """
+    return 2 * (window_count(pattern) or 0) * (bits + 2) / (pattern.m * bits)
+
+
 def as_two_of_four(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
     """Split a weight into 2:4 windows, without rounding and with each value in one window.
 
