@@ -99,8 +99,7 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         assert config.evaluation.perplexity.limit == 32
         methods_of(config)
         if config.permutation["name"] == "lcp":
-            # The README's table has its own number, whatever the default and the budget say.
-            assert config.permutation["epochs"] == (3 if experiment == "quickstart" else 2)
+            assert config.permutation["epochs"] == 2
 
 
 @pytest.mark.parametrize("experiment", ["peers", "scale"])
