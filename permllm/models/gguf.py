@@ -2,6 +2,8 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,10 +11,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from permllm.errors import DataError, first_line
-from permllm.models.checkpoint import skeleton_like
+from permllm.models.checkpoint import skeleton_like, transformers_reads
 from permllm.store.cache import cache_directory
 from permllm.store.files import file_sha256, new_folder
 
@@ -22,35 +23,55 @@ log = logging.getLogger(__name__)
 def gguf_folder(file: Path) -> Path:
     """Return a transformers folder of a GGUF file, which is converted once.
 
-    Raises DataError if transformers cannot convert the file, or the disk is full.
+    Raises DataError if the file cannot be converted, or the disk is full.
     """
     name = f"gguf-{file_sha256(file)[:12]}"
     folder = cache_directory() / "models" / name
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():
-            with new_folder(folder) as target, TemporaryDirectory(dir=target) as scratch:
-                # transformers looks for other files beside it, which may be of another model.
-                (Path(scratch) / "model.gguf").symlink_to(file.absolute())
-                try:
-                    convert_gguf(Path(scratch) / "model.gguf", target)
-                except (ImportError, KeyError, ValueError) as error:
-                    raise DataError(
-                        f"{file}: transformers cannot convert it: {first_line(error)}"
-                    ) from error
+            with new_folder(folder) as target, _alone(file) as linked:
+                convert_gguf(linked, target)
     return folder
+
+
+def gguf_config(file: Path) -> PreTrainedConfig:
+    """Read the config of the model in a GGUF file, without its weights.
+
+    Raises DataError if transformers cannot read it.
+    """
+    with _alone(file) as linked:
+        return AutoConfig.from_pretrained(linked.parent, gguf_file=linked.name)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """Yield a link to a file in a folder of its own, and turn errors into a DataError.
+
+    transformers looks for other files beside a GGUF file, which may be of another model.
+    """
+    with TemporaryDirectory() as folder, transformers_reads(file):
+        linked = Path(folder) / "model.gguf"
+        linked.symlink_to(file.absolute())
+        yield linked
 
 
 def convert_gguf(file: Path, target: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into a folder.
 
-    Raises ValueError if the file lacks weights, which transformers would draw at random.
+    Raises ValueError if the file lacks weights, which transformers would draw at random, or scales
+    rotary positions, which transformers would leave out.
     """
+    reader = GGUFReader(file)
+    names = [tensor.name for tensor in reader.tensors] + list(reader.fields)
+    for name in names:
+        if name.startswith(("rope_freqs", "rope_factors")) or name.endswith(".rope.scaling.factor"):
+            raise ValueError(f"{name}: it does not read scaled positions from GGUF files")
     of_class: Any = AutoModelForCausalLM
     loaded, loading = of_class.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"it lacks {missing[0]}")
+        raise ValueError(f"the file lacks {missing[0]}")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers does not save a model from GGUF, so its tensors move into a fresh model.
     fresh = skeleton_like(loaded)

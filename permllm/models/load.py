@@ -43,7 +43,7 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import FAMILIES, after_layers, family_of
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
-from permllm.models.gguf import gguf_folder, quantisation
+from permllm.models.gguf import gguf_config, gguf_folder, quantisation
 from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
@@ -110,7 +110,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
         if _is_gguf(config):
-            log.info("%s holds quantised weights: %s", config.path, quantisation(Path(called)))
+            log.info("%s holds weights in: %s", config.path, quantisation(Path(called)))
     if head_of_its_own(model):
         # The files may hold a separate head although the config ties it. lm-eval ties weights again
         # if the config says so.
@@ -142,8 +142,10 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         ConfigError: the model cannot be pruned.
         DataError: its config cannot be found or downloaded.
     """
-    if config.source == "local":
-        architecture = _architecture_in(_local_folder(config), config)
+    if _is_gguf(config):
+        architecture = gguf_config(Path(config.path or ""))
+    elif config.source == "local":
+        architecture = _architecture_in(Path(config.path or ""), config)
     elif config.source == "hub" and not config.architecture:
         folder = hub_snapshot(config.hub_name or "", config.revision, ["config.json"])
         architecture = _architecture_in(folder, config)

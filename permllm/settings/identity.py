@@ -147,7 +147,8 @@ def input_digest(path: Path) -> str | None:
     if (path / "permutations.safetensors").is_file():
         path = path / "permutations.safetensors"
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     if not path.is_dir():
         return None
     listing = [
