@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from permllm.data.hub import hub_snapshot
 from permllm.data.lookup import JobTexts, texts_of_job
@@ -26,7 +27,7 @@ from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
-from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
+from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
 from permllm.pruning.stages import allocate, calibrate, find_masks, find_permutations
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
@@ -172,6 +173,7 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
         if not job.methods.allocation.uniform:
             with job.record.stage("allocate", device):
                 job = allocate(job, windows, calibration)
+            _check_kernels(job.config, job.loaded.model, job.groups)
         with job.record.stage("permute", device):
             permutations = find_permutations(job, windows, calibration)
         if not job.methods.mask.local:
@@ -219,10 +221,15 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
     """Return the sizes of a job. Raises ConfigError if a method cannot work on its model."""
     model = meta_model(config.model)
     groups = checked_groups(config, methods, model)
+    _check_kernels(config, model, groups)
+    return Footprint(config, model, methods, groups, device)
+
+
+def _check_kernels(config: RunConfig, model: PreTrainedModel, groups: ModelGroups) -> None:
+    """Raise ConfigError if vLLM's kernels for 2:4 are asked for and no pruned group fits them."""
     if config.export.serve:
         patterns = differing_patterns(groups.every, groups.pruned)
         groups_on_kernels(model.config.model_type, groups.every, config.sparsity, patterns)
-    return Footprint(config, model, methods, groups, device)
 
 
 def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:

@@ -3,6 +3,7 @@
 A channel group is the unit, because servers join the linears that read the same channels.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.allocation.base import FoundAllocation
+from permllm.errors import TrainingError
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, replaced_forwards
 from permllm.models.offload import masked, placement_of
@@ -43,6 +45,8 @@ class Sensitive(FoundAllocation):
         It is `KL(dense || pruned)` in nats, mean over tokens. The masks are the pruner's without a
         permutation. Each rank measures every n-th group. Sharded layers are the exception: all
         ranks enter a layer together, so each measures all groups.
+
+        Raises TrainingError if a divergence is not finite.
         """
         tokens = problem.tokens[: self.windows]
         distance = loss_named("kl", problem.model, tokens.numel(), compile_=False)
@@ -59,6 +63,11 @@ class Sensitive(FoundAllocation):
                         ends = to_device(output[windows], problem.device)
                         dense = to_device(problem.target[windows], problem.device)
                         total += float(distance(ends, dense)) * len(windows)
+                    if not math.isfinite(total):
+                        raise TrainingError(
+                            f"the divergence of the model with {group.name} alone pruned is not "
+                            "finite; try model.dtype=float32"
+                        )
                     if group in mine:
                         values[problem.groups.index(group)] = total / len(tokens)
             stream.advance(index)

@@ -88,8 +88,9 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     if served := summary.get("served"):
         lines += [
             f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on "
-            "FP8 kernels for 2:4, and the others on dense FP8 kernels. On an H100 or H200 (compute "
-            "capability 9; torchao 0.18 has no kernel for a B200), in this folder:",
+            "FP8 kernels for 2:4, and the others on dense kernels, in FP8 where their size fits. "
+            "On an H100 or H200 (compute capability 9; torchao 0.18 has no kernel for a B200), in "
+            "this folder:",
             "",
             f"    {COMMAND}",
             "",

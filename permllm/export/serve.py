@@ -165,7 +165,7 @@ def serving(
                 dense[name] = None if group.name in without_scale else DENSE_KERNELS
     layers = groups[0].prefix.rstrip(".").rpartition(".")[0]
     expression = rf"re:{re.escape(layers)}\.\d+\.(?:{'|'.join(on_kernels)})"
-    by_name = {expression: KERNELS, **dense}
+    by_name = {expression: KERNELS, **dense} if on_kernels else dense
     both = {"fqn_to_config": by_name, "module_fqn_to_config": by_name}
     content = {"_type": "FqnToConfig", "_version": 1, "_data": both}
     return content, {"sparse": len(sparse), "all": len(groups)}

@@ -36,15 +36,15 @@ class FromFile(LocalPermutation):
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
-        """Raise ConfigError if a group has no permutation in the file, or one that cannot fold."""
-        for group in groups:
-            permutation = self._permutations.get(group.name)
-            if permutation is None or len(permutation) != group.channels:
-                raise ConfigError(
-                    f"permutation.path={self.path}: no permutation of {group.channels} channels "
-                    f"for {group.name}; expected a run with this model that pruned this group"
-                )
-        if config.export.form == "folded":
+        """Raise ConfigError if a group has no permutation in the file, or one that cannot fold.
+
+        An allocation may still leave a group dense, so that it needs none yet.
+        """
+        uniform = config.allocation["name"] == "uniform"
+        present = [group for group in groups if uniform or group.name in self._permutations]
+        for group in present:
+            self._of(group)
+        if config.export.form == "folded" and len(present) == len(groups):
             foldable(groups, self._permutations)
 
     @override
@@ -55,4 +55,13 @@ class FromFile(LocalPermutation):
     @override
     def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutations of the pruned groups, without computing a saliency."""
-        return {group.name: self._permutations[group.name] for group in problem.groups}
+        return {group.name: self._of(group) for group in problem.groups}
+
+    def _of(self, group: ChannelGroup) -> Tensor:
+        permutation = self._permutations.get(group.name)
+        if permutation is None or len(permutation) != group.channels:
+            raise ConfigError(
+                f"permutation.path={self.path}: no permutation of {group.channels} channels "
+                f"for {group.name}; expected a run with this model that pruned this group"
+            )
+        return permutation

@@ -58,7 +58,6 @@ class Heuristic(LocalPermutation):
 
     searches = True
     constraint: Constraint = "free"
-    searches = True
 
     @property
     def local(self) -> bool:  # type: ignore[override]

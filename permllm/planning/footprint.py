@@ -185,10 +185,12 @@ class Footprint:
         """Return the stages of the job, from the first to the last."""
         streams = self.streams(placement)
         methods = self.methods
+        # All ranks enter a sharded layer together, so that they cannot share such stages.
+        sharing = 1 if placement == "sharded" else self.ranks
         loading = _START_SECONDS + self.parameters * self.item / _LOADED_A_SECOND
         stages = {"weights": StageCost(0, seconds=loading), "calibrate": self._calibrate()}
         if methods.allocation.windows:
-            stages["allocate"] = self._allocate(methods.allocation.windows)
+            stages["allocate"] = self._allocate(methods.allocation.windows, sharing)
         if methods.permutation.searches:
             stages["search"] = self._search()
         if methods.mask.statistics:
@@ -204,7 +206,7 @@ class Footprint:
         stages["prune"] = self._prune()
         stages["perplexity"] = self._perplexity()
         if self.config.evaluation.tasks:
-            stages["tasks"] = self._tasks(1 if placement == "sharded" else self.ranks)
+            stages["tasks"] = self._tasks(sharing)
         return stages
 
     def _grams(self, statistics: Statistics) -> float:
@@ -228,9 +230,9 @@ class Footprint:
             return cost
         return cost._replace(products=self.forward, single=self._grams(statistics))
 
-    def _allocate(self, windows: int) -> StageCost:
-        """Return the forwards with one pruned group each, from its layer to the loss."""
-        tokens = windows * self.seqlen / self.ranks
+    def _allocate(self, windows: int, ranks: int) -> StageCost:
+        """Return the forwards with one pruned group each, which `ranks` ranks share."""
+        tokens = min(windows, self.samples) * self.seqlen / ranks
         passes = sum(1 - group.layer / self.layers for group in self.groups.pruned)
         head = 2 * self.hidden * self.vocabulary * len(self.groups.pruned)
         products = 2 * tokens * (self.all_layers * passes + head)

@@ -33,7 +33,9 @@ def print_plan(of: Footprint) -> None:
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
     if not of.methods.allocation.uniform:
-        console.print("Which linears stay dense is decided after calibration. Here none does.")
+        console.print(
+            "After calibration the allocation decides which other linears stay dense. Here none."
+        )
     for name in of.permutations.stays:
         console.print(
             f"{name} stays at its start: it learns only with permutation.layers_per_stage=all "

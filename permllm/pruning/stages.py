@@ -1,9 +1,10 @@
-"""Stages before the pruning of the layers: calibration, permutation, mask.
+"""Stages before the pruning of the layers: calibration, allocation, permutation, mask.
 
 The stages share arguments: `windows` of the text, int64 `(windows, tokens)`, the calibration
 windows first, and `calibration`, the result of `calibrate`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +35,8 @@ from permllm.store.cache import cached, tensor_digest
 from permllm.store.files import ALLOCATION, MASKS, PERMUTATIONS, read_json, write_json
 from permllm.store.tensors import load_masks, load_permutations, save_masks, save_tensors
 from permllm.training.problem import LearningProblem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -113,7 +116,11 @@ def _dense_problem(
 
 
 def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
-    """Return the job with the channel groups that its allocation prunes."""
+    """Return the job with the channel groups that its allocation prunes.
+
+    Raises ConfigError if it prunes none, one that the settings keep dense, or one that a method
+    cannot work on.
+    """
     method = job.methods.allocation
     config = job.config
     every = job.groups.every
@@ -151,8 +158,18 @@ def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
 
     allocation = job.record.kept(ALLOCATION, compute, write_json, read_json)
     pruned = recorded_groups(every, config.pattern, allocation["patterns"])
+    members = {path for group in pruned for path in group.members}
+    if not members or not members <= {path for one in job.groups.pruned for path in one.members}:
+        raise ConfigError(
+            f"allocation={config.allocation['name']}: expected patterns that prune some of the "
+            "linears that the settings prune, and no others"
+        )
     check_pruned(config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
-    job.record.metrics["sensitivity"] = allocation["sensitivity"]
+    weights = [sum(group.weights for group in groups) for groups in (pruned, every)]
+    share = 1 - weights[0] / weights[1]
+    log.info("%.1f %% of the linears' weights stay dense", 100 * share)
+    if allocation["sensitivity"]:
+        job.record.metrics["sensitivity"] = allocation["sensitivity"]
     return replace(job, groups=ModelGroups(every, pruned))
 
 

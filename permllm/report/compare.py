@@ -132,7 +132,7 @@ def _gap_difference(
 
 
 def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
-    """Compare two rows in each perplexity, gap and accuracy that both have.
+    """Compare two rows in each perplexity, gap, accuracy and number that both have.
 
     Returns:
         For each measure its name, both values and their change as texts, and the result of

@@ -92,8 +92,8 @@ def run_measures(
                 measures[measure.name, *measure.facts.values()] = measure
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
-    # Without calibration, whose result may come from the cache.
-    seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[1:])
+    # Without calibration and allocation, whose results may come from the cache.
+    seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[2:])
     zeros = float(metrics["sparsity"]["of_model"])
     return [
         *measures.values(),

@@ -20,7 +20,7 @@ from permllm.report.table import Table, shared_value
 from permllm.settings.config import NMPattern
 from permllm.store.files import MASKS
 
-MINUTES = "minutes: calibrate + permute + mask + prune"
+MINUTES = "minutes: calibrate + allocate + permute + mask + prune"
 _CORNER = 64  # rows and channels of a mask that are drawn
 
 
@@ -286,7 +286,7 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
 def plot_sensitivity(table: Table, file: Path) -> None:
     """Draw the sensitivity of each channel group, groups by decoder layers, for each row.
 
-    A cross marks a group that stays dense.
+    A cross marks a group that the allocation keeps dense, and what `keep_dense` keeps is blank.
 
     Raises ConfigError if no run has sensitivities, or the picture cannot be written.
     """
@@ -308,13 +308,14 @@ def plot_sensitivity(table: Table, file: Path) -> None:
             frame = frame.assign(layer=frame["layer"].astype(int), value=values.to_numpy())
             groups = list(frame["group"].unique())
             grid = frame.pivot(index="group", columns="layer", values="value").loc[groups]
+            grid = grid.reindex(columns=range(frame["layer"].max() + 1))  # keep_dense has gaps
             image = axis.imshow(grid, norm="log", aspect="auto", cmap="viridis")
             bar = pyplot.colorbar(image, ax=axis, label="nats a token", format="{x:g}")
             bar.locator = pyplot.LogLocator(subs=(1, 2, 5))
             bar.minorticks_off()
             pruned = run.metrics["retained_saliency"]
             dense = frame[[name not in pruned for name in values.index]]
-            axis.plot(dense["layer"] - frame["layer"].min(), dense["group"].map(groups.index), "rx")
+            axis.plot(dense["layer"], dense["group"].map(groups.index), "rx")
             axis.set_yticks(range(len(groups)), groups)
             axis.set(xlabel="decoder layer")
             axis.xaxis.get_major_locator().set_params(integer=True)

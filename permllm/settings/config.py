@@ -1,8 +1,8 @@
 """Typed settings of a run, and the hash of the run.
 
-`conf/config.yaml` explains each setting and has its default. The groups `pruner`, `permutation`,
-`temperature`, `mask` and `reconstruction` stay mappings. Each names a class (`_target_`); its other
-keys are the arguments of that class.
+`conf/config.yaml` explains each setting and has its default. The groups `pruner`, `allocation`,
+`permutation`, `temperature`, `mask` and `reconstruction` stay mappings. Each names a class
+(`_target_`); its other keys are the arguments of that class.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from permllm.sparsity.statistics import Statistics
 
 
 class Method:
-    """Base of pruners, permutations, masks and reconstructions.
+    """Base of pruners, allocations, permutations, masks and reconstructions.
 
     The settings of a method are the typed arguments of its class.
 

@@ -19,9 +19,10 @@ def stored_share(pattern: NMPattern, bits: int) -> float:
     """Return the bytes of a weight that is stored as 2:4 windows, as a share of the dense ones.
 
     Each window of four channels stores two values of `bits`, and 2 bits for the place of each.
-    `window_count` is not None.
+    A weight that has no split is stored like a dense one.
     """
-    return 2 * (window_count(pattern) or 0) * (bits + 2) / (pattern.m * bits)
+    windows = window_count(pattern)
+    return 1.0 if windows is None else 2 * windows * (bits + 2) / (pattern.m * bits)
 
 
 def as_two_of_four(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:

@@ -86,8 +86,8 @@ class LearningSettings(DescentSettings):
         """Raise ConfigError if the layers that learn have no pruned channel group."""
         if not any(pruned.layer in span for pruned in groups for span in self.spans(layers)):
             raise ConfigError(
-                f"{group}.last_layers={self.last_layers}: keep_dense keeps these layers dense; "
-                "expected a layer that is pruned"
+                f"{group}.last_layers={self.last_layers}: keep_dense or the allocation keeps these "
+                "layers dense; expected a layer that is pruned"
             )
 
     def spans(self, layers: int) -> list[range]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from permllm.allocation.sensitive import Sensitive
 from permllm.cli import call
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, TrainingError
 from permllm.export.rebuild import apply_record
 from permllm.job import run
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
@@ -164,6 +164,41 @@ def test_a_folded_checkpoint_has_dense_and_sparse_readers_of_one_stream(
             permuted += is_dense and not torch.equal(weight, linear_at(rebuilt.model, path).weight)
     assert permuted
     assert call("verify", [str(tmp_path / "run" / "export")]) == 0
+
+
+def test_permutations_of_a_file_serve_the_linears_that_are_left(
+    cache: Path, tmp_path: Path
+) -> None:
+    words = ["model=tiny", "allocation=sensitive"]
+    first = [*words, "allocation.share=0.4", "permutation=heuristic"]
+    run(config(*first, f"run_dir={tmp_path / 'first'}"))
+    again = [*words, "permutation=from_file", f"permutation.path={tmp_path / 'first'}"]
+    run(config(*again, "allocation.share=0.4", f"run_dir={tmp_path / 'again'}"))
+    files = [tmp_path / name / "masks.safetensors" for name in ("first", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(ConfigError, match="no permutation"):
+        run(config(*again, "allocation.share=0.0", f"run_dir={tmp_path / 'all'}"))
+
+
+@pytest.mark.parametrize("pruned", ["none", "one more"])
+def test_an_allocation_prunes_some_of_the_linears_of_the_settings(
+    pruned: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patterns(self: Sensitive, problem: Any, every: list[ChannelGroup], _: Any) -> Any:
+        paths = [path for group in every for path in group.members]
+        return dict.fromkeys(paths, DENSE) if pruned == "none" else {}
+
+    monkeypatch.setattr(Sensitive, "patterns", patterns)
+    words = ["model=tiny", "permutation=none", "allocation=sensitive", "keep_dense=[0]"]
+    with pytest.raises(ConfigError, match="allocation=sensitive"):
+        run(config(*words, f"run_dir={tmp_path / 'run'}"))
+
+
+def test_a_divergence_that_is_not_finite_decides_nothing() -> None:
+    learning = problem(tiny_model("llama"), Wanda())
+    learning.target[:] = float("nan")
+    with pytest.raises(TrainingError, match="not finite"):
+        Sensitive(windows=5).sensitivity(learning)
 
 
 def test_nothing_dense_is_what_a_uniform_allocation_prunes(cache: Path, tmp_path: Path) -> None:

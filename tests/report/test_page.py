@@ -154,21 +154,22 @@ def test_sensitivities_are_drawn_by_layer_and_group(
 ) -> None:
     from matplotlib import pyplot
 
-    png, sensitivity = tmp_path / "a.png", {"model.layers.0.mlp": 0.1, "model.layers.1.mlp": 0.01}
+    # keep_dense keeps layer 0, and the allocation layer 1.
+    png, sensitivity = tmp_path / "a.png", {"model.layers.1.mlp": 0.1, "model.layers.2.mlp": 0.01}
     make_run(tmp_path / "a", permutation="none")
     assert call("report", [str(tmp_path / "a"), "--sensitivity", str(png)]) == 1
     line = record(20.0, allocation={"name": "sensitive"})
     line["metrics"]["sensitivity"] = sensitivity
-    line["metrics"]["retained_saliency"] = {"model.layers.1.mlp": 0.5}
+    line["metrics"]["retained_saliency"] = {"model.layers.2.mlp": 0.5}
     as_folder(line, tmp_path / "b")
     with monkeypatch.context() as left_open:
         left_open.setattr(pyplot, "close", lambda figures: None)
         plot_sensitivity(table_below(tmp_path), png)
     axis = pyplot.gcf().axes[0]
-    assert axis.get_images()[0].get_array().tolist() == [[0.1, 0.01]]
+    assert axis.get_images()[0].get_array().tolist() == [[None, 0.1, 0.01]]
     (crosses,) = axis.get_lines()
     pyplot.close("all")
-    assert crosses.get_xydata().tolist() == [[0.0, 0.0]]
+    assert crosses.get_xydata().tolist() == [[1.0, 0.0]]
     assert Image.open(png).format == "PNG"
 
 

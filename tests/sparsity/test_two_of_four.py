@@ -9,7 +9,7 @@ import torch
 
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
-from permllm.sparsity.two_of_four import as_two_of_four, window_count
+from permllm.sparsity.two_of_four import as_two_of_four, stored_share, window_count
 from permllm.store.tensors import violations
 from tests.problems import random
 
@@ -42,5 +42,6 @@ def test_products_are_those_of_the_whole_weight(text: str, windows: int) -> None
 
 
 @pytest.mark.parametrize("text", ["4:8", "1:4", "3:5", "5:8"])
-def test_other_patterns_have_no_windows(text: str) -> None:
+def test_other_patterns_have_no_windows_and_are_stored_dense(text: str) -> None:
     assert window_count(NMPattern.parse(text)) is None
+    assert stored_share(NMPattern.parse(text), 8) == 1.0
