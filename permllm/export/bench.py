@@ -204,16 +204,17 @@ def measure(
     def variant(
         name: str, checkpoint: Path, prepare: Callable[[PreTrainedModel], str | None]
     ) -> dict[str, Any]:
-        model = read_weights(checkpoint, getattr(torch, dtype) if dtype else None, place)
+        model = read_weights(checkpoint, numbers, place)
         used = prepare(model)
         return {"variant": name, "used": used, "speed": _speed(model, sizes)}
 
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
     skeleton = check_checkpoint(folder)
+    numbers = getattr(torch, dtype) if dtype else skeleton.dtype
     patterns = expected_patterns(skeleton, read_summary(folder))
     gathers = len(gathered_modules(skeleton))
-    reason = what_is_missing(place, getattr(torch, dtype) if dtype else skeleton.dtype)
+    reason = what_is_missing(place, numbers)
     variants = [variant("as stored", folder, partial(check_runs, folder))]
     if against:
         variants.insert(0, variant("dense", against, lambda model: None))
@@ -230,6 +231,7 @@ def measure(
             missing.append(f"{name}: {first_line(error)}")
     return {
         "checkpoint": folder.name,
+        "dtype": str(numbers).removeprefix("torch."),
         "bytes": sum(file.stat().st_size for file in weight_files(folder)),
         "prompt": sizes.prompt,
         "new_tokens": sizes.new_tokens,
@@ -252,7 +254,8 @@ def work(options: argparse.Namespace) -> Answer:
 
 def _show(report: dict[str, Any]) -> None:
     console = terminal()
-    title = f"{escape(report['checkpoint'])}, prompt of {report['prompt']} tokens"
+    what = f"{escape(report['checkpoint'])} in {report['dtype']}"
+    title = f"{what}, prompt of {report['prompt']} tokens"
     table = Table("variant", "batch", title=title, title_justify="left")
     table.add_column("prefill, tokens/s", justify="right")
     table.add_column("decode, tokens/s", justify="right")

@@ -1,5 +1,6 @@
 """Model card and licence notice of a checkpoint."""
 
+import html
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -66,10 +67,6 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         f"{group} {config[group]['name']}" for group in METHOD_GROUPS if group in config
     )
     lines = [
-        "---",
-        metadata.to_yaml(),
-        "---",
-        "",
         f"# {model['name']}, {summary['sparsity']} sparse",
         "",
         f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {methods}.",
@@ -97,15 +94,18 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
             f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
             "",
         ]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in result_rows(metrics)]
     lines += [
         "| measure | dense | sparse |",
         "| --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in result_rows(metrics)),
+        *(f"| {' | '.join(row)} |" for row in rows),
         "",
         _size(summary),
         f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.",
     ]
-    return "\n".join(lines) + "\n"
+    # Names may come from the record of a stranger.
+    text = html.escape("\n".join(lines), quote=False)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
 
 
 def _size(summary: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
 from permllm.settings.config import ModelConfig
 from permllm.settings.identity import identity_of
+from permllm.settings.values import validated
 from permllm.store.files import MASKS, PERMUTATIONS, write_json, write_text
 from permllm.store.tensors import PrunedTensors
 
@@ -97,7 +98,8 @@ def load_masked(
         DataError: the dense model cannot be fetched or is another one, or a file is damaged.
     """
     _, config = read_record(folder)
-    settings = replace(ModelConfig(**config["model"]), accept_terms=accept_terms)
+    settings = validated(ModelConfig, config["model"], "model")
+    settings = replace(settings, accept_terms=accept_terms or settings.accept_terms)
     settings.check_terms()
     source = dense_folder(settings)
     if source is None:  # a random model

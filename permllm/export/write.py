@@ -27,6 +27,7 @@ from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
 from permllm.settings.config import ExportConfig, ModelConfig
+from permllm.settings.values import validated
 from permllm.store.cache import cache_directory
 from permllm.store.files import (
     CONFIG,
@@ -85,7 +86,7 @@ def export_run(
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
     metrics, config = finished_record(directory)
-    model = ModelConfig(**config["model"])
+    model = validated(ModelConfig, config["model"], "model")
     model.check_terms()
     dense = dense_source(model, config["seed"])
     pruned = PrunedTensors(directory, metrics, dense.identity)
@@ -164,6 +165,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         needed |= {"metrics", "settings"}
     if missing := needed - summary.keys():
         raise DataError(f"{file} lacks {min(missing)}")
+    digests = summary["sha256"]
+    if not isinstance(digests, dict) or any(Path(name).name != name for name in digests):
+        raise DataError(f"{file}: sha256 must have the names of files of this folder")
     return summary
 
 
@@ -171,7 +175,7 @@ def check_files(folder: Path, summary: dict[str, Any]) -> None:
     """Raise DataError unless the files of an export are those that its summary states."""
     digests = summary["sha256"]
     for name in sorted({*digests, *(weights.name for weights in folder.glob("*.safetensors"))}):
-        if file_sha256(folder / name) != digests.get(name):
+        if not (folder / name).is_file() or file_sha256(folder / name) != digests.get(name):
             raise DataError(f"{folder / name} was changed after the export (its sha256 differs)")
 
 

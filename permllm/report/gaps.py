@@ -82,7 +82,7 @@ def texts_of_gaps(closed: pd.DataFrame) -> dict[str, list[str]]:
     common = closed.columns[closed.dropna(how="all").notna().all()]
     gaps = {}
     for ending in ("", FP8):
-        names = [name for name in common if name.endswith(FP8) == bool(ending)]
+        names = [name for name in common if (FP8 in name) == bool(ending)]
         if names:
             gaps[GAP + ending] = names
     if len(closed.columns) > 1:

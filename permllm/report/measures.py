@@ -4,7 +4,7 @@ import json
 import math
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,7 +39,7 @@ SPEED_LIMIT = "speed limit"
 OF_SPARSITY = (ZEROS, DENSE_WEIGHTS, SPEED_LIMIT)
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
-FACTS = ["windows", "beginning", "passages", "tasks", "items", "bos", "file"]
+FACTS = ["windows", "beginning", "passages", "tasks", "items", "source", "shots", "bos", "file"]
 # Groups of methods, and the option of some that does nothing.
 METHODS = ("allocation", "permutation", "mask", "reconstruction")
 IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
@@ -119,7 +119,7 @@ def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -
         metrics = _task(task, values, settings, _part(evaluation, "scores", "tasks", which, task))
         measures += metrics.values()
         if ACC in metrics and values["n"]:
-            accuracies[task] = metrics[ACC]
+            accuracies[values["asked"], task] = metrics[ACC]
     if len(accuracies) > 1:
         measures.append(_average(accuracies))
     beginning = DENSE if which == "dense" else ""
@@ -175,6 +175,8 @@ def _task(
     """Return the measures of one task, by metric of lm-eval."""
     facts: dict[str, str | None] = {
         "items": f"{values['n']} items",
+        "source": f"of the {settings.get('source', 'hub')}",
+        "shots": f"{values['num_fewshot'] or 0}-shot",
         "bos": f"add_bos_token={settings['add_bos_token']}",
         "file": f"file {settings.get('digest', '')[:8]}",
     }
@@ -201,21 +203,33 @@ def _task(
     return measures
 
 
-def _average(accuracies: dict[str, Measure]) -> Measure:
-    """Return the average of the accuracies of tasks. Its error assumes independent tasks."""
+def _average(accuracies: dict[tuple[str, str], Measure]) -> Measure:
+    """Return the average of the accuracies of tasks. Its error assumes independent tasks.
+
+    Args:
+        accuracies: by the task that was asked for and its subtask, which have equal weight in it.
+    """
     measures = accuracies.values()
-    items = sum(measure.items or 0 for measure in measures)
+    counts = Counter(asked for asked, _ in accuracies)
+    weights = np.array([1 / counts[asked] / len(counts) for asked, _ in accuracies])
+    values = np.array([measure.value for measure in measures])
     errors = np.array([measure.stderr for measure in measures], dtype=float)  # None becomes NaN
+    items = sum(measure.items or 0 for measure in measures)
+    facts: dict[str, str | None] = {
+        fact: ", ".join(dict.fromkeys(str(measure.facts[fact]) for measure in measures))
+        for fact in ("source", "shots", "bos", "file")
+    }
     average = Measure(
         AVERAGE,
         "accuracy",
-        statistics.fmean(measure.value for measure in measures),
-        {"tasks": f"of {plain(', '.join(sorted(accuracies)))}", "items": f"{items} items"},
-        stderr=math.hypot(*errors) / len(errors),
+        float(weights @ values),
+        facts | {"tasks": f"of {plain(', '.join(sorted(counts)))}", "items": f"{items} items"},
+        stderr=math.hypot(*(weights * errors)),
         limited=any(measure.limited for measure in measures),
         items=items,
     )
-    if all(measure.scores for measure in measures):
+    # The bootstrap gives all tasks the same weight.
+    if all(measure.scores for measure in measures) and len(counts) == len(accuracies):
         for measure in measures:
             average.scores.update(measure.scores)
     return average
@@ -290,10 +304,15 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return the mean accuracy of the tasks that have items and an accuracy; NaN: there is none."""
-    measured = [task["metrics"] for task in tasks.values() if task["n"]]
-    accuracies = [metrics[ACC] for metrics in measured if ACC in metrics]
-    return statistics.fmean(accuracies) if accuracies else math.nan
+    """Return the mean accuracy of the tasks that were asked for; NaN: there is none.
+
+    The accuracy of a task with subtasks is the mean of theirs.
+    """
+    accuracies = defaultdict(list)
+    for task in tasks.values():
+        if task["n"] and task["metrics"].get(ACC) is not None:
+            accuracies[task["asked"]].append(task["metrics"][ACC])
+    return statistics.fmean(map(statistics.fmean, accuracies.values())) if accuracies else math.nan
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:

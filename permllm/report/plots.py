@@ -76,10 +76,14 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
     peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
     calibrated = pd.Series([run.metrics["seconds"].get("calibrate", 0.0) for run in table.runs])
+    longest = calibrated.groupby(table.frame["row"].map(table.labels["model"])).transform("max")
+    # Sequential statistics are taken while the model is pruned.
+    statistics = [run.config.get("calibration", {}).get("statistics") for run in table.runs]
+    cached = (calibrated < 0.02 * longest) & (pd.Series(statistics) != "sequential")
     frame = pd.DataFrame(
         {
             "name": table.names(),
-            "cached": (calibrated < 0.02 * calibrated.max())[fastest].to_numpy(),
+            "cached": cached[fastest].to_numpy(),
             "minutes": runs["minutes"].min(),
             "value": table.means[measure],
             "error": table.errors[measure].fillna(0.0),

@@ -1,7 +1,9 @@
 """Reader of finished runs, in folders and in files of records, which have a run in each line."""
 
+import copy
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,13 @@ _NO_SETTING = ("name", "save_weights")
 _OF_MACHINE = ("runs_dir", "run_dir", "paths")
 # Beginning of an override that names a folder of the machine.
 _FOLDER = r"[\w.]*_?dir="
+# Settings that name a file or a folder, of which a record keeps the last name.
+_OF_PATHS = (
+    ("model", "path"),
+    ("permutation", "path"),
+    ("calibration", "data_files"),
+    ("evaluation", "perplexity", "data_files"),
+)
 
 
 @dataclass
@@ -219,11 +228,12 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     for run in collection.runs:
         config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
         environment = dict(run.environment)
-        words = environment.get("command", "").split()
-        environment["command"] = " ".join(word for word in words if not re.match(_FOLDER, word))
+        words = shlex.split(environment.get("command", ""))
+        words = [_last_name(word) for word in words if not re.match(_FOLDER, word)]
+        environment["command"] = shlex.join(words)
         record: dict[str, Any] = {
             "run": run.directory.absolute().name,  # Path(".").name is empty
-            "config": config,
+            "config": _with_names(config),
             "metrics": run.metrics,
             "evaluations": run.evaluations,
             "environment": environment,
@@ -233,3 +243,21 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     records.sort(key=lambda record: record["run"])
     write_text(file, "".join(json.dumps(record) + "\n" for record in records))
     return [record["run"] for record in records]
+
+
+def _with_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the names of files and folders in the place of their paths."""
+    config = copy.deepcopy(config)
+    for *groups, key in _OF_PATHS:
+        settings = config
+        for group in groups:
+            settings = settings.get(group, {})
+        if settings.get(key):
+            settings[key] = Path(settings[key]).name
+    return config
+
+
+def _last_name(word: str) -> str:
+    """Return an override of `_OF_PATHS` with the last name of its path; other words as they are."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).name}" if tuple(key.split(".")) in _OF_PATHS else word

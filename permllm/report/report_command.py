@@ -140,6 +140,8 @@ def as_run(logged: Any) -> Run:
     """Convert a run of `wandb.Api`. Its errors are those of `Run`."""
     metrics: dict[str, Any] = {}
     for name, value in dict(logged.summary_metrics).items():
+        if name.split("/")[0] == "epoch":  # the last line of the history
+            continue
         place: Any = metrics
         *folders, key = name.split("/")
         for folder in folders:

@@ -121,10 +121,14 @@ class Table:
             measures: measures, or parts of the names of several, separated by ", ".
 
         Raises:
-            ConfigError: no setting or no measure fits.
+            ConfigError: a setting does not exist, or no measure fits.
         """
         if columns:
-            self.settings = _ranked({*columns.split(",")} & {*self.labels})
+            names = columns.split(",")
+            if unknown := [name for name in names if name not in self.labels]:
+                valid = ", ".join(varying(self.labels))
+                raise ConfigError(f"--columns {unknown[0]}: expected settings, such as {valid}")
+            self.settings = _ranked(names)
             self.settings = telling_apart(self.labels, self.settings, self.varied)
             self.varied = self.settings
         if not self.settings:

@@ -113,7 +113,7 @@ class _WandB(RunLogger):
         self._run = run
         self._step = -1
         for axis, prefix in (("step", ""), ("epoch", _EPOCH)):
-            run.define_metric(axis, hidden=True)
+            run.define_metric(axis, hidden=True, summary="none")
             for group in LEARNING:
                 run.define_metric(f"{prefix}{group}/*", step_metric=axis)
                 run.define_metric(f"{prefix}{group}/loss", step_metric=axis, summary="min")
@@ -283,6 +283,8 @@ def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> Run
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
     except Exception as error:  # of a database, a connection, MLflow
+        with suppress(Exception):  # a run that has begun would stop those of the next jobs
+            mlflow.end_run("FAILED")
         log.warning("MLflow cannot be reached (%s): nothing is logged", first_line(error))
         return NO_LOGGER
     return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))

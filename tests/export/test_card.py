@@ -33,3 +33,15 @@ def test_the_hub_reads_the_base_model_and_the_licence(model: str, tmp_path: Path
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["sparse", "2:4", "permllm"]
+
+
+def test_names_of_a_stranger_are_no_markup() -> None:
+    resolved = config("model=tiny").resolved
+    resolved["model"]["name"] = "<img src=x>"
+    metrics: dict[str, Any] = {"name": "x", "config_hash": "0"}
+    text = {"value": 2.0, "window": 64, "tokens": 63}
+    metrics["perplexity"] = {"dense": {"a|b": text}, "sparse": {"a|b": text}}
+    summary = {"form": "folded", "sparsity": "2:4", "bytes": 0, "dtype": "bfloat16"}
+    body = model_card(resolved, metrics, summary).split("---\n")[2]
+    assert "<" not in body
+    assert r"| a\|b perplexity" in body

@@ -267,7 +267,8 @@ def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> 
 def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
     """Return a run of `wandb.Api` as the logger leaves it."""
     metrics = {key: value for key, value in line["metrics"].items() if key != "evaluation"}
-    flat = flatten(metrics, "/") | {"step": 3, "minutes": 1.0}
+    flat = {"epoch": 1, "epoch/permutation/loss": 0.5}
+    flat |= flatten(metrics, "/") | {"step": 3, "minutes": 1.0}
     flat = {key: "Infinity" if value == float("inf") else value for key, value in flat.items()}
     evaluated = {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}
     config = line["config"] | {"evaluation": evaluated, "config_hash": "0", "run_directory": name}

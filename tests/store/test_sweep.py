@@ -231,10 +231,13 @@ def test_a_search_minimises_the_perplexity_or_the_error() -> None:
         "rte": {"metrics": {"acc,none": 0.5}, "n": 8},
         "group": {"metrics": {"acc,none": 0.9}, "n": None},
         "no": {"metrics": {"f1": 1.0}, "n": 8},
+        "none": {"metrics": {"acc,none": None}, "n": 8},
+        "first": {"metrics": {"acc,none": 0.1}, "n": 8, "asked": "two"},
+        "second": {"metrics": {"acc,none": 0.3}, "n": 8, "asked": "two"},
     }
-    found = {name: values | {"stderr": {}} for name, values in tasks.items()}
+    found = {name: {"stderr": {}, "asked": name} | values for name, values in tasks.items()}
     metrics = {"tasks": {"sparse": found}}
-    assert objective(metrics) == pytest.approx(0.5)
+    assert objective(metrics) == pytest.approx(1 - (0.5 + (0.1 + 0.3) / 2) / 2)
     several = {"a": {"value": 2.0}, "b": {"value": 8.0}}
     assert objective(metrics | {"perplexity": {"sparse": several}}) == pytest.approx(4.0)
     assert objective({}) == float("inf")
