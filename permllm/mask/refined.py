@@ -4,8 +4,8 @@ Let `W (C_out, C_in)` be a weight, `X (tokens, C_in)` its inputs and `H = X^T X`
 `e` from a row of W, the squared error of the output grows by `e H e^T`. Wanda's saliency uses only
 the diagonal of H. The search here is coordinate descent on the whole error. In one group after the
 other, a kept and a pruned weight change places if the error falls, while all other groups keep
-their masks. The search ends if no exchange within a group lowers the error. SparseSwaps (arXiv
-2512.10922) uses the same error, and exchanges one pair in a row at a step.
+their masks. There are at most three passes over the groups, with one exchange in each. SparseSwaps
+(arXiv 2512.10922) uses the same error, and exchanges one pair in a row at a step.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ _COLUMNS_AT_A_TIME = 128
 
 @dataclass(frozen=True, config=SETTINGS)
 class SparseGPT(Pruner):
-    """Pruner by `S[i, j] = W[i, j]^2 / [H^-1]_jj`, `H = X X^T + lambda I`, that updates weights."""
+    """Pruner by `S[i, j] = W[i, j]^2 / [H^-1]_jj`, `H = X^T X + lambda I`, that updates weights."""
 
     damping: Positive = 0.01
     statistics = (Gram,)
@@ -61,7 +61,7 @@ class SparseGPT(Pruner):
             # others. A given mask decides itself.
             w[:, statistics[Gram].value.diagonal()[permutation] == 0] = 0.0
         # The inverse of the permuted Hessian is the permuted inverse.
-        upper = torch.linalg.cholesky(inverse[permutation][:, permutation], upper=True)
+        upper = _cholesky(inverse[permutation][:, permutation], upper=True)
         keep = None if mask is None else mask[:, permutation]
         original = permutation.argsort()
         keep = prune_columns(w, upper, pattern, keep)[:, original]
@@ -118,12 +118,20 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
         hessian = statistics[Gram].value / max(statistics.tokens, 1)
         mean = hessian.diagonal().mean()
         hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        if info.any():
-            raise TrainingError(
-                "the Hessian of a linear's inputs is not positive definite; expected a larger "
-                "damping or more text"
-            )
-        return torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(_cholesky(hessian))
 
     return statistics.derived(f"inverse Hessian, damping {damping}", compute)
+
+
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
+    """Return the Cholesky factor of a Hessian or its inverse.
+
+    Raises TrainingError if the matrix is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
+    if info.any():
+        raise TrainingError(
+            "the Hessian of a linear's inputs is not positive definite; expected a larger damping "
+            "or more text"
+        )
+    return factor

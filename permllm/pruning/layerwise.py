@@ -160,7 +160,7 @@ class _Layers:
         batch_size = job.config.calibration.batch_size
         self.dense = LayerStream(self.model, tokens, batch_size, job.products)
         self.pruned: LayerStream | None = None
-        if factors is None or self.changes:  # which depend on the pruned layers before a layer
+        if self.statistics:  # they depend on the pruned layers before a layer
             self.pruned = LayerStream(self.model, tokens, batch_size, job.products)
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:

@@ -67,8 +67,8 @@ class Distill(DescentSettings, Reconstruction):
 class KeptWeights(Learner):
     """Learner of the kept weights, as a vector `(kept,)` for each linear.
 
-    The vectors, Adam's two moments and the positions of the kept weights take 10 bytes for each
-    weight of a float32 model at 2:4. Backward holds the gradient of one whole weight at a time.
+    The vectors, their gradients, Adam's two moments and the positions of the kept weights take 10
+    bytes for each weight at 2:4. Backward holds the gradient of one whole weight at a time.
 
     Args:
         linears: linears whose weights are trained. Half-precision weights are trained as float32
@@ -117,7 +117,8 @@ class KeptWeights(Learner):
     def begin(self, progress: Progress | None) -> None:
         """Write the values into the weights."""
         for weight, places, value in zip(self._weights, self._places, self.values, strict=True):
-            weight.put_(places.long(), value.to(weight.dtype))
+            # `put_` has no deterministic version.
+            weight.view(-1).index_copy_(0, places.long(), value.to(weight.dtype))
 
     @override
     def epoch_values(self, progress: Progress) -> dict[str, Any]:

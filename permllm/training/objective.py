@@ -169,7 +169,8 @@ def kept_a_token(
     """
     inner = max(
         (group.channels for group in groups if group.table.producers and not group.table.by_head),
-        default=hidden,
+        # The family has no table, or the MLP's second linear is not pruned.
+        default=max(max(group.channels, *group.rows) for group in groups),
     )
     copies = 0
     if gathers and item < 4:

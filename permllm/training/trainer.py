@@ -339,7 +339,10 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
         if problem.directory is None or not (problem.directory / file).is_file():
             return None
         try:
-            state = load_state(problem.directory / file, problem.device)
+            # All ranks would put the tensors of rank 0 onto its GPU.
+            alone = parallel.world_size() == 1
+            device = problem.device if alone else torch.device("cpu")
+            state = load_state(problem.directory / file, device)
             if "stage" not in state:
                 raise DataError(f"{file} is of another version of PermLLM")
             return state

@@ -50,6 +50,15 @@ def test_kept_weights_get_the_gradients_of_their_places_and_are_written_back() -
         assert not linear.weight[~mask].any()
 
 
+def test_deterministic_kernels_learn_the_same_weights() -> None:
+    expected = distilled(steps=2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert same(distilled(steps=2), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     paths = (path for group in channel_groups(model) for path in group.members)
     return {path: linear_at(model, path).weight for path in paths}

@@ -63,8 +63,8 @@ class LCP(LearningSettings, LearnedPermutation):
 
     @property
     def searches(self) -> bool:  # type: ignore[override]
-        """Tell whether learning starts from the heuristic's permutations."""
-        return self.init == "heuristic"
+        """Tell whether a permutation starts at the heuristic's, or stays there."""
+        return self.init == "heuristic" or self.last_layers is not None
 
     @override
     def validate(self, config: RunConfig) -> None:
