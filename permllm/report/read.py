@@ -207,6 +207,12 @@ def _of_directory(directory: Path) -> Run:
         raise DataError(f"{CONFIG} was cut short: it ends before `inputs`, the last of its keys")
     shown = metrics.get("evaluation_hash")
     evaluations = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
+    # One that was interrupted may have the dense model alone.
+    evaluations = [
+        evaluation
+        for evaluation in evaluations
+        if evaluation.get("finished") or evaluation["evaluation_hash"] == shown
+    ]
     evaluations.sort(key=lambda evaluation: evaluation["evaluation_hash"] != shown)
     environment = read_json(directory / ENVIRONMENT) if (directory / ENVIRONMENT).exists() else {}
     history = read_lines(directory / HISTORY)

@@ -66,6 +66,18 @@ def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(tmp_path: P
     assert lines[2][3:] == ["60.00%", "0.1500", "5"]
 
 
+def test_an_evaluation_that_was_interrupted_hides_no_gap(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="none")
+    texts = [{"wikitext2": {"dense": dense, "sparse": 20.0}} for dense in (10.0, 11.0)]
+    other = evaluation(texts[1], limit=256)
+    del other["finished"], other["perplexity"]["sparse"]
+    other["perplexity"]["dense"]["wikitext2"]["tokens"] *= 2
+    make_run(tmp_path / "b", 20.0, evaluation(texts[0]), other)
+    header, *lines = shown(tmp_path)
+    assert [line[1] for line in lines] == ["10.00", "40.00", "20.00"]
+    assert [line[header.index("gap closed")] for line in lines] == ["", "0.00%", "50.00%"]
+
+
 def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
     for revision, value in (("a", 20.0), ("b", 30.0)):
         inputs = {"calibration.data_files": revision * 20}
