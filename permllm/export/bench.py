@@ -204,17 +204,17 @@ def measure(
     def variant(
         name: str, checkpoint: Path, prepare: Callable[[PreTrainedModel], str | None]
     ) -> dict[str, Any]:
-        model = read_weights(checkpoint, numbers, place)
+        model = read_weights(checkpoint, weight_dtype, place)
         used = prepare(model)
         return {"variant": name, "used": used, "speed": _speed(model, sizes)}
 
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
     skeleton = check_checkpoint(folder)
-    numbers = getattr(torch, dtype) if dtype else skeleton.dtype
+    weight_dtype = getattr(torch, dtype) if dtype else skeleton.dtype
     patterns = expected_patterns(skeleton, read_summary(folder))
     gathers = len(gathered_modules(skeleton))
-    reason = what_is_missing(place, numbers)
+    reason = what_is_missing(place, weight_dtype)
     variants = [variant("as stored", folder, partial(check_runs, folder))]
     if against:
         variants.insert(0, variant("dense", against, lambda model: None))
@@ -231,7 +231,7 @@ def measure(
             missing.append(f"{name}: {first_line(error)}")
     return {
         "checkpoint": folder.name,
-        "dtype": str(numbers).removeprefix("torch."),
+        "dtype": str(weight_dtype).removeprefix("torch."),
         "bytes": sum(file.stat().st_size for file in weight_files(folder)),
         "prompt": sizes.prompt,
         "new_tokens": sizes.new_tokens,

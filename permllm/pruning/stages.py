@@ -159,7 +159,8 @@ def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
     allocation = job.record.kept(ALLOCATION, compute, write_json, read_json)
     pruned = recorded_groups(every, config.pattern, allocation["patterns"])
     members = {path for group in pruned for path in group.members}
-    if not members or not members <= {path for one in job.groups.pruned for path in one.members}:
+    allowed = {path for group in job.groups.pruned for path in group.members}
+    if not members or not members <= allowed:
         raise ConfigError(
             f"allocation={config.allocation['name']}: expected patterns that prune some of the "
             "linears that the settings prune, and no others"

@@ -210,8 +210,8 @@ def _average(accuracies: dict[tuple[str, str], Measure]) -> Measure:
         accuracies: by the task that was asked for and its subtask, which have equal weight in it.
     """
     measures = accuracies.values()
-    counts = Counter(asked for asked, _ in accuracies)
-    weights = np.array([1 / counts[asked] / len(counts) for asked, _ in accuracies])
+    counts = Counter(task for task, _ in accuracies)
+    weights = np.array([1 / counts[task] / len(counts) for task, _ in accuracies])
     values = np.array([measure.value for measure in measures])
     errors = np.array([measure.stderr for measure in measures], dtype=float)  # None becomes NaN
     items = sum(measure.items or 0 for measure in measures)
