@@ -166,8 +166,8 @@ def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
             "linears that the settings prune, and no others"
         )
     check_pruned(config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
-    weights = [sum(group.weights for group in groups) for groups in (pruned, every)]
-    share = 1 - weights[0] / weights[1]
+    sparse = sum(group.weights for group in pruned)
+    share = 1 - sparse / sum(group.weights for group in every)
     log.info("%.1f %% of the linears' weights stay dense", 100 * share)
     if allocation["sensitivity"]:
         job.record.metrics["sensitivity"] = allocation["sensitivity"]
