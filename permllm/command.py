@@ -75,6 +75,8 @@ def _print_error(message: str) -> None:
 
 def silence() -> None:
     """Discard further output, because the interpreter would fail again when it ends."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     with contextlib.suppress(io.UnsupportedOperation):  # stdout is an object in memory
         output = sys.stdout.fileno()
         with open(os.devnull, "wb") as nowhere:

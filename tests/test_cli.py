@@ -74,6 +74,15 @@ def test_an_error_is_one_line_and_in_json_too(
     assert answer.err == plain.err
 
 
+def test_an_error_in_json_reaches_a_pipe(tmp_path: Path) -> None:
+    """In an interpreter of its own, because Python writes to a pipe when it ends."""
+    words = ("-m", "permllm", "results", str(tmp_path / "nothing"), "--json")
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    found = run_python(*words, environment=environment, fresh=True)
+    assert found.returncode == 1
+    assert set(json.loads(found.stdout)) == {"error"}
+
+
 def test_json_has_no_infinity(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ class FoundAllocation(Allocation, ABC):
     """Base of the methods that find the linears to prune from the dense model."""
 
     uniform = False
-    found_dense = "allocation"
+    needs_dense_statistics = True
 
     def sensitivity(self, problem: LearningProblem) -> dict[str, float]:
         """Return how much the pruning of a channel group hurts, by group; by default, nothing.

@@ -29,7 +29,7 @@ class FoundMask(Mask, ABC):
     """
 
     local = False
-    found_dense = "mask"
+    needs_dense_statistics = True
 
     @abstractmethod
     def masks(

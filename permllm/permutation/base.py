@@ -93,7 +93,7 @@ class LearnedPermutation(Permutation):
     """Base of the methods that train, in all ranks together."""
 
     learned = True
-    found_dense = "permutation"
+    needs_dense_statistics = True
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:

@@ -139,11 +139,18 @@ def methods_of(config: RunConfig) -> Methods:
     methods_by_group = {}
     for group, base in METHODS.items():
         settings = getattr(config, group)
-        methods_by_group[group] = instantiate(group, settings)
-        if not isinstance(methods_by_group[group], base):
+        method = instantiate(group, settings)
+        if not isinstance(method, base):
             kind = f"{base.__module__}.{base.__name__}"
             raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {kind}")
-        methods_by_group[group].validate(config)
+        statistics = config.calibration.statistics
+        if method.needs_dense_statistics and statistics != "dense":
+            raise ConfigError(
+                f"calibration.statistics={statistics} is not valid with "
+                f"{group}={settings.get('name')}; expected dense"
+            )
+        method.validate(config)
+        methods_by_group[group] = method
     methods = Methods(**methods_by_group)
     if methods.needs_device and config.model.placement not in ("auto", "device"):
         raise ConfigError(f"{methods.needs_device}, which needs model.placement=device")

@@ -21,8 +21,7 @@ class Method:
 
     Attributes:
         learned: the method trains.
-        found_dense: group of a method that needs the statistics of the dense model; None: any
-            statistics will do.
+        needs_dense_statistics: the method needs `calibration.statistics=dense`.
         statistics: classes of the statistics of the linears' inputs that the method needs.
         samples: number of windows to learn from; None: as many as for the statistics.
         skip: number of windows before them; None: 0.
@@ -36,7 +35,7 @@ class Method:
     """
 
     learned: bool = False
-    found_dense: str | None = None
+    needs_dense_statistics: bool = False
     statistics: Statistics = ()
     samples: int | None = None
     skip: int | None = None
@@ -49,12 +48,6 @@ class Method:
 
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError if settings of the run and of this method contradict each other."""
-        if self.found_dense and config.calibration.statistics != "dense":
-            name = getattr(config, self.found_dense).get("name")
-            raise ConfigError(
-                f"calibration.statistics={config.calibration.statistics} is not valid with "
-                f"{self.found_dense}={name}; expected dense"
-            )
 
     def check_groups(self, config: RunConfig, groups: list[Any], layers: int) -> None:
         """Raise ConfigError if the method cannot work on a model.

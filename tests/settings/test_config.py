@@ -202,6 +202,8 @@ def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() 
         ("protocol=paper permutation=heuristic mask=score", "dense"),
         ("protocol=paper permutation=heuristic mask=refined", "dense"),
         ("protocol=paper method=wanda calibration.statistics=dense", "dense"),
+        ("protocol=paper method=deploy", "dense"),
+        ("protocol=paper method=wanda allocation=sensitive", "dense"),
     ],
 )
 def test_the_papers_baselines_have_sequential_statistics(words: str, statistics: str) -> None:
