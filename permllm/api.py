@@ -88,7 +88,8 @@ def prune(
         tokenizer: tokenizer of the model. None is valid if `texts` are tokens; a checkpoint then
             has no tokenizer.
         texts: text to calibrate on: documents, the name of an option of the group `calibration`
-            (`"c4"`), or windows of tokens, int64 `(windows, seqlen)`.
+            (`"c4"`), or windows of tokens, int64 `(windows, seqlen)`. All windows calibrate; with
+            `calibration__samples=N` the first N do, and methods learn from those after them too.
         searchpath: places with options of other packages, as in `hydra.searchpath`:
             `["pkg://mypackage.conf"]`.
         settings: settings of the command line, with two underscores for a dot: `method="masks"`,
@@ -104,9 +105,12 @@ def prune(
     config = read_config(_composed(model, texts, searchpath, settings))
     methods = methods_of(config)
     further = methods.further(config.calibration.samples)
-    if isinstance(texts, Tensor) and further:
+    needed = config.calibration.samples + further
+    if isinstance(texts, Tensor) and len(texts) < needed:
         raise ConfigError(
-            f"texts: got {len(texts)} windows of tokens, expected {len(texts) + further}"
+            f"texts: got {len(texts)} windows of tokens, expected {needed}: "
+            f"{config.calibration.samples} to calibrate on (calibration__samples) and {further} "
+            "further ones to learn from"
         )
     groups = checked_groups(config, methods, model)
     # Nothing asks for the tokenizer if texts are tokens.
@@ -118,7 +122,7 @@ def prune(
         torch.inference_mode(False),
         torch.enable_grad(),  # the caller may have switched gradients off
         _as_loaded(model),
-        _random_numbers_kept(),
+        _global_state_kept(),
         half_products(model.dtype, model.device),
     ):
         check_layers("model", model)
@@ -143,13 +147,15 @@ def prune(
 
 def _windows(texts: Texts, loaded: LoadedModel, config: RunConfig, further: int) -> Tensor:
     """Return the windows to calibrate on and `further` windows, int64 `(windows, seqlen)`."""
-    if isinstance(texts, Tensor):
-        return texts.cpu().clone()  # a tensor of inference mode cannot have gradients
     settings = config.calibration
-    text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
-    windows = calibration_windows(
-        loaded.tokenizer, text, settings, config.seed, loaded.bos, further
-    )
+    if isinstance(texts, Tensor):
+        needed = texts[: settings.samples + further]
+        windows = needed.cpu().clone()  # a tensor of inference mode cannot have gradients
+    else:
+        text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
+        windows = calibration_windows(
+            loaded.tokenizer, text, settings, config.seed, loaded.bos, further
+        )
     check_windows("texts", windows, loaded.model)
     return windows
 
@@ -335,7 +341,7 @@ def _composed(
     }
     if isinstance(texts, Tensor):
         samples, seqlen = texts.shape
-        values["calibration.samples"] = samples
+        settings = {"calibration__samples": samples} | settings
         values["calibration.seqlen"] = seqlen
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
     for key in overrides:
@@ -386,13 +392,18 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Restore the states of the random generators, on every device, at the end."""
+def _global_state_kept() -> Iterator[None]:
+    """Restore what `seed_everything` sets: all random generators, and deterministic algorithms."""
     python = random.getstate()
     numbers = np.random.get_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
         random.setstate(python)
         np.random.set_state(numbers)

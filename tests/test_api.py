@@ -98,6 +98,11 @@ def test_texts_may_be_tokens_or_a_name(model: PreTrainedModel, tokenizer: ByT5To
     first = permllm.prune(one, None, texts=WINDOWS, permutation="none")
     second = permllm.prune(other, tokenizer, texts=WINDOWS, permutation="none")
     assert all(torch.equal(mask, second.masks[path]) for path, mask in first.masks.items())
+    alone = permllm.prune(tiny_model("llama"), None, texts=WINDOWS[:1], permutation="heuristic")
+    first_of_both = permllm.prune(
+        tiny_model("llama"), None, texts=WINDOWS, permutation="heuristic", calibration__samples=1
+    )
+    assert first_of_both.report["retained_saliency"] == alone.report["retained_saliency"]
     samples = {"permutation": "none", "calibration__samples": 2}
     named = permllm.prune(model, tokenizer, texts="builtin", **samples)
     assert named.report["sparsity"]["fraction"] == 0.5
@@ -123,12 +128,15 @@ def test_all_else_is_left_as_it_was(model: PreTrainedModel, tokenizer: ByT5Token
     seeded()
     expected = drawn()
     seeded()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         theirs = GlobalHydra.instance().hydra
         permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
         with pytest.raises(DataError, match="need"):
             permllm.prune(model, tokenizer, texts=["short"])
         assert GlobalHydra.instance().hydra is theirs
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
     assert drawn() == expected
     assert model.training
     assert not model.model.layers[0].training
@@ -279,6 +287,11 @@ def test_bad_settings_are_one_line(
     with pytest.raises(ConfigError, match=f"^[^\n]*{re.escape(key)}[^\n]*$"):
         permllm.prune(model, **({"tokenizer": tokenizer, "texts": [TEXT]} | settings))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tokens_outside_of_the_vocabulary_are_one_line(model: PreTrainedModel) -> None:
+    with pytest.raises(DataError, match=r"^texts[^\n]*$"):
+        permllm.prune(model, None, texts=WINDOWS + 300, permutation="none")
 
 
 def weight_norm(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.permutation.foldable import shared_permutations
 from permllm.planning.speed import Speed
-from permllm.pruning.methods import Methods, ModelGroups
+from permllm.pruning.methods import Methods, ModelGroups, windows_for
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -138,7 +138,7 @@ class Footprint:
         self.seqlen = config.calibration.seqlen
         # Tokens that a rank has of the calibration text, and operations of their forward.
         self.text = self.samples * self.seqlen / self.ranks
-        self.forward = 2 * self.all_layers * self.text
+        self.forward = self._forward_of(self.samples)
         texts = config.evaluation.perplexity
         self.measured = (texts.limit * texts.seqlen if texts.limit else _TEST_TOKENS) / self.ranks
 
@@ -147,6 +147,10 @@ class Footprint:
         if method.learned:
             return method.plan(self.groups.pruned, self.layers)
         return LearningPlan([], 0)
+
+    def _forward_of(self, windows: int) -> float:
+        """Return the operations of a rank in a forward of some windows through all layers."""
+        return 2 * self.all_layers * windows * self.seqlen / self.ranks
 
     def streams(self, placement: str) -> bool:
         """Tell whether layers are copied to the device one at a time."""
@@ -228,7 +232,12 @@ class Footprint:
         cost = StageCost(self._forward_memory(statistics), seconds=_START_SECONDS)
         if self.config.calibration.statistics != "dense" and self.methods.permutation.local:
             return cost
-        return cost._replace(products=self.forward, single=self._grams(statistics))
+        # Permutations and masks may learn towards the targets of further windows.
+        learned_from = [
+            windows_for(method, self.samples).stop for method in self.methods.learned.values()
+        ]
+        products = self._forward_of(max([self.samples, *learned_from]))
+        return cost._replace(products=products, single=self._grams(statistics))
 
     def _allocate(self, windows: int, ranks: int) -> StageCost:
         """Return the forwards with one pruned group each, which `ranks` ranks share."""
@@ -326,6 +335,10 @@ class Footprint:
         memory = self._forward_memory(statistics) + self.largest_layer * self.item
         memory += 8 * self.largest
         forwards = 2 if self.config.calibration.statistics == "dense" else 4
+        learned_from = windows_for(reconstruction, self.samples)
+        targets = 0.0
+        if reconstruction.learned and learned_from.stop > self.samples:
+            targets = self._forward_of(learned_from.stop - learned_from.start)
         changes = 0.0
         bytes_a_weight = 2
         if self.methods.change_weights:
@@ -337,7 +350,7 @@ class Footprint:
                 changes += group.channels * (3 * group.channels**2 + products * group.weights)
         return StageCost(
             memory,
-            products=forwards * self.forward,
+            products=forwards * self.forward + targets,
             single=changes,
             moved=_PRUNED_BYTES * self.pruned,
             seconds=self.pruned * bytes_a_weight / _WRITTEN_A_SECOND,

@@ -136,7 +136,7 @@ def methods_of(config: RunConfig) -> Methods:
         ConfigError: a method cannot be made, or its settings and those of the run contradict each
             other.
     """
-    methods_by_group = {}
+    methods_by_group: dict[str, Any] = {}
     for group, base in METHODS.items():
         settings = getattr(config, group)
         method = instantiate(group, settings)

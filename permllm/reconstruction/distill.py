@@ -47,6 +47,11 @@ class Distill(DescentSettings, Reconstruction):
         """Return the statistics that the reconstruction at the start needs."""
         return _STARTS[self.start].statistics
 
+    @property
+    def iterations(self) -> int:  # type: ignore[override]
+        """Return the iterations of the reconstruction at the start."""
+        return _STARTS[self.start].iterations
+
     @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the weight at the start of learning."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from permllm.models.families import decoder_layers
 from permllm.models.load import meta_model
 from permllm.planning import placement as places
 from permllm.planning.footprint import Footprint
@@ -92,6 +93,30 @@ def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
         assert together[stage] == pytest.approx(alone[stage] / 4, rel=1e-2)
     # A forward of the whole model joins the parts of each layer, so that all ranks have all items.
     assert minutes("sharded")["tasks"] == pytest.approx(alone["tasks"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "further"),
+    [
+        ("permutation=lcp permutation.samples=300", "calibrate", 172),
+        ("permutation=none mask=score mask.samples=300", "calibrate", 172),
+        # The windows of distillation are read anew if there are further ones.
+        ("permutation=none reconstruction=distill reconstruction.samples=300", "prune", 300),
+    ],
+)
+def test_the_targets_of_further_windows_are_forwards(words: str, stage: str, further: int) -> None:
+    found = planned("model=llama-2-7b", *words.split())
+    alone = planned("model=llama-2-7b", *words.replace("300", "128").split())
+    more = found.stages("device")[stage].products - alone.stages("device")[stage].products
+    weights = sum(parameter.numel() for parameter in decoder_layers(found.model).parameters())
+    assert more == pytest.approx(2 * weights * further * found.config.calibration.seqlen)
+
+
+def test_distillation_takes_the_iterations_of_its_start() -> None:
+    words = ("model=llama-2-7b", "permutation=none")
+    start = planned(*words, "reconstruction=admm").stages("device")["prune"]
+    learned = planned(*words, "reconstruction=distill", "reconstruction.start=admm")
+    assert learned.stages("device")["prune"].single == start.single > 0
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
