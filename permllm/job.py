@@ -211,7 +211,8 @@ def _logs(
         yield NO_LOGGER
         return
     directory = record.directory
-    with job_log(directory / LOG), open_logger(config, directory, methods.learned) as logger:
+    learns = any(method.learned for method in methods.all)
+    with job_log(directory / LOG), open_logger(config, directory, learns) as logger:
         if not record.pruned:
             write_json(directory / ENVIRONMENT, environment(config.seed, device))
         yield logger

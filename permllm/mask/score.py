@@ -56,7 +56,7 @@ class FreeScores(Scores):
 
 @dataclass(kw_only=True, config=SETTINGS)
 class ScoreMask(LearningSettings, LearnedMask):
-    """Masks by a score for each weight, which takes 16 bytes for each weight in a stage.
+    """Masks by a score for each weight, which takes 18 or 20 bytes for each weight in a stage.
 
     The scores start at the logarithm of the pruner's saliency.
     """

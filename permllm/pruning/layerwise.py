@@ -74,8 +74,8 @@ def prune_layers(
     Args:
         job: job with the model. Its record keeps each pruned layer, so that a stopped run continues
             after the last one.
-        windows: int64 `(windows, tokens)`, first the windows of the calibration, then those of the
-            reconstruction.
+        windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
+            from which methods learn.
         factors: saliency factors of every linear in the dense model; None: they are computed from
             the inputs after the earlier layers are pruned.
         permutations: permutations, int64 `(C_in,)` by group; None: the permutation method finds

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from filelock import FileLock
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.runtime.signals import what_happened
 from permllm.settings.composition import SWEEP_VARIABLE
-from permllm.settings.config import RunConfig, flatten
+from permllm.settings.config import METHOD_GROUPS, RunConfig, flatten
 from permllm.store import sweep
 from permllm.store.directory import noted
 from permllm.store.environment import command_line
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 # Groups of the settings whose methods may train, in the order in which they do.
 LEARNING = ("permutation", "mask", "reconstruction")
+# Options that do nothing, so that they are no tag of a run.
+_UNTAGGED = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 _EPOCH = "epoch/"  # prefix of the measures of an epoch
 # Numbers that are no measures.
 _NO_MEASURES = ("epoch", "round", "first_layer", "last_layer", "schema_version")
@@ -166,20 +168,18 @@ class _Tracked(RunLogger):
 
 
 @contextmanager
-def open_logger(
-    config: RunConfig, directory: Path, learned: Collection[str]
-) -> Iterator[RunLogger]:
+def open_logger(config: RunConfig, directory: Path, learns: bool) -> Iterator[RunLogger]:
     """Open the logger of the group `logger`, and close it at the end, also if the run fails.
 
     Args:
         config: settings of the run.
         directory: run directory.
-        learned: groups of the permutation and the mask, if they train.
+        learns: a method of the run trains.
     """
     openers = {"mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
     logger = NO_LOGGER
     if config.logger.name != "none":
-        run = described(config, directory, learned)
+        run = described(config, directory, learns)
         logger = openers.get(config.logger.name, _open_wandb)(config, directory, run)
     failed = True
     try:
@@ -189,17 +189,16 @@ def open_logger(
         logger.close(failed)
 
 
-def described(config: RunConfig, directory: Path, learned: Collection[str]) -> dict[str, Any]:
+def described(config: RunConfig, directory: Path, learns: bool) -> dict[str, Any]:
     """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
-    tags = {"pruner": config.pruner["name"], "permutation": config.permutation["name"]}
-    if "mask" in learned:
-        tags["mask"] = config.mask["name"]
+    names = {group: getattr(config, group)["name"] for group in METHOD_GROUPS}
+    tags = {group: name for group, name in names.items() if name != _UNTAGGED.get(group)}
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
         "group": config.logger.group or os.environ.get(SWEEP_VARIABLE),
-        "job_type": "learn" if learned else "prune",
+        "job_type": "learn" if learns else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
         "config": config.identity | evaluated,
         "where": {"run_directory": str(directory), "config_hash": config.hash},

@@ -121,7 +121,7 @@ def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
 def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
     """Open the logger of a job in `folder`/run."""
     config = read_config(composed("model=tiny", "logger=wandb", f"runs_dir={folder}", *overrides))
-    with open_logger(config, folder / "run", ["permutation"]) as logger:
+    with open_logger(config, folder / "run", True) as logger:
         yield logger
 
 
@@ -211,9 +211,9 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [["model=tiny"], ["model=tiny", "logger.group=mine"]]
     single, asked = (read_config(composed(*words)) for words in settings)
     monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
-    assert described(single, Path("y"), [])["group"] is None
+    assert described(single, Path("y"), False)["group"] is None
     monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
-    assert [described(one, Path("y"), [])["group"] for one in (single, asked)] == [GROUP, "mine"]
+    assert [described(one, Path("y"), False)["group"] for one in (single, asked)] == [GROUP, "mine"]
     words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
     for typed, name in (
         ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),
@@ -221,7 +221,14 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         (["a" * 200], "a" * 128),
     ):
         monkeypatch.setattr("permllm.store.sweep.overrides", lambda typed=typed: typed)
-        assert described(single, Path("runs/y"), [])["name"] == name
+        assert described(single, Path("runs/y"), False)["name"] == name
+
+
+def test_tags_name_each_method_that_does_something() -> None:
+    deploy = described(read_config(composed("model=tiny", "method=deploy")), Path("y"), True)
+    tags = ["wanda", "sensitive", "heuristic", "distill", "2:4", "tiny"]
+    assert [*deploy["tags"].values()] == tags
+    assert deploy["job_type"] == "learn"
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:

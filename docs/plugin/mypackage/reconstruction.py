@@ -18,7 +18,6 @@ class RowScale(Reconstruction):
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the new weight, `(C_out, C_in)`, zero outside of the mask."""
-        assert pruned.statistics is not None
         product = pruned.weight.float() @ pruned.statistics[Gram].value
         same = (product * pruned.weight).sum(1, keepdim=True)
         factor = (product * pruned.dense).sum(1, keepdim=True) / same.clamp_min(1e-12)
