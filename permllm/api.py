@@ -63,7 +63,7 @@ class Pruned(NamedTuple):
         masks: masks by the path of a linear, bool `(C_out, C_in)`, original channel order, on the
             CPU; True: the weight is kept.
         report: plain values, named as in `metrics.json`: sparsity and violations, saliency retained
-            and output error by channel group, seconds of each stage, peak memory, and `history`
+            and output error by channel group, seconds of each phase, peak memory, and `history`
             with one entry for each epoch of learning.
     """
 
@@ -129,7 +129,7 @@ def prune(
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
-        record.keep_products(products)
+        record.keep_compute_dtype(products)
         # After an error the model may have layers of two calls, which `save` must not write.
         setattr(model, _PRUNED, None)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)

@@ -34,8 +34,8 @@ from permllm.errors import (
     InUseError,
     PermLLMError,
     TrainingError,
-    everything_wanted,
     one_line,
+    tracebacks_wanted,
 )
 from permllm.runtime.signals import CONTINUES, ending_signals, what_happened
 from permllm.runtime.version import __version__
@@ -175,7 +175,7 @@ def run_command() -> int:
     if sys.platform == "win32":
         print("error: a job needs Linux or macOS; on Windows use WSL", file=sys.stderr)
         return 1
-    if everything_wanted():
+    if tracebacks_wanted():
         return _run_hydra()
     # With the variable Hydra raises its errors instead of printing them.
     os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
@@ -208,7 +208,7 @@ def _run_hydra() -> int:
         module = _module_that_raised(error)
         if isinstance(error, ValueError) and module.startswith("hydra."):  # GROUP=null
             raise ConfigError(f"{' '.join(sys.argv[1:])}: {error}") from error
-        if everything_wanted() or module.partition(".")[0] not in _LAUNCHERS:
+        if tracebacks_wanted() or module.partition(".")[0] not in _LAUNCHERS:
             raise
         # A launcher's process was killed or ran out of time. Its last lines may say why.
         print(f"error: {type(error).__name__}: {str(error).strip()}", file=sys.stderr)
@@ -273,7 +273,7 @@ def job(composed: DictConfig) -> float:
         try:
             return _job(composed)[0]
         except (PermLLMError, OSError) as error:
-            if everything_wanted():
+            if tracebacks_wanted():
                 raise
             raise SystemExit(f"error: {one_line(error)}" if is_first_rank() else 1) from error
 
@@ -297,9 +297,9 @@ def _job(composed: DictConfig) -> tuple[float, JobResult | None]:
         logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages
     parallel.start()
     try:
-        with parallel.in_step():
+        with parallel.failing_together():
             result = run_job(parallel.on_main(lambda: job_config(composed)))
-            value = math.inf if result is None else parallel.share(objective(result.metrics))
+            value = math.inf if result is None else parallel.broadcast(objective(result.metrics))
     except torch.OutOfMemoryError as error:
         raise TrainingError(one_line(error)) from error
     return value, result
@@ -338,7 +338,7 @@ def _write_failure(error: BaseException) -> None:
         reason = f"one rank failed alone: {CONTINUES}"
     elif isinstance(error, InUseError):
         outcome = "skipped"
-    elif isinstance(error, PermLLMError | OSError) and not everything_wanted():
+    elif isinstance(error, PermLLMError | OSError) and not tracebacks_wanted():
         print(f"error: {reason}", file=sys.stderr)
     else:  # a defect needs its traceback
         traceback.print_exception(error)

@@ -52,7 +52,7 @@ def printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
-def everything_wanted() -> bool:
+def tracebacks_wanted() -> bool:
     """Tell if the user asks for tracebacks by `HYDRA_FULL_ERROR=1`."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1" and SHORT_ERRORS not in os.environ
 

@@ -28,7 +28,7 @@ from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
-from permllm.pruning.stages import allocate, calibrate, find_masks, find_permutations
+from permllm.pruning.phases import allocate, calibrate, find_masks, find_permutations
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel
@@ -107,15 +107,15 @@ def _complete(
     record: RunDirectory,
     device: torch.device,
 ) -> None:
-    """Run the stages that a run lacks."""
+    """Run the phases that a run lacks."""
     check_tasks(config.evaluation)
     dtype = getattr(torch, config.model.dtype)
     products = compute_dtype(config.compute_dtype, dtype, device)
     if not record.pruned:
-        record.keep_products(products)
+        record.keep_compute_dtype(products)
     footprint = _footprint(config, methods, device)
     parallel.on_main(lambda: _download(config, texts, record.pruned))
-    placement = parallel.share(placement_for(footprint))
+    placement = parallel.broadcast(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if not record.pruned:
         record.metrics["placement"] = placement
@@ -126,7 +126,7 @@ def _complete(
     with _logs(config, methods, record, device) as logger, half_products(dtype, device):
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
-        with record.stage("load", device):
+        with record.phase("load", device):
             loaded = load_model(config.model, config.seed)
             _check_identity(record, loaded)
             windows_of_texts = _perplexity_windows(config, texts, loaded)
@@ -137,7 +137,7 @@ def _complete(
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
 
-        with record.stage("evaluate dense", device):
+        with record.phase("evaluate dense", device):
             evaluate(loaded, config.evaluation, windows_of_texts, "dense", record)
         if windows is None:
             log.info("continuing %s after pruning", record.directory)
@@ -146,7 +146,7 @@ def _complete(
             digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
             record.metrics["texts"] = {"calibration": digest}
             prune_model(job, windows)
-        with record.stage("evaluate sparse", device):
+        with record.phase("evaluate sparse", device):
             evaluate(loaded, config.evaluation, windows_of_texts, "sparse", record)
 
         record.finish()
@@ -166,22 +166,22 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     calibration = None
     permutations = None
     masks = None
-    with job.record.stage("calibrate", device):
+    with job.record.phase("calibrate", device):
         if dense_statistics or not job.methods.permutation.local:
             calibration = calibrate(job, windows)
     if calibration is not None:
         if not job.methods.allocation.uniform:
-            with job.record.stage("allocate", device):
+            with job.record.phase("allocate", device):
                 job = allocate(job, windows, calibration)
             _check_kernels(job.config, job.loaded.model, job.groups)
-        with job.record.stage("permute", device):
+        with job.record.phase("permute", device):
             permutations = find_permutations(job, windows, calibration)
         if not job.methods.mask.local:
-            with job.record.stage("mask", device):
+            with job.record.phase("mask", device):
                 masks = find_masks(job, windows, calibration, permutations)
     factors = calibration.factors if calibration is not None and dense_statistics else None
     del calibration  # frees the targets of learning
-    with job.record.stage("prune", device):
+    with job.record.phase("prune", device):
         pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
         if permutations is None:
             job.record.keep(PERMUTATIONS, pruned.permutations, save_tensors)
@@ -270,7 +270,7 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
 
 def _check_identity(record: RunDirectory, loaded: LoadedModel) -> None:
     """Raise DataError if an earlier process of the run had another model."""
-    identity = record.metrics.setdefault("model", parallel.share(loaded.identity))
+    identity = record.metrics.setdefault("model", parallel.broadcast(loaded.identity))
     if identity != loaded.identity:
         raise DataError(
             f"{record.directory} began with {identity}, and its model is now {loaded.identity}"

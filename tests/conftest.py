@@ -160,13 +160,13 @@ def _clean_checkout() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _broken_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise the error of a kernel, instead of a warning and plain code."""
-    monkeypatch.setattr("permllm.runtime.compiling.everything_wanted", lambda: True)
+    monkeypatch.setattr("permllm.runtime.compiling.tracebacks_wanted", lambda: True)
 
 
 @pytest.fixture
 def kernels_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warn of a broken kernel and use plain code, as a run does."""
-    monkeypatch.setattr("permllm.runtime.compiling.everything_wanted", lambda: False)
+    monkeypatch.setattr("permllm.runtime.compiling.tracebacks_wanted", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel, prune_layers
 from permllm.pruning.methods import Job, Methods, ModelGroups
-from permllm.pruning.stages import calibrate_dense
+from permllm.pruning.phases import calibrate_dense
 from permllm.reconstruction.base import NoReconstruction
 from permllm.settings.config import NMPattern, RunConfig, read_config
 from permllm.store.directory import Record
@@ -107,7 +107,7 @@ def pruned(model: Any, pruner: Pruner, permutation: Any = None, **more: Any) -> 
         pruner: of the job.
         permutation: None leaves the channels where they are.
         more: `groups`, `windows`, `pattern`, `reconstruction`, `products` and `record` of the job;
-            `factors`, `permutations` and `masks` of the stages before.
+            `factors`, `permutations` and `masks` of the phases before.
     """
     config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)))
     reconstruction = more.get("reconstruction") or NoReconstruction()

@@ -77,8 +77,8 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     assert metrics["sparsity"]["violations"] == 0
     assert metrics["peak_memory_bytes"] > 0
     assert metrics["planned_memory_bytes"] > 0
-    stages = {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"}
-    assert stages <= set(metrics["seconds"])
+    phases = {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"}
+    assert phases <= set(metrics["seconds"])
     assert (directory / "weights").is_dir() == (pruner == "sparsegpt")
 
     config = read_config(composed("model=tiny"))

@@ -27,7 +27,7 @@ from permllm.export.verify import verify
 from permllm.models import families
 from permllm.models.families import channel_groups
 from permllm.models.load import load_model
-from permllm.pruning.stages import calibrate_dense
+from permllm.pruning.phases import calibrate_dense
 from permllm.reconstruction.base import PrunedLinear
 from permllm.runtime import parallel
 from permllm.settings.config import NMPattern, RunConfig

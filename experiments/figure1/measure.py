@@ -28,7 +28,7 @@ from permllm.models.load import load_model
 from permllm.models.offload import placement_of
 from permllm.models.selection import pruned_groups
 from permllm.permutation.heuristic import heuristic_permutation
-from permllm.pruning.stages import member_factors
+from permllm.pruning.phases import member_factors
 from permllm.runtime.precision import compute_dtype
 from permllm.settings.config import NMPattern, RunConfig, check_divides
 from permllm.sparsity.method import instantiate

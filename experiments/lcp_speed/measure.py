@@ -38,7 +38,7 @@ from permllm.runtime.precision import compute_dtype, products_in
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.store.environment import hardware
-from permllm.store.files import CHECKPOINT
+from permllm.store.files import LCP_CHECKPOINT
 from permllm.training.kernels import chosen_kernels
 from permllm.training.learner import Progress, Stage
 from permllm.training.losses import cosine_loss
@@ -343,7 +343,7 @@ def _row(
                 with lcp.masked_linears(problem, shared, stage, kernels) as linears:
                     learner = lcp.learner(shared, orders, logits[name], linears)
                     objective = Objective(lcp, problem, stage, learner)
-                    trainer = Trainer(objective, "lcp", CHECKPOINT)
+                    trainer = Trainer(objective, "lcp", LCP_CHECKPOINT)
                     # Not timed, because the first step of an optimizer allocates its moments.
                     trainer.step(everything, progress)
                     reset_peak_memory(device)

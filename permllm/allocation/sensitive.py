@@ -79,7 +79,7 @@ class Sensitive(FoundAllocation):
     def patterns(
         self, problem: LearningProblem, every: list[ChannelGroup], sensitivity: Mapping[str, float]
     ) -> dict[str, str]:
-        """Return the patterns with as many dense groups as the share allows, the most sensitive.
+        """Return the patterns: the most sensitive groups are dense, as many as the share allows.
 
         Linears that the settings keep dense count in the share.
         """

@@ -208,7 +208,7 @@ def _deal_requests(lm: Any) -> None:
 
     def dealt(answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         mine = [request for request in requests if request.doc_id % ranks == parallel.rank()]
-        answers = [iter(part) for part in parallel.gathered(answer(mine) if mine else [])]
+        answers = [iter(part) for part in parallel.all_gather(answer(mine) if mine else [])]
         return [next(answers[request.doc_id % ranks]) for request in requests]
 
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):

@@ -101,7 +101,7 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str
 
 def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) -> Results:
     if which != "dense":
-        return parallel.share(run(which))
+        return parallel.broadcast(run(which))
     key_of_cache = {
         "model": loaded.identity,
         # Results of a GPU and of a CPU differ by rounding.

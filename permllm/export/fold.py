@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
 from permllm.models.head import head_path
-from permllm.permutation.foldable import RESIDUAL, foldable, local_permutation
+from permllm.permutation.foldable import RESIDUAL, folded_permutations, produced_permutation
 
 
 @dataclass
@@ -51,7 +51,7 @@ def first_form(
 ) -> Literal["folded", "gathered"]:
     """Return `folded` if all permutations fold, else `gathered`."""
     try:
-        foldable([group for group in groups if group.name in permutations], permutations)
+        folded_permutations([group for group in groups if group.name in permutations], permutations)
     except ConfigError:
         return "gathered"
     return "folded"
@@ -84,7 +84,9 @@ def stored_order(
 def _folded(
     model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
 ) -> StoredOrder:
-    shared = foldable([group for group in groups if group.name in permutations], permutations)
+    shared = folded_permutations(
+        [group for group in groups if group.name in permutations], permutations
+    )
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
     stream = shared.get(RESIDUAL)
@@ -143,7 +145,9 @@ def _gathered(
     for group in (group for group in groups if group.name in permutations):
         permutation = permutations[group.name]
         stored.columns |= {f"{path}.weight": permutation for path in group.members}
-        absorbed = local_permutation(group).shared(permutation) if group.table.producers else None
+        absorbed = (
+            produced_permutation(group).contract(permutation) if group.table.producers else None
+        )
         if absorbed is not None:
             _put_producers(stored, parameters, group, absorbed)
         elif not torch.equal(permutation, torch.arange(len(permutation))):

@@ -25,8 +25,8 @@ from permllm.models.families import ChannelGroup, channel_groups
 from permllm.store.files import write_json
 from permllm.store.tensors import load_permutations, save_tensors
 
-ORDERS = "gathers.safetensors"
-_ORDER = "input_order"
+GATHERS = "gathers.safetensors"
+_INPUT_ORDER = "input_order"
 # transformers quotes these texts when it refuses such a checkpoint. They name no package to
 # install, because anyone could publish a package of that name.
 _HINT = "make a checkout of PermLLM importable and import permllm.export before loading this model"
@@ -73,10 +73,11 @@ class GatheredForCausalLM:
             **options,
         )
         place = {key: options.get(key) for key in _PLACE}
-        file = Path(str(cached_file(checkpoint, ORDERS, **place)))
+        file = Path(str(cached_file(checkpoint, GATHERS, **place)))
         stored = load_permutations(file)
         permutations = {
-            name.removesuffix(f".{_ORDER}"): permutation for name, permutation in stored.items()
+            name.removesuffix(f".{_INPUT_ORDER}"): permutation
+            for name, permutation in stored.items()
         }
         if other := sorted(permutations.keys() ^ set(config.gathers or ())):
             raise DataError(
@@ -117,15 +118,17 @@ def write_gathered(
     own = {"model_type": _MODEL_TYPE, "hidden_size": _HINT, "gathers": sorted(permutations)}
     write_json(folder / "config.json", own | {"dense_config": dense})
     stored = {
-        f"{path}.{_ORDER}": permutation.to(torch.int32)
+        f"{path}.{_INPUT_ORDER}": permutation.to(torch.int32)
         for path, permutation in permutations.items()
     }
-    save_tensors(folder / ORDERS, stored)
+    save_tensors(folder / GATHERS, stored)
 
 
 def gathered_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules whose input is gathered, by path."""
-    return {path: module for path, module in model.named_modules() if _ORDER in module._buffers}
+    return {
+        path: module for path, module in model.named_modules() if _INPUT_ORDER in module._buffers
+    }
 
 
 def leave_out_gathers(model: nn.Module) -> None:
@@ -147,7 +150,7 @@ def _attach(model: PreTrainedModel, permutations: Mapping[str, Tensor], file: Pa
             )
         module = model.get_submodule(path)
         device = next(module.parameters()).device
-        module.register_buffer(_ORDER, permutation.to(device, torch.int32), persistent=False)
+        module.register_buffer(_INPUT_ORDER, permutation.to(device, torch.int32), persistent=False)
         module.register_forward_pre_hook(_gather, with_kwargs=True)
     model.save_pretrained = partial(_save, model)  # type: ignore[method-assign]
 
@@ -160,14 +163,14 @@ def _save(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
     # transformers would apply `_NAMES` backwards, to every weight.
     options |= {"state_dict": renamed, "save_original_format": False}
     type(model).save_pretrained(model, folder, **options)
-    permutations = {path: module.get_buffer(_ORDER) for path, module in modules.items()}
+    permutations = {path: module.get_buffer(_INPUT_ORDER) for path, module in modules.items()}
     write_gathered(Path(folder), model.config, permutations)
 
 
 def _gather(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    permutation = module.get_buffer(_ORDER)
+    permutation = module.get_buffer(_INPUT_ORDER)
     if args:
         return (args[0].index_select(-1, permutation), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, permutation)}

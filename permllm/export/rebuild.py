@@ -1,4 +1,4 @@
-"""Reconstruction of a run's pruned model from the dense model."""
+"""Pruned model of a run, rebuilt from the dense model."""
 
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                 dense = linear.weight.data
                 if pruned.weights_changed:
                     placement.replace(linear, pruned.weight(path, dense))
-                    placement.lies_in(pruned.weight_files[path], {linear: path})
+                    placement.read_from(pruned.weight_files[path], {linear: path})
                 else:
                     read = partial(pruned.masks.__getitem__, path)
                     placement.replace(linear, masked(read(), dense), read)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import StoredOrder, first_form, stored_order
-from permllm.export.gathered import ORDERS, permuted_names, write_gathered
+from permllm.export.gathered import GATHERS, permuted_names, write_gathered
 from permllm.export.legacy import legacy_rope, legacy_tokenizer
 from permllm.export.serve import SETTINGS, check_serve, groups_on_kernels, serving
 from permllm.models.checkpoint import all_finite, parameter_names
@@ -211,7 +211,7 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     planned = tensors.planned()
     files = write_shards(folder, planned, tensors.read, int(settings.shard_gb * 1e9))
     if stored.gathers:
-        files.append(ORDERS)
+        files.append(GATHERS)
     summary = {
         **asdict(settings),
         "sparsity": sparsity["pattern"],

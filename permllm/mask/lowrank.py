@@ -45,7 +45,7 @@ class LowRankScores(Scores):
         self.right = nn.Parameter((start / math.sqrt(max(1, rank))).to(device, dtype))
 
     @override
-    def at(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
+    def chunk_scores(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
         """Return the sum for consecutive channels as a dense score."""
         scores = log_saliency_t(weight_t[channels], self.factors.permuted(channels))
         scores += self.channel.data[channels].unsqueeze(1)
@@ -53,10 +53,14 @@ class LowRankScores(Scores):
         return SaliencyFactors(0, scores.t())
 
     @override
-    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
+    def parameter_gradients(self, score_gradient: Tensor) -> list[Tensor]:
         """Return the gradients of `c`, `left` and `right`."""
-        with products_as_they_are(of_scores):  # sums over all rows could overflow in float16
-            return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
+        with products_as_they_are(score_gradient):  # sums over all rows could overflow in float16
+            return [
+                score_gradient.sum(1),
+                score_gradient.t() @ self.right.data,
+                score_gradient @ self.left.data,
+            ]
 
 
 @dataclass(kw_only=True, config=SETTINGS)

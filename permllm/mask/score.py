@@ -44,14 +44,14 @@ class FreeScores(Scores):
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
 
     @override
-    def at(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
+    def chunk_scores(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
         """Return the scores."""
         return SaliencyFactors(0, self.free.data[channels].t())
 
     @override
-    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
+    def parameter_gradients(self, score_gradient: Tensor) -> list[Tensor]:
         """Return the gradients of the scores."""
-        return [of_scores]
+        return [score_gradient]
 
 
 @dataclass(kw_only=True, config=SETTINGS)

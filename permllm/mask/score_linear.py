@@ -36,15 +36,15 @@ class Scores(nn.Module, ABC):
     keeps_masked = False
 
     @abstractmethod
-    def at(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
+    def chunk_scores(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
         """Return the scores of consecutive channels of `weight_t (C_in, C_out)`, as a dense score.
 
         They have the dtype in which the gradients are computed.
         """
 
     @abstractmethod
-    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
-        """Return the gradients of the parameters from those of the scores, `(C_in, C_out)`."""
+    def parameter_gradients(self, score_gradient: Tensor) -> list[Tensor]:
+        """Return the gradients of the parameters from that of the scores, `(C_in, C_out)`."""
 
 
 def score_gradients(grad_masked_t: Tensor, weight_t: Tensor, m: int, dtype: torch.dtype) -> Tensor:
@@ -111,7 +111,9 @@ class ScoreLinear(nn.Module):
     def mask(self) -> Tensor:
         """Return the mask that the scores choose, bool `(C_out, C_in)`, in original order."""
         weight = self.linear.weight
-        mask = nm_mask(saliency(weight, self.scores.at(weight.t(), slice(None))), self.pattern)
+        mask = nm_mask(
+            saliency(weight, self.scores.chunk_scores(weight.t(), slice(None))), self.pattern
+        )
         return mask if self.inverse is None else mask[:, self.inverse]
 
     @torch.no_grad()
@@ -123,7 +125,7 @@ class ScoreLinear(nn.Module):
         step = m * max(1, self._kernels.chunk_size // (m * len(weight)))
         for first in range(0, len(weight_t), step):
             channels = slice(first, first + step)
-            factors = self.scores.at(weight_t, channels)
+            factors = self.scores.chunk_scores(weight_t, channels)
             chunk = ChannelChunk(weight_t[channels], None, factors, self.pattern.n, m)
             self._kernels.mask(masked_t[channels], chunk)
         return masked_t
@@ -158,8 +160,10 @@ class _ScoreProduct(torch.autograd.Function):
             grad_x = _columns_at(product(grad_y, masked_t.t()), module.inverse, ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
         grad_masked_t = product(states.t(), grad_y)
-        of_scores = score_gradients(grad_masked_t, weight.t(), module.pattern.m, ctx.score_dtype)
-        return grad_x, None, *module.scores.of_parameters(of_scores)
+        score_gradient = score_gradients(
+            grad_masked_t, weight.t(), module.pattern.m, ctx.score_dtype
+        )
+        return grad_x, None, *module.scores.parameter_gradients(score_gradient)
 
 
 def _columns_at(states: Tensor, permutation: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -73,7 +73,7 @@ class LayerPlacement:
         """
         linear.weight.data.copy_(weight)
 
-    def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
+    def read_from(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
         """Read replaced weights from a file from now on, if this placement reads files.
 
         Args:
@@ -283,7 +283,7 @@ class OnDisk(Offloaded):
     """Placement `disk`: the layers' weights are in a checkpoint's safetensors files.
 
     The files are not written to. A masked weight is read from its file and masked each time. A
-    weight with other changes stays in host memory until `lies_in` names a file that has it.
+    weight with other changes stays in host memory until `read_from` names a file that has it.
 
     Args:
         model: as in `Offloaded`.
@@ -313,7 +313,7 @@ class OnDisk(Offloaded):
             self.rearrange(linear, lambda present: masked(mask(), present))
 
     @override
-    def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
+    def read_from(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
         """Read replaced weights from another file, and drop their copies in host memory."""
         for linear, name in names.items():
             stored = self._of_linear[linear]

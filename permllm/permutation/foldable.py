@@ -94,7 +94,7 @@ class SharedPermutation:
         copies = saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0)
         return copies.reshape(-1, self.channels)
 
-    def shared(self, permutation: Tensor) -> Tensor | None:
+    def contract(self, permutation: Tensor) -> Tensor | None:
         """Return the shared permutation, int64 `(channels,)`, of an expanded one, or None."""
         copies = permutation.cpu().view(-1, self.repeats, self.segment)
         local = copies - self._starts(self.repeats, copies.device)
@@ -131,7 +131,7 @@ def shared_permutations(
                 "export=gathered"
             )
         elif group.table.producers:
-            shared.append(local_permutation(group))
+            shared.append(produced_permutation(group))
         elif group is stream[0]:
             shared.append(SharedPermutation(RESIDUAL, group.channels, group.channels, 1, stream))
     return shared
@@ -146,7 +146,7 @@ def permutations_within(shared: list[SharedPermutation], layers: range) -> list[
     ]
 
 
-def local_permutation(group: ChannelGroup) -> SharedPermutation:
+def produced_permutation(group: ChannelGroup) -> SharedPermutation:
     """Return the shared permutation that the producers of a group absorb."""
     heads, repeats = group.heads
     channels = group.channels // repeats
@@ -193,7 +193,9 @@ def expanded(shared: list[SharedPermutation], permutations: dict[str, Tensor]) -
     }
 
 
-def foldable(groups: list[ChannelGroup], permutations: dict[str, Tensor]) -> dict[str, Tensor]:
+def folded_permutations(
+    groups: list[ChannelGroup], permutations: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the shared permutations, by name, that expand to the permutations of all groups.
 
     Raises:
@@ -208,7 +210,7 @@ def foldable(groups: list[ChannelGroup], permutations: dict[str, Tensor]) -> dic
             raise _refusal(group, "its family has no table")
     for shared in shared_permutations([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
-            value = shared.shared(permutations[group.name])
+            value = shared.contract(permutations[group.name])
             if value is None:
                 raise _refusal(group, "it is not the same inside each head")
             first = folded.setdefault(shared.name, value)

@@ -9,7 +9,7 @@ from typing_extensions import override
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.base import LocalPermutation
-from permllm.permutation.foldable import foldable
+from permllm.permutation.foldable import folded_permutations
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.settings.values import SETTINGS
 from permllm.store.files import PERMUTATIONS
@@ -45,7 +45,7 @@ class FromFile(LocalPermutation):
         for group in present:
             self._of(group)
         if config.export.form == "folded" and len(present) == len(groups):
-            foldable(groups, self._permutations)
+            folded_permutations(groups, self._permutations)
 
     @override
     def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:

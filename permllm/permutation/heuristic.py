@@ -101,16 +101,16 @@ def heuristic_permutations(
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
     searched = shared if placement_of(problem.model).sharded else mine
-    ahead = sorted(searched, key=lambda permutation: permutation.channels)
-    together = parallel.share(_searches_at_once(shared, problem.device))
+    by_width = sorted(searched, key=lambda permutation: permutation.channels)
+    together = parallel.broadcast(_searches_at_once(shared, problem.device))
     values = {
         permutation.name: torch.zeros(permutation.channels, dtype=torch.int64)
         for permutation in shared
     }
-    progress = tqdm(total=len(ahead), desc=label, unit="permutation")
+    progress = tqdm(total=len(by_width), desc=label, unit="permutation")
     with ThreadPoolExecutor(together) as pool, progress:
-        for first in range(0, len(ahead), together):
-            batch = ahead[first : first + together]
+        for first in range(0, len(by_width), together):
+            batch = by_width[first : first + together]
             parts: list[Parts] = []
             for permutation in batch:
                 parts += segments_of(permutation, problem.saliency_of, problem.pattern)
@@ -205,7 +205,7 @@ class Search:
             sizes.append(pattern.m)
         self._saliency = saliency
         self.m = max(sizes)
-        self.present = allocate(reduce(Tensor.add, sums), min(sizes))
+        self.present = snake(reduce(Tensor.add, sums), min(sizes))
 
     def scores(self, position: int) -> Tensor:
         """Return `assignment_scores` for one of the `m` positions, on the CPU."""
@@ -240,7 +240,7 @@ class Search:
         return retained
 
 
-def allocate(total: Tensor, m: int) -> Tensor:
+def snake(total: Tensor, m: int) -> Tensor:
     """Distribute the channels, sorted by total saliency, in a snake.
 
     They fill the first place of every group, then the second place in backward direction, and so

@@ -1,4 +1,4 @@
-"""Estimates of a job's memory and minutes by stage and placement, from settings and shapes.
+"""Estimates of a job's memory and minutes by phase and placement, from settings and shapes.
 
 The memory is the sum of the tensors that exist together, to within 15 %. The minutes are operations
 and bytes divided by a share of the device's speed, to within a factor of two.
@@ -51,7 +51,7 @@ _VOCABULARY_BYTES = 128
 _PERMUTED_BYTES = 15
 _EXCHANGED_BYTES = 30
 _MASKED_BYTES = 20
-_ORDER_PARAMETER_BYTES = 1000
+_PERMUTATION_PARAMETER_BYTES = 1000
 _PARAMETER_BYTES = 28
 # Number of tokens of WikiText-2's test text, about.
 _TEST_TOKENS = 300_000
@@ -69,8 +69,8 @@ _TASKS = {
 _ANY_TASK = (2000, 3, 150, 1024)
 
 
-class StageCost(NamedTuple):
-    """Estimate of a stage of a job."""
+class PhaseCost(NamedTuple):
+    """Estimate of a phase of a job."""
 
     memory: int  # bytes, without the weights
     products: float = 0  # operations in the dtype of products
@@ -83,8 +83,8 @@ class StageCost(NamedTuple):
 class Needs(NamedTuple):
     """Bytes that a placement needs."""
 
-    stages: dict[str, int]  # on the device, by stage
-    device: int  # on the device, in the largest stage
+    phases: dict[str, int]  # on the device, by phase
+    device: int  # on the device, in the largest phase
     host: int  # on the host, in addition
     peak: int  # expected `peak_memory_bytes`; on a CPU with the present memory of the process
 
@@ -98,6 +98,18 @@ class Footprint:
         methods: methods of the settings.
         groups: channel groups of the model.
         device: device of the job.
+
+    Attributes:
+        layers, all_layers, largest_layer: number of decoder layers, and parameters of all of them
+            and of the largest.
+        item: bytes of a weight.
+        widest: largest number of rows of a channel group, over its members.
+        largest: weights of the largest channel group.
+        weights, pruned: number of weights to prune, by their pattern and in all.
+        permutations, masks: plans of learning.
+        text: tokens of the calibration text that a rank reads.
+        forward: operations of a rank in their forward through all layers.
+        measured: tokens of each evaluated text that a rank reads.
     """
 
     def __init__(
@@ -124,7 +136,7 @@ class Footprint:
         self.vocabulary = model.config.vocab_size
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.item = self.dtype.itemsize
-        self.products = compute_dtype(config.compute_dtype, self.dtype, device)
+        self.compute_dtype = compute_dtype(config.compute_dtype, self.dtype, device)
         self.groups = groups
         self.widest = max(sum(group.rows) for group in self.groups.every)
         self.largest = max(group.weights for group in self.groups.every)
@@ -136,7 +148,6 @@ class Footprint:
         self.masks = self._plan_of(methods.mask)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
-        # Tokens that a rank has of the calibration text, and operations of their forward.
         self.text = self.samples * self.seqlen / self.ranks
         self.forward = self._forward_of(self.samples)
         texts = config.evaluation.perplexity
@@ -166,18 +177,18 @@ class Footprint:
         weights *= self.item
         if placement == "sharded":
             weights += self.all_layers * self.item // self.ranks
-        stages = {name: weights + cost.memory for name, cost in self.stages(placement).items()}
-        device = max(stages.values())
+        phases = {name: weights + cost.memory for name, cost in self.phases(placement).items()}
+        device = max(phases.values())
         host = self._on_the_host(placement)
         peak = device + host + host_memory() if self.on_a_host else device
-        return Needs(stages, device, host, peak)
+        return Needs(phases, device, host, peak)
 
     def minutes(self, placement: str, speed: Speed) -> dict[str, float]:
-        """Return the minutes of each stage in a placement."""
+        """Return the minutes of each phase in a placement."""
         minutes = {}
-        for name, cost in self.stages(placement).items():
+        for name, cost in self.phases(placement).items():
             seconds = cost.seconds + cost.moved / speed.moved
-            seconds += cost.products / speed.rates[self.products]
+            seconds += cost.products / speed.rates[self.compute_dtype]
             seconds += cost.single / speed.rates[torch.float32]
             if self.streams(placement):
                 copied = cost.passes * self.all_layers * self.item
@@ -185,33 +196,33 @@ class Footprint:
             minutes[name] = seconds / 60
         return minutes
 
-    def stages(self, placement: str) -> dict[str, StageCost]:
-        """Return the stages of the job, from the first to the last."""
+    def phases(self, placement: str) -> dict[str, PhaseCost]:
+        """Return the phases of the job, from the first to the last."""
         streams = self.streams(placement)
         methods = self.methods
-        # All ranks enter a sharded layer together, so that they cannot share such stages.
+        # All ranks enter a sharded layer together, so that they cannot share such phases.
         sharing = 1 if placement == "sharded" else self.ranks
         loading = _START_SECONDS + self.parameters * self.item / _LOADED_A_SECOND
-        stages = {"weights": StageCost(0, seconds=loading), "calibrate": self._calibrate()}
+        phases = {"weights": PhaseCost(0, seconds=loading), "calibrate": self._calibrate()}
         if methods.allocation.windows:
-            stages["allocate"] = self._allocate(methods.allocation.windows, sharing)
+            phases["allocate"] = self._allocate(methods.allocation.windows, sharing)
         if methods.permutation.searches:
-            stages["search"] = self._search()
+            phases["search"] = self._search()
         if methods.mask.statistics:
-            stages["refine masks"] = self._refine_masks()
+            phases["refine masks"] = self._refine_masks()
         if self.permutations.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            stages["learn"] = self._learn(methods.permutation, self.permutations, 4, streams)
+            phases["learn"] = self._learn(methods.permutation, self.permutations, 4, streams)
         if self.masks.spans:
-            waiting = self.products.itemsize if self.masks.keeps_masked else 0
-            stages["learn masks"] = self._learn(methods.mask, self.masks, waiting, streams)
+            waiting = self.compute_dtype.itemsize if self.masks.keeps_masked else 0
+            phases["learn masks"] = self._learn(methods.mask, self.masks, waiting, streams)
         if methods.reconstruction.learned:
-            stages["learn weights"] = self._learn_weights(streams)
-        stages["prune"] = self._prune()
-        stages["perplexity"] = self._perplexity()
+            phases["learn weights"] = self._learn_weights(streams)
+        phases["prune"] = self._prune()
+        phases["perplexity"] = self._perplexity()
         if self.config.evaluation.tasks:
-            stages["tasks"] = self._tasks(sharing)
-        return stages
+            phases["tasks"] = self._tasks(sharing)
+        return phases
 
     def _grams(self, statistics: Statistics) -> float:
         """Return the operations of the Gram matrices of all channel groups, if they are summed."""
@@ -226,10 +237,10 @@ class Footprint:
         sums = sum(kind.memory(widest) for kind in set(statistics))
         return tokens * (6 * self.hidden + 2 * self.widest) * self.item + sums
 
-    def _calibrate(self) -> StageCost:
+    def _calibrate(self) -> PhaseCost:
         """Return the calibration; without a forward if a local method needs no dense statistics."""
         statistics = self.methods.pruner.statistics
-        cost = StageCost(self._forward_memory(statistics), seconds=_START_SECONDS)
+        cost = PhaseCost(self._forward_memory(statistics), seconds=_START_SECONDS)
         if self.config.calibration.statistics != "dense" and self.methods.permutation.local:
             return cost
         # Permutations and masks may learn towards the targets of further windows.
@@ -239,15 +250,15 @@ class Footprint:
         products = self._forward_of(max([self.samples, *learned_from]))
         return cost._replace(products=products, single=self._grams(statistics))
 
-    def _allocate(self, windows: int, ranks: int) -> StageCost:
+    def _allocate(self, windows: int, ranks: int) -> PhaseCost:
         """Return the forwards with one pruned group each, which `ranks` ranks share."""
         tokens = min(windows, self.samples) * self.seqlen / ranks
         passes = sum(1 - group.layer / self.layers for group in self.groups.pruned)
         head = 2 * self.hidden * self.vocabulary * len(self.groups.pruned)
         products = 2 * tokens * (self.all_layers * passes + head)
-        return StageCost(self._forward_memory(()), products, passes=passes)
+        return PhaseCost(self._forward_memory(()), products, passes=passes)
 
-    def _search(self) -> StageCost:
+    def _search(self) -> PhaseCost:
         """Return the search for permutations; a GPU makes scores while the cores solve others."""
         m = self.config.pattern.m
         seconds = 0.0
@@ -261,28 +272,28 @@ class Footprint:
             seconds += assignments * _ASSIGNMENT_SECONDS * relative
             moved += assignments * width**2 * rows * _PAIR_BYTES
         if self.on_a_host:
-            return StageCost(4 * self.largest, moved=moved, seconds=seconds)
+            return PhaseCost(4 * self.largest, moved=moved, seconds=seconds)
         places = min(16 if self.config.plan_on else cores(), len(searched))
-        return StageCost(4 * self.largest, seconds=seconds / places)
+        return PhaseCost(4 * self.largest, seconds=seconds / places)
 
-    def _refine_masks(self) -> StageCost:
+    def _refine_masks(self) -> PhaseCost:
         """Return the exchanges of a mask; each rank searches for itself."""
         statistics = self.methods.mask.statistics
         # The search takes as long as three Grams of the whole text.
         products = (1 + 3 * self.ranks) * self._grams(statistics)
         memory = self._forward_memory(statistics) + 6 * 4 * self.largest
-        return StageCost(memory, self.forward, single=products)
+        return PhaseCost(memory, self.forward, single=products)
 
-    def _learn_weights(self, streams: bool) -> StageCost:
-        """Return the stage in which the kept weights of all layers learn."""
+    def _learn_weights(self, streams: bool) -> PhaseCost:
+        """Return the phase in which the kept weights of all layers learn."""
         weights = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
         # Positions of kept weights, and rounded copies of float32 weights.
         waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
         plan = LearningPlan([range(self.layers)], weights)
         return self._learn(self.methods.reconstruction, plan, waiting, streams)
 
-    def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> StageCost:
-        """Return a stage that learns, with backward recomputing large activations.
+    def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> PhaseCost:
+        """Return a phase that learns, with backward recomputing large activations.
 
         Args:
             method: method that learns.
@@ -321,14 +332,14 @@ class Footprint:
         parameter_bytes = _PARAMETER_BYTES
         if method is self.methods.permutation:
             weight_bytes = _PERMUTED_BYTES + _EXCHANGED_BYTES / self.ranks
-            parameter_bytes = _ORDER_PARAMETER_BYTES
+            parameter_bytes = _PERMUTATION_PARAMETER_BYTES
         moved += steps * self.pruned * share * weight_bytes
         moved += steps * parameters * len(plan.spans) * parameter_bytes
         passes = (1 + 2 * steps) * share
-        return StageCost(memory, products, moved=moved, seconds=_START_SECONDS, passes=passes)
+        return PhaseCost(memory, products, moved=moved, seconds=_START_SECONDS, passes=passes)
 
-    def _prune(self) -> StageCost:
-        """Return the stage that prunes."""
+    def _prune(self) -> PhaseCost:
+        """Return the phase that prunes."""
         reconstruction = self.methods.reconstruction
         statistics = (*self.methods.pruner.statistics, *reconstruction.statistics)
         # New weights of a layer, in addition to its old weights, and their saliency.
@@ -348,7 +359,7 @@ class Footprint:
             changes = self._grams(statistics)
             for group in self.groups.pruned:
                 changes += group.channels * (3 * group.channels**2 + products * group.weights)
-        return StageCost(
+        return PhaseCost(
             memory,
             products=forwards * self.forward + targets,
             single=changes,
@@ -363,7 +374,7 @@ class Footprint:
         # Products of float32 models are not rounded.
         return {"products" if self.item == 2 else "single": operations}
 
-    def _perplexity(self) -> StageCost:
+    def _perplexity(self) -> PhaseCost:
         """Return the measurement of perplexity."""
         texts = self.config.evaluation.perplexity
         # Logits of a batch; of a window float32 logarithms, and float32 logits for another dtype.
@@ -371,9 +382,9 @@ class Footprint:
         memory = tokens_at_a_time(self.vocabulary, longest) * self.item
         memory += tokens_at_a_time(self.vocabulary, texts.seqlen) * (4 if self.item == 4 else 8)
         operations = self._evaluated(self.measured * len(texts.names))
-        return StageCost(memory * self.vocabulary, **operations, passes=4)
+        return PhaseCost(memory * self.vocabulary, **operations, passes=4)
 
-    def _tasks(self, ranks: int) -> StageCost:
+    def _tasks(self, ranks: int) -> PhaseCost:
         """Return the zero-shot tasks, whose items `ranks` ranks share."""
         config = self.config.evaluation
         batch = config.lm_eval.batch_size
@@ -391,7 +402,7 @@ class Footprint:
         memory = batch * longest * self.vocabulary * 2 * self.item
         batches = 2 * sequences / batch / ranks
         operations = self._evaluated(tokens / ranks)
-        return StageCost(memory, **operations, seconds=_BATCH_SECONDS * batches, passes=batches)
+        return PhaseCost(memory, **operations, seconds=_BATCH_SECONDS * batches, passes=batches)
 
     def _on_the_host(self, placement: str) -> int:
         """Return the bytes on the host, in addition to the device's."""

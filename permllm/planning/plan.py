@@ -1,4 +1,4 @@
-"""Output of `plan=true`: channel groups, stages, memory and minutes, without loading weights."""
+"""Output of `plan=true`: channel groups, memory and minutes, without loading weights."""
 
 from collections import Counter
 
@@ -64,28 +64,28 @@ def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
 
 
 def _estimates(of: Footprint) -> Table:
-    """Return the table of memory by stage and placement, and of minutes by stage."""
-    speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
+    """Return the table of memory by phase and placement, and of minutes by phase."""
+    speed = speed_of(of.config.plan_on, of.device, {of.compute_dtype, of.dtype, torch.float32})
     on_a_gpu = Footprint(of.config, of.model, of.methods, of.groups, torch.device("cuda"))
     placement = placement_for(of)
     first, _ = first_that_fits(of)
     choice = "chosen" if first else "does not fit"
-    title = "GB by stage and place of the layers' weights (model.placement)"
+    title = "GB by phase and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
     rest = ("on the host", "peak", "on a GPU, a card of", "minutes")
-    columns = [[*of.stages(placement), *rest]]
+    columns = [[*of.phases(placement), *rest]]
     for name in dict.fromkeys((*placements(of), placement)):
         heading = f"{name} ({choice})" if name == placement else name
         table.add_column(heading, justify="right")
         needs = of.needs(name)
-        sizes = (*needs.stages.values(), needs.host, needs.peak)
+        sizes = (*needs.phases.values(), needs.host, needs.peak)
         card = _card(on_a_gpu.needs(name).device)
         minutes = sum(of.minutes(name, speed).values())
         columns.append([*(f"{size / 1e9:.2f}" for size in sizes), card, f"{minutes:.0f}"])
     table.add_column(f"minutes, {placement}", justify="right")
-    minutes_by_stage = of.minutes(placement, speed).values()
-    total = f"{sum(minutes_by_stage):.0f}"
-    columns.append([*(f"{minutes:.1f}" for minutes in minutes_by_stage), "", "", "", total])
+    minutes_by_phase = of.minutes(placement, speed).values()
+    total = f"{sum(minutes_by_phase):.0f}"
+    columns.append([*(f"{minutes:.1f}" for minutes in minutes_by_phase), "", "", "", total])
     for row in zip(*columns, strict=True):
         table.add_row(*row)
     return table

@@ -24,6 +24,7 @@ class SparseGPT(Pruner):
     statistics = (Gram,)
     updates_weights = True
 
+    @override
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Return one term; this saliency does not depend on a permutation."""
         inverse = _inverse_hessian(statistics, self.damping)

@@ -17,7 +17,7 @@ from permllm.models.offload import masked, placement_of
 from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_permutation
 from permllm.pruning.methods import Job, learning_problem, windows_for
-from permllm.pruning.stages import member_factors
+from permllm.pruning.phases import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
@@ -84,15 +84,13 @@ def prune_layers(
             them.
     """
     model = job.loaded.model
-    config = job.config
+    samples = job.config.calibration.samples
     reconstruction = job.methods.reconstruction
-    samples = config.calibration.samples
     learned_from = windows_for(reconstruction, samples)
     target = None
     if learned_from.start or learned_from.stop > samples:
-        target = last_states(
-            model, windows[learned_from], config.calibration.batch_size, job.products
-        )
+        batch_size = job.config.calibration.batch_size
+        target = last_states(model, windows[learned_from], batch_size, job.compute_dtype)
     layers = _Layers(job, windows[:samples], factors, permutations, masks)
     for index, members in by_layer(model, job.groups.pruned, "prune"):
         layers.prune(index, members)
@@ -110,17 +108,22 @@ def prune_layers(
             target=target,
         )
         linears = [linear_at(model, path) for path in result.masks]
-        with products_in(job.products, job.device):
+        with products_in(job.compute_dtype, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
-    for group in job.groups.pruned:
-        with placement_of(model).layer(group.layer):
-            for path in group.members:
-                weight = linear_at(model, path).weight
-                permutation = result.permutations[group.name].to(weight.device)
-                result.violations += violations(
-                    weight, permutation, group.pattern or config.pattern
-                )
+    result.violations = _violations(job, result.permutations)
     return result
+
+
+def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:
+    """Return the number of permuted groups of M with more than N nonzeros, in all layers."""
+    total = 0
+    for group in job.groups.pruned:
+        with placement_of(job.loaded.model).layer(group.layer):
+            for path in group.members:
+                weight = linear_at(job.loaded.model, path).weight
+                columns = permutations[group.name].to(weight.device)
+                total += violations(weight, columns, group.pattern or job.config.pattern)
+    return total
 
 
 class _Layers:
@@ -158,10 +161,10 @@ class _Layers:
         if factors is None or pruner.updates_weights:
             self.statistics = (*pruner.statistics, *self.statistics)
         batch_size = job.config.calibration.batch_size
-        self.dense = LayerStream(self.model, tokens, batch_size, job.products)
+        self.dense = LayerStream(self.model, tokens, batch_size, job.compute_dtype)
         self.pruned: LayerStream | None = None
         if self.statistics:  # they depend on the pruned layers before a layer
-            self.pruned = LayerStream(self.model, tokens, batch_size, job.products)
+            self.pruned = LayerStream(self.model, tokens, batch_size, job.compute_dtype)
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:
         """Prune a layer that is on the device, or read its kept result; advance the states."""
@@ -199,7 +202,7 @@ class _Layers:
             return
         if layer.weights:
             names = {linear_at(self.model, path): weight_name(path) for path in layer.weights}
-            self.placement.lies_in(file, names)
+            self.placement.read_from(file, names)
         for path in layer.masks:
             read = partial(load_tensor, file, mask_name(path))
             self.result.masks.set_packed(path, read, layer.masks.shape(path))
@@ -242,12 +245,12 @@ class _Layers:
                 new, mask = pruner.update(dense, statistics, columns, pattern, mask)
             elif mask is None:
                 mask = permuted_nm_mask(scores, columns, pattern)
-            layer.masks[path] = parallel.share(mask).cpu()
+            layer.masks[path] = parallel.broadcast(mask).cpu()
             if self.changes:
                 new = masked(mask, dense) if new is None else new
                 pruned = PrunedLinear(dense, new, mask, columns, pattern, statistics)
                 new = reconstruction.linear(pruned)
-                layer.weights[path] = parallel.share(new.to(dense.dtype))
+                layer.weights[path] = parallel.broadcast(new.to(dense.dtype))
             retained += saliency_sum(scores, mask)
             total += saliency_sum(scores)
         layer.retained[group.name] = retained / max(total, 1e-300)
@@ -258,14 +261,14 @@ class _Layers:
             return self.permutations[group.name]
         job = self.job
         scores = []
-        with job.record.stage("permute", job.device):
+        with job.record.phase("permute", job.device):
             for path in group.members:
                 weight = linear_at(self.model, path).weight
                 scores.append(saliency(weight, factors[path].to(weight.device)))
             pattern = group.pattern or job.config.pattern
             method = job.methods.permutation
             value = method.permutation(group.name, torch.cat(scores), pattern)
-            return checked_permutation(job.config, group, parallel.share(value))
+            return checked_permutation(job.config, group, parallel.broadcast(value))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class ModelGroups:
 
 @dataclass
 class Job:
-    """Parts of a job that its stages work on.
+    """Parts of a job that its phases work on.
 
     Attributes:
         config: settings of the job.
@@ -112,7 +112,7 @@ class Job:
         logger: logger of the job's measures.
         loaded: the model, dense until it is pruned.
         groups: channel groups of the model.
-        products: dtype of matrix products before the evaluation.
+        compute_dtype: dtype of matrix products before the evaluation.
     """
 
     config: RunConfig
@@ -121,7 +121,7 @@ class Job:
     logger: RunLogger
     loaded: LoadedModel
     groups: ModelGroups
-    products: torch.dtype
+    compute_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
@@ -204,6 +204,27 @@ def windows_for(method: Method, calibration: int) -> slice:
     return slice(start, start + (method.samples or calibration))
 
 
+def problem_of(
+    job: Job,
+    tokens: Tensor,
+    calibration: Tensor,
+    factors: Mapping[str, SaliencyFactors],
+    target: Tensor,
+) -> LearningProblem:
+    """Return a problem without records of learning; the arguments are as in `learning_problem`."""
+    return LearningProblem(
+        model=job.loaded.model,
+        groups=job.groups.pruned,
+        tokens=tokens,
+        factors=dict(factors),
+        target=target,
+        calibration=calibration,
+        pattern=job.config.pattern,
+        seed=job.config.seed,
+        calibration_batch_size=job.config.calibration.batch_size,
+    )
+
+
 def learning_problem(
     job: Job,
     group: str,
@@ -222,7 +243,7 @@ def learning_problem(
         factors: saliency factors of the linears.
         target: dense output of the last layer for `tokens`, `(windows, tokens, hidden)`.
     """
-    config, record, logger = job.config, job.record, job.logger
+    record, logger = job.record, job.logger
     steps = sum(_steps_of(job, before) for before in LEARNING[: LEARNING.index(group)])
     earlier = [line for line in record.history if line.get("group") != group]
 
@@ -235,16 +256,9 @@ def learning_problem(
         lines = [{"group": group, **values} for values in epochs]
         record.write_history([*earlier, *lines])
 
-    return LearningProblem(
-        model=job.loaded.model,
-        groups=job.groups.pruned,
-        tokens=tokens,
-        factors=dict(factors),
-        target=target,
-        pattern=config.pattern,
-        seed=config.seed,
-        calibration_batch_size=config.calibration.batch_size,
-        calibration=calibration,
+    problem = problem_of(job, tokens, calibration, factors, target)
+    return replace(
+        problem,
         directory=record.directory,
         on_step=lambda step, values: logger.log(group, values, steps + step),
         on_epoch=on_epoch,

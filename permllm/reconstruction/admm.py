@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import override
 
 from permllm.errors import TrainingError
 from permllm.reconstruction.base import PrunedLinear, Reconstruction
@@ -34,6 +35,7 @@ class ADMM(Reconstruction):
     damping: Positive = 0.01
     statistics = (Gram,)
 
+    @override
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the new weight. Raise TrainingError if the inputs are not finite."""
         factors = partial(self._factors, pruned.statistics)

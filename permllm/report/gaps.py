@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from permllm.report.measures import DENSE, FP8, METHODS, PERPLEXITY
+from permllm.report.measures import DENSE, FP8, PERPLEXITY
+from permllm.settings.config import METHOD_GROUPS
 
 GAP = "gap closed"
 # Settings that belong to a method. The row from which a gap is measured may have other values.
-_OF_METHODS = {"method", *METHODS, "temperature", "block_size"}
+_OF_METHODS = {"method", *METHOD_GROUPS[1:], "temperature", "block_size"}
 # Names of the settings that distinguish two models.
 _OF_MODEL = r"^model($|\.(hub_name|revision|architecture|path \(digest\)))"
 

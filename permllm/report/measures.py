@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from permllm.settings.config import flatten
+from permllm.settings.config import IDLE, flatten
 
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured
 # on the same ones; and a number for each window (nats per token) or item (its score).
@@ -22,7 +22,7 @@ _BY_GROUP = ("sensitivity", "retained_saliency", "output_error", "moved_channels
 # Metrics that loggers do not get, because the settings have them in a shorter form.
 _LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
 # Stages that make the pruned model. Reconstruction is part of `prune`.
-PRUNING_STAGES = ("calibrate", "allocate", "permute", "mask", "prune")
+PRUNING_PHASES = ("calibrate", "allocate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
@@ -40,9 +40,6 @@ OF_SPARSITY = (ZEROS, DENSE_WEIGHTS, SPEED_LIMIT)
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
 FACTS = ["windows", "beginning", "passages", "tasks", "items", "source", "shots", "bos", "file"]
-# Groups of methods, and the option of some that does nothing.
-METHODS = ("allocation", "permutation", "mask", "reconstruction")
-IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 # With "z" a mean that rounding leaves just below zero is shown without a minus.
 _FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
@@ -93,7 +90,7 @@ def run_measures(
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration and allocation, whose results may come from the cache.
-    seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES[2:])
+    seconds = sum(metrics["seconds"].get(phase, 0.0) for phase in PRUNING_PHASES[2:])
     zeros = float(metrics["sparsity"]["of_model"])
     return [
         *measures.values(),
@@ -316,8 +313,8 @@ def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
-    """Return the minutes of the stages that make the pruned model. A cache hit takes none."""
-    return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
+    """Return the minutes of the phases that make the pruned model. A cache hit takes none."""
+    return sum(seconds.get(phase, 0.0) for phase in PRUNING_PHASES) / 60
 
 
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:

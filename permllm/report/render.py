@@ -188,14 +188,14 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     sparsity = metrics["sparsity"]
     seconds = metrics["seconds"]
     retained = statistics.fmean(metrics["retained_saliency"].values())
-    stages = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
     if "planned_memory_bytes" in metrics:
         memory += f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)"
     lines = {
         "sparsity": f"{patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, "
         f"{sparsity['violations']} violations, {retained:.2%} of the saliency retained)",
-        "time": f"{_duration(sum(seconds.values()))} ({stages})",
+        "time": f"{_duration(sum(seconds.values()))} ({phases})",
         "memory": memory,
         "files": directory,
     }

@@ -22,13 +22,13 @@ from permllm.report.measures import (
     DENSE,
     FACTS,
     FP8,
-    IDLE,
     OF_SPARSITY,
     Measure,
     number,
     setting_text,
 )
 from permllm.report.read import Run
+from permllm.settings.config import IDLE
 
 # Row of the dense model, before the rows of the runs.
 DENSE_ROW = -1

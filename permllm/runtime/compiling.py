@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.fx.experimental._config
 
-from permllm.errors import everything_wanted, first_line
+from permllm.errors import first_line, tracebacks_wanted
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, its cache or a driver
-            if everything_wanted():
+            if tracebacks_wanted():
                 raise
             failed = True
             log.warning("%s: %s", otherwise, first_line(error)[:200])

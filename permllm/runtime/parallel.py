@@ -1,7 +1,7 @@
 """Processes of torchrun. Every rank runs the same job; only rank 0 writes and prints.
 
-All ranks use the values of rank 0 (`share`, `on_main`). An error in all ranks fails the job. A rank
-that fails alone ends (`in_step`), and torchrun then ends the others.
+All ranks use the values of rank 0 (`broadcast`, `on_main`). An error in all ranks fails the job. A
+rank that fails alone ends (`failing_together`), and torchrun then ends the others.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from permllm.errors import PermLLMError, everything_wanted, one_line
+from permllm.errors import PermLLMError, one_line, tracebacks_wanted
 from permllm.runtime.signals import CONTINUES
 
 Value = TypeVar("Value")
@@ -97,13 +97,13 @@ def joined(rows: Tensor, indices: Tensor, count: int) -> Tensor:
         indices: places of these rows in the result, int64 `(rows,)`. Each place is in one rank.
         count: number of rows in all ranks.
     """
-    result = torch.zeros(count, *rows.shape[1:], dtype=share(rows.dtype))
+    result = torch.zeros(count, *rows.shape[1:], dtype=broadcast(rows.dtype))
     result[indices] = rows.to(result)
     all_reduce([result.view(torch.uint8)])  # each byte is zero in all ranks but one
     return result
 
 
-def gathered(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """Return the values of all ranks, in all ranks; they can be pickled."""
     if world_size() == 1:
         return [value]
@@ -112,7 +112,7 @@ def gathered(value: Value) -> list[Value]:
     return values
 
 
-def share(value: Value) -> Value:
+def broadcast(value: Value) -> Value:
     """Return the value of rank 0 in all ranks.
 
     Args:
@@ -139,14 +139,14 @@ def on_main(compute: Callable[[], Value]) -> Value:
             value = compute()
         except (PermLLMError, OSError) as error:
             failure = error
-    value, failure = share((value, failure))
+    value, failure = broadcast((value, failure))
     if failure is not None:
         raise failure
     return value  # type: ignore[no-any-return]
 
 
 @contextmanager
-def in_step() -> Iterator[None]:
+def failing_together() -> Iterator[None]:
     """Raise an error inside if all ranks have one, or else end this process.
 
     Raises:
@@ -158,7 +158,7 @@ def in_step() -> Iterator[None]:
     except Exception as error:
         if world_size() == 1 or _all_fail():
             raise
-        if everything_wanted():
+        if tracebacks_wanted():
             traceback.print_exc()
         message = one_line(error) or type(error).__name__
         raise SystemExit(f"error: rank {rank()}: {message}: {CONTINUES}") from error

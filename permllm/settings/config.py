@@ -47,6 +47,8 @@ Placement = Literal["device", "sharded", "host", "disk"]
 PLACEMENTS = get_args(Placement)  # the fastest first
 # Groups of `conf/` whose options are methods, in the order in which a job reads them.
 METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction")
+# Options of these groups that do nothing.
+IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 # Models of the package index; the first is the default.
 WheelModel = Literal["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"]
 WHEEL_MODELS = get_args(WheelModel)

@@ -28,8 +28,6 @@ class Method:
         batch_size: windows in a step.
         micro_batch_size: windows in a forward of a step; None: all windows of the step.
         activation_checkpointing: backward recomputes each layer; None: if memory needs it.
-        layers_per_stage: number of layers that learn together, or `all`; None: the method does not
-            learn in stages.
         loss: name in `permllm.training.losses`; None: the method does not train, or by its own.
         select_from: number of last epochs whose result is measured.
     """
@@ -42,7 +40,6 @@ class Method:
     batch_size: int = 1
     micro_batch_size: int | None = None
     activation_checkpointing: bool | None = None
-    layers_per_stage: Any = None
     loss: Any = None
     select_from: int = 0
 

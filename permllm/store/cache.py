@@ -45,7 +45,7 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
     """
     commit = parallel.on_main(git_commit)
     if commit is not None and commit["dirty"]:
-        return parallel.share(compute())
+        return parallel.broadcast(compute())
     software = {"versions": versions(), "commit": commit}
     text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
@@ -60,7 +60,7 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
         values = parallel.on_main(locked_and_read)
         if values is None:
-            values = parallel.share(compute())
+            values = parallel.broadcast(compute())
             parallel.on_main(lambda: _write(file, values))
         return values
 

@@ -65,7 +65,7 @@ class Record:
         self.metrics: dict[str, Any] = {"seconds": {}}
         self.evaluation: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        # Seconds of the stages inside the running stage; None: no stage runs.
+        # Seconds of the phases inside the running phase; None: no phase runs.
         self._inside: float | None = None
 
     def save(self) -> None:
@@ -91,7 +91,7 @@ class Record:
         """
         value = self.loaded(name, load)
         if value is None:
-            value = parallel.share(compute())
+            value = parallel.broadcast(compute())
             self.keep(name, value, save)
         return value
 
@@ -99,7 +99,7 @@ class Record:
         """Replace the history by these lines."""
         self.history = lines
 
-    def keep_products(self, dtype: torch.dtype) -> None:
+    def keep_compute_dtype(self, dtype: torch.dtype) -> None:
         """Record the dtype of matrix products, which a run keeps to its end.
 
         Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
@@ -115,16 +115,16 @@ class Record:
             )
 
     @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Record the seconds and the peak memory of a stage, also if it is interrupted.
+    def phase(self, name: str, device: torch.device) -> Iterator[None]:
+        """Record the seconds and the peak memory of a phase, also if it is interrupted.
 
-        The seconds of a stage inside another one count only for the inner stage. The outer stage
+        The seconds of a phase inside another one count only for the inner phase. The outer phase
         saves the metrics.
         """
         outer = self._inside
         self._inside = 0.0
         if outer is None:
-            return_freed_memory()  # it would count in the peak of this stage
+            return_freed_memory()  # it would count in the peak of this phase
         start = time.perf_counter()
         try:
             yield
@@ -148,7 +148,7 @@ class RunDirectory(Record):
     """Record of a run in its directory, which is made if it is missing.
 
     Attributes:
-        finished: True: every stage and the evaluation were finished when the directory was opened.
+        finished: True: every phase and the evaluation were finished when the directory was opened.
     """
 
     directory: Path
@@ -266,7 +266,7 @@ class RunDirectory(Record):
                 self.save()
 
     def _is_finished(self) -> bool:
-        """Tell if every stage and the evaluation are finished, and each tensor file is there."""
+        """Tell if every phase and the evaluation are finished, and each tensor file is there."""
         is_evaluated = (
             self.evaluation.get("finished")
             or self.metrics.get("evaluation") == self.evaluation["evaluation"]

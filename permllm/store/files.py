@@ -30,7 +30,7 @@ MASKS = "masks.safetensors"
 WEIGHTS = "weights"
 PRUNED_LAYERS = "pruned_layers"
 EXPORT = "export"
-CHECKPOINT = "lcp_checkpoint.pt"
+LCP_CHECKPOINT = "lcp_checkpoint.pt"
 MASK_CHECKPOINT = "mask_checkpoint.pt"
 DISTILL_CHECKPOINT = "distill_checkpoint.pt"
 # Files of loggers: the folder of TensorBoard, and the id of the W&B run.
@@ -38,7 +38,7 @@ TENSORBOARD = "tensorboard"
 WANDB_ID = ".wandb-id"
 OF_LOGGERS = (TENSORBOARD, WANDB_ID)
 # Files that only an unfinished run needs.
-UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, PRUNED_LAYERS)
+UNFINISHED = (LCP_CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, PRUNED_LAYERS)
 RESULTS = (EVALUATIONS, HISTORY, ALLOCATION, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *UNFINISHED)
 
 # Usual name, and suffix, of a file of records, which has one run in each line.

@@ -17,7 +17,7 @@ from filelock import FileLock
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.runtime.signals import what_happened
 from permllm.settings.composition import SWEEP_VARIABLE
-from permllm.settings.config import METHOD_GROUPS, RunConfig, flatten
+from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig, flatten
 from permllm.store import sweep
 from permllm.store.directory import noted
 from permllm.store.environment import command_line
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 # Groups of the settings whose methods may train, in the order in which they do.
 LEARNING = ("permutation", "mask", "reconstruction")
-# Options that do nothing, so that they are no tag of a run.
-_UNTAGGED = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 _EPOCH = "epoch/"  # prefix of the measures of an epoch
 # Numbers that are no measures.
 _NO_MEASURES = ("epoch", "round", "first_layer", "last_layer", "schema_version")
@@ -193,7 +191,7 @@ def described(config: RunConfig, directory: Path, learns: bool) -> dict[str, Any
     """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     names = {group: getattr(config, group)["name"] for group in METHOD_GROUPS}
-    tags = {group: name for group, name in names.items() if name != _UNTAGGED.get(group)}
+    tags = {group: name for group, name in names.items() if name != IDLE.get(group)}
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,

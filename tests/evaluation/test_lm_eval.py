@@ -109,7 +109,7 @@ results = {}
 for file in sys.argv[1:]:
     few = TaskConfig(num_fewshot=0 if "rolling" in file else 2, limit=5)
     results |= lm_eval.run_task(model, ByT5Tokenizer(extra_ids=0), file, few, LMEvalConfig())
-results = parallel.share(results)
+results = parallel.broadcast(results)
 parallel.stop()
 print(json.dumps([results, len(answered)]))
 """

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import permllm
 from permllm.cli import call
 from permllm.errors import ConfigError, DataError, PermLLMError
-from permllm.export.gathered import ORDERS
+from permllm.export.gathered import GATHERS
 from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run
 from permllm.settings.config import ExportConfig, NMPattern
@@ -116,13 +116,13 @@ BAD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "a stranger": ("gathered", WEIGHTS, {"x.weight": torch.zeros(2, 4)}, {}, "x.weight"),
     "an infinite head": ("folded", WEIGHTS, {HEAD: poisoned((259, 32), torch.inf)}, {}, HEAD),
     "settings that make NaN": ("folded", WEIGHTS, {}, {"rms_norm_eps": -1e30}, "logits"),
-    "an order is missing": ("gathered", ORDERS, {ORDER: None}, {}, GATHERED),
-    "an order names a channel twice": ("gathered", ORDERS, {ORDER: FEW.new_zeros(32)}, {}, ORDER),
-    "an order is too short": ("gathered", ORDERS, {ORDER: FEW}, {}, GATHERED),
-    "an order of fractions": ("gathered", ORDERS, {ORDER: torch.arange(32.0)}, {}, ORDER),
-    "another gather": ("gathered", ORDERS, {}, {"gathers": ["x"]}, ORDERS),
-    "gathers of nothing": ("gathered", ORDERS, {}, {"gathers": None}, ORDERS),
-    "no config": ("gathered", ORDERS, {}, {"dense_config": {"dense_type": "x"}}, "x"),
+    "an order is missing": ("gathered", GATHERS, {ORDER: None}, {}, GATHERED),
+    "an order names a channel twice": ("gathered", GATHERS, {ORDER: FEW.new_zeros(32)}, {}, ORDER),
+    "an order is too short": ("gathered", GATHERS, {ORDER: FEW}, {}, GATHERED),
+    "an order of fractions": ("gathered", GATHERS, {ORDER: torch.arange(32.0)}, {}, ORDER),
+    "another gather": ("gathered", GATHERS, {}, {"gathers": ["x"]}, GATHERS),
+    "gathers of nothing": ("gathered", GATHERS, {}, {"gathers": None}, GATHERS),
+    "no config": ("gathered", GATHERS, {}, {"dense_config": {"dense_type": "x"}}, "x"),
 }
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_whole_is_one_line(name: str, exports: Path, tmp_path: Path)
         (SUMMARY, '{"sparsity": "2:4", "sha256": {"model.safetensors": "0"}}', "sha256"),
         (SUMMARY, None, "sparsity='4:2'"),
         ("config.json", "[]", "config.json"),
-        (ORDERS, "garbage", ORDERS),
+        (GATHERS, "garbage", GATHERS),
     ],
 )
 def test_garbage_is_one_line(

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, LlamaForCausa
 import permllm
 from permllm.cli import call
 from permllm.errors import ConfigError, DataError
-from permllm.export.gathered import ORDERS, leave_out_gathers
+from permllm.export.gathered import GATHERS, leave_out_gathers
 from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.models.families import channel_groups, decoder_layers, linear_at
@@ -273,7 +273,7 @@ def test_what_lies_beside_the_weights(exports: Path, tmp_path: Path) -> None:
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert summary["bytes"] < size < summary["bytes"] + 20_000  # the rest is the header
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names >= {"generation_config.json", ORDERS}
+    assert names >= {"generation_config.json", GATHERS}
     tokenizers = AutoTokenizer.from_pretrained(tmp_path / "out"), ByT5Tokenizer(extra_ids=0)
     assert len({tuple(tokenizer("abc").input_ids) for tokenizer in tokenizers}) == 1
     said = "X is under terms. The weights of local were changed: they were pruned to 2:4."
@@ -338,7 +338,7 @@ def test_of_two_exports_to_one_folder_the_first_gets_it(
 
 def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -> None:
     out = shutil.copytree(exports / "gathered", tmp_path / "out")
-    for file in (ORDERS, SUMMARY):
+    for file in (GATHERS, SUMMARY):
         (out / file).write_text("[]")
         assert present_export(out) is None
     assert present_export(tmp_path / "nothing") is None

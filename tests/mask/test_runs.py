@@ -15,7 +15,7 @@ from permllm.export.verify import verify
 from permllm.mask.score import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
-from permllm.pruning import stages
+from permllm.pruning import phases
 from permllm.pruning.methods import methods_of
 from permllm.store.files import read_json, read_lines
 from permllm.training.objective import Objective
@@ -123,7 +123,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     )
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
-    real, real_states = Trainer.__init__, stages.last_states
+    real, real_states = Trainer.__init__, phases.last_states
 
     def watched(self: Trainer, objective: Objective, *more: Any) -> None:
         problem = objective.problem
@@ -137,7 +137,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
         return real_states(model, tokens, *more)
 
     monkeypatch.setattr(Trainer, "__init__", watched)
-    monkeypatch.setattr(stages, "last_states", watched_states)
+    monkeypatch.setattr(phases, "last_states", watched_states)
     run(tmp_path, *words)
     assert methods_of(settings).further(8) == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])

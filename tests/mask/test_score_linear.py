@@ -51,7 +51,7 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     expected = saliency(linear.weight, factors).clone()
     scores = made(kind, linear, factors)
     for _ in range(2):  # in each step anew
-        values = saliency(linear.weight, scores.at(linear.weight.t(), slice(None)))
+        values = saliency(linear.weight, scores.chunk_scores(linear.weight.t(), slice(None)))
         torch.testing.assert_close(values.exp(), expected.clamp_min(TINY), rtol=1e-11, atol=0)
         mask = permuted_nm_mask(values, order, PATTERN)
         assert torch.equal(mask, permuted_nm_mask(expected, order, PATTERN))
@@ -111,7 +111,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> N
     ours_x = x.clone().requires_grad_()
     ours = module(ours_x)
     ours.backward(grad)
-    values = saliency(linear.weight, scores.at(linear.weight.t(), slice(None)))
+    values = saliency(linear.weight, scores.chunk_scores(linear.weight.t(), slice(None)))
     assert torch.equal(module.mask(), permuted_nm_mask(values, order, PATTERN))
 
     base = saliency(linear.weight, factors).clamp_min(TINY).log()

@@ -192,7 +192,7 @@ def test_a_weight_is_rearranged_and_replaced(
             assert torch.equal(linear.weight, new)
         assert torch.equal(weight(), new)
     save_file({"changed": dense * 2}, tmp_path / "changed.safetensors")
-    place.lies_in(tmp_path / "changed.safetensors", {linear: "changed"})
+    place.read_from(tmp_path / "changed.safetensors", {linear: "changed"})
     assert torch.equal(weight(), dense * 2)
 
 

@@ -13,7 +13,7 @@ from permllm.permutation.foldable import (
     SharedPermutation,
     check_segments,
     expanded,
-    foldable,
+    folded_permutations,
     shared_permutations,
 )
 from permllm.permutation.heuristic import heuristic_permutation, segments_of
@@ -43,7 +43,7 @@ def test_a_group_does_in_every_copy_what_the_shared_order_does(
     copies = local.repeat_interleave(repeats, 0)
     copies += segment * torch.arange(segments * repeats)[:, None]
     assert torch.equal(shared.expand(order), copies.flatten())
-    found = shared.shared(shared.expand(order))
+    found = shared.contract(shared.expand(order))
     assert found is not None
     assert torch.equal(found, order)
 
@@ -53,7 +53,7 @@ def test_an_order_that_no_shared_one_gives_is_not_shared(other: int) -> None:
     shared = heads(2, 4, 2)
     order = shared.expand(random_order(shared))
     order[[0, other]] = order[[other, 0]]
-    assert shared.shared(order) is None
+    assert shared.contract(order) is None
 
 
 @pytest.mark.parametrize("block_size", [4, 8, 12])
@@ -97,11 +97,11 @@ def test_foldable_orders_of_each_family(family: str) -> None:
     assert whole.keys() == {group.name for group in groups}
     for group in groups:
         assert torch.equal(whole[group.name].sort().values, torch.arange(group.channels))
-    found = foldable(groups, whole)
+    found = folded_permutations(groups, whole)
     assert all(torch.equal(found[name], order) for name, order in orders.items())
     first = next(group for group in groups if group.layer == 1 and not group.table.producers)
     with pytest.raises(ConfigError, match=first.name):
-        foldable(groups, whole | {first.name: whole[first.name].flip(0)})
+        folded_permutations(groups, whole | {first.name: whole[first.name].flip(0)})
 
 
 def test_m_divides_the_heads_and_where_groups_share_an_order_the_other_m() -> None:

@@ -15,11 +15,11 @@ from permllm.permutation import heuristic
 from permllm.permutation.foldable import shared_permutations
 from permllm.permutation.heuristic import (
     Search,
-    allocate,
     assigned,
     heuristic_permutation,
     heuristic_permutations,
     segments_of,
+    snake,
     sums_of_larger,
 )
 from permllm.settings.config import NMPattern
@@ -109,7 +109,7 @@ def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_channels_are_dealt_in_a_snake() -> None:
     total = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])
-    assert allocate(total, 4).view(2, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert snake(total, 4).view(2, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
 
 @pytest.mark.parametrize("patterns", [["2:4"], ["2:4", "4:8"]], ids=" and ".join)

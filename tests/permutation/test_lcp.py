@@ -13,7 +13,7 @@ from torch import Tensor
 from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
-from permllm.permutation.foldable import RESIDUAL, foldable, shared_permutations
+from permllm.permutation.foldable import RESIDUAL, folded_permutations, shared_permutations
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.permutation_learner import PermutationLearner
@@ -103,7 +103,7 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(settings: dict[str,
         assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
     if "constraint" in settings:  # the order of the whole model is learned too
         groups = channel_groups(tiny_model("llama"))
-        streams = [foldable(groups, found)[RESIDUAL] for found in (start, orders)]
+        streams = [folded_permutations(groups, found)[RESIDUAL] for found in (start, orders)]
         assert not torch.equal(*streams)
 
 
@@ -369,8 +369,8 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
 def test_an_order_of_the_whole_model_stays_unless_all_layers_learn_together() -> None:
     learning = problem()
     settings = lcp(constraint="foldable", block_size=16, layers_per_stage=1, learning_rate=0.1)
-    moved = foldable(learning.groups, settings.permutations(learning))
-    start = foldable(learning.groups, Heuristic("foldable").permutations(learning))
+    moved = folded_permutations(learning.groups, settings.permutations(learning))
+    start = folded_permutations(learning.groups, Heuristic("foldable").permutations(learning))
     assert torch.equal(moved[RESIDUAL], start[RESIDUAL])
     assert not same(moved, start)
 

@@ -18,7 +18,7 @@ from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_permutations
 from permllm.permutation.lcp.lcp import LCP
 from permllm.pruning.methods import Job, ModelGroups, learning_problem, methods_of
-from permllm.pruning.stages import calibrate
+from permllm.pruning.phases import calibrate
 from permllm.settings.config import RunConfig
 from permllm.sparsity.method import instantiate
 from permllm.store.directory import Record

@@ -11,7 +11,7 @@ from torch import nn
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.selection import pruned_groups
 from permllm.permutation.base import Identity
-from permllm.permutation.foldable import foldable
+from permllm.permutation.foldable import folded_permutations
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel
@@ -83,7 +83,7 @@ def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, way: 
     loss = float(cosine_loss(states_of(model), learning.target))
     assert loss == pytest.approx(min(losses), rel=1e-4)
     if constraint == "foldable":  # the residual stream, two MLPs, one attention
-        assert len(foldable(learning.groups, orders)) == 4
+        assert len(folded_permutations(learning.groups, orders)) == 4
 
 
 def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:

@@ -69,7 +69,7 @@ def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def learns(size: int) -> int:
         job = planned("model=llama-2-7b", f"permutation.batch_size={size}")
-        return job.needs("device").stages["learn"]
+        return job.needs("device").phases["learn"]
 
     alone, one = learns(8), learns(1)
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
@@ -89,14 +89,14 @@ def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
     alone = minutes("device")
     monkeypatch.setattr(parallel, "world_size", lambda: 4)
     together = minutes("device")
-    for stage in ("calibrate", "prune", "perplexity", "tasks"):
-        assert together[stage] == pytest.approx(alone[stage] / 4, rel=1e-2)
+    for phase in ("calibrate", "prune", "perplexity", "tasks"):
+        assert together[phase] == pytest.approx(alone[phase] / 4, rel=1e-2)
     # A forward of the whole model joins the parts of each layer, so that all ranks have all items.
     assert minutes("sharded")["tasks"] == pytest.approx(alone["tasks"], rel=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("words", "stage", "further"),
+    ("words", "phase", "further"),
     [
         ("permutation=lcp permutation.samples=300", "calibrate", 172),
         ("permutation=none mask=score mask.samples=300", "calibrate", 172),
@@ -104,19 +104,19 @@ def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
         ("permutation=none reconstruction=distill reconstruction.samples=300", "prune", 300),
     ],
 )
-def test_the_targets_of_further_windows_are_forwards(words: str, stage: str, further: int) -> None:
+def test_the_targets_of_further_windows_are_forwards(words: str, phase: str, further: int) -> None:
     found = planned("model=llama-2-7b", *words.split())
     alone = planned("model=llama-2-7b", *words.replace("300", "128").split())
-    more = found.stages("device")[stage].products - alone.stages("device")[stage].products
+    more = found.phases("device")[phase].products - alone.phases("device")[phase].products
     weights = sum(parameter.numel() for parameter in decoder_layers(found.model).parameters())
     assert more == pytest.approx(2 * weights * further * found.config.calibration.seqlen)
 
 
 def test_distillation_takes_the_iterations_of_its_start() -> None:
     words = ("model=llama-2-7b", "permutation=none")
-    start = planned(*words, "reconstruction=admm").stages("device")["prune"]
+    start = planned(*words, "reconstruction=admm").phases("device")["prune"]
     learned = planned(*words, "reconstruction=distill", "reconstruction.start=admm")
-    assert learned.stages("device")["prune"].single == start.single > 0
+    assert learned.phases("device")["prune"].single == start.single > 0
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
@@ -126,9 +126,9 @@ def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
     assert made.needs("host").host >= states > made.needs("device").host
 
 
-def beside_weights(stage: str, *words: str) -> int:
-    stages = planned(*words).needs("device").stages
-    return stages[stage] - stages["weights"]
+def beside_weights(phase: str, *words: str) -> int:
+    phases = planned(*words).needs("device").phases
+    return phases[phase] - phases["weights"]
 
 
 def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:

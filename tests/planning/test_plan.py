@@ -23,7 +23,9 @@ QWEN = "model=qwen2.5-7b"
 
 def minutes(*words: str, place: str = "device") -> dict[str, float]:
     of = planned(*words, *PLAN)
-    return of.minutes(place, speed_of("h100", of.device, {of.products, of.dtype, torch.float32}))
+    return of.minutes(
+        place, speed_of("h100", of.device, {of.compute_dtype, of.dtype, torch.float32})
+    )
 
 
 def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
@@ -59,7 +61,7 @@ def test_a_card_is_for_a_plan_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "stage", "expected"),
+    ("words", "phase", "expected"),
     [
         ([QWEN], "learn", 1.2),
         ([QWEN], "tasks", 5.5),
@@ -69,9 +71,9 @@ def test_a_card_is_for_a_plan_alone() -> None:
     ],
 )
 def test_minutes_are_within_a_factor_of_two_of_a_detailed_estimate(
-    words: list[str], stage: str, expected: float
+    words: list[str], phase: str, expected: float
 ) -> None:
-    assert expected / 2 < minutes(*words)[stage] < expected * 2
+    assert expected / 2 < minutes(*words)[phase] < expected * 2
 
 
 def test_layers_that_come_in_each_batch_of_tasks_take_the_time_of_their_way() -> None:

@@ -15,7 +15,7 @@ from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
-from permllm.pruning.stages import calibrate_dense
+from permllm.pruning.phases import calibrate_dense
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from tests.conftest import tiny_model

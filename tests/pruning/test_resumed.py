@@ -18,7 +18,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel
-from permllm.pruning.stages import calibrate_dense
+from permllm.pruning.phases import calibrate_dense
 from permllm.reconstruction.obs import OBS
 from permllm.settings.config import NMPattern
 from permllm.store.directory import Record, RunDirectory

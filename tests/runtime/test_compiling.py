@@ -40,7 +40,7 @@ def test_a_failure_is_one_warning_and_plain_code(
 def test_a_failure_is_raised_for_somebody_who_wants_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("permllm.runtime.compiling.everything_wanted", errors.everything_wanted)
+    monkeypatch.setattr("permllm.runtime.compiling.tracebacks_wanted", errors.tracebacks_wanted)
     monkeypatch.delenv(errors.SHORT_ERRORS, raising=False)
     failing = Mock(side_effect=RuntimeError("a defect of the kernel"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

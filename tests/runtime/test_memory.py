@@ -1,4 +1,4 @@
-"""Memory that is freed is kept while a stage runs, and goes back before the next."""
+"""Memory that is freed is kept while a phase runs, and goes back before the next."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ keep_freed_memory()
 progress, cpu = Record(), torch.device("cpu")
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = host_memory()
-with progress.stage("one", cpu):
+with progress.phase("one", cpu):
     taken = [torch.ones(1 << 18) for _ in range(400)]  # of 1 MiB each
     above = taken[-1]  # stays on top of the heap, so that nothing below goes back by itself
     del taken
-    with progress.stage("inner", cpu):
+    with progress.phase("inner", cpu):
         kept = host_memory() - before
-with progress.stage("two", cpu):
+with progress.phase("two", cpu):
     print(kept, host_memory() - before)
 """
 

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 from permllm.errors import DataError
 from permllm.models.load import LoadedModel
 from permllm.pruning.methods import Job, checked_groups, methods_of
-from permllm.pruning.stages import DenseCalibration, calibrate
+from permllm.pruning.phases import DenseCalibration, calibrate
 from permllm.store.cache import cached
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
@@ -110,7 +110,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
     first = {pruner: share(pruner) for pruner in ("wanda", "ria")}
     assert len(list((cache / "results").glob("target-*.pt"))) == 1
     assert len(list((cache / "results").glob("saliency-*.pt"))) == 2
-    monkeypatch.setattr("permllm.pruning.stages.calibrate_dense", lambda *_, **__: refuse())
+    monkeypatch.setattr("permllm.pruning.phases.calibrate_dense", lambda *_, **__: refuse())
     for pruner, before in first.items():
         again = share(pruner)
         assert torch.equal(again.target, before.target)

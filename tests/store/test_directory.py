@@ -1,4 +1,4 @@
-"""The run directory: stages as files, several evaluations, two processes, damaged files."""
+"""The run directory: phases as files, several evaluations, two processes, damaged files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> None:
-    """Stop one run at each of its stages in turn."""
+    """Stop one run at each of its phases in turn."""
     stops: list[Stop] = [line_with("temperature", 2), line_with("mask_flips")]
     stops += [line_with("weights_learned"), (job, "prune_layers", lambda *_: True)]
     stops += [(measure, "measure_perplexity", lambda *arguments: "sparse" in arguments[-1])]

@@ -34,7 +34,7 @@ from permllm.settings.config import RunConfig
 from permllm.settings.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.store.files import CHECKPOINT
+from permllm.store.files import LCP_CHECKPOINT
 from permllm.training.kernels import Kernels, chosen_kernels
 from permllm.training.learner import Progress, Stage
 from permllm.training.problem import LearningProblem, replaced_linears
@@ -128,7 +128,7 @@ class LCP(LearningSettings, LearnedPermutation):
     def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the permutations of all groups, stage by stage."""
         shared = shared_permutations(problem.groups, self.constraint)
-        schedule = StageSchedule(self, problem, "lcp", CHECKPOINT)
+        schedule = StageSchedule(self, problem, "lcp", LCP_CHECKPOINT)
         if schedule.state is None:
             spans = self.spans(len(decoder_layers(problem.model)))
             permutations = self.start_permutations(problem, shared, spans[0].start)
@@ -231,13 +231,12 @@ class LCP(LearningSettings, LearnedPermutation):
 
         With `init=random` they are the identity in all layers that learn, from `first` on.
         """
-        drawn = [
-            permutation
+        identities = {
+            permutation.name: torch.arange(permutation.channels)
             for permutation in shared
             if self.init == "random" and permutation.layers.start >= first
-        ]
-        searched = [permutation for permutation in shared if permutation not in drawn]
-        identities = {permutation.name: torch.arange(permutation.channels) for permutation in drawn}
+        }
+        searched = [permutation for permutation in shared if permutation.name not in identities]
         return identities | heuristic_permutations(searched, problem, "start permutation")
 
     def start_logits(

@@ -51,9 +51,10 @@ class PermutationLearner(Learner):
         halves: int,
     ) -> None:
         self.shared = shared
-        self.blocks = logits
+        self.logits = logits
         self.linears = linears
-        self.logits = nn.ModuleDict(
+        # Names in a ModuleDict have no dots.
+        self._module = nn.ModuleDict(
             {name.replace(".", "/"): block for name, block in logits.items()}
         )
         self.temperature = temperature
@@ -75,13 +76,13 @@ class PermutationLearner(Learner):
 
     @override
     def parameters(self) -> list[Tensor]:
-        return list(self.logits.parameters())
+        return list(self._module.parameters())
 
     @override
     @torch.no_grad()
     def begin(self, progress: Progress) -> None:
         """Make the soft and the hard permutations of a step."""
-        self._batches = soft_batches(self.blocks, self.temperature(progress), self.halves)
+        self._batches = soft_batches(self.logits, self.temperature(progress), self.halves)
         try:
             hardened = harden([batch.soft for batch in self._batches])
         except ValueError as error:
@@ -93,7 +94,7 @@ class PermutationLearner(Learner):
             hard |= batch.parts(blocks)
             soft |= batch.placeholders
         self.present = dict(self.present)
-        for name, block in self.blocks.items():
+        for name, block in self.logits.items():
             stacks = [(name, number) for number in range(len(block.logits))]
             self._soft[name] = [soft[stack] for stack in stacks]
             self._hard[name] = torch.cat([hard[stack].flatten() for stack in stacks])
@@ -120,7 +121,7 @@ class PermutationLearner(Learner):
             columns = permutation.expand(self.present[permutation.name])
             hard = None
             soft: list[Tensor] = []
-            if torch.is_grad_enabled() and permutation.name in self.blocks:
+            if torch.is_grad_enabled() and permutation.name in self.logits:
                 hard = permutation.expand_rows(self._hard[permutation.name])
                 soft = permutation.expand_blocks(self._soft[permutation.name])
             for path in group.members:
@@ -148,8 +149,8 @@ class PermutationLearner(Learner):
 
     def _moved(self, before: dict[str, Tensor]) -> Tensor:
         """Return the share of channels that have moved since `before`, a scalar on the device."""
-        earlier = torch.cat([before[name] for name in self.blocks])
-        present = torch.cat([self.present[name] for name in self.blocks])
+        earlier = torch.cat([before[name] for name in self.logits])
+        present = torch.cat([self.present[name] for name in self.logits])
         return (earlier != present).sum().double() / self.channels
 
     @override
@@ -159,7 +160,7 @@ class PermutationLearner(Learner):
     @override
     def state(self) -> dict[str, Any]:
         return {
-            "logits": self.logits.state_dict(),
+            "logits": self._module.state_dict(),
             "best": self.best,
             "present": self.present,
             "at_step": self._at_step,
@@ -168,7 +169,7 @@ class PermutationLearner(Learner):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        self.logits.load_state_dict(state["logits"])
+        self._module.load_state_dict(state["logits"])
         self.best = {name: permutation.cpu() for name, permutation in state["best"].items()}
         self.present = self._on_device(state["present"])
         self._at_step = self._on_device(state["at_step"])

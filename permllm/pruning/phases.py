@@ -1,6 +1,6 @@
-"""Stages before the pruning of the layers: calibration, allocation, permutation, mask.
+"""Phases before the pruning of the layers: calibration, allocation, permutation, mask.
 
-The stages share arguments: `windows` of the text, int64 `(windows, tokens)`, the calibration
+The phases share arguments: `windows` of the text, int64 `(windows, tokens)`, the calibration
 windows first, and `calibration`, the result of `calibrate`.
 """
 
@@ -25,6 +25,7 @@ from permllm.pruning.methods import (
     ModelGroups,
     check_pruned,
     learning_problem,
+    problem_of,
     windows_for,
 )
 from permllm.runtime.precision import products_in
@@ -77,7 +78,7 @@ def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
             tokens,
             pruner,
             batch_size=job.config.calibration.batch_size,
-            compute_dtype=job.products,
+            compute_dtype=job.compute_dtype,
             norm_tokens=norm_tokens,
         )
 
@@ -125,20 +126,10 @@ def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
     config = job.config
     every = job.groups.every
     tokens = windows[: config.calibration.samples]
-    problem = LearningProblem(
-        model=job.loaded.model,
-        groups=job.groups.pruned,
-        tokens=tokens,
-        factors=calibration.factors,
-        target=calibration.target,
-        pattern=config.pattern,
-        seed=config.seed,
-        calibration_batch_size=config.calibration.batch_size,
-        calibration=tokens,
-    )
+    problem = problem_of(job, tokens, tokens, calibration.factors, calibration.target)
 
     def measured() -> dict[str, float]:
-        with products_in(job.products, job.device):
+        with products_in(job.compute_dtype, job.device):
             return method.sensitivity(problem)
 
     def compute() -> dict[str, Any]:
@@ -181,7 +172,7 @@ def find_permutations(
 
     def compute() -> dict[str, Tensor]:
         problem = _dense_problem(job, "permutation", windows, calibration)
-        with products_in(job.products, job.device):
+        with products_in(job.compute_dtype, job.device):
             permutations = job.methods.permutation.permutations(problem)
         return {
             group.name: checked_permutation(job.config, group, permutations.get(group.name))
@@ -198,7 +189,7 @@ def find_masks(
 
     def compute() -> Mapping[str, Tensor]:
         problem = _dense_problem(job, "mask", windows, calibration)
-        with products_in(job.products, job.device):
+        with products_in(job.compute_dtype, job.device):
             masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, permutations)
         return masks
 
@@ -252,7 +243,7 @@ def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
         job,
         further,
         "target",
-        lambda: {"target": last_states(job.loaded.model, further, batch_size, job.products)},
+        lambda: {"target": last_states(job.loaded.model, further, batch_size, job.compute_dtype)},
     )
     targets = target.new_empty(len(windows), *target.shape[1:])
     targets[:samples] = target
@@ -273,7 +264,7 @@ def _cached_values(
         "model": job.loaded.identity,
         "tokens": tensor_digest(tokens),
         "batch_size": job.config.calibration.batch_size,
-        "compute_dtype": str(job.products),
+        "compute_dtype": str(job.compute_dtype),
         "device": job.device.type,
     }
     return cached(kind, identity | key, compute)
