@@ -99,7 +99,19 @@ class LCP(LearningSettings, LearnedPermutation):
         learning = [
             permutation for span in spans for permutation in permutations_within(shared, span)
         ]
-        columns: dict[str, tuple[str, str]] = {}
+        learned = sum(
+            _count_logits(permutation.stacks(self.block_size)) for permutation in learning
+        )
+        stays = [
+            permutation.name
+            for permutation in shared
+            if permutation not in learning and len(permutation.groups) > 1
+        ]
+        return LearningPlan(spans, learned, columns=self._plan_columns(shared), stays=stays)
+
+    def _plan_columns(self, shared: list[SharedPermutation]) -> dict[str, tuple[str, str]]:
+        """Return by channel group its blocks and its number of logits, as text for `plan=true`."""
+        columns = {}
         for permutation in shared:
             stacks = permutation.stacks(self.block_size)
             count = sum(stack.count for stack in stacks)
@@ -114,15 +126,7 @@ class LCP(LearningSettings, LearnedPermutation):
                 logits += f", shared as {heads}, each {permutation.repeats} times"
             for group in permutation.groups:
                 columns[group.name] = f"{count} of at most {largest}", logits
-        learned = sum(
-            _count_logits(permutation.stacks(self.block_size)) for permutation in learning
-        )
-        stays = [
-            permutation.name
-            for permutation in shared
-            if permutation not in learning and len(permutation.groups) > 1
-        ]
-        return LearningPlan(spans, learned, columns=columns, stays=stays)
+        return columns
 
     @override
     def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
