@@ -81,7 +81,10 @@ def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         columns[table.heading(name)] = cells
         published = published_values(table, paper, name)
         if paper and len(published):
-            columns[f"{prefix}{paper.heading}"] = _cells(published, partial(number, kind=kind))
+            # Beside another model than the paper's, any text has the number of the paper's text.
+            once = kind == "perplexity" and not paper.same_model
+            heading = paper.heading if once else f"{prefix}{paper.heading}"
+            columns.setdefault(heading, _cells(published, partial(number, kind=kind)))
         if table.baseline is None or name not in (main, AVERAGE):
             continue
         changes = _changes(table, table.baseline, name)

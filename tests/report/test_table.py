@@ -371,6 +371,16 @@ def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) ->
     assert row["difference of the changes"] == f"{(-0.2 - change) * 100:+.1f}%"
 
 
+def test_of_another_model_the_papers_perplexity_stands_once_beside_several_texts(
+    tmp_path: Path,
+) -> None:
+    texts = {name: {"dense": 10.0, "sparse": 50.0} for name in ("boolq-passages", "sciq-support")}
+    make_run(tmp_path / "a", 0.0, evaluation(texts), block_size=32)
+    shown = cells(table_below(tmp_path), Comparison("table6", ["smollm2-135m"]))
+    assert [name for name in shown if name.endswith("paper, llama-2-7b")] == ["paper, llama-2-7b"]
+    assert shown["paper, llama-2-7b"].iloc[-1] == f"{IN_TABLE_6['block_size=32']:.2f}"
+
+
 def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
     settings = {"name": "lcp-paper", "sinkhorn_iterations": 5, "last_layers": None}
     changes: list[dict[str, Any]] = [
