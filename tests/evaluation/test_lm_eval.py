@@ -16,7 +16,13 @@ from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from permllm.errors import ConfigError
-from permllm.evaluation.lm_eval import WHEEL_TASKS, check_tasks, run_task, task_manager
+from permllm.evaluation.lm_eval import (
+    WHEEL_TASKS,
+    _item_scores,
+    check_tasks,
+    run_task,
+    task_manager,
+)
 from permllm.models.load import load_model
 from permllm.settings.config import LMEvalConfig, ModelConfig, TaskConfig
 from permllm.settings.identity import task_digest
@@ -258,3 +264,9 @@ def test_what_a_definition_names_is_in_it(tmp_path: Path, monkeypatch: pytest.Mo
         assert task_digest(definition) != before
         Path(name).write_text(content)
     assert task_digest(definition) == before
+
+
+def test_other_items_have_another_digest() -> None:
+    item = {"filter": "none", "metrics": [], "doc_hash": "a", "target_hash": "b", "doc_id": 0}
+    digests = {_item_scores([item | {"doc_hash": name}])["digest"] for name in ("a", "c")}
+    assert len(digests) == 2

@@ -69,3 +69,10 @@ def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     assert perplexity_windows(loaded, BUILTIN, few, "builtin").shape == (3, 100)
     with pytest.raises(DataError, match=r"builtin: it has .* fewer than one"):
         perplexity_windows(loaded, BUILTIN, replace(config, seqlen=100_000), "builtin")
+
+
+def test_a_perplexity_beyond_every_number_is_infinite() -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.data.mul_(1e4)
+    windows = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    assert measure_perplexity(model, windows, 64)["value"] == math.inf

@@ -18,11 +18,12 @@ import permllm
 from permllm.cli import call
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.gathered import GATHERS
-from permllm.export.verify import verify
+from permllm.export.verify import logits_difference, verify
 from permllm.export.write import SUMMARY, export_run
 from permllm.settings.config import ExportConfig, NMPattern
 from permllm.store.files import file_sha256
-from tests.export.pruned import change_metrics, make_run, take_as_pruned, variant_model
+from tests.conftest import tiny_model
+from tests.export.pruned import change_metrics, load, make_run, take_as_pruned, variant_model
 from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite
 
 ORDER = "model.layers.0.self_attn.o_proj.input_order"
@@ -212,3 +213,28 @@ def test_a_dense_model_that_is_not_whole_is_not_exported(
     with pytest.raises(DataError, match=re.escape(named)):
         export_run(run, ExportConfig("folded", "float16"), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_difference_of_logits_is_that_of_the_formulas(exports: Path) -> None:
+    first, second = exports / "simulate", exports / "of-simulate" / "dense"
+    inputs = torch.randint(259, (4, 64), generator=torch.Generator().manual_seed(0))
+    a, b = (
+        load(folder, dtype=torch.float32)(input_ids=inputs).logits for folder in (first, second)
+    )
+    a, b = a.detach().double(), b.detach().double()
+    divergence = b.softmax(-1) * (b.log_softmax(-1) - a.log_softmax(-1))
+    expected = {
+        "largest": float((a - b).abs().max()),
+        "relative": float((a - b).norm() / b.norm()),
+        "kl": float(divergence.sum(-1).mean()),
+        "agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+    }
+    assert logits_difference(first, second) == pytest.approx(expected, rel=1e-6)
+    assert 0 < expected["agreement"] < 1
+
+
+def test_models_of_two_vocabularies_do_not_compare(tmp_path: Path) -> None:
+    for name, size in (("a", 259), ("b", 260)):
+        tiny_model("llama", vocab_size=size).save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError):
+        logits_difference(tmp_path / "a", tmp_path / "b")

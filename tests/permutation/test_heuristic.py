@@ -127,5 +127,11 @@ def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.Mon
     parts = [(torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]]), NMPattern(2, 4))]
     assert torch.equal(heuristic_permutation(lambda: parts), torch.arange(8))
     worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
-    monkeypatch.setattr(Search, "exchange", lambda self, *_: setattr(self, "perm", worse))
+    monkeypatch.setattr(Search, "exchange", lambda self, *_: setattr(self, "present", worse))
     assert torch.equal(heuristic_permutation(lambda: parts), torch.arange(8))
+
+
+def test_a_search_starts_at_the_snake_of_all_parts() -> None:
+    parts = [(random(6, 32).abs(), NMPattern(2, 4)), (random(6, 32, seed=1).abs(), NMPattern(4, 8))]
+    total = sum(part.sum(0) for part, _ in parts)
+    assert torch.equal(Search(lambda: parts).present, snake(total, 4))

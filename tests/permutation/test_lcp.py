@@ -211,11 +211,12 @@ def test_a_step_in_portions_is_the_undivided_step() -> None:
         assert again_losses == pytest.approx(losses, rel=1e-12)
 
 
-@pytest.mark.parametrize(("stage", "stop_after"), [("all", 1), (1, 3)])
+@pytest.mark.parametrize(("stage", "stop_after"), [("all", 2), (1, 5)])
 def test_an_interrupted_training_continues_to_the_same_result(
     tmp_path: Path, stage: str | int, stop_after: int
 ) -> None:
-    settings = {"layers_per_stage": stage, "init": "random", "learning_rate": 0.05, "epochs": 2}
+    settings = {"layers_per_stage": stage, "init": "random", "learning_rate": 0.05, "epochs": 3}
+    settings |= {"batch_size": 2, "select_from": 3}  # of all stages, the best is not the last
     whole, epochs = learned(**settings), list[float]()
 
     def stop(values: dict[str, float]) -> None:
@@ -227,7 +228,7 @@ def test_an_interrupted_training_continues_to_the_same_result(
     with pytest.raises(Interrupt):
         lcp(**settings).permutations(problem(**kept))
     continued = lcp(**settings).permutations(problem(**kept))
-    assert len(epochs) == (2 if stage == "all" else 4)
+    assert len(epochs) == (3 if stage == "all" else 6)
     assert same(whole, continued)
 
 
@@ -345,6 +346,52 @@ def test_schedules() -> None:
     for schedule, values in expected.items():
         found = [schedule(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
         assert found == pytest.approx(values, abs=1e-4)
+
+
+def test_the_temperature_falls_from_step_to_step() -> None:
+    seen: list[float] = []
+    learning = problem(on_step=lambda _, values: seen.append(values["temperature"]))
+    lcp(epochs=3, learning_rate=1e-9).permutations(learning)
+    assert seen == pytest.approx([Linear()(step / 5) for step in range(6)])
+
+
+def test_each_epoch_and_each_seed_has_its_own_order_of_the_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[Tensor] = []
+
+    def step(_: Trainer, batch: Tensor, progress: Progress) -> dict[str, float]:
+        batches.append(batch)
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(Trainer, "step", step)
+    for seed in (0, 1):
+        learning = problem(samples=tokens(10))
+        learning.seed = seed
+        lcp(epochs=2, batch_size=5, select_from=0).permutations(learning)
+    epochs = [torch.cat(batches[first : first + 2]).tolist() for first in range(0, 8, 2)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != epochs[2]
+
+
+def test_the_flips_of_an_epoch_are_those_since_the_epoch_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends: list[Tensor] = []
+    told: list[dict[str, Any]] = []
+    values = PermutationLearner.epoch_values
+
+    def seen(learner: PermutationLearner, progress: Progress) -> dict[str, Any]:
+        ends.append(torch.cat([*learner.present.values()]))
+        return values(learner, progress)
+
+    monkeypatch.setattr(PermutationLearner, "epoch_values", seen)
+    learning = problem(on_epoch=told.append)
+    lcp(init="random", learning_rate=0.05, epochs=3).permutations(learning)
+    for epoch in (1, 2):
+        moved = (ends[epoch] != ends[epoch - 1]).double().mean()
+        assert told[epoch]["flips"] == pytest.approx(float(moved), abs=1e-12)
 
 
 def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.errors import TrainingError
 from permllm.pruner.sparsegpt import SparseGPT, prune_columns
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask
@@ -113,3 +114,18 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     assert column.argmin() == 3
     small = gram_of(inputs * 0.01)
     assert torch.equal(SparseGPT().update(weight, small, order, PATTERN)[1], mask)
+
+
+def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
+    weight, _, statistics = layer()
+    statistics[Gram].value[0, 0] = -1e6
+    with pytest.raises(TrainingError):
+        SparseGPT().factors(weight, statistics)
+
+
+def test_without_inputs_the_kept_weights_stay() -> None:
+    weight, inputs, _ = layer()
+    whole = torch.ones(16, 32, dtype=torch.bool)
+    statistics = gram_of(torch.zeros_like(inputs))
+    updated, _ = SparseGPT().update(weight, statistics, torch.arange(32), PATTERN, whole)
+    assert torch.equal(updated, weight)

@@ -114,3 +114,32 @@ def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -
         columns.append(dense.factors[last].column)
     assert not torch.equal(*columns)
     torch.testing.assert_close(*columns, rtol=0.2, atol=0)
+
+
+def test_violations_are_counted() -> None:
+    model = tiny_model("llama")
+    groups = channel_groups(model)
+    paths = [path for group in groups for path in group.members]
+    dense = {path: torch.ones_like(linear_at(model, path).weight).bool() for path in paths}
+    identity = {group.name: torch.arange(group.channels) for group in groups}
+    factors = problem().factors
+    result = pruned(model, Wanda(), masks=dense, permutations=identity, factors=factors)
+    assert result.violations == sum(mask.numel() // 4 for mask in dense.values())
+
+
+def test_the_measures_of_a_group_are_those_of_the_formulas() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    learning = problem(model)
+    scores = {
+        path: learning.saliency_of(path).clone()
+        for group in learning.groups
+        for path in group.members
+    }
+    result = pruned(model, Wanda(), Heuristic(), factors=learning.factors)
+    for group in learning.groups:
+        channels = result.permutations[group.name].tolist()
+        moved = sum(channel != place for place, channel in enumerate(channels))
+        assert result.moved[group.name] == pytest.approx(moved / group.channels)
+        kept = sum(float(scores[path][result.masks[path]].sum()) for path in group.members)
+        whole = sum(float(scores[path].sum()) for path in group.members)
+        assert result.retained[group.name] == pytest.approx(kept / whole, rel=1e-9)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.errors import TrainingError
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel
-from permllm.reconstruction.admm import ADMM
+from permllm.reconstruction.admm import ADMM, masked_least_squares
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.obs import OBS
@@ -21,6 +22,7 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram, InputStatistics
 from tests.conftest import tiny_model
 from tests.problems import PATTERN, problem, pruned, random, shuffled, states_of
+from tests.pruner.test_sparsegpt import reference_update
 
 
 def reconstructed(
@@ -120,3 +122,48 @@ def test_admm_ends_at_the_least_squares_of_each_row() -> None:
     # Weights that are best already stay.
     again = ADMM(damping=1e-9).linear(replace(linear, weight=best.float()))
     assert squared_error(x, linear, again).sum() <= 1.0001 * least.sum()
+
+
+def test_admm_minimises_the_damped_error() -> None:
+    x, linear = correlated()
+    gram = x.T @ x / len(x)
+    hessian = gram + 3.0 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    dense = linear.dense.double()
+    best = torch.zeros_like(dense)
+    for row, kept in enumerate(linear.mask):
+        best[row, kept] = torch.linalg.solve(hessian[kept][:, kept], (hessian @ dense[row])[kept])
+
+    def error(weight: Tensor) -> float:
+        difference = weight.double() - dense
+        return float((difference @ hessian * difference).sum())
+
+    found = ADMM(iterations=40, damping=3.0).linear(linear)
+    assert error(found) <= 1.001 * error(best)
+
+
+def test_admm_does_not_make_a_row_worse() -> None:
+    x, linear = correlated()
+    best = least_squares(x, linear).float()
+    root, hessian, inverse = ADMM(damping=1e-9)._factors(linear.statistics)
+    start = best * root
+    found = masked_least_squares(linear.dense * root, start, linear.mask, hessian, inverse, 0)
+    worst = squared_error(x, linear, best) * (1 + 1e-4)
+    assert (squared_error(x, linear, found / root) <= worst).all()
+
+
+def test_admm_refuses_inputs_that_are_not_finite() -> None:
+    _, linear = correlated()
+    linear.statistics[Gram].value[0, 0] = torch.nan
+    with pytest.raises(TrainingError):
+        ADMM().linear(linear)
+
+
+def test_obs_takes_its_damping() -> None:
+    x, linear = correlated()
+    gram = x.T @ x
+    hessian = gram + 0.3 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    columns = linear.permutation
+    dense, mask = linear.dense[:, columns], linear.mask[:, columns]
+    expected, _ = reference_update(dense, hessian[columns][:, columns], PATTERN, mask)
+    found = OBS(damping=0.3).linear(linear)[:, columns].double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from permllm.cli import call
-from permllm.report.compare import paired
+from permllm.report.compare import interval, paired
 from permllm.report.table import Table, find
 from permllm.store.files import read_json, write_json
 from tests.kept import PERPLEXITY, evaluation, make_run, table_below
@@ -209,3 +209,12 @@ def test_the_command_compares_two_rows_and_all(
     assert found["rte acc (limited)"]["over"] == "90 items"
     assert call("results", [str(folder), "--baseline", "permutation=none"]) == 0
     assert f"{expected * 100:+.1f}% [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out
+
+
+def test_all_parts_of_a_mean_resample_the_same_seeds() -> None:
+    # The effects of two seeds cancel in each mean of both parts.
+    first = np.zeros((2, 2, 3))
+    first[0, 0] = 1.0
+    second = np.zeros((2, 2, 3))
+    second[0, 1] = 1.0
+    assert interval([first, second], np.subtract) == pytest.approx([0.5, 0.5])

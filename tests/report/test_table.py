@@ -542,3 +542,10 @@ def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None
         "print([name for name in heavy if name in sys.modules])"
     )
     assert run_python("-c", code, cwd=tmp_path, fresh=True).stdout.splitlines()[-1] == "[]"
+
+
+def test_a_perplexity_that_is_not_finite_has_no_gap(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", 40.0, permutation="none")
+    make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
+    make_run(tmp_path / "lcp", math.inf)
+    assert gaps(table_below(tmp_path)) == pytest.approx({"none": 0.0, "heuristic": 0.5})
