@@ -106,12 +106,14 @@ def prune(
     methods = methods_of(config)
     further = methods.further(config.calibration.samples)
     needed = config.calibration.samples + further
-    if isinstance(texts, Tensor) and len(texts) < needed:
-        raise ConfigError(
-            f"texts: got {len(texts)} windows of tokens, expected {needed}: "
-            f"{config.calibration.samples} to calibrate on (calibration__samples) and {further} "
-            "further ones to learn from"
-        )
+    if isinstance(texts, Tensor):
+        if len(texts) < needed:
+            raise ConfigError(
+                f"texts: got {len(texts)} windows of tokens, expected {needed}: "
+                f"{config.calibration.samples} to calibrate on (calibration__samples) and "
+                f"{further} further ones to learn from"
+            )
+        texts = texts[:needed]
     groups = checked_groups(config, methods, model)
     # Nothing asks for the tokenizer if texts are tokens.
     loaded = LoadedModel(model, tokenizer, "", config.model.bos)  # type: ignore[arg-type]
@@ -149,8 +151,7 @@ def _windows(texts: Texts, loaded: LoadedModel, config: RunConfig, further: int)
     """Return the windows to calibrate on and `further` windows, int64 `(windows, seqlen)`."""
     settings = config.calibration
     if isinstance(texts, Tensor):
-        needed = texts[: settings.samples + further]
-        windows = needed.cpu().clone()  # a tensor of inference mode cannot have gradients
+        windows = texts.cpu().clone()  # a tensor of inference mode cannot have gradients
     else:
         text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
         windows = calibration_windows(

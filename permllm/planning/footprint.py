@@ -243,11 +243,7 @@ class Footprint:
         cost = PhaseCost(self._forward_memory(statistics), seconds=_START_SECONDS)
         if self.config.calibration.statistics != "dense" and self.methods.permutation.local:
             return cost
-        # Permutations and masks may learn towards the targets of further windows.
-        learned_from = [
-            windows_for(method, self.samples).stop for method in self.methods.learned.values()
-        ]
-        products = self._forward_of(max([self.samples, *learned_from]))
+        products = self._forward_of(self.samples + self.methods.further_targets(self.samples))
         return cost._replace(products=products, single=self._grams(statistics))
 
     def _allocate(self, windows: int, ranks: int) -> PhaseCost:
@@ -348,7 +344,7 @@ class Footprint:
         forwards = 2 if self.config.calibration.statistics == "dense" else 4
         learned_from = windows_for(reconstruction, self.samples)
         targets = 0.0
-        if reconstruction.learned and learned_from.stop > self.samples:
+        if learned_from.start or learned_from.stop > self.samples:
             targets = self._forward_of(learned_from.stop - learned_from.start)
         changes = 0.0
         bytes_a_weight = 2

@@ -82,6 +82,11 @@ class Methods:
         """
         return max(windows_for(method, calibration).stop for method in self.all) - calibration
 
+    def further_targets(self, calibration: int) -> int:
+        """Return the number of those windows that permutations and masks learn from."""
+        stops = [windows_for(method, calibration).stop for method in self.learned.values()]
+        return max([calibration, *stops]) - calibration
+
     @property
     def needs_device(self) -> str | None:
         """Return the reason why all weights must be on the device at once; None: no reason."""

@@ -234,8 +234,7 @@ def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
     Targets of windows that only the reconstruction reads stay uninitialised.
     """
     samples = len(target)
-    stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
-    further = windows[samples : max(stops, default=0)]
+    further = windows[samples : samples + job.methods.further_targets(samples)]
     if not len(further):
         return target
     batch_size = job.config.calibration.batch_size

@@ -112,6 +112,17 @@ def test_the_targets_of_further_windows_are_forwards(words: str, phase: str, fur
     assert more == pytest.approx(2 * weights * further * found.config.calibration.seqlen)
 
 
+def test_windows_that_distillation_begins_later_are_read_anew() -> None:
+    words = ("model=llama-2-7b", "permutation=none", "reconstruction=distill")
+    later, alone = (
+        planned(*words, f"reconstruction.skip={skip}", "reconstruction.samples=64")
+        .phases("device")["prune"]
+        .products
+        for skip in (64, 0)
+    )
+    assert later > alone
+
+
 def test_distillation_takes_the_iterations_of_its_start() -> None:
     words = ("model=llama-2-7b", "permutation=none")
     start = planned(*words, "reconstruction=admm").phases("device")["prune"]
