@@ -132,7 +132,7 @@ def test_all_else_is_left_as_it_was(model: PreTrainedModel, tokenizer: ByT5Token
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         theirs = GlobalHydra.instance().hydra
         permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
-        with pytest.raises(DataError, match="need"):
+        with pytest.raises(DataError, match="calibration"):
             permllm.prune(model, tokenizer, texts=["short"])
         assert GlobalHydra.instance().hydra is theirs
     assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -185,7 +185,7 @@ def test_what_is_saved_computes_what_the_model_computes(
     if form != "folded":
         with pytest.raises(ConfigError, match="foldable"):
             permllm.save(model, tmp_path / "never", form="folded")
-        with pytest.raises(ConfigError, match="is a gathered checkpoint"):
+        with pytest.raises(ConfigError, match="gathered"):
             permllm.prune(opened, tokenizer, texts=[TEXT], **FEW)
     assert not (tmp_path / "never").exists()
 

@@ -140,12 +140,12 @@ def test_the_learned_order_serves_another_pruner(
     assert all(orders[name].dtype == torch.int64 for name in expected)
     assert all(torch.equal(orders[name], expected[name]) for name in expected)
     narrow = ("model.architecture.hidden_size=16", "model.architecture.num_attention_heads=2")
-    with pytest.raises(ConfigError, match="no permutation of 16 channels for"):
+    with pytest.raises(ConfigError, match=r"permutation\.path"):
         run(tmp_path, "permutation=from_file", f"permutation.path={directory}", *narrow)
     del expected["model.layers.1.self_attn.qkv_proj"]
     save_file(expected, file)
     monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match=r"no permutation of 32 .*\.1\.self_attn\.qkv"):
+    with pytest.raises(ConfigError, match=r"\.1\.self_attn\.qkv"):
         run(tmp_path, "permutation=from_file", f"permutation.path={file}")
 
 
@@ -169,7 +169,7 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     before = read_config(composed("model=tiny", *settings)).hash
     (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
     for name in ("mine", "copy"):
-        with pytest.raises(ConfigError, match=f"{name}.txt' is also the file of calibration"):
+        with pytest.raises(ConfigError, match=f"evaluation.*{name}.txt"):
             run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
     # Another content is another run.
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation().upper())

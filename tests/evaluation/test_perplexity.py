@@ -67,7 +67,7 @@ def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     assert windows.flatten().tolist() == tokens[: len(tokens) // 100 * 100]
     few = replace(config, limit=3)
     assert perplexity_windows(loaded, BUILTIN, few, "builtin").shape == (3, 100)
-    with pytest.raises(DataError, match=r"builtin: it has .* fewer than one"):
+    with pytest.raises(DataError, match=r"^builtin"):
         perplexity_windows(loaded, BUILTIN, replace(config, seqlen=100_000), "builtin")
 
 

@@ -309,16 +309,16 @@ def test_bad_requests(
         assert f"export.{option.replace('-', '_')}=" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="export=gathered"):
         export_run(run, ExportConfig("folded"), out)
-    with pytest.raises(DataError, match=r"folded/metrics\.json cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"folded/metrics\.json"):
         export_run(exports / "folded", ExportConfig(), out)
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match=str(run)):
         export_run(run, ExportConfig(), run)
     out.mkdir()
     monkeypatch.chdir(out)
-    with pytest.raises(ConfigError, match="cannot be replaced"):
+    with pytest.raises(ConfigError, match=str(out)):
         export_run(run, ExportConfig(), out)
     change_metrics(run, status="running")
-    with pytest.raises(ConfigError, match="not finished"):
+    with pytest.raises(ConfigError, match=str(run)):
         export_run(run, ExportConfig(), tmp_path / "other")
     assert not list(out.iterdir())
 

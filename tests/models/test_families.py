@@ -133,7 +133,7 @@ def test_a_stream_takes_the_format_that_a_layer_widens_its_states_to() -> None:
 def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_path: Path) -> None:
     model, tokenizer = built(model_type), ByT5Tokenizer(extra_ids=0)
     few: dict[str, Any] = {"texts": TOKENS, "block_size": 8, "permutation__epochs": 1}
-    with pytest.raises(ConfigError, match=r"constraint=foldable: no family table names"):
+    with pytest.raises(ConfigError, match="constraint=foldable"):
         permllm.prune(model, tokenizer, permutation__constraint="foldable", **few)
     found = permllm.prune(model, tokenizer, **few)
     with pytest.raises(ConfigError, match="fold"):

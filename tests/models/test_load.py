@@ -59,5 +59,5 @@ def test_random_weights_follow_the_seed() -> None:
 def test_windows_with_tokens_that_the_model_lacks_are_refused() -> None:
     model = tiny_model("llama")
     windows = torch.tensor([[0, vocabulary_of(model)]])
-    with pytest.raises(DataError, match=r"^text: it has a token 259, and .* are 0 to 258: "):
+    with pytest.raises(DataError, match=r"^text: .*259"):
         check_windows("text", windows, model)

@@ -73,8 +73,8 @@ def test_patterns_by_name_are_told_where_they_differ_and_read_again(
         (["down_pro"], {}, r"^keep_dense: .*'down_pro', but down_proj, "),
         ([], {"lm_head": "4:8"}, r"^sparsity_of: .*'lm_head'"),
         (["self_attn", "mlp"], {}, r"^keep_dense=\[self_attn,mlp\] "),
-        ([], {"0": "4:8", "down_proj": "1:4"}, r"^sparsity_of: .*down_proj both 4:8 and 1:4$"),
-        ([], {"v_proj": "4:8"}, r"^sparsity_of: .*q_proj, .*v_proj read the same"),
+        ([], {"0": "4:8", "down_proj": "1:4"}, r"^sparsity_of: .*down_proj.*4:8.*1:4"),
+        ([], {"v_proj": "4:8"}, r"^sparsity_of: .*q_proj.*v_proj"),
     ],
 )
 def test_names_that_cannot_be_are_one_line(

@@ -110,9 +110,9 @@ def test_m_divides_the_heads_and_where_groups_share_an_order_the_other_m() -> No
     mixed = pruned_groups(groups, NMPattern(2, 4), ["0.self_attn.o_proj"], own)
     residual, *others = shared_permutations(mixed, "foldable")
     check_segments([residual, *others], NMPattern(2, 4))
-    with pytest.raises(ConfigError, match=r"o_proj have 8 channels; expected a multiple of M = 16"):
+    with pytest.raises(ConfigError, match=r"o_proj.*16"):
         check_segments(shared_permutations(groups, "foldable"), NMPattern(2, 16))
-    with pytest.raises(ConfigError, match=r"mlp.gate_up_proj is 2:3, .* have M = 8"):
+    with pytest.raises(ConfigError, match=r"mlp\.gate_up_proj.*2:3"):
         check_segments([residual], NMPattern(2, 3))
 
 

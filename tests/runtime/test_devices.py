@@ -28,7 +28,7 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch: pytest.MonkeyPat
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     for device in ("auto", "cuda:1", "mps"):
-        with pytest.raises(ConfigError, match=rf"^model\.device='?{device}.*each"):
+        with pytest.raises(ConfigError, match=rf"^model\.device='?{device}"):
             resolve_device(device)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(ConfigError, match=r"^model\.device='mps'"):
