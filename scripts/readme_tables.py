@@ -141,7 +141,8 @@ def claims(folder: Path, baseline: str, measure: str = GAP, **claims: str) -> st
     lines = []
     for claim, compared in claims.items():
         *files, better, other = compared.split()
-        found = _table(folder, " ".join(files), baseline, measures=measure)
+        # A run may be in the records of several tables.
+        found = table_of(collect([folder / file for file in files]).runs, baseline)
         first, second = (find(found.labels, settings, "view") for settings in (better, other))
         pair = paired(found, first, second, measure)
         low, high = pair["interval"]
