@@ -1,26 +1,25 @@
-"""Machines, versions and days of runs, for the lines below tables of documents."""
+"""Machines, versions and days of environments of runs, for the lines below tables of documents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from permllm.report.read import Run
 
-
-def machine(runs: Iterable[Run]) -> str:
-    """Return processors, threads, versions, commits and days of runs, in one line."""
+def machine(environments: Iterable[dict[str, Any]]) -> str:
+    """Return processors, threads, versions, commits and days of environments, in one line."""
     machines = set()
     versions = set()
     commits = set()
     days = set()
     names = {"python": "Python", "torch": "torch", "transformers": "transformers"}
-    for run in runs:
-        environment = run.environment
+    for environment in environments:
         hardware = environment["hardware"]
         of_cpu = "instructions" in hardware and "gpu" not in hardware
         instructions = f" ({hardware['instructions']})" if of_cpu else ""
         processes = f", {hardware['processes']} processes" if "processes" in hardware else ""
-        machines.add(f"{processor(run)}{instructions}, {hardware['threads']} threads{processes}")
+        named = f"{processor(environment)}{instructions}"
+        machines.add(f"{named}, {hardware['threads']} threads{processes}")
         versions.add(", ".join(f"{names[name]} {environment['versions'][name]}" for name in names))
         days.add(environment["started"][:10])
         if git := environment.get("git"):
@@ -34,7 +33,7 @@ def machine(runs: Iterable[Run]) -> str:
     return "; ".join(parts) + "."
 
 
-def processor(run: Run) -> str:
-    """Return the name of a run's GPU, or else of its processor."""
-    hardware = run.environment["hardware"]
+def processor(environment: dict[str, Any]) -> str:
+    """Return the name of the GPU, or else of the processor."""
+    hardware = environment["hardware"]
     return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])

@@ -11,12 +11,13 @@ with spaces between them. `baseline` are settings of the row from which the gap 
 """
 
 import argparse
+import json
 import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Iterable
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from permllm.report.read import Run, collect
 from permllm.report.render import as_text, markdown, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
-from permllm.settings.config import METHOD_GROUPS, NMPattern, flatten
+from permllm.settings.config import METHOD_GROUPS, NMPattern
 from permllm.settings.options import options as options_of
 from permllm.sparsity.two_of_four import stored_share, window_count
 from permllm.store.files import RECORDS, write_text
@@ -50,9 +51,6 @@ _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, 
 # Settings that tell rows with other methods apart.
 _OF_METHODS = [f"{group}.name" for group in METHOD_GROUPS]
 _OF_METHODS += ["permutation.constraint", "reconstruction.start"]
-# `ablation`: settings that make a result, but for these endings of their keys.
-_OF_RESULT = ("block_size", "compute_dtype", "calibration", *METHOD_GROUPS)
-_LEFT_OUT = ("permutation.block_size", "compile", "path", "_target_")
 
 
 def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) -> str:
@@ -67,11 +65,11 @@ def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) ->
             frame,
             found.means[sort].drop(DENSE_ROW).sort_values(ascending=False, kind="stable").index,
         )
-    return f"{markdown(frame)}\n{machine(found.runs)}"
+    return f"{markdown(frame)}\n{_machine(found.runs)}"
 
 
-def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: str) -> str:
-    """Return our runs, and a file of runs of the paper's `recipe`, beside one of its tables."""
+def paper(folder: Path, table: str, baseline: str, **shown: str) -> str:
+    """Return our runs beside a table of the paper."""
     shown = {"columns": "pruner,permutation"} | shown
     found = _table(folder, RECORDS, baseline, **shown)
     compared = Comparison(table, found.labels["model"])
@@ -83,9 +81,6 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **shown: st
         f"{' '.join(compared.notes)} {gap} the dense model.\n",
         _provenance(found.runs),
     ]
-    if recipe:
-        runs = markdown(_texts(_table(folder, recipe, **shown)))
-        parts += ["The paper's recipe at the same budget:\n", runs]
     theirs = published(table)
     theirs["value"] = theirs["value"].map("{:g}".format)
     columns = ["model", "sparsity", "method", "setting", "metric"]
@@ -117,7 +112,7 @@ def frontier(
     }
     for name, values in costs.items():
         frame.insert(frame.columns.get_loc(GAP), name, ["", *values])
-    return f"{markdown(frame)}\n{machine(found.runs)}"
+    return f"{markdown(frame)}\n{_machine(found.runs)}"
 
 
 def differences(folder: Path, baseline: str, columns: str, measures: str, records: str) -> str:
@@ -197,7 +192,7 @@ def sizes(folder: Path, baseline: str, methods: str, records: str = RECORDS) -> 
         cells = rows.map(lambda row, of=found: f"{of.shown(row, GAP)} ({len(of.members(row))})")
         frame[model] = cells.reindex(names).fillna("").array
     runs = [run for found in by_model.values() for run in found.runs]
-    return f"{as_text(frame, 'md')}\n{machine(runs)}"
+    return f"{as_text(frame, 'md')}\n{_machine(runs)}"
 
 
 def _by_model(folder: Path, records: str, baseline: str) -> dict[str, Table]:
@@ -231,7 +226,7 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
     used = [found.runs[run] for row in rows for run in found.members(row).index]
     frame = pd.DataFrame(costs, frame.index, names).join(frame)
-    return f"{markdown(frame)}\n{machine(used)}"
+    return f"{markdown(frame)}\n{_machine(used)}"
 
 
 def options(folder: Path, groups: str) -> str:
@@ -266,7 +261,7 @@ def placements(folder: Path, records: str) -> str:
     found["seconds"] = found["seconds"].map("{:.0f}".format)
     for name in ("planned", "peak"):
         found[name] = (found[name] / 1e9).map("{:.2f} GB".format)
-    return f"{as_text(found.reset_index(), 'md')}\n{machine(runs)}"
+    return f"{as_text(found.reset_index(), 'md')}\n{_machine(runs)}"
 
 
 def peers(folder: Path, theirs: str) -> str:
@@ -343,61 +338,20 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
         **{name: " / ".join(map("{:.2f}".format, of)) for name, of in values.items()},
         GAP: found.means.at[row, GAP],
         "weights change": "yes" if metrics["sparsity"]["weights_changed"] else "no",
-        "cost": f"{fastest.minutes:.1f} minutes; {processor(fastest)}, "
+        "cost": f"{fastest.minutes:.1f} minutes; {processor(fastest.environment)}, "
         f"{hardware['threads']} threads, {metrics['compute_dtype']}",
         "source": f"[frontier](../frontier/README.md), seed {', '.join(seeds)}",
     }
 
 
-def ablation(folder: Path, records: str) -> str:
-    """Return rows by perplexity, the worst first, with what differs from a job without settings."""
-    runs = _runs(folder, records, apart=True)
-    of_runs = table_of(runs)
-    (text,) = (name for name, kind in of_runs.kinds.items() if kind == "perplexity")
-    lines, methods = of_runs.frame, ["pruner", "permutation", "reconstruction"]
-    lines[methods] = "`" + lines[methods] + "`"
-    lines["settings"] = [", ".join(_differing(run)) for run in runs]
-    lines["processor"] = [_processor(run) for run in runs]
-    losses = [pd.Series(entry["measured_loss"] for entry in run.history) for run in runs]
-    lines["final loss"] = [of_run.astype(float).min() for of_run in losses]
-    lines["record"] = [f"`{run.directory.name.rpartition('-')[2]}`" for run in runs]
-    groups = lines.groupby([*methods, "settings", "processor"], sort=False)
-    found = groups[text].agg(mean="mean", perplexity=partial(_spread, digits=1))
-    found["final loss"] = groups["final loss"].agg(_spread, digits=3)
-    found["seconds"] = (60 * groups["minutes"].mean()).map("{:.0f}".format)
-    found["records"] = groups["record"].agg(", ".join)
-    found = found.sort_values("mean", ascending=False, kind="stable").reset_index()
-    columns = ["settings", "perplexity", "final loss", "seconds", "processor", "records"]
-    dense = f"Dense: {of_runs.means.at[DENSE_ROW, text]:.1f}."
-    seconds = "Seconds of calibration, learning and pruning on two cores."
-    return f"{markdown(found[methods + columns])}\n{dense} {seconds}"
-
-
-def _spread(values: pd.Series, digits: int) -> str:
-    """Return the mean, and the standard deviation of several; empty: there are no values."""
-    spread = f" ± {values.std():.{digits}f}" if values.count() > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}" if values.count() else ""
-
-
-def _differing(run: Run) -> Iterator[str]:
-    """Give what sets a run apart from `python run.py budget.epochs=3` with its methods."""
-    if path := run.config["permutation"].get("path"):
-        yield f"the order of `{path.rpartition('-')[2]}`"
-    groups = [group for group in METHOD_GROUPS if group in run.config]
-    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in groups))
-    ours = flatten({group: run.config[group] for group in _OF_RESULT if group in run.config})
-    ours["compute_dtype"] = run.metrics.get("compute_dtype", "float32")
-    ours["permutation.loss"] = ours.get("permutation.loss") or "kl"
-    for key, value in ours.items():
-        if value != usual.get(key) and not key.endswith(_LEFT_OUT):
-            yield f"{key.removeprefix('permutation.').removesuffix('.name')}={value}"
-
-
-@cache
-def _usual(*methods: str) -> dict[str, Any]:
-    config: Any = OmegaConf.to_container(composed(["budget.epochs=3", *methods]), resolve=True)
-    resolved = {"compute_dtype": "bfloat16", "permutation.loss": "kl"}
-    return flatten(config) | resolved | {"mask.name": "pruner"}
+def study(folder: Path) -> str:
+    """Return the records of a folder's measure.py as it prints them."""
+    printed = import_module(f"experiments.{folder.resolve().name}.measure").lines
+    parts = []
+    for text in (folder / RECORDS).read_text(encoding="utf-8").splitlines():
+        record = json.loads(text)
+        parts += [*printed(record["metrics"]["study"]), "", machine([record["environment"]]), ""]
+    return "\n".join(parts)
 
 
 def _settings_of(words: str) -> str:
@@ -457,13 +411,17 @@ def _fastest(found: Table, row: int) -> Run:
 
 
 def _processor(run: Run) -> str:
-    return processor(run).replace("(R)", "").replace(" Processor", "")
+    return processor(run.environment).replace("(R)", "").replace(" Processor", "")
 
 
 def _computed_on(run: Run) -> str:
     threads = run.environment["hardware"]["threads"]
     plural = "s" * (threads > 1)
     return f"{_processor(run)}, {threads} thread{plural}, {run.metrics['compute_dtype']}"
+
+
+def _machine(runs: Iterable[Run]) -> str:
+    return machine(run.environment for run in runs)
 
 
 def _provenance(runs: list[Run]) -> str:
@@ -475,7 +433,7 @@ def _provenance(runs: list[Run]) -> str:
         f"{len(runs)} runs of seed {seeds}, {minutes:.0f} minutes with evaluation, "
         f"{budget['samples']} calibration windows of {budget['seqlen']} tokens. "
         "A run that is in several tables counts in each. The minutes lack the dense model's "
-        f"evaluation and calibration where an earlier job had left them. {machine(runs)}\n"
+        f"evaluation and calibration where an earlier job had left them. {_machine(runs)}\n"
     )
 
 
@@ -489,7 +447,7 @@ _TABLES = (
     needs,
     bounds,
     options,
-    ablation,
+    study,
     placements,
     peers,
 )

@@ -146,13 +146,18 @@ def draw(results: dict[str, Any], axes: Any) -> None:
     for row in results["permutations"]:
         bars.append((f"gather of {row['channels']}", row["gather"], "tab:orange"))
         bars.append((f"matrix of {row['channels']}", row["matrix"], "tab:red"))
-    axes.barh(
+    drawn = axes.barh(
         [name for name, _, _ in bars],
         [value for _, value, _ in bars],
         color=[color for _, _, color in bars],
     )
+    axes.bar_label(drawn, fmt="{:.3g}", padding=3)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    # The formats of logarithmic axes are mathematical text, which pictures leave as it is.
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel(f"milliseconds at {results['tokens']} tokens")
 
 
