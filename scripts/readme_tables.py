@@ -68,15 +68,15 @@ def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) ->
     return f"{markdown(frame)}\n{_machine(found.runs)}"
 
 
-def paper(folder: Path, table: str, baseline: str, **shown: str) -> str:
-    """Return our runs beside a table of the paper."""
+def paper(folder: Path, table: str, baseline: str, settings: str = "", **shown: str) -> str:
+    """Return our runs beside a table of the paper, with further settings of their command."""
     shown = {"columns": "pruner,permutation"} | shown
     found = _table(folder, RECORDS, baseline, **shown)
     compared = Comparison(table, found.labels["model"])
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
     parts = [
-        f"\n    {command}\n",
+        f"\n    {command} {settings}".rstrip() + "\n",
         markdown(_texts(found, compared)),
         f"{' '.join(compared.notes)} {gap} the dense model.\n",
         _provenance(found.runs),
@@ -269,7 +269,7 @@ def peers(folder: Path, theirs: str) -> str:
     runs = _runs(folder, RECORDS)
     found = pd.read_csv(folder / theirs, dtype=str, keep_default_na=False)
     ours = [
-        (method, text, result["value"], f"`{evaluation['config_hash']}`" * (which == "sparse"))
+        (method, text, result["value"], f"`{run.directory.name}`" * (which == "sparse"))
         for run in runs
         for evaluation in run.evaluations
         for which, method in (("dense", "dense"), ("sparse", run.config["pruner"]["name"]))
