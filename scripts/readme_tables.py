@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError
+from permllm.report.compare import paired
 from permllm.report.gaps import GAP, gap_closed
 from permllm.report.measures import SPEED_LIMIT
 from permllm.report.plots import points
@@ -127,6 +128,30 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
         found.measures = [name]  # `cells` compares rows in one measure
         frame[name] = _texts(found)["against the baseline"]
     return markdown(frame.drop(found.baseline))
+
+
+def claims(folder: Path, baseline: str, measure: str = GAP, **claims: str) -> str:
+    """Return for each claim by how much a row is better than another, and whether that is certain.
+
+    Args:
+        baseline: settings of the row from which the gap is measured.
+        measure: a gap or an accuracy.
+        claims: by claim `FILE... BETTER OTHER`, files of records and the settings of two rows.
+    """
+    lines = []
+    for claim, compared in claims.items():
+        *files, better, other = compared.split()
+        found = _table(folder, " ".join(files), baseline, measures=measure)
+        first, second = (find(found.labels, settings, "view") for settings in (better, other))
+        pair = paired(found, first, second, measure)
+        low, high = pair["interval"]
+        verdict = "holds" if low > 0 else "does not hold here" if high < 0 else "not decided"
+        seeds = str(len(found.members(first)))
+        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], seeds, verdict))
+    columns = ["claim", "this row", "closes more than", "difference", "seeds", "verdict"]
+    if measure != GAP:
+        columns[2] = "is more accurate than"
+    return as_text(pd.DataFrame(lines, columns=columns), "md")
 
 
 def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) -> str:
@@ -459,6 +484,7 @@ _TABLES = (
     frontier,
     sizes,
     differences,
+    claims,
     needs,
     bounds,
     options,

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from permllm.errors import ConfigError
-from scripts.readme_tables import bounds, landscape, main, needs, sizes, with_views
+from scripts.readme_tables import bounds, claims, landscape, main, needs, sizes, with_views
 from tests.conftest import ROOT
 
 TABLE_6 = ROOT / "experiments" / "table6" / "records.jsonl"
 LANDSCAPE = ROOT / "experiments" / "landscape"
+ALLOCATION = ROOT / "experiments" / "allocation"
 SIZES = ROOT / "experiments" / "sizes"
 SERVING, FRONTIER = ROOT / "experiments" / "serving", "../frontier/minutes-10.jsonl"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
@@ -101,6 +102,29 @@ def test_the_gap_of_a_method_stands_in_the_column_of_its_model() -> None:
         assert shown[place].startswith(f"{gap:.2%}")
         assert f"({len(runs)})" in shown[place]
         assert needed[place + 1] == f"{gap:.0%}"
+
+
+def test_a_claim_holds_if_its_interval_is_above_zero() -> None:
+    six, half = "sparsity=6:8", "allocation.share=0.5"
+    pairs = [f"records.jsonl {first} {second}" for first, second in ((six, half), (half, six))]
+    baseline = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense="
+    same = f"records.jsonl {half} {half}"
+    shown = claims(ALLOCATION, baseline, better=pairs[0], worse=pairs[1], same=same)
+    cells = [line.strip("| ").split(" | ") for line in shown.splitlines()[2:]]
+    assert [line[-1] for line in cells] == ["holds", "does not hold here", "not decided"]
+    losses = {}
+    for line in (ALLOCATION / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        config, texts = record["config"], record["metrics"]["perplexity"]
+        if config["method"] == "wanda" and not config["keep_dense"]:
+            losses[config["sparsity"], config["allocation"].get("share")] = [
+                np.log([result["value"] for result in texts[which].values()])
+                for which in ("sparse", "dense")
+            ]
+    start, dense = losses["2:4", None]
+    of_six, of_half = losses["6:8", None][0], losses["2:4", 0.5][0]
+    points = 100 * np.mean((of_half - of_six) / (start - dense))
+    assert [line[3].split()[0] for line in cells] == [f"{points:+.1f}", f"{-points:+.1f}", "+0.0"]
 
 
 def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None:
