@@ -125,12 +125,15 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
     return markdown(frame.drop(found.baseline))
 
 
-def claims(folder: Path, baseline: str, measure: str = GAP, **claims: str) -> str:
+def claims(
+    folder: Path, baseline: str, measure: str = GAP, of_one_seed: str = "0", **claims: str
+) -> str:
     """Return for each claim by how much a row is better than another, and whether that is certain.
 
     Args:
         baseline: settings of the row from which the gap is measured.
         measure: a gap or an accuracy.
+        of_one_seed: points that the interval of one seed must be away from zero.
         claims: by claim `FILE... BETTER OTHER`, files of records and the settings of two rows.
     """
     lines = []
@@ -140,10 +143,13 @@ def claims(folder: Path, baseline: str, measure: str = GAP, **claims: str) -> st
         found = table_of(collect([folder / file for file in files]).runs, baseline)
         first, second = (find(found.labels, settings, "view") for settings in (better, other))
         pair = paired(found, first, second, measure)
+        seeds = len(found.members(first))
+        needed = float(of_one_seed) / 100 if seeds == 1 else 0.0
         low, high = pair["interval"]
-        verdict = "holds" if low > 0 else "does not hold here" if high < 0 else "not decided"
-        seeds = str(len(found.members(first)))
-        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], seeds, verdict))
+        verdict = (
+            "holds" if low > needed else "does not hold here" if high < -needed else "not decided"
+        )
+        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], str(seeds), verdict))
     columns = ["claim", "this row", "closes more than", "difference", "seeds", "verdict"]
     if measure != GAP:
         columns[2] = "is more accurate than"
@@ -354,6 +360,26 @@ def study(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def verified(folder: Path) -> str:
+    """Return what `permllm verify --json` has written into a folder's files verify-NAME.json."""
+    rows = []
+    for file in sorted(folder.glob("verify-*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        difference = report["difference"]
+        rows.append(
+            {
+                "checkpoint": file.stem.removeprefix("verify-"),
+                "weights": str(len(report["layers"])),
+                "zeros": f"{report['zeros']:.2%}",
+                "violations": str(sum(layer["violations"] for layer in report["layers"])),
+                "MB on disk": f"{report['bytes'] / 1e6:.1f}",
+                "difference of logits": f"{difference['relative']:.1e}" if difference else "",
+                "verdict": "passed" if report["passed"] else "failed",
+            }
+        )
+    return as_text(pd.DataFrame(rows), "md")
+
+
 def _settings_of(words: str) -> str:
     """Return the settings by which `find` finds the row of `METHOD,name=value,...`."""
     method, *others = words.split(",", 1)
@@ -448,6 +474,7 @@ _TABLES = (
     bounds,
     options,
     study,
+    verified,
     placements,
     peers,
 )

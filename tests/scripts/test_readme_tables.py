@@ -112,6 +112,8 @@ def test_a_claim_holds_if_its_interval_is_above_zero() -> None:
     shown = claims(ALLOCATION, baseline, better=pairs[0], worse=pairs[1], same=same)
     cells = [line.strip("| ").split(" | ") for line in shown.splitlines()[2:]]
     assert [line[-1] for line in cells] == ["holds", "does not hold here", "not decided"]
+    cautious = claims(ALLOCATION, baseline, of_one_seed="100", better=pairs[0], worse=pairs[1])
+    assert cautious.count("not decided") == 2
     losses = {}
     for line in (ALLOCATION / "records.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
