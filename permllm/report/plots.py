@@ -66,9 +66,9 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     Returns:
         `name` of the row; `minutes` of its fastest run, because other jobs on the
         machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
-        bytes of the runs with the compute dtype of the fastest one; `front`, True if no other row
-        is as good in as few minutes; `cached`, True if the fastest run found its calibration in
-        the cache.
+        bytes of the runs with the compute dtype of the fastest one; `model`; `front`, True if no
+        other row of the model is as good in as few minutes; `cached`, True if the fastest run found
+        its calibration in the cache.
     """
     runs = table.frame.groupby("row")
     fastest = runs["minutes"].idxmin()
@@ -83,6 +83,7 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     frame = pd.DataFrame(
         {
             "name": table.names(),
+            "model": table.labels["model"],
             "cached": cached[fastest].to_numpy(),
             "minutes": runs["minutes"].min(),
             "value": table.means[measure],
@@ -96,8 +97,9 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     frame = frame[drawn & (frame["minutes"] > 0)]
     sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
     ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
-    best = ordered["badness"].cummin().shift(fill_value=math.inf)
-    return frame.assign(front=ordered["badness"] < best)
+    best = ordered.groupby("model")["badness"].cummin()
+    before = best.groupby(ordered["model"]).shift(fill_value=math.inf)
+    return frame.assign(front=ordered["badness"] < before)
 
 
 def undrawn(table: Table, measure: str) -> list[str]:
@@ -154,7 +156,8 @@ def plot_cost(
     frame["area"] = 30 + 90 * frame["memory"] / frame["memory"].max()
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=size)
-        axis.step(front["minutes"], front["value"], ":", where="post", color="grey", zorder=1)
+        for _, best in front.groupby("model"):
+            axis.step(best["minutes"], best["value"], ":", where="post", color="grey", zorder=1)
         for style, (row, point) in zip(_styles(), frame.iterrows(), strict=False):
             at = (point["minutes"], point["value"])
             axis.errorbar(*at, point["error"], color=style["color"], linewidth=1)

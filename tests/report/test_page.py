@@ -69,6 +69,13 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     assert (lcp["minutes"], lcp["value"], lcp["memory"]) == (10.0, 21.0, 8)
     assert lcp["error"] == pytest.approx(2**0.5)
     assert found["front"].to_dict() == {"none": True, "heuristic": False, "lcp": True}
+    # Another model has a front of its own.
+    make_run(tmp_path / "other", 60.0, model="llama-2-7b", seconds={"permute": 50.0})
+    slow: Any = {"seconds": {"permute": 500.0}}
+    make_run(tmp_path / "worse", 70.0, model="llama-2-7b", permutation="none", **slow)
+    both = points(table_below(tmp_path), PERPLEXITY).set_index("name")
+    best = {"llama-2-7b, lcp", "smollm2-135m, lcp", "smollm2-135m, none"}
+    assert set(both.index[both["front"]]) == best
 
 
 def test_rows_without_a_point_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
