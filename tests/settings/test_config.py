@@ -172,7 +172,7 @@ def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() 
         paper, offline = (config(f"model={model}", f"protocol={one}") for one in PROTOCOLS)
         for settings, texts in (
             (paper, ("c4", "wikitext2")),
-            (offline, ("boolq-passages", "boolq-passages")),
+            (offline, ("boolq-passages", ["boolq-passages", "sciq-support"])),
         ):
             assert (settings.calibration.dataset, settings.evaluation.perplexity.dataset) == texts
     assert paper.permutation.items() >= {"name": "lcp-paper", "epochs": 50}.items()
