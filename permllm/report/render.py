@@ -117,13 +117,17 @@ def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
 
 
 def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Series:
-    """Return the paper's numbers of a measure by row, without the rows that have none."""
+    """Return the paper's numbers of a measure by row, without the rows that have none.
+
+    Where no row has one, the measure is not the paper's, and the dense model has none either.
+    """
     values = {}
     if paper:
-        values[DENSE_ROW] = paper.dense(name)
         for row in table.labels.index:
             run = table.members(row).index[0]
             values[row] = paper.value(table.runs[run].config, name, table.values[run].get(name))
+        if any(value is not None for value in values.values()):
+            values = {DENSE_ROW: paper.dense(name), **values}
     return pd.Series(values, dtype=float).dropna()
 
 

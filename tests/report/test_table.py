@@ -21,9 +21,9 @@ from permllm.report.gaps import several_starts
 from permllm.report.published import Comparison, published
 from permllm.report.read import collect
 from permllm.report.render import as_text, print_run, table_cells, texts
-from permllm.report.table import DENSE_ROW, Table, find
+from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.store.files import read_lines, write_json
-from tests.conftest import run_python
+from tests.conftest import ROOT, run_python
 from tests.kept import (
     PERPLEXITY,
     THREE_RUNS,
@@ -379,6 +379,15 @@ def test_of_another_model_the_papers_perplexity_stands_once_beside_several_texts
     shown = cells(table_below(tmp_path), Comparison("table6", ["smollm2-135m"]))
     assert [name for name in shown if name.endswith("paper, llama-2-7b")] == ["paper, llama-2-7b"]
     assert shown["paper, llama-2-7b"].iloc[-1] == f"{IN_TABLE_6['block_size=32']:.2f}"
+
+
+def test_an_average_over_other_tasks_has_no_number_of_the_paper() -> None:
+    runs = collect([ROOT / "experiments" / "table2" / "records.jsonl"]).runs
+    table = table_of(runs, "pruner=wanda,permutation=none")
+    table.show("", "acc")
+    shown = cells(table, Comparison("table2", ["smollm2-135m"]))
+    assert "hellaswag acc, paper, llama-2-7b" in shown
+    assert not [name for name in shown if name.startswith("average acc, paper")]
 
 
 def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
