@@ -11,7 +11,6 @@ with spaces between them. `baseline` are settings of the row from which the gap 
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -42,7 +41,7 @@ from permllm.settings.composition import composed
 from permllm.settings.config import METHOD_GROUPS, NMPattern
 from permllm.settings.options import options as options_of
 from permllm.sparsity.two_of_four import stored_share, window_count
-from permllm.store.files import RECORDS, write_text
+from permllm.store.files import RECORDS, read_json, read_lines, write_text
 from scripts.memory_table import gigabytes, memory
 from scripts.provenance import machine, processor
 
@@ -354,8 +353,7 @@ def study(folder: Path) -> str:
     """Return the records of a folder's measure.py as it prints them."""
     printed = import_module(f"experiments.{folder.resolve().name}.measure").lines
     parts = []
-    for text in (folder / RECORDS).read_text(encoding="utf-8").splitlines():
-        record = json.loads(text)
+    for record in read_lines(folder / RECORDS):
         parts += [*printed(record["metrics"]["study"]), "", machine([record["environment"]]), ""]
     return "\n".join(parts)
 
@@ -364,7 +362,7 @@ def verified(folder: Path) -> str:
     """Return what `permllm verify --json` has written into a folder's files verify-NAME.json."""
     rows = []
     for file in sorted(folder.glob("verify-*.json")):
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file)
         difference = report["difference"]
         rows.append(
             {

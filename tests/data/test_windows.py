@@ -45,9 +45,9 @@ def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
     assert drawn(["x" * 99], 10, 10, "disjoint").shape == (10, 10)
     with pytest.raises(DataError, match=r"100.*calibration\.seqlen=10.*110"):
         drawn(["x" * 99], 11, 10, "disjoint")
-    with pytest.raises(DataError, match=r"calibration\.seqlen"):
+    with pytest.raises(DataError, match=r" 5 .*calibration\.seqlen"):
         drawn(["short"] * 5, 4, 40, "documents")
-    with pytest.raises(DataError, match=r"calibration\.seqlen"):
+    with pytest.raises(DataError, match=r" 6 .*calibration\.seqlen"):
         drawn(["a", "bcd"], 1, 6, "overlapping")
 
 
