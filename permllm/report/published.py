@@ -78,7 +78,7 @@ class Comparison:
             return None
         if ours and ours.limited and self.same_model:
             return None
-        if ours and ours.facts.get("tasks", _TASKS) != _TASKS:
+        if _over_other_tasks(ours):
             return None
         settings["permutation.name"] = permutation.removesuffix("-paper")
         rows = self._rows[self._rows["model"] == settings["model.name"]]
@@ -86,10 +86,12 @@ class Comparison:
             rows = rows[rows[name].isin(["", setting_text(settings[name])])]
         return self._number(rows, measure)
 
-    def dense(self, measure: str) -> float | None:
-        """Return the paper's number of the dense model; None: there are several models."""
+    def dense(self, measure: str, ours: Measure | None = None) -> float | None:
+        """Return the paper's number of the dense model; None: there is none, or several models."""
         rows = self._rows[self._rows["method"] == "dense"]
-        return self._number(rows, measure) if rows["model"].nunique() == 1 else None
+        if _over_other_tasks(ours) or rows["model"].nunique() != 1:
+            return None
+        return self._number(rows, measure)
 
     def _number(self, rows: pd.DataFrame, measure: str) -> float | None:
         """Return the number of a measure in the first of some rows; None: there is none."""
@@ -101,3 +103,8 @@ class Comparison:
             scale = 1
         values = rows["value"][rows["metric"] == metric]
         return values.iloc[0] / scale if len(values) else None
+
+
+def _over_other_tasks(ours: Measure | None) -> bool:
+    """Tell if a measure of ours is an average over other tasks than the paper's."""
+    return ours is not None and ours.facts.get("tasks", _TASKS) != _TASKS

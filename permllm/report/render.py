@@ -17,7 +17,14 @@ from rich.table import Table as Printed
 from permllm.command import terminal
 from permllm.report.compare import paired
 from permllm.report.gaps import GAP
-from permllm.report.measures import AVERAGE, change_text, number, patterns_text, result_rows
+from permllm.report.measures import (
+    AVERAGE,
+    DENSE,
+    change_text,
+    number,
+    patterns_text,
+    result_rows,
+)
 from permllm.report.published import Comparison
 from permllm.report.read import collect
 from permllm.report.table import DENSE_ROW, Table, table_of
@@ -117,17 +124,14 @@ def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
 
 
 def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Series:
-    """Return the paper's numbers of a measure by row, without the rows that have none.
-
-    Where no row has one, the measure is not the paper's, and the dense model has none either.
-    """
+    """Return the paper's numbers of a measure by row, without the rows that have none."""
     values = {}
     if paper:
+        of_dense = [run[DENSE + name] for run in table.values if DENSE + name in run]
+        values[DENSE_ROW] = paper.dense(name, of_dense[0] if of_dense else None)
         for row in table.labels.index:
             run = table.members(row).index[0]
             values[row] = paper.value(table.runs[run].config, name, table.values[run].get(name))
-        if any(value is not None for value in values.values()):
-            values = {DENSE_ROW: paper.dense(name), **values}
     return pd.Series(values, dtype=float).dropna()
 
 
