@@ -315,8 +315,11 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
     if len(places) > 1 or places == {"meta"}:
         raise ConfigError(f"model: expected weights on one device, got {sorted(places)}")
     if isinstance(texts, Tensor):
-        if texts.dtype != torch.int64 or texts.dim() != 2 or not texts.numel() or texts.min() < 0:
-            raise ConfigError("texts: expected documents, a name, or int64 (windows, seqlen)")
+        is_long = texts.dim() == 2 and len(texts) > 0 and texts.shape[1] > 1
+        if texts.dtype != torch.int64 or not is_long or texts.min() < 0:
+            raise ConfigError(
+                "texts: expected documents, a name, or int64 (windows, seqlen) with seqlen > 1"
+            )
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
             "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"

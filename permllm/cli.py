@@ -334,7 +334,7 @@ def _write_failure(error: BaseException) -> None:
     reason = one_line(error)
     if isinstance(error, KeyboardInterrupt):
         reason = f"{what_happened(error)}: {CONTINUES}"
-    elif isinstance(error, SystemExit):  # from `in_step`
+    elif isinstance(error, SystemExit):  # from `failing_together`
         reason = f"one rank failed alone: {CONTINUES}"
     elif isinstance(error, InUseError):
         outcome = "skipped"

@@ -20,7 +20,7 @@ from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, groups_on_kernels
-from permllm.export.write import export_run, present_export
+from permllm.export.write import export_run, present_export, write_card
 from permllm.models.load import LoadedModel, check_windows, load_model, meta_model
 from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
@@ -94,7 +94,7 @@ def run(config: RunConfig) -> JobResult | None:
         else:
             _complete(config, methods, texts, record, device)
         if export is not None:
-            parallel.on_main(lambda: _export(export, record))
+            parallel.on_main(lambda: _export(export, record, skipped))
         if parallel.rank() == 0 and not (skipped and sweeping()):
             print_run(record.metrics, record.directory)
     return JobResult(record.metrics, record.directory, skipped)
@@ -128,7 +128,7 @@ def _complete(
         reset_peak_memory(device)
         with record.phase("load", device):
             loaded = load_model(config.model, config.seed)
-            _check_identity(record, loaded)
+            _check_same(record, "model", loaded.identity)
             windows_of_texts = _perplexity_windows(config, texts, loaded)
             windows = (
                 None if record.pruned else _calibration_windows(config, methods, texts, loaded)
@@ -144,7 +144,7 @@ def _complete(
             apply_record(loaded.model, loaded.identity, record.directory)
         else:
             digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
-            record.metrics["texts"] = {"calibration": digest}
+            _check_same(record, "texts", {"calibration": digest})
             prune_model(job, windows)
         with record.phase("evaluate sparse", device):
             evaluate(loaded, config.evaluation, windows_of_texts, "sparse", record)
@@ -211,7 +211,7 @@ def _logs(
         yield NO_LOGGER
         return
     directory = record.directory
-    learns = any(method.learned for method in methods.all)
+    learns = bool(methods.learned)
     with job_log(directory / LOG), open_logger(config, directory, learns) as logger:
         if not record.pruned:
             write_json(directory / ENVIRONMENT, environment(config.seed, device))
@@ -268,12 +268,19 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
     return export
 
 
-def _check_identity(record: RunDirectory, loaded: LoadedModel) -> None:
-    """Raise DataError if an earlier process of the run had another model."""
-    identity = record.metrics.setdefault("model", parallel.broadcast(loaded.identity))
-    if identity != loaded.identity:
+def _check_same(record: RunDirectory, key: str, identity: Any) -> None:
+    """Raise DataError if an earlier process of the run had another model or other texts.
+
+    Args:
+        record: record of the run.
+        key: key of the identity in the metrics.
+        identity: identity of the model or of the texts now.
+    """
+    before = record.metrics.setdefault(key, parallel.broadcast(identity))
+    if before != identity:
         raise DataError(
-            f"{record.directory} began with {identity}, and its model is now {loaded.identity}"
+            f"{record.directory} began with {key} {before}, and here it is {identity}; force=true "
+            "runs it again"
         )
 
 
@@ -304,13 +311,18 @@ def _calibration_windows(
     return windows
 
 
-def _export(settings: ExportConfig, record: RunDirectory) -> None:
-    """Write the pruned model into the run directory, unless this export is there already."""
+def _export(settings: ExportConfig, record: RunDirectory, skipped: bool) -> None:
+    """Write the pruned model into the run directory, unless this export is there already.
+
+    An export that is there gets a new card, unless the run was skipped.
+    """
     wanted = asdict(settings) | {"config_hash": record.metrics["config_hash"]}
     target = record.directory / EXPORT
     summary = present_export(target)
     if summary is not None and summary.items() >= wanted.items():
         log.info("%s is there already", target)
+        if not skipped:
+            write_card(target, record.directory, summary)
     else:
         summary = export_run(record.directory, settings, target, overwrite=True)
     if record.metrics.get("export") != summary:

@@ -369,6 +369,7 @@ def test_what_perplexity_cannot_be_measured_on_is_one_line(
         ([TEXT], {"seqlen": 1}, ConfigError, "seqlen=1"),
         ([TEXT], {"limit": 0}, ConfigError, "limit=0"),
         ([], {}, ConfigError, "texts: "),
+        (WINDOWS[:, :1], {}, ConfigError, "texts: "),
         ("poem", {}, ConfigError, "dataset='poem'"),
         (["short"], {}, DataError, "fewer than one"),
         (["<new>" * 400], {"seqlen": 16}, DataError, "token 259"),

@@ -11,6 +11,8 @@ from permllm.settings.config import CalibrationConfig, PerplexityConfig
 
 # Name in the settings for a file of the user, and key of the texts for perplexity.
 _FILE = "text"
+# Text for trying commands, which may be evaluated on what it calibrates on.
+_BUILTIN = "builtin"
 PERPLEXITY = "evaluation.perplexity.dataset"
 
 
@@ -61,7 +63,7 @@ def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -
                     f"evaluation.perplexity.data_files={perplexity.data_files!r} is also the file "
                     "of calibration: give a held-out text"
                 )
-        elif text is texts.calibration and text.one_use:
+        elif text is texts.calibration and not text.held_out and calibration.dataset != _BUILTIN:
             raise ConfigError(
                 f"{PERPLEXITY}={name!r} is not held out from "
                 f"calibration.dataset={name!r}, which uses the whole text"

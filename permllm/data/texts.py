@@ -49,13 +49,11 @@ class Text:
     Attributes:
         calibrates: True: there are documents for calibration.
         evaluates: True: there is a text for perplexity.
-        one_use: True: both are the same text, so that a run may use it for one of the two only.
         max_windows: largest number of windows for perplexity; None: no limit.
     """
 
     calibrates: bool = False
     evaluates: bool = False
-    one_use: bool = False
     max_windows: int | None = None
 
     def calibration(self, seed: int) -> Sequence[str]:
@@ -63,8 +61,16 @@ class Text:
         raise NotImplementedError
 
     def evaluation(self) -> str:
-        """Return the text for perplexity; by default the documents, joined by blank lines."""
+        """Return the text for perplexity; by default the documents, joined by blank lines.
+
+        A run that calibrates on the documents cannot be evaluated on this default.
+        """
         return "\n\n".join(self.calibration(0))
+
+    @property
+    def held_out(self) -> bool:
+        """Tell whether the text for perplexity is another one than the documents."""
+        return type(self).evaluation is not Text.evaluation
 
     def download(self, calibration: bool) -> None:
         """Download the files that are not in the cache; by default there are none.
@@ -167,7 +173,7 @@ class WheelText(Text):
     task: str
     column: str
     split: str = "validation"
-    calibrates = evaluates = one_use = True
+    calibrates = evaluates = True
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the texts of the column."""
@@ -190,8 +196,6 @@ class BoolQPassages(WheelText):
     for perplexity. The half for perplexity leaves out passages that share 13 consecutive words with
     the other half, because passages of one article overlap.
     """
-
-    one_use = False
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the half for calibration."""

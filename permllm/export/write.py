@@ -228,10 +228,22 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     summary["sha256"] = {name: file_sha256(folder / name) for name in files}
     summary["seconds"] = time.perf_counter() - started
     write_json(folder / SUMMARY, summary)
-    write_text(folder / "README.md", model_card(source.config, source.metrics, summary))
+    _write_card(folder, source.config, source.metrics, summary)
     if notice := model_notice(source.config):
         write_text(folder / "NOTICE", f"{notice}\n")
     return summary
+
+
+def write_card(folder: Path, directory: Path, summary: dict[str, Any]) -> None:
+    """Write the model card of an export again, with the present evaluation of its run."""
+    metrics, config = read_record(directory)
+    _write_card(folder, config, metrics, summary)
+
+
+def _write_card(
+    folder: Path, config: dict[str, Any], metrics: dict[str, Any], summary: dict[str, Any]
+) -> None:
+    write_text(folder / "README.md", model_card(config, metrics, summary))
 
 
 class _StoredTensors:

@@ -75,7 +75,7 @@ def _changes(config: RunConfig, methods: Methods) -> dict[str, dict[str, Any]]:
     for group in methods.learned:
         settings = getattr(config, group)
         changes[f"{group}.micro_batch_size=1"] = {group: settings | {"micro_batch_size": 1}}
-        if settings.get("layers_per_stage", "all") == "all":
+        if settings.get("layers_per_stage") == "all":
             changes[f"{group}.layers_per_stage=4"] = {group: settings | {"layers_per_stage": 4}}
     lowrank = {"name": "lowrank", "_target_": "permllm.mask.lowrank.LowRankMask"}
     if config.mask.get("name") == "score":

@@ -1,1 +1,1 @@
-"""Stages of a job that prunes, and the loop over its layers."""
+"""Phases of a job that prunes, and the loop over its layers."""

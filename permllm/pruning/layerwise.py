@@ -310,10 +310,9 @@ def record_pruning(job: Job, pruned: PrunedModel) -> None:
             "the pruned model is not N:M: %d groups of M have more than N nonzeros",
             pruned.violations,
         )
-    figures = _figures(job, pruned)
-    if figures["sparsity"]["weights_kept"]:
+    if job.methods.change_weights:
         _keep_weights(job)
-    record.metrics |= figures
+    record.metrics |= _figures(job, pruned)
 
 
 def _keep_weights(job: Job) -> None:
@@ -339,7 +338,6 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
             "of_model": (weights - nonzeros) / of_model,
             "violations": pruned.violations,
             "weights_changed": job.methods.change_weights,
-            "weights_kept": job.methods.change_weights and job.config.save_weights,
         },
         "retained_saliency": pruned.retained,
         "output_error": pruned.output_error,

@@ -70,9 +70,9 @@ class Methods:
 
     @property
     def learned(self) -> dict[str, Any]:
-        """Return the methods among permutation and mask that train, by group."""
-        both = {"permutation": self.permutation, "mask": self.mask}
-        return {group: method for group, method in both.items() if method.learned}
+        """Return the methods that train, by group."""
+        methods = {group: getattr(self, group) for group in LEARNING}
+        return {group: method for group, method in methods.items() if method.learned}
 
     def further(self, calibration: int) -> int:
         """Return the number of windows after the `calibration` first ones that methods learn from.
@@ -84,7 +84,8 @@ class Methods:
 
     def further_targets(self, calibration: int) -> int:
         """Return the number of those windows that permutations and masks learn from."""
-        stops = [windows_for(method, calibration).stop for method in self.learned.values()]
+        learned = [method for method in (self.permutation, self.mask) if method.learned]
+        stops = [windows_for(method, calibration).stop for method in learned]
         return max([calibration, *stops]) - calibration
 
     @property

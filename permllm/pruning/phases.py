@@ -229,9 +229,9 @@ def calibrate_dense(
 
 
 def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
-    """Return the targets of the calibration windows and of the further windows that methods read.
+    """Return the targets of the calibration windows and of the further windows.
 
-    Targets of windows that only the reconstruction reads stay uninitialised.
+    The further windows are those that permutations and masks learn from.
     """
     samples = len(target)
     further = windows[samples : samples + job.methods.further_targets(samples)]
@@ -244,10 +244,7 @@ def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
         "target",
         lambda: {"target": last_states(job.loaded.model, further, batch_size, job.compute_dtype)},
     )
-    targets = target.new_empty(len(windows), *target.shape[1:])
-    targets[:samples] = target
-    targets[samples : samples + len(further)] = computed["target"]
-    return targets
+    return torch.cat([target, computed["target"]])
 
 
 def _cached_values(

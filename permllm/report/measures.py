@@ -21,7 +21,7 @@ Scores = tuple[tuple[Any, ...], list[float]]
 _BY_GROUP = ("sensitivity", "retained_saliency", "output_error", "moved_channels")
 # Metrics that loggers do not get, because the settings have them in a shorter form.
 _LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
-# Stages that make the pruned model. Reconstruction is part of `prune`.
+# Phases that make the pruned model. Reconstruction is part of `prune`.
 PRUNING_PHASES = ("calibrate", "allocate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,11 @@ _M_MMAP_THRESHOLD = -3
 # other sizes do not fit.
 USUAL = 32 << 20
 SPARING = 1 << 20
-# Folder with the limit and the use of memory of a container's control group.
-_GROUP = Path("/sys/fs/cgroup")
+# Control groups of this process, and the folder of all control groups.
+_MINE = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+# Files of a control group with the limit and the use of memory, in versions 2 and 1.
+_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 def keep_freed_memory(largest: int = USUAL) -> None:
@@ -86,15 +90,37 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_host_memory() -> int:
-    """Return the bytes that are free in the system and in the control group of a container."""
+    """Return the bytes that are free in the system and in all control groups of this process.
+
+    A container and a job of SLURM are control groups.
+    """
     available = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
-        most = int((_GROUP / "memory.max").read_text())
-        used = int((_GROUP / "memory.current").read_text())
-        # The system drops cached pages of files, which count as used, when it needs memory.
-        pages = re.findall(r"active_file (\d+)\n", (_GROUP / "memory.stat").read_text())
-        available = min(available, most - used + sum(map(int, pages)))
+    for folder in _control_groups():
+        for limit, use in _LIMITS:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+                free = int((folder / limit).read_text()) - int((folder / use).read_text())
+                available = min(available, free + _cached_pages(folder))
     return max(0, available)
+
+
+def _control_groups() -> Iterator[Path]:
+    """Yield the folders of this process's control groups for memory, each with its parents."""
+    with contextlib.suppress(OSError):
+        for line in _MINE.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                top = _GROUPS / "memory" if controllers else _GROUPS
+                # A container may name a group that only its host has; `top` is then its own.
+                folder = top / path.lstrip("/")
+                yield folder
+                yield from (above for above in folder.parents if above.is_relative_to(top))
+
+
+def _cached_pages(folder: Path) -> int:
+    """Return the bytes of files in memory, which count as used until the system needs memory."""
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    kinds = ("active_file", "inactive_file")
+    return sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in kinds)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from permllm.store.files import (
     RESULTS,
     SCHEMA_VERSION,
     UNFINISHED,
+    WEIGHTS,
     file_sha256,
     read_json,
     read_lines,
@@ -42,6 +43,8 @@ noted.propagate = False
 
 Value = TypeVar("Value")
 
+# Names of chosen options, which change no result.
+_LABELS = ("protocol", "method")
 # Keys of the last evaluation that `metrics.json` repeats.
 _COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
 
@@ -247,7 +250,11 @@ class RunDirectory(Record):
             )
 
     def _read(self) -> None:
-        write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
+        path = self.directory / CONFIG
+        earlier = read_yaml(path) if path.exists() else {}
+        # The same settings without a name do not take the run its name.
+        labels = {key: self.config.get(key) or earlier.get(key) for key in _LABELS}
+        write_text(path, yaml.safe_dump(self.config | labels, sort_keys=False))
         file = self.directory / METRICS
         if file.exists():
             metrics = read_json(file)
@@ -300,18 +307,22 @@ class RunDirectory(Record):
         self.metrics["seconds"] |= self.evaluation.get("seconds", {})
 
     def finish(self) -> None:
-        """Write the final metrics, and remove the files that only an unfinished run needs."""
+        """Write the final metrics, and remove the files that only an unfinished run needs.
+
+        With `save_weights=false` these are the weights too.
+        """
+        removed = UNFINISHED if self.config["save_weights"] else (*UNFINISHED, WEIGHTS)
         self.evaluation["finished"] = True
         self._show_evaluation()
         self.metrics["status"] = "finished"
         self.metrics["sha256"] = {
             name: digest
             for name, digest in self.metrics["sha256"].items()
-            if Path(name).parts[0] not in UNFINISHED
+            if Path(name).parts[0] not in removed
         }
         self.save()
         if parallel.rank() == 0:
-            self._remove(*UNFINISHED)
+            self._remove(*removed)
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
         """Read a file of an earlier process; None: there is no such file.

@@ -292,12 +292,12 @@ class PrunedTensors:
             check_sha256(directory, name, digest)
         sparsity = metrics["sparsity"]
         self.weights_changed: bool = sparsity["weights_changed"]
-        if self.weights_changed and not sparsity["weights_kept"]:
-            raise DataError(f"{directory} has no weights: it was run with save_weights=false")
         self.permutations = load_permutations(directory / PERMUTATIONS)
         self.masks = load_masks(directory / MASKS)
         files = sorted(directory.glob(f"{WEIGHTS}/*.safetensors"))
         self.weight_files = {name: file for file in files for name in tensor_formats(file)}
+        if self.weights_changed and not files:
+            raise DataError(f"{directory} has no weights: it was run with save_weights=false")
 
     def weight(self, path: str, dense: Tensor) -> Tensor:
         """Return the pruned weight of a linear, original channel order, on `dense`'s device."""

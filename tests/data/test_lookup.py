@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import ByT5Tokenizer
 
-from permllm.data.lookup import calibration_text, perplexity_texts
+from permllm.data.lookup import calibration_text, perplexity_texts, texts_of_job
 from permllm.data.texts import TEXTS
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
@@ -75,6 +75,18 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(mine: Path) -> None:
     assert texts.keys() == {"mine"}
     loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "")
     assert perplexity_windows(loaded, texts["mine"], settings, "mine").shape == (3, 32)
+
+
+def test_documents_of_ones_own_are_for_calibration_or_perplexity_but_not_for_both(
+    mine: Path,
+) -> None:
+    calibration = CalibrationConfig(dataset="ownpackage.mine")
+    perplexity = PerplexityConfig("ownpackage.mine", seqlen=32)
+    mine.write_text(MINE.replace("def evaluation", "def another"))
+    assert perplexity_texts(perplexity)["mine"].evaluation() == "forward " * 20
+    with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='mine'"):
+        texts_of_job(calibration, perplexity)
+    assert texts_of_job(CalibrationConfig("builtin"), PerplexityConfig("builtin", seqlen=32)).perplexity
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def make_run(
     config |= {name: {"name": name} for name in ("pruner", "permutation", "mask", "reconstruction")}
     write_text(run / "config.yaml", yaml.safe_dump(config))
     sparsity: dict[str, Any] = {"pattern": str(pattern), "of_model": 0.5, "violations": 0}
-    sparsity |= {"weights_changed": False, "weights_kept": False}
+    sparsity["weights_changed"] = False
     if keep_dense or sparsity_of:
         sparsity["patterns"] = differing_patterns(everything, groups)
     save_tensors(run / "permutations.safetensors", orders)

@@ -90,6 +90,14 @@ def test_layers_that_come_in_each_batch_of_tasks_take_the_time_of_their_way() ->
             "a100",
             ["mask.layers_per_stage=4", "mask=lowrank", "method=order-folded"],
         ),
+        (
+            [
+                *("model=llama-2-7b", "method=heuristic-weights", "calibration.seqlen=4096"),
+                "reconstruction.batch_size=32",
+            ],
+            "h200",
+            ["reconstruction.micro_batch_size=1"],
+        ),
         (["model=llama-2-13b", "model.placement=device"], "rtx4090", ["model.placement=auto"]),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -119,6 +121,56 @@ def test_a_run_continues_after_its_last_file(whole: Path, tmp_path: Path) -> Non
     assert run(tmp_path, *EVERYTHING)[1] == directory
     assert differing(directory, results(whole)) == []
     assert not [*directory.glob("*.pt"), *directory.glob("pruned_layers")]
+
+
+def test_weights_that_are_not_kept_stay_until_the_run_is_finished(tmp_path: Path) -> None:
+    words = ("pruner=sparsegpt", "permutation=none", "save_weights=false")
+    last = (measure, "measure_perplexity", lambda *arguments: "sparse" in arguments[-1])
+    assert list(begun(tmp_path, words, *last).glob("weights/*"))
+    metrics, directory = run(tmp_path, *words)
+    assert metrics["status"] == "finished"
+    assert metrics["sha256"].keys() == {"permutations.safetensors", "masks.safetensors"}
+    assert not (directory / "weights").exists()
+
+
+def test_a_run_keeps_its_name_when_its_settings_are_typed_one_by_one(tmp_path: Path) -> None:
+    typed = ("pruner=wanda", "permutation=none")
+    _, directory = run(tmp_path, "method=wanda")
+    assert run(tmp_path, *typed)[1] == directory
+    assert read_yaml(directory / "config.yaml")["method"] == "wanda"
+    _, unnamed = run(tmp_path / "other", *typed)
+    run(tmp_path / "other", "method=wanda")
+    assert read_yaml(unnamed / "config.yaml")["method"] == "wanda"
+
+
+def test_a_run_does_not_continue_with_another_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "changing.py").write_text(
+        "from permllm.data.texts import Documents\nTEXT = Documents(['one of two texts ' * 200])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("calibration.dataset=changing.text", "permutation=heuristic")
+    monkeypatch.setitem(sys.modules, "changing.text", importlib.import_module("changing"))
+    begun(tmp_path, words, job, "prune_layers")
+    sys.modules["changing"].TEXT.documents = ["another text " * 200]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"began with texts"):
+        run(tmp_path, *words)
+    assert run(tmp_path, *words, "force=true")[0]["status"] == "finished"
+
+
+def test_the_card_of_an_export_has_the_last_evaluation(tmp_path: Path) -> None:
+    words = ("permutation=heuristic", "export=gathered")
+    _, directory = run(tmp_path, *words)
+    card = directory / "export" / "README.md"
+    assert "window 32" not in card.read_text()
+    weights = (directory / "export" / "model.safetensors").stat().st_mtime_ns
+    run(tmp_path, *words, *OTHER)
+    assert "window 32" in card.read_text()
+    assert (directory / "export" / "model.safetensors").stat().st_mtime_ns == weights
+    card.write_text("mine")
+    run(tmp_path, *words, *OTHER)
+    assert card.read_text() == "mine"
 
 
 def test_finished_stages_are_not_done_again(
