@@ -50,6 +50,12 @@ def print_plan(of: Footprint) -> None:
         f"Estimates for {where}, without downloads. On CPUs memory was within 15 % of them, and "
         "minutes within a factor of two. No GPU has confirmed them."
     )
+    learned = of.methods.learned.values()
+    if not of.on_a_host and any(method.activation_checkpointing is None for method in learned):
+        console.print(
+            "The memory of learning is the least: with more free memory a GPU keeps activations "
+            "instead of computing them again."
+        )
 
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
