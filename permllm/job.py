@@ -92,7 +92,7 @@ def run(config: RunConfig) -> JobResult | None:
         if skipped:
             log.info("%s is finished already; force=true runs and logs it again", record.directory)
         else:
-            _complete(config, methods, texts, record, device)
+            _run_phases(config, methods, texts, record, device)
         if export is not None:
             parallel.on_main(lambda: _export(export, record, skipped))
         if parallel.rank() == 0 and not (skipped and sweeping()):
@@ -100,7 +100,7 @@ def run(config: RunConfig) -> JobResult | None:
     return JobResult(record.metrics, record.directory, skipped)
 
 
-def _complete(
+def _run_phases(
     config: RunConfig,
     methods: Methods,
     texts: JobTexts,

@@ -73,7 +73,10 @@ def test_kernels_in_triton_are_the_eager_ones(
     column = torch.rand(1, 256, generator=generator).to(DEVICE)
     piece = ChannelChunk(weight_t, channels, SaliencyFactors(1, column), 2, 4)
     ours, theirs = torch.zeros_like(grad), torch.zeros_like(grad)
-    changes = [ON_GPU.exchanges(ours, piece, grad, 32), EAGER.exchanges(theirs, piece, grad, 32)]
+    changes = [
+        ON_GPU.swap_gradient(ours, piece, grad, 32),
+        EAGER.swap_gradient(theirs, piece, grad, 32),
+    ]
     torch.testing.assert_close(*changes, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours, theirs)
     ON_GPU.mask(ours.zero_(), piece)

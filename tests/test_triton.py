@@ -30,14 +30,14 @@ import sys, torch
 from permllm.permutation.lcp.assignment_triton import assign
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.elementwise import ChannelChunk
-from permllm.training.triton_kernels import exchanges, mask
+from permllm.training.triton_kernels import mask, swap_gradient
 pieces, softs = torch.load(sys.argv[1])
 made = []
 for (weight, channels, factors, n, m), grad, size in pieces:
     piece = ChannelChunk(weight, channels, SaliencyFactors(*factors), n, m)
     masked, again = torch.zeros_like(grad), torch.zeros_like(grad)
     mask(masked, piece)
-    made.append((masked, again, exchanges(again, piece, grad, size)))
+    made.append((masked, again, swap_gradient(again, piece, grad, size)))
 torch.save((made, {name: assign(soft) for name, soft in softs.items()}), sys.argv[2])
 """
 
@@ -139,16 +139,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_masks_and_exchanges_are_the_eager_ones(found: Found, case: Case) -> None:
+def test_masks_and_swap_gradients_are_the_eager_ones(found: Found, case: Case) -> None:
     masked, again, changes = found[0][CASES.index(case)]
     piece, grad = given(case)
     expected = torch.zeros_like(grad)
-    of_exchanges = EAGER.exchanges(expected, piece, grad, case.size)
+    of_swaps = EAGER.swap_gradient(expected, piece, grad, case.size)
     assert torch.equal(masked, expected)
     assert torch.equal(again, expected)
-    assert of_exchanges.isfinite().all()
-    scale = float(of_exchanges.abs().max())
-    wanted = (of_exchanges / scale).to(changes.dtype)
+    assert of_swaps.isfinite().all()
+    scale = float(of_swaps.abs().max())
+    wanted = (of_swaps / scale).to(changes.dtype)
     torch.testing.assert_close(changes / scale, wanted, rtol=0, atol=4e-6)
 
 
@@ -227,17 +227,17 @@ def test_gpus_keep_a_tile_in_registers(
 ) -> None:
     """Widths are divisible by 16, as in all known models, which is what the code depends on."""
     module = importlib.import_module("permllm.training.triton_kernels")
-    names = ("weight", "source", "column", "row", "grad", "limits", "stay", "out", "changes")
+    names = ("weight", "source", "column", "row", "grad", "thresholds", "stay", "out", "changes")
     types = dict.fromkeys(names, "*fp32") | {"weight": f"*{weights}", "source": "*i64"}
     types |= dict.fromkeys(("out", "grad"), f"*{PRODUCTS[weights]}")
     types |= dict.fromkeys(("rows", "channels", "size", "groups"), "i32:16") | {"share": "fp32"}
     kind: dict[str, Any] = {"GATHER": True, "POWER": int(not dense), "TERMS": terms, "DENSE": dense}
     masks = kind | {"N": m // 2, "M": m, "LANES": m, "ROWS": module._rows_of(m)}
-    for limits in (False, True):
-        constants = masks | {"THRESHOLDS": limits}
+    for thresholds in (False, True):
+        constants = masks | {"THRESHOLDS": thresholds}
         assert spilled_bytes(module._mask, types, constants, architecture, 1) <= 64
     tile = {"CHANNELS": module._CHANNELS, "GROUPS": module._GROUPS, "ROWS": module._ROWS}
-    assert spilled_bytes(module._exchange, types, kind | tile, architecture, module._WARPS) <= 64
+    assert spilled_bytes(module._swap, types, kind | tile, architecture, module._WARPS) <= 64
 
 
 BLOCKS = [(64, A100), (64, H100), (64, B200), (16, H100), (1024, H100)]

@@ -35,7 +35,7 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
-def begun(windows: Tensor, bos: int | None) -> Tensor:
+def with_bos(windows: Tensor, bos: int | None) -> Tensor:
     """Put BOS before each window, int64 `(windows, tokens)`; None: return them unchanged."""
     return windows if bos is None else nn.functional.pad(windows, (1, 0), value=bos)
 
@@ -95,7 +95,7 @@ def calibration_windows(
             else:
                 generator.shuffle(part)
                 windows = _disjoint(tokens_of("\n\n".join(part)), piece, config, further, generator)
-        return begun(torch.stack(windows), first)
+        return with_bos(torch.stack(windows), first)
 
     return parallel.on_main(draw)
 

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from permllm.data.texts import Text
-from permllm.data.windows import begun, bos_of, encode
+from permllm.data.windows import bos_of, encode, with_bos
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.families import after_layers
@@ -55,7 +55,7 @@ def perplexity_windows(
         )
     limits = (count, text.max_windows, config.limit)
     count = min(limit for limit in limits if limit is not None)
-    windows = begun(tokens[: count * piece].view(count, piece), first)
+    windows = with_bos(tokens[: count * piece].view(count, piece), first)
     check_windows(called, windows, loaded.model)
     return windows
 

@@ -61,7 +61,7 @@ class Head:
             self._rounded = self.weight.detach().to(dtype)
         return self._rounded
 
-    def reads(self, output: Tensor) -> Tensor:
+    def input_of(self, output: Tensor) -> Tensor:
         """Return the input of the head for an output `(..., hidden)` of the last layer."""
         return after_layers(self._model, output)
 

@@ -77,10 +77,10 @@ def softmax_gradients(
     )
 
 
-def thresholds(
+def swap_thresholds(
     chunk: ChannelChunk, grad: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return the entries of each group that decide the gradient of `swap`.
+    """Return the entries of each group that decide how swaps change the loss.
 
     Args:
         chunk, grad: as in `softmax_gradients`; k channels in g = k / M groups.
@@ -119,14 +119,14 @@ def thresholds(
     )
 
 
-def joining(
+def swap_changes(
     s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], share: float
 ) -> Tensor:
     """Return the change of the loss if a channel replaces a random member of a group.
 
     Args:
         s, d: saliency of each channel, and gradient of its mask, `(blocks, B, C_out)`.
-        groups: the four tensors of `thresholds` for G groups of the same block, each
+        groups: the four tensors of `swap_thresholds` for G groups of the same block, each
             `(blocks, G, C_out)`.
         share: N / M, the probability that the replaced entry was kept.
 

@@ -11,10 +11,10 @@ from permllm.models.families import ChannelGroup
 from permllm.runtime.compiling import attempted, compiled
 from permllm.training.elementwise import (
     ChannelChunk,
-    joining,
     masked_chunk,
     softmax_gradients,
-    thresholds,
+    swap_changes,
+    swap_thresholds,
     with_own,
 )
 from permllm.training.problem import LearningProblem
@@ -39,11 +39,16 @@ class Kernels:
     """
 
     def __init__(self, compile_: bool = False) -> None:
-        functions: list[Callable[..., Any]] = [masked_chunk, softmax_gradients, thresholds, joining]
+        functions: list[Callable[..., Any]] = [
+            masked_chunk,
+            softmax_gradients,
+            swap_thresholds,
+            swap_changes,
+        ]
         if compile_:
             failure = "learning runs without a compiled kernel"
             functions = [compiled(function, failure) for function in functions]
-        self._masked, self._softmax_gradients, self._thresholds, self._joining = functions
+        self._masked, self._softmax_gradients, self._swap_thresholds, self._swap_changes = functions
         self.chunk_size = 1 << 20 if compile_ else 1 << 17
         # Eager code would allocate a tensor that compares the channels with all groups.
         self._all_groups_at_once = compile_
@@ -52,7 +57,7 @@ class Kernels:
         """Write the chunk times its N:M mask into its rows of `out (C_in, C_out)`."""
         _write(out, chunk, self._masked(chunk, out.dtype))
 
-    def exchanges(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
+    def swap_gradient(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
         """Do as `mask`, and return how the loss changes when channels change groups.
 
         The changes are of first order: the loss counts as linear in the mask.
@@ -67,18 +72,18 @@ class Kernels:
             if the channel replaces a random member. For its own group it is the change if the
             channel stays, relative to its removal.
         """
-        masked, saliency, gradient, limits, stay = self._thresholds(chunk, grad, out.dtype)
+        masked, saliency, gradient, thresholds, stay = self._swap_thresholds(chunk, grad, out.dtype)
         _write(out, chunk, masked)
         blocks = len(saliency) // size
         count = size // chunk.m
         s = saliency.view(blocks, size, -1)
         d = gradient.view(blocks, size, -1)
-        groups = [part.view(blocks, count, -1) for part in limits]
+        groups = [part.view(blocks, count, -1) for part in thresholds]
         step = count if self._all_groups_at_once else 1
         parts = []
         for first in range(0, count, step):
             some = tuple(part[:, first : first + step] for part in groups)
-            parts.append(self._joining(s, d, some, chunk.n / chunk.m))
+            parts.append(self._swap_changes(s, d, some, chunk.n / chunk.m))
         return with_own(torch.cat(parts, 2), stay, chunk.m)
 
     def softmax_gradients(
@@ -91,14 +96,14 @@ class Kernels:
 
 
 class GPUKernels(Kernels):
-    """Triton kernels for masks and exchanges; without Triton or a driver, the eager functions."""
+    """Triton kernels for masks and swap gradients; without Triton, the eager functions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.chunk_size = 1 << 25  # so large that the work hides the launches
         self._fast_mask = attempted(_triton_mask, "masks are made without a Triton kernel")
-        self._fast_exchanges = attempted(
-            _triton_exchanges, "exchanges are computed without a Triton kernel"
+        self._fast_swap = attempted(
+            _triton_swap_gradient, "gradients of swaps are computed without a Triton kernel"
         )
 
     @override
@@ -108,12 +113,12 @@ class GPUKernels(Kernels):
             super().mask(out, chunk)
 
     @override
-    def exchanges(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
+    def swap_gradient(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
         """Do as the base, in two launches for float32 factors."""
         fast = None
         if chunk.factors.column.dtype == torch.float32:
-            fast = self._fast_exchanges(out, chunk, grad, size)
-        return super().exchanges(out, chunk, grad, size) if fast is None else fast
+            fast = self._fast_swap(out, chunk, grad, size)
+        return super().swap_gradient(out, chunk, grad, size) if fast is None else fast
 
 
 def _write(out: Tensor, chunk: ChannelChunk, masked: Tensor) -> None:
@@ -130,10 +135,10 @@ def _triton_mask(out: Tensor, chunk: ChannelChunk) -> Tensor:
     return mask(out, chunk)
 
 
-def _triton_exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
-    from permllm.training.triton_kernels import exchanges
+def _triton_swap_gradient(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
+    from permllm.training.triton_kernels import swap_gradient
 
-    return exchanges(out, chunk, grad, size)
+    return swap_gradient(out, chunk, grad, size)
 
 
 EAGER = Kernels()

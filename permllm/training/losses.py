@@ -87,8 +87,8 @@ def head_divergence(
         divergence: function of logits, for a plain head.
     """
     with torch.no_grad():
-        dense = head.reads(target).flatten(0, -2)
-    sparse = head.reads(output).flatten(0, -2)
+        dense = head.input_of(target).flatten(0, -2)
+    sparse = head.input_of(output).flatten(0, -2)
     if head.plain:
         weight = head.weight_in(product_dtype(sparse))
         of_states: _Divergence = partial(_plain_divergence, weight, divergence)

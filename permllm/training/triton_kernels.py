@@ -1,4 +1,4 @@
-"""Two Triton kernels of a masked linear on a GPU: masks with thresholds, and exchange gradients.
+"""Two Triton kernels of a masked linear on a GPU: masks with thresholds, and swap gradients.
 
 Saliencies are made in float32 and ranked by comparisons in registers. The lowest channel wins a
 tie.
@@ -19,7 +19,7 @@ from permllm.training.elementwise import ChannelChunk, with_own
 
 # Weights in a program of `_mask`, which one warp holds in registers.
 _TILE = 1024
-# Channels, groups and rows in a program of `_exchange`: 32 elements a thread, and their sums.
+# Channels, groups and rows in a program of `_swap`: 32 elements a thread, and their sums.
 _CHANNELS = 16
 _GROUPS = 16
 _ROWS = 32
@@ -29,26 +29,26 @@ _WARPS = 4
 def mask(out: Tensor, chunk: ChannelChunk) -> Tensor:
     """Do as `permllm.training.kernels.Kernels.mask`, and return `out`."""
     # `out` replaces pointers that the kernel does not read.
-    _launch_mask(out, chunk, grad=out, limits=out, stay=out, thresholds=False)
+    _launch_mask(out, chunk, grad=out, thresholds=out, stay=out, store_thresholds=False)
     return out
 
 
-def exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
-    """Do as `permllm.training.kernels.Kernels.exchanges`; the result is float32."""
+def swap_gradient(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
+    """Do as `permllm.training.kernels.Kernels.swap_gradient`; the result is float32."""
     channels = chunk.factors.column.shape[1]
     rows = chunk.weight_t.shape[1]
     groups = size // chunk.m
     blocks = channels // size
     empty = partial(torch.empty, dtype=torch.float32, device=out.device)
-    limits = empty(4, channels // chunk.m, rows)
+    thresholds = empty(4, channels // chunk.m, rows)
     stay = empty(channels, triton.cdiv(rows, _rows_of(chunk.m)))
     grad = grad.contiguous()
-    _launch_mask(out, chunk, grad, limits, stay, thresholds=True)
+    _launch_mask(out, chunk, grad, thresholds, stay, store_thresholds=True)
     changes = empty(blocks, size, groups)
     grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        _exchange[grid](
-            *_pointers(chunk), grad, limits, changes, rows, channels, size, groups,
+        _swap[grid](
+            *_pointers(chunk), grad, thresholds, changes, rows, channels, size, groups,
             chunk.n / chunk.m, **_saliency_kind(chunk),
             CHANNELS=_CHANNELS, GROUPS=_GROUPS, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
@@ -56,7 +56,12 @@ def exchanges(out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tens
 
 
 def _launch_mask(
-    out: Tensor, chunk: ChannelChunk, grad: Tensor, limits: Tensor, stay: Tensor, thresholds: bool
+    out: Tensor,
+    chunk: ChannelChunk,
+    grad: Tensor,
+    thresholds: Tensor,
+    stay: Tensor,
+    store_thresholds: bool,
 ) -> None:
     channels = chunk.factors.column.shape[1]
     rows = chunk.weight_t.shape[1]
@@ -64,9 +69,9 @@ def _launch_mask(
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
     with torch.cuda.device_of(out):
         _mask[grid](
-            *_pointers(chunk), grad, limits, stay, out, rows, channels, **_saliency_kind(chunk),
+            *_pointers(chunk), grad, thresholds, stay, out, rows, channels, **_saliency_kind(chunk),
             N=chunk.n, M=m, LANES=triton.next_power_of_2(m), ROWS=_rows_of(m),
-            THRESHOLDS=thresholds, num_warps=1,
+            THRESHOLDS=store_thresholds, num_warps=1,
         )  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def _saliency(
 
 @triton.jit
 def _mask(
-    weight, source, column, row, grad, limits, stay, out, rows, channels,
+    weight, source, column, row, grad, thresholds, stay, out, rows, channels,
     GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     THRESHOLDS: tl.constexpr,
@@ -150,7 +155,7 @@ def _mask(
         d = tl.load(grad + place, mask=valid, other=0.0).to(tl.float32) * w
         next_d = tl.sum(tl.where(rank == N, d, 0.0), 0)
         size = (channels // M).to(tl.int64) * rows
-        limit = limits + group * rows + x
+        limit = thresholds + group * rows + x
         tl.store(limit, tl.sum(tl.where(rank == N - 1, s, 0.0), 0), mask=x < rows)
         tl.store(limit + size, tl.sum(tl.where(rank == N, s, 0.0), 0), mask=x < rows)
         tl.store(limit + 2 * size, tl.sum(tl.where(rank == N - 1, d, 0.0), 0), mask=x < rows)
@@ -160,8 +165,8 @@ def _mask(
 
 
 @triton.jit
-def _exchange(
-    weight, source, column, row, grad, limits, changes, rows, channels, size, groups, share,
+def _swap(
+    weight, source, column, row, grad, thresholds, changes, rows, channels, size, groups, share,
     GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +186,7 @@ def _exchange(
         d = tl.load(grad + place, mask=valid, other=0.0).to(tl.float32) * w
         s = _saliency(w, column, row, at, x, valid, rows, channels, POWER, TERMS, DENSE)[:, None, :]
         of_group = (g < groups)[:, None] & (x < rows)[None, :]
-        limit = limits + (block * groups + g)[:, None] * rows + x[None, :]
+        limit = thresholds + (block * groups + g)[:, None] * rows + x[None, :]
         last = tl.load(limit, mask=of_group, other=float("inf"))[None, :, :]
         next_ = tl.load(limit + every, mask=of_group, other=float("inf"))[None, :, :]
         last_d = (tl.load(limit + 2 * every, mask=of_group, other=0.0) * (1.0 - share))[None, :, :]

@@ -86,7 +86,9 @@ def test_documents_of_ones_own_are_for_calibration_or_perplexity_but_not_for_bot
     assert perplexity_texts(perplexity)["mine"].evaluation() == "forward " * 20
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='mine'"):
         texts_of_job(calibration, perplexity)
-    assert texts_of_job(CalibrationConfig("builtin"), PerplexityConfig("builtin", seqlen=32)).perplexity
+    assert texts_of_job(
+        CalibrationConfig("builtin"), PerplexityConfig("builtin", seqlen=32)
+    ).perplexity
 
 
 @pytest.mark.parametrize(

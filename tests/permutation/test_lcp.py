@@ -164,7 +164,7 @@ def test_a_permutation_on_which_the_loss_does_not_depend_is_named() -> None:
         for name in ("used", "unused")
     }
     stacks = [("used", 0), ("unused", 0)]
-    batch = SoftBatch(logits, stacks, temperature=1.0, halves=4)
+    batch = SoftBatch(logits, stacks, temperature=1.0, half_iterations=4)
     batch.placeholders[stacks[0]].grad = random(1, 4, 4, seed=1)
     with pytest.raises(TrainingError, match="unused"):
         batch.backward()

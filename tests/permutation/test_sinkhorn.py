@@ -15,16 +15,16 @@ from tests.problems import random, sinkhorn
 
 
 @pytest.mark.parametrize(
-    ("halves", "temperature", "scale"),
+    ("half_iterations", "temperature", "scale"),
     [(0, 1.0, 1.0), (1, 1.0, 1.0), (10, 1.0, 1.0), (10, 0.1, 1.0), (10, 0.1, 30.0)],
 )
 def test_values_and_gradients_equal_the_plain_formula(
-    halves: int, temperature: float, scale: float
+    half_iterations: int, temperature: float, scale: float
 ) -> None:
     logits, weight = scale * random(3, 8, 8), random(3, 8, 8, seed=1)
     reference = logits.clone().requires_grad_()
-    soft, potentials = normalize(logits, temperature, halves)
-    expected = sinkhorn(reference, temperature, halves / 2)
+    soft, potentials = normalize(logits, temperature, half_iterations)
+    expected = sinkhorn(reference, temperature, half_iterations / 2)
     torch.testing.assert_close(soft, expected, rtol=1e-9, atol=0)
     (expected * weight).sum().backward()
     found = logit_gradient(logits, temperature, potentials, weight)

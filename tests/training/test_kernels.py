@@ -1,4 +1,4 @@
-"""Kernels against the definition of a mask and of an exchange, eager and compiled, with ties.
+"""Kernels against the definition of a mask and of a swap, eager and compiled, with ties.
 
 Without gradients, as a step's passes are: for the other mode a kernel would be compiled once more.
 """
@@ -97,7 +97,7 @@ def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
     # A dense score lies as a masked linear has it, a channel a row.
     piece = ChannelChunk(weight_t, order, SaliencyFactors(1, column.t()[order].t()), n, m)
     masked = torch.empty_like(weight_t)
-    found = kernels.exchanges(masked, piece, grad, size)
+    found = kernels.swap_gradient(masked, piece, grad, size)
     score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()
     kept = nm_mask(score.t(), NMPattern(n, m)).t()
     assert torch.equal(masked[order], torch.where(kept, weight_t[order], 0.0))
@@ -125,9 +125,9 @@ def test_without_a_driver_a_gpu_has_the_eager_functions(caplog: pytest.LogCaptur
     kernels = GPUKernels()
     piece, grad = tied(2, 4, 1, False)
     ours, theirs = (torch.zeros_like(grad) for _ in range(2))
-    expected = EAGER.exchanges(theirs, piece, grad, 12)
+    expected = EAGER.swap_gradient(theirs, piece, grad, 12)
     for _ in range(2):
-        assert torch.equal(kernels.exchanges(ours, piece, grad, 12), expected)
+        assert torch.equal(kernels.swap_gradient(ours, piece, grad, 12), expected)
         assert torch.equal(ours, theirs)
         kernels.mask(ours.zero_(), piece)
         assert torch.equal(ours, theirs)

@@ -216,12 +216,14 @@ class LCP(LearningSettings, LearnedPermutation):
                 return self.temperature(progress.epoch / progress.epochs)
             return self.temperature(progress.step / max(1, progress.steps - 1))
 
-        halves = 2 * self.sinkhorn_iterations
-        if halves == 0 and self.conventions == "paper":
+        half_iterations = 2 * self.sinkhorn_iterations
+        if half_iterations == 0 and self.conventions == "paper":
             # The paper's released code starts with a softmax over rows. This is the first half of
             # the first iteration, if there is an iteration.
-            halves = 1
-        return PermutationLearner(shared, permutations, logits, linears, temperature, halves)
+            half_iterations = 1
+        return PermutationLearner(
+            shared, permutations, logits, linears, temperature, half_iterations
+        )
 
     @override
     def norm_tokens(self, window: int) -> int:

@@ -34,7 +34,7 @@ class PermutationLearner(Learner):
         logits: logits of each permutation that learns, by name.
         linears: masked linears of the stage, by path.
         temperature: returns the temperature of the soft permutations in a step.
-        halves: number of half iterations in Sinkhorn's normalisation.
+        half_iterations: number of half iterations in Sinkhorn's normalisation.
 
     Attributes:
         present: present values of all shared permutations, on the device of the logits.
@@ -48,7 +48,7 @@ class PermutationLearner(Learner):
         logits: dict[str, BlockLogits],
         linears: dict[str, PermutationLinear],
         temperature: Callable[[Progress], float],
-        halves: int,
+        half_iterations: int,
     ) -> None:
         self.shared = shared
         self.logits = logits
@@ -58,7 +58,7 @@ class PermutationLearner(Learner):
             {name.replace(".", "/"): block for name, block in logits.items()}
         )
         self.temperature = temperature
-        self.halves = halves
+        self.half_iterations = half_iterations
         bases = [block.base for block in logits.values()]
         self.channels = sum(map(len, bases))
         self.device = bases[0].device
@@ -82,7 +82,7 @@ class PermutationLearner(Learner):
     @torch.no_grad()
     def begin(self, progress: Progress) -> None:
         """Make the soft and the hard permutations of a step."""
-        self._batches = soft_batches(self.logits, self.temperature(progress), self.halves)
+        self._batches = soft_batches(self.logits, self.temperature(progress), self.half_iterations)
         try:
             hardened = harden([batch.soft for batch in self._batches])
         except ValueError as error:

@@ -153,7 +153,7 @@ class PermutationLinear(nn.Module):
             `(blocks, B, B)`, with permuted rows.
         """
         if self._straight_through == "swap":
-            changes = self._kernels.exchanges(masked_t, chunk, grad_masked_t, size)
+            changes = self._kernels.swap_gradient(masked_t, chunk, grad_masked_t, size)
             return changes.repeat_interleave(chunk.m, 2)
         # Sums over all rows would overflow or vanish in float16.
         dtype = torch.float32 if masked_t.dtype == torch.float16 else masked_t.dtype

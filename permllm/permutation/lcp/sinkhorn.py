@@ -73,7 +73,7 @@ class SoftBatch:
     Args:
         logits: logits of all permutations, by name.
         stacks: stacks in this batch, each by its permutation and its number in the permutation.
-        temperature, halves: as in `normalize`.
+        temperature, half_iterations: as in `normalize`.
 
     Attributes:
         placeholders: leaf tensors, `(blocks, B, B)`, by stack.
@@ -86,14 +86,14 @@ class SoftBatch:
         logits: Mapping[str, BlockLogits],
         stacks: list[tuple[str, int]],
         temperature: float,
-        halves: int,
+        half_iterations: int,
     ) -> None:
         self._stacks = stacks
         self._logits = logits
         self._temperature = temperature
         effective = self._effective()
         self._counts = [len(stack) for stack in effective]
-        self.soft, self._potentials = normalize(_joined(effective), temperature, halves)
+        self.soft, self._potentials = normalize(_joined(effective), temperature, half_iterations)
         zero = self.soft.new_zeros(())
         self.placeholders = {
             stack: zero.expand(values.shape).requires_grad_()
@@ -125,7 +125,7 @@ class SoftBatch:
 
 
 def soft_batches(
-    logits: Mapping[str, BlockLogits], temperature: float, halves: int
+    logits: Mapping[str, BlockLogits], temperature: float, half_iterations: int
 ) -> list[SoftBatch]:
     """Return the soft permutations of several permutations, in batches.
 
@@ -137,7 +137,7 @@ def soft_batches(
         for number, stack in enumerate(blocks.logits):
             together = stack.shape[-1] if stack.is_cuda else (name, number)
             batches.setdefault(together, []).append((name, number))
-    return [SoftBatch(logits, stacks, temperature, halves) for stacks in batches.values()]
+    return [SoftBatch(logits, stacks, temperature, half_iterations) for stacks in batches.values()]
 
 
 def _joined(stacks: list[Tensor]) -> Tensor:
@@ -145,7 +145,9 @@ def _joined(stacks: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def normalize(logits: Tensor, temperature: float, halves: int) -> tuple[Tensor, list[Tensor]]:
+def normalize(
+    logits: Tensor, temperature: float, half_iterations: int
+) -> tuple[Tensor, list[Tensor]]:
     """Return the soft permutation of each block (PermLLM, section 4.1; Adams and Zemel 2011).
 
     With logits X and temperature tau it is `S^L(X / tau)`:
@@ -160,7 +162,7 @@ def normalize(logits: Tensor, temperature: float, halves: int) -> tuple[Tensor, 
         logits: `(blocks, B, B)`, float32 or float64; row = source channel, column = target
             position.
         temperature: tau > 0; the lower, the closer the result is to a hard permutation.
-        halves: 2 L, the number of half iterations: rows, columns, rows and so on.
+        half_iterations: 2 L, the number of half iterations: rows, columns, rows and so on.
 
     Returns:
         The soft permutations, `(blocks, B, B)`, positive. For L >= 1 the columns sum to one, and
@@ -169,7 +171,7 @@ def normalize(logits: Tensor, temperature: float, halves: int) -> tuple[Tensor, 
     """
     log_p = logits / temperature
     potentials = []
-    for half in range(halves):  # rows first, so that the columns are exact at the end
+    for half in range(half_iterations):  # rows first, so that the columns are exact at the end
         potential = log_p.logsumexp(-1 - half % 2, keepdim=True)
         log_p -= potential
         potentials.append(potential)
