@@ -40,9 +40,9 @@ class Sensitive(FoundAllocation):
     @override
     @torch.no_grad()
     def sensitivity(self, problem: LearningProblem) -> dict[str, float]:
-        """Return the divergence of the next tokens when one channel group alone is pruned.
+        """Return how much the divergence of the pruned model falls when one channel group is dense.
 
-        It is `KL(dense || pruned)` in nats, mean over tokens. The masks are the pruner's without a
+        The divergence is `KL(dense || pruned)` in nats, mean over tokens. The masks are the pruner's without a
         permutation. Each rank measures every n-th group. Sharded layers are the exception: all
         ranks enter a layer together, so each measures all groups.
 
@@ -54,6 +54,12 @@ class Sensitive(FoundAllocation):
         measured = problem.groups if placement_of(problem.model).sharded else mine
         values = torch.zeros(len(problem.groups), dtype=torch.float64, device=problem.device)
         stream = LayerStream(problem.model, tokens, problem.calibration_batch_size, dealt=False)
+        pruned = ExitStack()
+        for group in problem.groups:
+            for path in group.members:
+                linear = linear_at(problem.model, path)
+                mask = nm_mask(problem.saliency_of(path), problem.pattern_of(group))
+                pruned.enter_context(replaced_forwards([linear], partial(_forward, linear, mask)))
         for index, groups in by_layer(problem.model, problem.groups, "sensitivity"):
             for group in groups:
                 if group in measured:
@@ -69,8 +75,16 @@ class Sensitive(FoundAllocation):
                             "finite; try model.dtype=float32"
                         )
                     if group in mine:
-                        values[problem.groups.index(group)] = total / len(tokens)
+                        values[problem.groups.index(group)] = -total / len(tokens)
             stream.advance(index)
+        pruned.close()
+        everything = 0.0
+        ends = stream.states()
+        for windows in torch.arange(len(tokens)).split(problem.calibration_batch_size):
+            output = to_device(ends[windows], problem.device)
+            dense = to_device(problem.target[windows], problem.device)
+            everything += float(distance(output, dense)) * len(windows)
+        values += everything / len(tokens)
         parallel.all_reduce([values])
         names = [group.name for group in problem.groups]
         return dict(zip(names, values.tolist(), strict=True))
@@ -104,15 +118,18 @@ def _output(problem: LearningProblem, stream: LayerStream, group: ChannelGroup) 
         stream: inputs of the group's layer.
         group: the channel group.
     """
-    with ExitStack() as pruned:
+    with ExitStack() as restored:
         for path in group.members:
-            linear = linear_at(problem.model, path)
-            mask = nm_mask(problem.saliency_of(path), problem.pattern_of(group))
-            pruned.enter_context(replaced_forwards([linear], partial(_forward, linear, mask)))
+            linear = problem.model.get_submodule(path)
+            restored.enter_context(replaced_forwards([linear], partial(_dense, linear)))
         stream.advance(group.layer)
     for index in range(group.layer + 1, len(decoder_layers(problem.model))):
         stream.advance(index)
     return stream.states()
+
+
+def _dense(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    return nn.functional.linear(inputs, linear.weight, linear.bias)
 
 
 def _forward(linear: nn.Linear, mask: Tensor, inputs: Tensor) -> Tensor:
