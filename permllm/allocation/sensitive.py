@@ -31,7 +31,7 @@ from permllm.training.problem import LearningProblem
 
 
 @dataclass(kw_only=True, config=SETTINGS)
-class Sensitive(FoundAllocation):
+class Restored(FoundAllocation):
     """Allocation that keeps the groups dense whose pruning hurts most for each weight."""
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.1
