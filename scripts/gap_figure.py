@@ -1,6 +1,7 @@
-"""Draw the gap that methods close over the speed limit and over bytes.
+"""Draw the gap that methods close over what a model costs to serve, or over the size of models.
 
-python scripts/gap_figure.py RECORDS.jsonl CURVE.png
+python scripts/gap_figure.py allocation RECORDS.jsonl CURVE.png
+python scripts/gap_figure.py sizes RECORDS.jsonl SIZES.png
 """
 
 import argparse
@@ -21,12 +22,13 @@ from permllm.settings.config import NMPattern
 from permllm.sparsity.two_of_four import stored_share
 
 # Settings of the row at which the gap is 0 %.
-_WANDA = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense="
+_WANDA = "method=wanda"
+_WANDA_AT_2_4 = f"{_WANDA},allocation=uniform,sparsity=2:4,keep_dense="
 
 
-def draw(runs: list[Run], file: Path) -> None:
+def allocation(runs: list[Run], file: Path) -> None:
     """Draw the gap over the speed limit, and over the bytes of the linears in FP8."""
-    table = table_of(runs, _WANDA)
+    table = table_of(runs, _WANDA_AT_2_4)
     rows = table.labels[["method", "sparsity", "keep_dense"]].assign(
         speed=table.means[SPEED_LIMIT], gap=table.means[GAP], error=table.errors[GAP].fillna(0.0)
     )
@@ -49,6 +51,31 @@ def draw(runs: list[Run], file: Path) -> None:
         left.legend(fontsize="small")
 
 
+def sizes(runs: list[Run], file: Path) -> None:
+    """Draw the gap over the size of the model, of methods that several models have."""
+    by_model = {}
+    for model in {run.config["model"]["name"] for run in runs}:
+        table = table_of([run for run in runs if run.config["model"]["name"] == model], _WANDA)
+        by_model[model] = table.labels[["method"]].assign(
+            size=_size(model), gap=table.means[GAP], error=table.errors[GAP].fillna(0.0)
+        )
+    rows = pd.concat(by_model.values()).rename(columns={"method": "line"}).dropna(subset="gap")
+    rows = rows[rows.duplicated("line", keep=False)]
+    with picture(file) as pyplot:
+        _, axis = pyplot.subplots(figsize=(8, 5))
+        _lines(axis, rows, "size")
+        axis.set(ylabel=GAP, xscale="log")
+        axis.set_xticks([_size(model) for model in by_model], [*by_model], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.legend(fontsize="small")
+
+
+def _size(model: str) -> float:
+    """Return the number of parameters that a model's name ends with, such as 135m or 0.5b."""
+    *_, ending = model.split("-")
+    return float(ending[:-1]) * {"m": 1e6, "b": 1e9}[ending[-1]]
+
+
 def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
     """Draw each `line` of the rows."""
     for label, points in rows.groupby("line"):
@@ -60,7 +87,9 @@ def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    figures = {"allocation": allocation, "sizes": sizes}
+    parser.add_argument("figure", choices=figures)
     parser.add_argument("records", type=Path)
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    draw(collect([options.records]).runs, options.picture)
+    figures[options.figure](collect([options.records]).runs, options.picture)

@@ -209,6 +209,25 @@ def _by_model(folder: Path, records: str, baseline: str) -> dict[str, Table]:
     return {name: table_of(runs[name], f"method={baseline}") for name in names}
 
 
+def shares(folder: Path, baseline: str, records: str = RECORDS) -> str:
+    """Return the gap that methods close at 2:4, by the share of the weights that stays dense.
+
+    Args:
+        baseline: settings of the row from which the gaps are measured.
+        records: files of records.
+    """
+    found = _gaps(folder, records, baseline, "method,allocation.share,sparsity,keep_dense")
+    rows = found.labels.query("sparsity == '2:4' and keep_dense == ''")
+    rows = rows.assign(gap=found.means[GAP], limit=found.means[SPEED_LIMIT])
+    rows["share"] = pd.to_numeric(rows["allocation.share"]).fillna(0.0)
+    limits = rows.groupby("share")["limit"].max()
+    frame = rows.pivot(index="method", columns="share", values="gap").sort_values(0.0)
+    frame = frame.map("{:.0%}".format, na_action="ignore").fillna("")
+    frame.columns = [f"{share:.0%} dense (limit {limits[share]:.3g})" for share in frame]
+    frame.index = "`" + frame.index + "`"
+    return as_text(frame.reset_index(), "md")
+
+
 def bounds(folder: Path, methods: str, records: str) -> str:
     """Return methods at 2:4 and at 6:8, with the bytes and the bound of the speed on 2:4 kernels.
 
@@ -469,6 +488,7 @@ _TABLES = (
     differences,
     claims,
     needs,
+    shares,
     bounds,
     options,
     study,
