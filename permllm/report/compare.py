@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from permllm.report.measures import DENSE, change_text
@@ -27,10 +28,14 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         resampled differences; None: there is none. `change`: text of both. `over`: text with the
         number of windows or items, which is zero if the rows have no scores of the same ones.
     """
-    difference = _difference(table, row, other, name)
     kind = table.kinds[name]
     gap = name in table.gaps
-    samples = _samples(table, row, other, name)
+    runs = table.members(row).sort_values("seed"), table.members(other).sort_values("seed")
+    # The base of gaps is the mean over all its seeds, so that it closes none.
+    if not (gap and {row, other} & set(table.starts.values())):
+        runs = _of_common_seeds(*runs)
+    difference = _difference(table, *runs, name)
+    samples = _samples(table, *runs, name)
     ends = None
     if samples:
         ends = interval(samples, _gap_difference if gap else np.subtract)
@@ -45,9 +50,17 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     }
 
 
-def _difference(table: Table, row: int, other: int, name: str) -> float:
-    values = table.members(row)[name]
-    other_values = table.members(other)[name]
+def _of_common_seeds(runs: pd.DataFrame, others: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the runs of two rows whose seeds both rows have; all runs if there is no such seed."""
+    common = set(runs["seed"]) & set(others["seed"])
+    if not common:
+        return runs, others
+    return runs[runs["seed"].isin(common)], others[others["seed"].isin(common)]
+
+
+def _difference(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) -> float:
+    values = runs[name]
+    other_values = others[name]
     if table.kinds[name] in ("accuracy", "share"):
         return float(values.mean() - other_values.mean())
     with np.errstate(all="ignore"):  # what is not finite has no difference
@@ -56,18 +69,18 @@ def _difference(table: Table, row: int, other: int, name: str) -> float:
         return float(values.mean() / other_values.mean() - 1)
 
 
-def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
-    """Return the scores for `interval`; empty: the rows cannot be compared."""
-    seeds = sorted(table.members(row)["seed"])
-    if sorted(table.members(other)["seed"]) != seeds:
+def _samples(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) -> list[Numbers]:
+    """Return the scores for `interval`; empty: the runs cannot be compared."""
+    seeds = [*runs["seed"]]
+    if [*others["seed"]] != seeds:
         return []
     samples = []
     for text in table.gaps.get(name, [name]):
         lines = []
-        for compared in (row, other):
+        for compared in (runs, others):
             lines.append(_scores(table, compared, text, seeds))
             if name in table.gaps:
-                start = table.starts[compared]
+                start = table.members(table.starts[compared["row"].iloc[0]])
                 lines.append(_scores(table, start, text, seeds))
                 lines.append(_scores(table, start, f"{DENSE}{text}", seeds))
         parts = lines[0].keys()
@@ -79,13 +92,15 @@ def _samples(table: Table, row: int, other: int, name: str) -> list[Numbers]:
     return samples if usable else []
 
 
-def _scores(table: Table, row: int, column: str, seeds: Sequence[Any]) -> dict[Any, Numbers]:
-    """Return a row's scores, float64 `(seeds, windows)`, by text or task and identity.
+def _scores(
+    table: Table, runs: pd.DataFrame, column: str, seeds: Sequence[Any]
+) -> dict[Any, Numbers]:
+    """Return the scores of a row's runs, float64 `(seeds, windows)`, by text or task and identity.
 
     The result is empty if the runs do not have the same texts or tasks.
     """
     scores = defaultdict(list)
-    runs = table.members(row).sort_values("seed")
+    runs = runs.sort_values("seed")
     for run in runs.index:
         measure = table.values[run].get(column)
         for part, (identity, numbers) in (measure.scores if measure else {}).items():

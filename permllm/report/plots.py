@@ -68,18 +68,20 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
         bytes of the runs with the compute dtype of the fastest one; `model`; `front`, True if no
         other row of the model is as good in as few minutes; `cached`, True if the fastest run found
-        its calibration in the cache.
+        its calibration or allocation in the cache.
     """
     runs = table.frame.groupby("row")
     fastest = runs["minutes"].idxmin()
     dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
     peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
     peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
-    calibrated = pd.Series([run.metrics["seconds"].get("calibrate", 0.0) for run in table.runs])
-    longest = calibrated.groupby(table.frame["row"].map(table.labels["model"])).transform("max")
+    seconds = pd.DataFrame([run.metrics["seconds"] for run in table.runs])
+    seconds = seconds.reindex(columns=["calibrate", "allocate"])
+    longest = seconds.groupby(table.frame["row"].map(table.labels["model"])).transform("max")
     # Sequential statistics are taken while the model is pruned.
     statistics = [run.config.get("calibration", {}).get("statistics") for run in table.runs]
-    cached = (calibrated < 0.02 * longest) & (pd.Series(statistics) != "sequential")
+    seconds.loc[[kind == "sequential" for kind in statistics], "calibrate"] = math.nan
+    cached = (seconds < 0.02 * longest).any(axis=1)
     frame = pd.DataFrame(
         {
             "name": table.names(),
@@ -175,7 +177,7 @@ def plot_cost(
             axis.text(0, value, text, transform=place, va="bottom", fontsize="small")
         if kind in ("accuracy", "share"):
             axis.yaxis.set_major_formatter("{x:.0%}")
-        star = "; *: calibration from the cache" if frame["cached"].any() else ""
+        star = "; *: calibration or allocation from the cache" if frame["cached"].any() else ""
         axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front{star}")
         axis.set_ylabel(table.heading(name))
         axis.grid(alpha=0.3)

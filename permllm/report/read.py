@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +141,21 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     places = list(places)
     files = set()
     notes: list[str] = []
-    jobs = [job for place in places for job in sweep.read_outcomes(place)]
+    sweeps = [folder for place in places for folder in (place, *sorted(place.glob("sweeps/*")))]
+    jobs = [job for folder in sweeps for job in sweep.read_outcomes(folder)]
     # Jobs that an earlier sweep did not finish are no loss if another sweep of the places did.
     finished = [job.overrides for job in jobs if job.directory]
+    notes += [
+        f"skipped {' '.join(job.overrides)}: {job.reason}"
+        for job in jobs
+        if not job.directory and job.overrides not in finished
+    ]
     for place in places:
         if place.is_dir():
             files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
             for job in sweep.read_outcomes(place):
                 if job.directory:
                     files.add(Path(job.directory) / METRICS)
-                elif job.overrides not in finished:
-                    notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
         elif place.suffix == LINES and place.is_file():
             files.add(place)
         else:
@@ -178,14 +182,22 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
 
 
 def without_repeated(runs: Iterable[Run], notes: list[str]) -> list[Run]:
-    """Return the first run of each identity, and add a line to the notes for each other run."""
+    """Return the first run of each identity, and add a line to the notes for each other run.
+
+    If both have the same tensors, the first run gets the evaluations that it lacks.
+    """
     firsts: dict[str, Run] = {}
     for run in runs:
-        first = firsts.setdefault(run.key(), run)
+        key = run.key()
+        first = firsts.setdefault(key, run)
         if first is not run:
             notes.append(
                 f"{run.directory} has the same settings as {first.directory}: not counted again"
             )
+            if run.metrics.get("sha256") == first.metrics.get("sha256"):
+                had = [evaluation["evaluation_hash"] for evaluation in first.evaluations]
+                new = [other for other in run.evaluations if other["evaluation_hash"] not in had]
+                firsts[key] = replace(first, evaluations=[*first.evaluations, *new])
     return [*firsts.values()]
 
 

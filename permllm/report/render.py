@@ -114,10 +114,11 @@ def _cells(values: pd.Series, text: Callable[[float], str]) -> pd.DataFrame:
 
 
 def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
-    """Return cells of the rows that have a change from the baseline in a measure."""
+    """Return cells of the rows of the baseline's model that have a change from it in a measure."""
     pairs = {}
     for row in table.labels.index:
-        if row != baseline and table.has(row, name) and table.has(baseline, name):
+        of_model = table.starts.get(row) == baseline
+        if row != baseline and of_model and table.has(row, name) and table.has(baseline, name):
             pairs[row] = paired(table, row, baseline, name)
     cells = pd.DataFrame.from_dict(pairs, "index", columns=["difference", "interval", "change"])
     return cells.set_axis(["value", "interval", "text"], axis=1)

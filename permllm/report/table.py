@@ -196,6 +196,9 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     frame = runs_frame(runs, values)
     keys = [run.key("seed") for run in runs]
     labels = runs_labels(runs).set_axis(keys)
+    # A row has the name of those of its runs that have one.
+    names = labels["method"].replace("", None)
+    labels["method"] = names.groupby(level=0).transform("first").fillna("")
     labels = labels[~labels.index.duplicated()]
     varied = varying(labels)
     labels = labels.sort_values(varied, key=lambda texts: texts.map(_sort_key))
@@ -256,9 +259,14 @@ def means_and_errors(
     errors = errors.where(means.notna())
     for name in names:
         dense = f"{DENSE}{name}"
-        if dense in frame and shared_value(frame[dense]):
-            means.at[DENSE_ROW, name] = frame.at[0, dense]
-            errors.at[DENSE_ROW, name] = stderrs.at[0, dense]
+        if dense not in frame:
+            continue
+        # A run of the only model may lack the measure, because it calibrates on the text.
+        of_runs = frame[dense].dropna() if frame["model"].nunique() == 1 else frame[dense]
+        shared = shared_value(of_runs)
+        if shared is not None:
+            means.at[DENSE_ROW, name] = shared
+            errors.at[DENSE_ROW, name] = stderrs.at[of_runs.index[0], dense]
     return means, errors
 
 

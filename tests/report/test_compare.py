@@ -155,6 +155,27 @@ def test_the_mean_gap_has_the_interval_of_seeds_and_of_windows_within_each_text(
         assert found["over"] == "96 windows"
 
 
+def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    for seed in range(3):
+        values = evaluation(nats_of(seed, 2.0))
+        make_run(tmp_path / f"none{seed}", 0.0, values, permutation="none", seed=seed)
+        if seed != 1:
+            values = evaluation(nats_of(10 + seed, 1.0))
+            make_run(tmp_path / f"lcp{seed}", 0.0, values, permutation="lcp", seed=seed)
+    table = table_below(tmp_path)
+    rows = {table.labels.at[row, "permutation"]: row for row in range(2)}
+    name = next(name for name in table.measures if "perplexity" in name)
+    found = paired(table, rows["lcp"], rows["none"], name)
+    text = next(iter(SIZES))
+    means = [
+        nats_of(10 + seed, 1.0)[text]["sparse"].mean() - nats_of(seed, 2.0)[text]["sparse"].mean()
+        for seed in (0, 2)
+    ]
+    assert found["difference"] == pytest.approx(float(np.expm1(np.mean(means))), rel=1e-9)
+    assert found["interval"]
+    assert found["over"] == f"{SIZES[text]} windows"
+
+
 @pytest.mark.parametrize("changed", ["nothing kept", "another tokenizer", "another seed"])
 def test_what_is_not_the_same_has_no_interval(
     changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from permllm.report.published import Comparison, published
 from permllm.report.read import collect
 from permllm.report.render import as_text, print_run, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, find, table_of
-from permllm.store.files import read_lines, write_json
+from permllm.store.files import read_json, read_lines, write_json
 from tests.conftest import ROOT, run_python
 from tests.kept import (
     PERPLEXITY,
@@ -540,6 +540,56 @@ def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
     table = table_below(tmp_path)
     assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
     assert cells(table)["rte acc (limited)"].tolist()[-1] == ""
+
+
+def test_the_same_run_twice_has_the_evaluations_of_both(tmp_path: Path) -> None:
+    one = evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0}})
+    two = evaluation({"c4": {"dense": 11.0, "sparse": 22.0}})
+    make_run(tmp_path / "a", 0.0, one)
+    make_run(tmp_path / "b", 0.0, two)
+    found = collect([tmp_path])
+    table = table_of(found.runs)
+    assert len(found.runs) == len(found.notes) == 1
+    values = table.means.loc[0].dropna()
+    assert {20.0, 22.0} <= set(values)
+    changed = read_json(tmp_path / "b" / "metrics.json") | {"sha256": {"masks": "another"}}
+    write_json(tmp_path / "b" / "metrics.json", changed)
+    assert 22.0 not in set(table_below(tmp_path).means.loc[0])
+
+
+def test_a_baseline_is_compared_with_rows_of_its_model_alone(tmp_path: Path) -> None:
+    for model in ("smollm2-135m", "qwen2.5-7b"):
+        for permutation in ("none", "lcp"):
+            make_run(
+                tmp_path / f"{model}-{permutation}", 20.0, permutation=permutation, model=model
+            )
+    found = table_below(tmp_path, baseline="model=smollm2-135m,permutation=none")
+    column = "against the baseline"
+    shown = table_cells(found)
+    rows = shown[shown["column"].str.endswith(column)].query("value.notna()")["row"]
+    assert {found.labels.at[row, "model"] for row in rows} == {"smollm2-135m"}
+
+
+def test_the_dense_model_has_its_number_where_some_runs_lack_the_text(tmp_path: Path) -> None:
+    both = {text: {"dense": 10.0, "sparse": 20.0} for text in ("wikitext2", "c4")}
+    make_run(tmp_path / "a", 0.0, evaluation({"wikitext2": both["wikitext2"]}), permutation="none")
+    make_run(tmp_path / "b", 0.0, evaluation(both))
+    table = table_below(tmp_path)
+    (column,) = [name for name in table.measures if "c4" in name and "perplexity" in name]
+    assert table.means.at[DENSE_ROW, column] == 10.0
+
+
+def test_a_row_has_the_name_of_one_of_its_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0, seed=0)
+    make_run(tmp_path / "b", 21.0, seed=1, method="order")
+    assert [*table_below(tmp_path).labels["method"]] == ["order"]
+
+
+def test_failed_jobs_of_the_sweeps_in_a_folder_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    job = {"overrides": ["seed=1"], "outcome": "failed", "reason": "out of memory"}
+    write_json(tmp_path / "sweeps/one/jobs/0000.json", job)
+    assert collect([tmp_path]).notes == ["skipped seed=1: out of memory"]
 
 
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
