@@ -89,7 +89,8 @@ def prune(
             has no tokenizer.
         texts: text to calibrate on: documents, the name of an option of the group `calibration`
             (`"c4"`), or windows of tokens, int64 `(windows, seqlen)`. All windows calibrate; with
-            `calibration__samples=N` the first N do, and methods learn from those after them too.
+            `calibration__samples=N` the first N do, and methods learn from those after them if
+            their own `samples` ask for more. Windows are taken as they are, without another BOS.
         searchpath: places with options of other packages, as in `hydra.searchpath`:
             `["pkg://mypackage.conf"]`.
         settings: settings of the command line, with two underscores for a dot: `method="masks"`,
@@ -181,7 +182,8 @@ def perplexity(
         seqlen: tokens in a window. Windows of tokens keep their own length.
         limit: number of windows that are measured; None: all.
         batch_tokens: tokens in a forward, at least one window.
-        bos: True: the first token of each window is the tokenizer's BOS, as Gemma needs it.
+        bos: True: the first token of each window is the tokenizer's BOS, as Gemma needs it. Windows
+            of tokens are taken as they are.
 
     Raises:
         ConfigError: the name is no text for perplexity, or the model is no decoder.
@@ -324,8 +326,8 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
         raise ConfigError(
             "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"
         )
-    elif not texts or not all(isinstance(document, str) for document in texts):
-        raise ConfigError("texts: expected at least one document, a str each, or a name")
+    elif isinstance(texts, Iterator) or not texts or not all(isinstance(t, str) for t in texts):
+        raise ConfigError("texts: expected a list of at least one document, a str each, or a name")
     elif isinstance(texts, str) and len(texts.split()) > 1:
         raise ConfigError("texts: expected a list of documents, or the name of a text")
 
@@ -334,6 +336,8 @@ def _composed(
     model: PreTrainedModel, texts: Texts, searchpath: Sequence[str], settings: dict[str, Any]
 ) -> DictConfig:
     """Compose the settings as the command line would, with the model and the text as given."""
+    if isinstance(searchpath, str):
+        raise ConfigError(f"searchpath={searchpath!r}: expected a list of places")
     path = str(model.config._name_or_path or model.config.model_type)
     calibration = texts if isinstance(texts, str) else "text"
     options = {"model": "local", "logger": "none", "calibration": calibration}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import re
 from functools import partial
@@ -361,6 +362,12 @@ def test_perplexity_is_that_of_the_formula(bos: bool, tokenizer: ByT5Tokenizer) 
     assert permllm.perplexity(model, None, windows) == expected
 
 
+def test_a_broken_model_has_no_perplexity(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    assert math.isnan(permllm.perplexity(model, None, WINDOWS))
+
+
 def test_what_perplexity_cannot_be_measured_on_is_one_line(
     cache: Path, model: PreTrainedModel, tokenizer: ByT5Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -369,6 +376,7 @@ def test_what_perplexity_cannot_be_measured_on_is_one_line(
         ([TEXT], {"seqlen": 1}, ConfigError, "seqlen=1"),
         ([TEXT], {"limit": 0}, ConfigError, "limit=0"),
         ([], {}, ConfigError, "texts: "),
+        ((text for text in [TEXT]), {}, ConfigError, "texts: "),
         (WINDOWS[:, :1], {}, ConfigError, "texts: "),
         ("poem", {}, ConfigError, "dataset='poem'"),
         (["short"], {}, DataError, "fewer than one"),

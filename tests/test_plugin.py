@@ -255,6 +255,8 @@ def test_an_order_that_is_no_permutation_is_refused(
         ("(1, weight).column", ConfigError, "are a Parameter"),
         ("(1, statistics[Peak].value)", ConfigError, r"are column \(32,\)"),
         ("(1, weight - 9)", ConfigError, "are negative"),
+        ("(3, weight.abs())", ConfigError, "the power 3"),
+        ("(0, weight[:1].abs())", ConfigError, "the power 0"),
         ("(1, weight * float('nan'))", TrainingError, "q_proj is not finite"),
     ],
 )
@@ -264,6 +266,23 @@ def test_a_saliency_that_is_none_is_refused(
     return_instead(package, "pruner.py", f"SaliencyFactors{returned}")
     with pytest.raises(error, match=reason):
         run("pruner=peak", "permutation=none", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ("{}", "is missing"),
+        ("{path: mask[:1] for path, mask in found.items()}", "is torch.bool"),
+        ("{path: mask.float() for path, mask in found.items()}", "is torch.float32"),
+    ],
+)
+def test_masks_that_are_none_are_refused_and_not_kept(
+    returned: str, reason: str, package: Path
+) -> None:
+    return_instead(package, "mask.py", returned)
+    with pytest.raises(ConfigError, match=rf"^mask=random: the mask of .*{reason}"):
+        run("mask=random", "permutation=none", f"run_dir={package}/run")
+    assert not (package / "run" / "masks.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -297,6 +316,8 @@ def test_python_finds_options_of_a_package(package: Path) -> None:
     settings |= {"searchpath": ["pkg://mypackage.conf"]}
     few: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16}
     texts = ["Tyger Tyger, burning bright. " * 20]
+    with pytest.raises(ConfigError, match="searchpath"):
+        permllm.prune(loaded.model, loaded.tokenizer, texts=texts, searchpath="mypackage")
     _, _, report = permllm.prune(loaded.model, loaded.tokenizer, texts=texts, **settings, **few)
     assert report["name"].endswith("-peak-spread-2x4")
     assert report["sparsity"]["violations"] == 0

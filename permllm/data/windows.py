@@ -132,9 +132,11 @@ def _disjoint(
     """Draw windows that do not overlap."""
     needed = (config.samples + further) * piece
     if len(tokens) < needed:
+        learned_from = f" and {further} further ones to learn from" if further else ""
         raise DataError(
-            f"the calibration text has {len(tokens)} tokens, but {config.samples + further} "
-            f"windows (calibration.samples) of calibration.seqlen={config.seqlen} need {needed}: "
+            f"the calibration text has {len(tokens)} tokens, but calibration.samples="
+            f"{config.samples} windows{learned_from} of calibration.seqlen={config.seqlen} need "
+            f"{needed}: "
             f"the text has {len(tokens) // piece} such windows"
         )
     offset = generator.randrange(len(tokens) % piece + 1)

@@ -95,7 +95,7 @@ def measure_perplexity(
         total += loss
     tokens = count * (window - 1)
     mean = total / tokens
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
     return {"value": value, "window": window, "tokens": tokens, "scores": losses}
 
 

@@ -58,8 +58,8 @@ def _alone(file: Path) -> Iterator[Path]:
 def convert_gguf(file: Path, target: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into a folder.
 
-    Raises ValueError if the file lacks weights, which transformers would draw at random, or scales
-    rotary positions, which transformers would leave out.
+    Raises ValueError if the file lacks weights, which transformers would draw at random, or has
+    others or scales of rotary positions, which transformers would leave out.
     """
     reader = GGUFReader(file)
     names = [tensor.name for tensor in reader.tensors] + list(reader.fields)
@@ -72,6 +72,12 @@ def convert_gguf(file: Path, target: Path) -> None:
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"the file lacks {missing[0]}")
+    weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    if weights != loaded.num_parameters():
+        raise ValueError(
+            f"the file has {weights} weights, and the model {loaded.num_parameters()}: it does not "
+            f"read all tensors of a {loaded.config.model_type}, such as biases"
+        )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers does not save a model from GGUF, so its tensors move into a fresh model.
     fresh = skeleton_like(loaded)

@@ -35,6 +35,12 @@ def head_path(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
+class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Output of a model's body, also for families that read the logits of a router."""
+
+    router_logits = None
+
+
 class Head:
     """Final norm and head of a causal language model.
 
@@ -77,9 +83,7 @@ class Head:
     def _forward(self, windows: Tensor, replaced: dict[str, Tensor]) -> Tensor:
         ids = torch.zeros(windows.shape[:2], dtype=torch.long, device=self.weight.device)
         # The body returns these states for any input.
-        body = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=windows  # type: ignore[arg-type]
-        )
+        body = _BodyOutput(last_hidden_state=windows)  # type: ignore[arg-type]
         with replaced_forwards([self._body], lambda *_, **__: body):
             output = functional_call(
                 self._model,

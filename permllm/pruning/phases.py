@@ -191,9 +191,24 @@ def find_masks(
         problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.compute_dtype, job.device):
             masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, permutations)
+        _check_masks(job, masks)
         return masks
 
     return job.record.kept(MASKS, compute, save_masks, load_masks)
+
+
+def _check_masks(job: Job, masks: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError, which names the linear, unless each pruned linear has a mask."""
+    for group in job.groups.pruned:
+        for path in group.members:
+            mask = masks.get(path)
+            expected = linear_at(job.loaded.model, path).weight.shape
+            if mask is None or mask.dtype != torch.bool or mask.shape != expected:
+                found = "missing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
+                raise ConfigError(
+                    f"mask={job.config.mask.get('name')}: the mask of {path} is {found}; expected "
+                    f"bool {tuple(expected)}"
+                )
 
 
 def calibrate_dense(
@@ -312,6 +327,11 @@ def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> Sali
     rows, channels = weight.shape
     column = factors.column
     row = factors.row
+    if factors.power not in ((0, 1, 2) if factors.dense else (1, 2)):
+        raise ConfigError(
+            f"{where} have the power {factors.power}; expected 1 or 2, or 0 with a score for each "
+            "weight"
+        )
     terms = 1 if row is None else len(column)
     fits = column.shape in ((terms, channels), (rows, channels))
     if not fits or (row is not None and row.shape != (terms, rows)):

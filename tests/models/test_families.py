@@ -26,6 +26,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 64},
     "mpt": {},
     "cohere": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "layer_types": ["attention", "attention"],
+        "mamba_n_heads": 2,
+    },
 }
 TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))
 

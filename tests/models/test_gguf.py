@@ -15,6 +15,7 @@ from gguf.quants import quantize
 from permllm.errors import DataError
 from permllm.models import gguf
 from permllm.models.load import dense_folder, load_model, meta_model
+from tests.conftest import tiny_model
 from tests.models.test_bad_checkpoints import local
 from tests.models.test_offload import saved
 
@@ -83,6 +84,17 @@ def test_a_file_that_would_become_another_model_is_refused(
     with pytest.raises(DataError, match=rf"odd\.gguf.*{named}"):
         load_model(local(file), 0)
     assert not list((cache / "models").glob("gguf-*"))
+
+
+def test_a_file_with_tensors_that_the_model_does_not_get_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    loaded = (model, {"missing_keys": []})
+    monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)
+    file = write(tmp_path / "biased.gguf")
+    with pytest.raises(DataError, match=rf"biased\.gguf.*192.*{model.num_parameters()}"):
+        load_model(local(file), 0)
 
 
 def test_the_architecture_is_read_without_a_conversion(cache: Path, tmp_path: Path) -> None:
