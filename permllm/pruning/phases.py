@@ -204,9 +204,9 @@ def _check_masks(job: Job, masks: Mapping[str, Tensor]) -> None:
             mask = masks.get(path)
             expected = linear_at(job.loaded.model, path).weight.shape
             if mask is None or mask.dtype != torch.bool or mask.shape != expected:
-                found = "missing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
+                actual = "missing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
                 raise ConfigError(
-                    f"mask={job.config.mask.get('name')}: the mask of {path} is {found}; expected "
+                    f"mask={job.config.mask.get('name')}: the mask of {path} is {actual}; expected "
                     f"bool {tuple(expected)}"
                 )
 
