@@ -216,7 +216,7 @@ model.dtype=int4 -> model.dtype='int4': must be 'float32', 'bfloat16'
 model=local -> model=local needs model.path=DIR
 model.placement=disk -> model.placement=disk: model=tiny is random
 calibration.dataset=mars plan=true -> calibration.dataset='mars' is not valid; valid are: boolq-
-calibration.samples=100000 -> 100000 windows (calibration.samples)
+calibration.samples=100000 -> calibration.samples=100000 windows
 calibration=text -> calibration=text needs calibration.data_files=PATH
 calibration.data_files=x.txt -> needs calibration=text
 calibration.statistics=sequential -> is not valid with permutation=lcp

@@ -141,21 +141,17 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     places = list(places)
     files = set()
     notes: list[str] = []
-    sweeps = [folder for place in places for folder in (place, *sorted(place.glob("sweeps/*")))]
-    jobs = [job for folder in sweeps for job in sweep.read_outcomes(folder)]
+    jobs = [job for place in places for job in sweep.read_outcomes(place)]
     # Jobs that an earlier sweep did not finish are no loss if another sweep of the places did.
     finished = [job.overrides for job in jobs if job.directory]
-    notes += [
-        f"skipped {' '.join(job.overrides)}: {job.reason}"
-        for job in jobs
-        if not job.directory and job.overrides not in finished
-    ]
     for place in places:
         if place.is_dir():
             files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
             for job in sweep.read_outcomes(place):
                 if job.directory:
                     files.add(Path(job.directory) / METRICS)
+                elif job.overrides not in finished:
+                    notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
         elif place.suffix == LINES and place.is_file():
             files.add(place)
         else:

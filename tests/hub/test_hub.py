@@ -137,7 +137,7 @@ def test_each_failure_is_one_line_that_names_the_thing_and_the_reason(
         assert reason in found[step]
         assert ("protocol=offline" in found[step]) == (step == "down, not cached")
         assert "\n" not in found[step]
-    assert " began with hub:big/moves:" in found["moved"]
+    assert " began with model hub:big/moves:" in found["moved"]
     assert found["anew"] == "finished"
     for step in ("gated, granted", "continues", "down, cached"):
         assert found[step][0].startswith("hub:big/")

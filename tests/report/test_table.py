@@ -585,13 +585,6 @@ def test_a_row_has_the_name_of_one_of_its_runs(tmp_path: Path) -> None:
     assert [*table_below(tmp_path).labels["method"]] == ["order"]
 
 
-def test_failed_jobs_of_the_sweeps_in_a_folder_are_named(tmp_path: Path) -> None:
-    make_run(tmp_path / "a")
-    job = {"overrides": ["seed=1"], "outcome": "failed", "reason": "out of memory"}
-    write_json(tmp_path / "sweeps/one/jobs/0000.json", job)
-    assert collect([tmp_path]).notes == ["skipped seed=1: out of memory"]
-
-
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 20.0)
     code = (
