@@ -317,8 +317,8 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
     if len(places) > 1 or places == {"meta"}:
         raise ConfigError(f"model: expected weights on one device, got {sorted(places)}")
     if isinstance(texts, Tensor):
-        is_long = texts.dim() == 2 and len(texts) > 0 and texts.shape[1] > 1
-        if texts.dtype != torch.int64 or not is_long or texts.min() < 0:
+        are_windows = texts.dim() == 2 and len(texts) > 0 and texts.shape[1] > 1
+        if texts.dtype != torch.int64 or not are_windows or texts.min() < 0:
             raise ConfigError(
                 "texts: expected documents, a name, or int64 (windows, seqlen) with seqlen > 1"
             )

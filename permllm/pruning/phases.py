@@ -200,14 +200,14 @@ def find_masks(
 def _check_masks(job: Job, masks: Mapping[str, Tensor]) -> None:
     """Raise ConfigError, which names the linear, unless each pruned linear has a mask."""
     for group in job.groups.pruned:
-        for path in group.members:
+        for path, rows in zip(group.members, group.rows, strict=True):
             mask = masks.get(path)
-            expected = linear_at(job.loaded.model, path).weight.shape
+            expected = (rows, group.channels)
             if mask is None or mask.dtype != torch.bool or mask.shape != expected:
                 actual = "missing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
                 raise ConfigError(
                     f"mask={job.config.mask.get('name')}: the mask of {path} is {actual}; expected "
-                    f"bool {tuple(expected)}"
+                    f"bool {expected}"
                 )
 
 
