@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.command import Answer
 from permllm.errors import ConfigError
-from permllm.export.write import SUMMARY, check_files, has_masks, read_summary
+from permllm.export.write import SUMMARY, check_files, read_summary
 from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import recorded_groups
@@ -53,14 +53,9 @@ def verify(
 
     Raises:
         ConfigError: the model has no known linears, or M does not divide the channels.
-        DataError: a file is missing, damaged or changed.
+        DataError: a file is missing, damaged or changed, or the folder is no checkpoint.
     """
     summary = read_summary(folder)
-    if has_masks(summary):
-        raise ConfigError(
-            f"{folder} has masks and no weights: permllm export {folder} --to CHECKPOINT makes a "
-            "checkpoint of them"
-        )
     if summary:
         check_files(folder, summary)
     weights = _checked_weights(folder, summary, pattern)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
-from permllm.store.files import read_json
+from permllm.store.files import MASKS, read_json
 from permllm.store.tensors import load_tensor, tensor_formats
 
 # Index of several files, and name of a single file, in the order in which transformers looks.
@@ -74,10 +74,12 @@ def checkpoint_config(folder: Path) -> PreTrainedConfig:
     """Read the config of a checkpoint's folder.
 
     Raises:
-        DataError: transformers cannot read the config, or the config belongs to a quantised model
-            or names code or files from elsewhere.
+        DataError: the folder has no config, transformers cannot read it, or it belongs to a
+            quantised model or names code or files from elsewhere.
     """
     file = folder / "config.json"
+    if not file.is_file():
+        raise DataError(f"{folder} is no checkpoint: {_what_it_is(folder)}")
     settings = read_json(file)
     # The config of a gathered checkpoint contains the dense model's config.
     if isinstance(settings.get("dense_config"), dict):
@@ -90,6 +92,15 @@ def checkpoint_config(folder: Path) -> PreTrainedConfig:
             raise DataError(f"{file}: {key}={settings[key]!r}: kernels from the hub are not loaded")
     with transformers_reads(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _what_it_is(folder: Path) -> str:
+    """Return what a folder without a config is."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / MASKS).is_file():
+        return f"it has the masks of a run; permllm export {folder} --to CHECKPOINT makes one of it"
+    return "it has no config.json"
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -106,7 +106,10 @@ class Head:
         ).to(weight)
         states /= (states @ weight.t()).abs().max()
         for size in _SIZES:
-            logits = self._forward(states[None] * size, part)[0].double()
+            try:
+                logits = self._forward(states[None] * size, part)[0].double()
+            except RuntimeError:  # before the product come modules of another dtype, as in BERT
+                return False
             # The tolerance allows for families that return logits in float32.
             product = size * states @ weight.t()
             if not torch.allclose(logits, product, rtol=1e-5, atol=1e-6 * size):

@@ -55,8 +55,9 @@ def test_a_folder_of_masks_has_a_card_and_no_weights(tmp_path: Path) -> None:
     identity = read_json(run / "metrics.json")["model"]
     for words in ("9.5", "12", identity, 'permllm.load("masks")', "3 dense"):
         assert words in card
-    with pytest.raises(ConfigError, match="no weights"):
-        verify(tmp_path / "masks")
+    for folder in (run, tmp_path / "masks"):
+        with pytest.raises(DataError, match=f"permllm export {folder} --to"):
+            verify(folder)
 
 
 def test_masks_that_cannot_make_a_model_are_refused(exports: Path, tmp_path: Path) -> None:

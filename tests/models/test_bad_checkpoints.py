@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, BertConfig, BertModel, ByT5Tokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    ByT5Tokenizer,
+    PreTrainedModel,
+)
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.gathered import write_gathered
@@ -129,10 +136,15 @@ def test_a_folder_without_a_tokenizer_or_a_decoder_is_refused(folder: Path, tmp_
     for file in folder.glob("*token*"):
         file.unlink()
     refused(folder, f"cannot load {folder}")
-    refused(tmp_path / "nothing", r"nothing/config\.json cannot be read")
+    refused(tmp_path / "nothing", "nothing is no checkpoint: there is no such folder")
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(tmp_path / "bert")
     refused(tmp_path / "bert", "attends to later tokens")
+    # Its head has a norm, whose dtype is not that in which heads are compared.
+    decoder = BertConfig(hidden_size=8, is_decoder=True, vocab_size=300, **sizes)
+    BertLMHeadModel(decoder).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    refused(folder, "run one at a time")
 
 
 def test_a_gpu_that_is_too_small_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
