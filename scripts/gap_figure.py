@@ -23,7 +23,7 @@ from permllm.sparsity.two_of_four import stored_share
 
 # Settings of the row at which the gap is 0 %.
 _WANDA = "method=wanda"
-_WANDA_AT_2_4 = f"{_WANDA},allocation=uniform,sparsity=2:4,keep_dense="
+_WANDA_AT_2_4 = f"{_WANDA},allocation=uniform,sparsity=2:4,keep_dense=none"
 
 
 def allocation(runs: list[Run], file: Path) -> None:
@@ -39,7 +39,7 @@ def allocation(runs: list[Run], file: Path) -> None:
     rows["line"] = rows["method"]
     other = rows["sparsity"] != "2:4"
     rows.loc[other, "line"] += ", " + rows["sparsity"][other] + " everywhere"
-    rows.loc[rows["keep_dense"] != "", "line"] += ", first and last layers dense"
+    rows.loc[rows["keep_dense"] != "none", "line"] += ", first and last layers dense"
     with picture(file) as pyplot:
         _, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
         _lines(left, rows, "speed")

@@ -217,7 +217,7 @@ def shares(folder: Path, baseline: str, records: str = RECORDS) -> str:
         records: files of records.
     """
     found = _gaps(folder, records, baseline, "method,allocation.share,sparsity,keep_dense")
-    rows = found.labels.query("sparsity == '2:4' and keep_dense == ''")
+    rows = found.labels.query("sparsity == '2:4' and keep_dense == 'none'")
     rows = rows.assign(gap=found.means[GAP], limit=found.means[SPEED_LIMIT])
     rows["share"] = pd.to_numeric(rows["allocation.share"]).fillna(0.0)
     limits = rows.groupby("share")["limit"].max()

@@ -241,7 +241,7 @@ def plain(text: str) -> str:
 def setting_text(value: Any) -> str:
     """Return the value of a setting as in YAML, in one line."""
     if isinstance(value, list):
-        return ", ".join(map(setting_text, value))
+        return ", ".join(map(setting_text, value)) or "none"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else plain(str(value))

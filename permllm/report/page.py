@@ -137,7 +137,8 @@ def _details(table: Table, row: int, name: str) -> str:
     for place in table.members(row).index:
         run = table.runs[place]
         environment = {"git": None, "command": "unknown", "started": ""} | run.environment
-        commit = (environment["git"] or {}).get("commit", "unknown")
+        git = {"commit": "unknown", "dirty": False} | (environment["git"] or {})
+        commit = git["commit"] + " with uncommitted changes" * git["dirty"]
         about = f"commit {commit}, seed {run.config['seed']}, {environment['started']}"
         text += f"<pre>{escape(environment['command'])}</pre>"
         text += f"<p>{escape(f'{about}, {run.directory}')}</p>"

@@ -233,8 +233,11 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     A record has the values that tables need, without weights, permutations and masks. The file is
     replaced.
 
-    Raises ConfigError if a run is not finished or not readable, or there is no run.
+    Raises ConfigError if a run is not finished or not readable, or there is no run, or the file has
+    another suffix, so that no command would read it.
     """
+    if file.suffix != LINES:
+        raise ConfigError(f"--jsonl {file}: expected a file *{LINES}")
     collection = collect(places, apart=True)
     if collection.notes:
         raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")

@@ -146,11 +146,15 @@ def texts(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def numbers(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the numbers of a table's cells between its settings, and errors beside them."""
+    """Return the numbers of a table's cells between its settings, errors and intervals beside."""
     columns = {}
     for name, part in cells.set_index("row").groupby("column", sort=False):
         columns[name] = part["value"]
         columns[f"{name} ±"] = part["error"]
+        if "interval" in part and part["interval"].notna().any():
+            ends = part["interval"].dropna()
+            columns[f"{name}, low"] = ends.str[0]
+            columns[f"{name}, high"] = ends.str[1]
     return _between_settings(table, pd.DataFrame(columns).dropna(axis=1, how="all").sort_index())
 
 

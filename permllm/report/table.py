@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -44,7 +44,7 @@ _FIRST = [
     *("permutation.constraint", "mask", "reconstruction", "reconstruction.start"),
 ]
 # Values that the names of rows leave out.
-_USUAL = {**IDLE, "permutation.constraint": "free"}
+_USUAL = {**IDLE, "permutation.constraint": "free", "keep_dense": "none"}
 
 
 @dataclass
@@ -67,7 +67,6 @@ class Table:
         varied: settings in which rows differ, or those that `show` has chosen.
         settings: those of them that name the rows. They are shown before the measures.
         measures: columns of measures that are shown.
-        notes: lines for the reader.
     """
 
     runs: list[Run]
@@ -83,11 +82,23 @@ class Table:
     varied: list[str]
     settings: list[str]
     measures: list[str]
-    notes: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Make the notes."""
-        self.notes = notes_of(self)
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the reader about the gaps that are shown."""
+        shown = [gap for gap in self.gaps if gap in self.measures]
+        notes = []
+        if len(self.gaps) > 1:
+            means = [gap for gap in shown if gap in (GAP, GAP + FP8)]
+            notes += [f"{gap}: the mean over {', '.join(self.gaps[gap])}" for gap in means]
+        if shown and self.baseline is None:
+            names = self.names()
+            bases = ", ".join(f"'{names[row]}'" for row in sorted({*self.starts.values()}))
+            notes.append(
+                f"{GAP}: 0 % is {bases}, by default; --baseline NAME=VALUE,... measures every row "
+                "of its model from one row"
+            )
+        return notes
 
     def members(self, row: int) -> pd.DataFrame:
         """Return the lines of a row's runs in `frame`."""
@@ -357,22 +368,6 @@ def find(labels: pd.DataFrame, text: str, option: str) -> int:
         differing = ", ".join(varying(rows))
         raise ConfigError(f"{option} {text}: {len(rows)} rows fit; they differ in {differing}")
     return int(rows.index[0])
-
-
-def notes_of(table: Table) -> list[str]:
-    """Return lines for the reader about gaps."""
-    notes = []
-    if len(table.gaps) > 1:
-        means = [gap for gap in table.gaps if gap in (GAP, GAP + FP8)]
-        notes += [f"{gap}: the mean over {', '.join(table.gaps[gap])}" for gap in means]
-    if table.gaps and table.baseline is None:
-        names = table.names()
-        bases = ", ".join(f"'{names[row]}'" for row in sorted({*table.starts.values()}))
-        notes.append(
-            f"{GAP}: 0 % is {bases}, by default; --baseline NAME=VALUE,... measures every row of "
-            "its model from one row"
-        )
-    return notes
 
 
 def _ranked(names: Collection[str]) -> list[str]:

@@ -249,7 +249,7 @@ def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> 
 def test_a_measure_can_be_chosen_and_a_row_opened(browser: Any, tmp_path: Path) -> None:
     for name, value in (("none", 40.0), ("lcp", 20.0)):
         line = record(value, permutation=name)
-        line["environment"] = {"command": f"run.py {name}", "git": {"commit": "abc"}}
+        line["environment"] = {"command": f"run.py {name}", "git": {"commit": "abc", "dirty": True}}
         as_folder(line, tmp_path / "runs" / name)
     with opened(browser, tmp_path / "runs") as page:
         axis = page.locator(".wide svg").get_by_text("gap closed", exact=True)
@@ -258,7 +258,9 @@ def test_a_measure_can_be_chosen_and_a_row_opened(browser: Any, tmp_path: Path) 
         assert page.locator(".wide svg").get_by_text("dense: 100.00%").is_visible()
         page.locator("summary").filter(has_text="lcp").click()
         text = page.locator("details[open]").inner_text()
-        assert re.search("run.py lcp\\s+commit abc[^$]+mean of the epoch", text)
+        assert re.search(
+            "run.py lcp\\s+commit abc with uncommitted changes[^$]+mean of the epoch", text
+        )
 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def test_each_uncertainty_that_is_shown_names_its_source(
         return capsys.readouterr().err.splitlines()
 
     folder = str(runs)
+    assert noted(folder, "--measures", "perplexity") == []
     (of_base,) = noted(folder)
     assert "0 % is 'none', by default; --baseline" in of_base
     (of_windows,) = noted(folder, "--baseline", "permutation=none")
@@ -219,6 +220,12 @@ def test_each_uncertainty_that_is_shown_names_its_source(
         of_base,
         of_windows,
     ]
+    words = [folder, "--baseline", "permutation=none", "--format"]
+    assert call("results", [*words, "csv"]) == 0
+    *_, line = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    ends = [float(line[f"against the baseline, {end}"]) for end in ("low", "high")]
+    assert call("results", [*words, "md"]) == 0
+    assert f"[{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]" in capsys.readouterr().out
     made("lcp", 0.6, seed=1)
     _, of_seeds = noted(folder)
     assert "deviation over the seeds" in of_seeds
@@ -281,13 +288,16 @@ def test_the_base_of_a_gap_is_one_number_whatever_seeds_a_row_has(tmp_path: Path
 
 def test_a_baseline_has_the_same_settings(tmp_path: Path) -> None:
     for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
-        how: Any = {"calibration": {"dataset": "c4", "statistics": statistics}}
+        how: Any = {"calibration": {"dataset": "c4", "statistics": statistics}, "keep_dense": []}
         make_run(tmp_path / f"none {statistics}", start, permutation="none", **how)
         make_run(tmp_path / f"heuristic {statistics}", 20.0, permutation="heuristic", **how)
     make_run(tmp_path / "kept", 12.0, keep_dense=["0"])
-    make_run(tmp_path / "another text", 12.0, inputs={"calibration.data_files": "digest"})
+    inputs = {"calibration.data_files": "digest"}
+    make_run(tmp_path / "another text", 12.0, inputs=inputs, keep_dense=[])
     table = table_below(tmp_path)
     rows = {table.first(row).directory.name: row for row in table.labels.index}
+    kept = {name: table.labels.at[row, "keep_dense"] for name, row in rows.items()}
+    assert (kept.pop("kept"), {*kept.values()}) == ("0", {"none"})
     found = {name: table.means.at[row, "gap closed"] for name, row in rows.items()}
     assert found.pop("heuristic sequential") == pytest.approx(math.log(2) / math.log(4))
     assert found.pop("heuristic dense") == pytest.approx(math.log(4) / math.log(8))
@@ -437,6 +447,7 @@ def test_kept_records_name_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
     (kept,) = read_lines(tmp_path / "kept.jsonl")
     assert kept["environment"]["command"] == "run.py seed=0"
+    assert keep(tmp_path / "run", to=tmp_path / "kept.txt") == 1  # no command would read it
 
 
 @pytest.mark.parametrize(
