@@ -37,7 +37,8 @@ def hub_access(what: str) -> Iterator[None]:
         yield
     except _FAILURES as error:
         reason = one_line(error).removesuffix(".")
-        if constants.HF_HUB_OFFLINE:
+        own_file = type(error) is FileNotFoundError  # such as the data of a task of the user's
+        if constants.HF_HUB_OFFLINE and not own_file:
             reason = "HF_HUB_OFFLINE is set, and the files are not in the cache"
         if isinstance(error, ConnectionError | LocalEntryNotFoundError):
             reason += f"; {_WITHOUT_THE_HUB}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.data.hub import hub_access
@@ -152,7 +153,7 @@ def _refusals(name: str) -> Iterator[None]:
     """Turn lm-eval's errors for a definition or a setting that it refuses into a ConfigError."""
     try:
         yield
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (AssertionError, KeyError, TypeError, ValueError, TemplateError) as error:
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
 
 

@@ -15,11 +15,12 @@ import yaml
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import (
     WHEEL_TASKS,
     _item_scores,
     check_tasks,
+    download_tasks,
     run_task,
     task_manager,
 )
@@ -229,6 +230,23 @@ def test_files_that_define_no_task_of_their_own_are_refused(
         check_tasks(config("model=tiny", f"evaluation.tasks=[rte,{file}]").evaluation)
     with pytest.raises(ConfigError, match=r"^evaluation\.tasks: .*nothing"):
         check_tasks(config("model=tiny", "evaluation.tasks=[nothing]").evaluation)
+
+
+def test_a_task_with_a_template_or_data_of_its_own_that_fail_is_named(
+    tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = Path(tasks["colours"])
+    settings = config("model=tiny", f"evaluation.tasks=[{file}]").evaluation
+    download_tasks(settings)
+    definition = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(definition | {"doc_to_text": "{{question | no_filter}}"}))
+    with pytest.raises(ConfigError, match=rf"^evaluation\.tasks\.{file}: .*no_filter"):
+        download_tasks(settings)
+    file.write_text(yaml.safe_dump(definition))
+    (tmp_path / "test.json").unlink()
+    with pytest.raises(DataError, match=r"test\.json"):
+        download_tasks(settings)
 
 
 FOLLOWS = """
