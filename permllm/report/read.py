@@ -1,6 +1,5 @@
 """Reader of finished runs, in folders and in files of records, which have a run in each line."""
 
-import copy
 import json
 import re
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 from permllm.errors import ConfigError, DataError
 from permllm.report.measures import Measure, method_of, plain, pruning_minutes, run_measures
 from permllm.settings.config import flatten
-from permllm.settings.identity import identity_of
+from permllm.settings.identity import PATHS, identity_of, is_task_file, with_names
 from permllm.store.files import (
     CONFIG,
     ENVIRONMENT,
@@ -35,13 +34,6 @@ _NO_SETTING = ("name", "save_weights")
 _OF_MACHINE = ("runs_dir", "run_dir", "paths")
 # Beginning of an override that names a folder of the machine.
 _FOLDER = r"[\w.]*_?dir="
-# Settings that name a file or a folder, of which a record keeps the last name.
-_OF_PATHS = (
-    ("model", "path"),
-    ("permutation", "path"),
-    ("calibration", "data_files"),
-    ("evaluation", "perplexity", "data_files"),
-)
 
 
 @dataclass
@@ -241,40 +233,32 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     collection = collect(places, apart=True)
     if collection.notes:
         raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")
-    records: list[dict[str, Any]] = []
+    lines = []
     for run in collection.runs:
         config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
         environment = dict(run.environment)
         words = shlex.split(environment.get("command", ""))
         words = [_last_name(word) for word in words if not re.match(_FOLDER, word)]
         environment["command"] = shlex.join(words)
-        record: dict[str, Any] = {
-            "run": run.directory.absolute().name,  # Path(".").name is empty
-            "config": _with_names(config),
+        name = run.directory.absolute().name  # Path(".").name is empty
+        record = {
+            "run": name,
+            "config": with_names(config),
             "metrics": run.metrics,
             "evaluations": run.evaluations,
             "environment": environment,
             "history": run.history,
         }
-        records.append(record)
-    records.sort(key=lambda record: record["run"])
-    write_text(file, "".join(json.dumps(record) + "\n" for record in records))
-    return [record["run"] for record in records]
-
-
-def _with_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with the names of files and folders in the place of their paths."""
-    config = copy.deepcopy(config)
-    for *groups, key in _OF_PATHS:
-        settings = config
-        for group in groups:
-            settings = settings.get(group, {})
-        if settings.get(key):
-            settings[key] = Path(settings[key]).name
-    return config
+        line = json.dumps(record)
+        for task in filter(is_task_file, run.config.get("evaluation", {}).get("tasks", {})):
+            line = line.replace(task, Path(task).name)
+        lines.append((name, line))
+    lines.sort()
+    write_text(file, "".join(f"{line}\n" for _, line in lines))
+    return [name for name, _ in lines]
 
 
 def _last_name(word: str) -> str:
-    """Return an override of `_OF_PATHS` with the last name of its path; other words as they are."""
+    """Return an override of `PATHS` with the last name of its path; other words as they are."""
     key, _, value = word.partition("=")
-    return f"{key}={Path(value).name}" if tuple(key.split(".")) in _OF_PATHS else word
+    return f"{key}={Path(value).name}" if tuple(key.split(".")) in PATHS else word

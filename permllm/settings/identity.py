@@ -1,5 +1,6 @@
 """Identity of a run and of its evaluation: settings, and digests of the files in settings."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -9,6 +10,13 @@ from typing import Any
 
 import yaml
 
+# Settings that name a file or a folder.
+PATHS = (
+    ("model", "path"),
+    ("permutation", "path"),
+    ("calibration", "data_files"),
+    ("evaluation", "perplexity", "data_files"),
+)
 # Keys of a task's definition whose values are files.
 _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
@@ -130,6 +138,18 @@ def _module(loader: yaml.Loader, node: yaml.Node) -> dict[str, str]:
 
 TaskDefinition.add_multi_constructor("!", lambda loader, suffix, node: None)
 TaskDefinition.add_constructor("!function", _module)
+
+
+def with_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the names of files and folders in the place of their paths."""
+    config = copy.deepcopy(config)
+    for *groups, key in PATHS:
+        settings = config
+        for group in groups:
+            settings = settings.get(group, {})
+        if settings.get(key):
+            settings[key] = Path(settings[key]).name
+    return config
 
 
 def is_task_file(name: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import permllm
 from permllm.cli import call
@@ -15,7 +16,7 @@ from permllm.export.masks import write_masks
 from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run
 from permllm.settings.config import ExportConfig
-from permllm.store.files import read_json, write_json
+from permllm.store.files import read_json, write_json, write_text
 from tests.export.pruned import (
     TWO_OF_FOUR,
     change_metrics,
@@ -47,7 +48,11 @@ def test_a_folder_of_masks_has_a_card_and_no_weights(tmp_path: Path) -> None:
     run = make_run(tmp_path, model, "free", TWO_OF_FOUR, ("layers.1.mlp",))
     dense = {"value": 9.5, "window": 8, "tokens": 64}
     change_metrics(run, perplexity={"dense": {"x": dense}, "sparse": {"x": dense | {"value": 12}}})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["calibration"] = {"data_files": str(tmp_path / "my.txt")}
+    write_text(run / "config.yaml", yaml.safe_dump(config))
     summary = write_masks(run, tmp_path / "masks")
+    assert summary["settings"]["calibration"] == {"data_files": "my.txt"}
     names = {file.name for file in (tmp_path / "masks").iterdir()}
     assert names == {"masks.safetensors", "permutations.safetensors", SUMMARY, "README.md"}
     assert read_json(tmp_path / "masks" / SUMMARY) == summary

@@ -441,12 +441,18 @@ def test_kept_records_are_read_like_the_folders_that_they_are_of(
 
 def test_kept_records_name_no_folder_of_the_machine(tmp_path: Path) -> None:
     line = record(runs_dir=str(tmp_path), paths={"cache_dir": str(tmp_path), "wandb_dir": "here"})
-    line["environment"] = {"command": f"run.py paths.cache_dir={tmp_path} seed=0"}
+    task = str(tmp_path / "mine.yaml")
+    line["config"] |= {
+        "evaluation": {"tasks": {task: {}}},
+        "inputs": {f"evaluation.tasks.{task}": "digest"},
+    }
+    words = f"run.py paths.cache_dir={tmp_path} evaluation.tasks=[{task}] seed=0"
+    line["environment"] = {"command": words}
     as_folder(line, tmp_path / "run")
     assert keep(tmp_path / "run", to=tmp_path / "kept.jsonl") == 0
     assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
     (kept,) = read_lines(tmp_path / "kept.jsonl")
-    assert kept["environment"]["command"] == "run.py seed=0"
+    assert kept["environment"]["command"] == "run.py 'evaluation.tasks=[mine.yaml]' seed=0"
     assert keep(tmp_path / "run", to=tmp_path / "kept.txt") == 1  # no command would read it
 
 
