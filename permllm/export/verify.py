@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,11 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
             "zeros in every row\n"
             "export=simulate keeps the dense model's channels, so it is not N:M as stored"
         )
-    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
+    patterns = Counter(layer["pattern"] for layer in report["layers"])
+    named = ", ".join(f"{pattern} ({count} weights)" for pattern, count in patterns.items())
+    if len(patterns) < 2:
+        named = report["pattern"]
+    lines = [f"{verdict}: {folder}, {named} {place}"]
     lines += [f"- {problem}" for problem in report["problems"]]
     groups = sum(layer["violations"] for layer in report["layers"])
     lines.append(

@@ -167,11 +167,15 @@ def test_garbage_is_one_line(
         verify(folder)
 
 
-def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Path) -> None:
+def test_a_checkpoint_that_says_something_else_of_its_linears_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parts: dict[str, Any] = {"keep_dense": ("0",), "sparsity_of": {"down_proj": "4:8"}}
     run = make_run(tmp_path, variant_model("llama"), "foldable", **parts)
     export_run(run, ExportConfig("folded"), tmp_path / "out")
-    assert verify(tmp_path / "out")["passed"]
+    assert call("verify", [str(tmp_path / "out")]) == 0
+    linears = len(verify(tmp_path / "out")["layers"])
+    assert f"2:4 ({linears - 1} weights), 4:8 (1 weights)" in capsys.readouterr().out
     assert not verify(tmp_path / "out", NMPattern(2, 4))["passed"]  # which is of every linear
     summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
     kept = {path: text for path, text in summary["patterns"].items() if text != "4:8"}
