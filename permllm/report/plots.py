@@ -210,7 +210,7 @@ def _set_logarithmic(axis: Any, which: str, values: Any) -> None:
 
 
 def plot_curves(table: Table, file: Path | IO[str], rows: pd.Index | None = None) -> None:
-    """Draw the loss curves of rows with learning, with an axis for each loss.
+    """Draw the loss curves of rows with learning, a line for each run, an axis for each loss.
 
     Args:
         table: table of the runs.
@@ -221,26 +221,32 @@ def plot_curves(table: Table, file: Path | IO[str], rows: pd.Index | None = None
         ConfigError: no run has learned, or the picture cannot be written.
     """
     names = table.names()
-    curves: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    # By loss, row and run.
+    curves: dict[str, dict[int, dict[int, list[float]]]] = defaultdict(dict)
     for row in table.labels.index if rows is None else rows:
-        run = table.first(row)
-        for entry in run.history:
-            group = entry.get("group", "")
-            loss = run.config.get(group or "permutation", {}).get("loss") or "loss"
-            curves[f"{group} {loss}".strip()].setdefault(names[row], []).append(entry["loss"])
+        for place in table.members(row).index:
+            run = table.runs[place]
+            for entry in run.history:
+                group = entry.get("group", "")
+                loss = run.config.get(group or "permutation", {}).get("loss") or "loss"
+                of_row = curves[f"{group} {loss}".strip()].setdefault(row, {})
+                of_row.setdefault(place, []).append(entry["loss"])
     if not curves:
         raise ConfigError(f"{file}: no run has a history of losses")
     with picture(file) as pyplot:
         size = (7, 3.2 * len(curves))
         _, axes = pyplot.subplots(len(curves), squeeze=False, figsize=size)
         for axis, (title, lines) in zip(axes.flat, curves.items(), strict=True):
-            for style, losses in zip(_styles(), lines.values(), strict=False):
-                axis.plot(range(1, len(losses) + 1), losses, markersize=4, **style)
+            for style, runs in zip(_styles(), lines.values(), strict=False):
+                for losses in runs.values():
+                    axis.plot(range(1, len(losses) + 1), losses, markersize=4, **style)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="epoch", ylabel=f"{title}, mean of the epoch")
-            axis.set_xlim(0.5, 0.5 + max(map(len, lines.values())))
+            axis.set_xlim(0.5, axis.dataLim.xmax + 0.5)
             if rows is None:
-                place_labels(axis, lines, [(len(line), line[-1]) for line in lines.values()])
+                firsts = [next(iter(runs.values())) for runs in lines.values()]
+                ends = [(len(losses), losses[-1]) for losses in firsts]
+                place_labels(axis, [names[row] for row in lines], ends)
 
 
 def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
@@ -262,6 +268,8 @@ def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
     path = ""
     for row, title in enumerate(table.names()):
         run = table.first(row)
+        if len(table.members(row)) > 1:
+            title += f", seed {run.config['seed']}"
         masks_file = run.directory / MASKS
         if masks_file.is_file():
             masks = load_masks(masks_file)

@@ -22,7 +22,13 @@ from safetensors.numpy import save_file
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.report.labels import place_labels
-from permllm.report.plots import dense_lines, plot_masks, plot_sensitivity, points
+from permllm.report.plots import (
+    dense_lines,
+    plot_curves,
+    plot_masks,
+    plot_sensitivity,
+    points,
+)
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
@@ -178,6 +184,23 @@ def test_sensitivities_are_drawn_by_layer_and_group(
     pyplot.close("all")
     assert crosses.get_xydata().tolist() == [[1.0, 0.0]]
     assert Image.open(png).format == "PNG"
+
+
+def test_each_seed_has_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    for seed, losses in enumerate([(3.0, 2.0), (5.0, 4.0, 3.0)]):
+        line = record(20.0, seed=seed)
+        line["history"] = [{"loss": loss} for loss in losses]
+        as_folder(line, tmp_path / str(seed))
+    with monkeypatch.context() as left_open:
+        left_open.setattr(pyplot, "close", lambda figures: None)
+        plot_curves(table_below(tmp_path), tmp_path / "curves.png")
+    lines = pyplot.gcf().axes[0].get_lines()
+    drawn = [line.get_ydata().tolist() for line in lines]
+    pyplot.close("all")
+    assert drawn == [[3.0, 2.0], [5.0, 4.0, 3.0]]
+    assert lines[0].get_color() == lines[1].get_color()
 
 
 def test_masks_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
