@@ -14,7 +14,7 @@ from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
     from permllm.api import Pruned, load, perplexity, prune, results, save
-    from permllm.training.keep_zeros import keep_zeros
+    from permllm.export.keep_zeros import keep_zeros
 
 __all__ = [
     "Pruned",

@@ -21,6 +21,7 @@ from permllm.data.texts import Documents
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, first_line
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
+from permllm.export.keep_zeros import keep_zeros  # noqa: F401 - part of `permllm`
 from permllm.export.masks import load_masked
 from permllm.export.write import PrunedSource, has_masks, read_summary, write_checkpoint
 from permllm.job import prune_model
@@ -42,7 +43,6 @@ from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
-from permllm.training.keep_zeros import keep_zeros  # noqa: F401 - part of `permllm`
 
 Texts = str | Sequence[str] | Tensor
 
