@@ -153,6 +153,8 @@ def _attach(model: PreTrainedModel, permutations: Mapping[str, Tensor], file: Pa
         module.register_buffer(_INPUT_ORDER, permutation.to(device, torch.int32), persistent=False)
         module.register_forward_pre_hook(_gather, with_kwargs=True)
     model.save_pretrained = partial(_save, model)  # type: ignore[method-assign]
+    names = permuted_names(groups, permutations)
+    model.register_load_state_dict_pre_hook(partial(_rename, names))
 
 
 def _save(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
@@ -167,13 +169,27 @@ def _save(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
     write_gathered(Path(folder), model.config, permutations)
 
 
+def _rename(
+    names: dict[str, str], _: nn.Module, state: dict[str, Any], prefix: str, *more: Any
+) -> None:
+    """Give weights with stored names, which a Trainer reads to continue, the model's names."""
+    for name, stored in names.items():
+        if prefix + stored in state:
+            state[prefix + name] = state.pop(prefix + stored)
+
+
 def _gather(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    permutation = module.get_buffer(_INPUT_ORDER)
     if args:
-        return (args[0].index_select(-1, permutation), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, permutation)}
+        return (gathered_input(module, args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": gathered_input(module, kwargs["hidden_states"])}
+
+
+def gathered_input(module: nn.Module, x: Tensor) -> Tensor:
+    """Return an input `(..., channels)` of a module as its gather, if it has one, orders it."""
+    order = module._buffers.get(_INPUT_ORDER)
+    return x if order is None else x.index_select(-1, order)
 
 
 def register() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from permllm.errors import ConfigError
+from permllm.export.gathered import gathered_input
 
 
 def keep_zeros(model: Any) -> None:
@@ -61,7 +62,7 @@ class _MaskedLora:
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Add the product for the inputs `x` to the output of the linear."""
-        inputs = module.lora_dropout[active_adapter](x)
+        inputs = module.lora_dropout[active_adapter](gathered_input(module.get_base_layer(), x))
         return result + linear(inputs, _product(module, active_adapter))
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import permllm
 from permllm.errors import ConfigError
@@ -22,11 +23,12 @@ from tests.export.pruned import TWO_OF_FOUR, load, logits, make_run, variant_mod
 from tests.problems import tokens
 
 
-@pytest.fixture
-def pruned(tmp_path: Path) -> PreTrainedModel:
-    """Return the model of a folded checkpoint, in the folder `my-model`."""
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    export_run(run, ExportConfig("folded"), tmp_path / "my-model")
+@pytest.fixture(params=["folded", "gathered"])
+def pruned(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
+    """Return the model of a checkpoint, in the folder `my-model`."""
+    constraint = {"folded": "foldable", "gathered": "free"}[request.param]
+    run = make_run(tmp_path, variant_model("llama"), constraint)
+    export_run(run, ExportConfig(request.param), tmp_path / "my-model")
     return load(tmp_path / "my-model")
 
 
@@ -75,6 +77,23 @@ def test_the_trainer_of_the_page_keeps_zeros(
     (lines,) = re.findall(r"```python\n(from transformers import Trainer.*?)```", page, re.DOTALL)
     exec(lines, {"windows": [{"input_ids": row, "labels": row} for row in tokens()]})
     check_tuned(load(tmp_path / "tuned"), weights(pruned))
+
+
+def test_an_interrupted_trainer_goes_on_where_it_stopped(
+    pruned: PreTrainedModel, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"save_steps": 2, "learning_rate": 1e-2, "report_to": "none"}
+    data = [{"input_ids": row, "labels": row} for row in tokens()]
+
+    def tuned(steps: int, resume: bool) -> Tensor:
+        model = permllm.load(tmp_path / "my-model")
+        arguments = TrainingArguments(str(tmp_path / "logs"), max_steps=steps, **settings)
+        Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        return logits(model)
+
+    whole = tuned(4, False)
+    shutil.rmtree(tmp_path / "logs" / "checkpoint-4")
+    torch.testing.assert_close(tuned(4, True), whole)
 
 
 def test_a_merged_lora_computes_the_same_with_the_same_zeros(pruned: PreTrainedModel) -> None:
