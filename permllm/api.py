@@ -277,7 +277,10 @@ def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> Pr
             the file or the tensor.
     """
     folder = Path(place)
-    dtype = options.pop("dtype", None)
+    dtype = options.pop("dtype", options.pop("torch_dtype", None))  # its name in transformers 4
+    for name in ("trust_remote_code", "output_loading_info", "local_files_only"):
+        if name in options:
+            raise ConfigError(f"{name}: permllm.load sets it itself")
     if has_masks(read_summary(folder)):
         return load_masked(folder, dtype, accept_terms, **options).eval()
     if not folder.is_dir() and str(place) in options_of("model"):
@@ -326,7 +329,7 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
         raise ConfigError(
             "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"
         )
-    elif isinstance(texts, Iterator) or not texts or not all(isinstance(t, str) for t in texts):
+    elif not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
         raise ConfigError("texts: expected a list of at least one document, a str each, or a name")
     elif isinstance(texts, str) and len(texts.split()) > 1:
         raise ConfigError("texts: expected a list of documents, or the name of a text")
@@ -352,8 +355,11 @@ def _composed(
         settings = {"calibration__samples": samples} | settings
         values["calibration.seqlen"] = seqlen
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
+    unused = {*values, *options, "model.placement"}
+    if calibration == "text" and not isinstance(texts, str):
+        unused.add("calibration.data_files")
     for key in overrides:
-        if key in values or key in options or key.split(".")[0] in _NOT_HERE:
+        if key in unused or key.split(".")[0] in _NOT_HERE:
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
     choices = {key: overrides.pop(key) for key in groups() if key in overrides}
     options |= choices | {"hydra.searchpath": f"[{','.join(searchpath)}]"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -208,6 +209,10 @@ def test_a_checkpoint_holds_what_the_model_is_now(tokenizer: ByT5Tokenizer, tmp_
     assert not {"quantization_config", "auto_map"} & written.keys()
     assert model.config.auto_map
     saved = permllm.load(tmp_path / "out")
+    half = permllm.load(tmp_path / "out", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        permllm.load(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(linear_at(saved, path).weight, torch.where(masks[path], weight, 0.0))
     assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
     model.model.embed_tokens.bfloat16()
@@ -275,6 +280,9 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
         ({"texts": WINDOWS} | DISTILL, "texts: got 2 windows of tokens, expected 3"),
         ({"texts": WINDOWS, "calibration__seqlen": 7}, "calibration.seqlen: "),
         ({"texts": "nowhere"}, "calibration/nowhere"),
+        ({"texts": pd.Series(["A document."])}, "texts: "),
+        ({"model__placement": "disk"}, "model.placement: "),
+        ({"calibration__data_files": "nowhere.txt"}, "calibration.data_files: "),
         ({"texts": "A document."}, "texts: "),
         ({"texts": [1, 2]}, "texts: "),
         ({"tokenizer": None}, "tokenizer: "),

@@ -38,6 +38,7 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import linear_at
+from permllm.models.load import check_windows
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import NMPattern
 from permllm.settings.values import SETTINGS, Count, Positive, validated
@@ -197,7 +198,7 @@ def measure(
 
     Raises:
         ConfigError: the machine lacks the device.
-        DataError: a folder does not have a complete checkpoint.
+        DataError: a folder does not have a complete checkpoint, or the model too few positions.
     """
     place = resolve_device(device)
 
@@ -211,6 +212,8 @@ def measure(
     if against:
         check_checkpoint(against)  # before the measurements, which take minutes
     skeleton = check_checkpoint(folder)
+    tokens = torch.zeros(1, sizes.prompt + sizes.new_tokens, dtype=torch.long)
+    check_windows("--prompt and --new-tokens", tokens, skeleton)
     weight_dtype = getattr(torch, dtype) if dtype else skeleton.dtype
     patterns = expected_patterns(skeleton, read_summary(folder))
     gathers = len(gathered_modules(skeleton))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from permllm.cli import call
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
 from permllm.export import bench
 from permllm.export.bench import BACKENDS, Sizes, measure, use_backend, what_is_missing
 from permllm.export.verify import expected_patterns
@@ -123,6 +123,12 @@ def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> No
     tiny_model("gemma3_text").save_pretrained(tmp_path)
     (variant,) = measure(tmp_path, None, FEW, "cpu")["variants"]
     assert variant["speed"][0]["decode_tokens_a_second"] > 0
+
+
+def test_a_prompt_longer_than_the_positions_of_a_model_is_refused(tmp_path: Path) -> None:
+    tiny_model("opt", max_position_embeddings=FEW.prompt).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="positions"):
+        measure(tmp_path, None, FEW, "cpu")
 
 
 def test_copies_of_the_cache_are_not_measured(

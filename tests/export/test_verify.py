@@ -237,6 +237,11 @@ def test_the_difference_of_logits_is_that_of_the_formulas(exports: Path) -> None
     assert 0 < expected["agreement"] < 1
 
 
+def test_a_model_of_few_positions_compares(tmp_path: Path) -> None:
+    tiny_model("opt", max_position_embeddings=16).save_pretrained(tmp_path)
+    assert logits_difference(tmp_path, tmp_path)["largest"] == 0.0
+
+
 def test_models_of_two_vocabularies_do_not_compare(tmp_path: Path) -> None:
     for name, size in (("a", 259), ("b", 260)):
         tiny_model("llama", vocab_size=size).save_pretrained(tmp_path / name)
