@@ -123,7 +123,7 @@ def _run_phases(
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
 
-    with _logs(config, methods, record, device) as logger, half_products(dtype, device):
+    with _logs(config, methods, record) as logger, half_products(dtype, device):
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
         with record.phase("load", device):
@@ -133,6 +133,9 @@ def _run_phases(
             windows = (
                 None if record.pruned else _calibration_windows(config, methods, texts, loaded)
             )
+            record.begin()
+            if parallel.rank() == 0 and not record.pruned:
+                write_json(record.directory / ENVIRONMENT, environment(config.seed, device))
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
@@ -203,18 +206,14 @@ def _prepared_device(config: RunConfig) -> torch.device:
 
 
 @contextmanager
-def _logs(
-    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
-) -> Iterator[RunLogger]:
-    """Write the log file and the environment of a run, and open its logger, in rank 0."""
+def _logs(config: RunConfig, methods: Methods, record: RunDirectory) -> Iterator[RunLogger]:
+    """Write the log file of a run, and open its logger, in rank 0."""
     if parallel.rank():
         yield NO_LOGGER
         return
     directory = record.directory
     learns = bool(methods.learned)
     with job_log(directory / LOG), open_logger(config, directory, learns) as logger:
-        if not record.pruned:
-            write_json(directory / ENVIRONMENT, environment(config.seed, device))
         yield logger
 
 

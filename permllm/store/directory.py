@@ -160,6 +160,8 @@ class RunDirectory(Record):
         super().__init__()
         self.directory = directory
         self.finished = False
+        # False: files of an earlier run are still there, which `begin` replaces.
+        self._has_begun = True
         self.config = dict(config.resolved)
         self.evaluation = {
             "evaluation": config.evaluation_identity,
@@ -185,7 +187,7 @@ class RunDirectory(Record):
         result.
 
         Args:
-            force: True: remove earlier results first.
+            force: True: `begin` replaces earlier results.
             wait: True: wait while another process uses the run; False: raise InUseError.
 
         Raises:
@@ -198,11 +200,15 @@ class RunDirectory(Record):
                 self._lock(locks, wait)
                 self._check_config()
                 if force:
-                    self._remove(METRICS, *RESULTS, *OF_LOGGERS)
-                self._read()
+                    self._remove(*OF_LOGGERS)
+                else:
+                    self._read()
+                if not (self.directory / CONFIG).exists():
+                    self._write_config()
                 return self.metrics, self.evaluation, self.history, self._is_finished()
 
             is_new = not self.directory.exists()
+            self._has_begun = not force
             state = parallel.on_main(lock_and_read)
             self.metrics, self.evaluation, self.history, self.finished = state
             try:
@@ -249,12 +255,36 @@ class RunDirectory(Record):
                 "another run_dir"
             )
 
-    def _read(self) -> None:
+    def begin(self) -> None:
+        """Replace the files of an earlier run, once the job has all that it needs to start."""
+
+        def replaced() -> None:
+            if not self._has_begun:
+                self._remove(METRICS, *RESULTS)
+            if not self.pruned:
+                self._write_config()
+
+        parallel.on_main(replaced)
+        self._has_begun = True
+
+    def _write_config(self) -> None:
+        """Write the settings. Those that made a pruned model stay, beside a new evaluation."""
         path = self.directory / CONFIG
         earlier = read_yaml(path) if path.exists() else {}
+        config = self.config
+        if earlier and self.pruned:
+            inputs = {
+                key: value
+                for settings, of_evaluation in ((earlier, False), (config, True))
+                for key, value in settings.get("inputs", {}).items()
+                if key.startswith("evaluation.") == of_evaluation
+            }
+            config = earlier | {"evaluation": config["evaluation"], "inputs": inputs}
         # The same settings without a name do not take the run its name.
         labels = {key: self.config.get(key) or earlier.get(key) for key in _LABELS}
-        write_text(path, yaml.safe_dump(self.config | labels, sort_keys=False))
+        write_text(path, yaml.safe_dump(config | labels, sort_keys=False))
+
+    def _read(self) -> None:
         file = self.directory / METRICS
         if file.exists():
             metrics = read_json(file)
@@ -271,6 +301,8 @@ class RunDirectory(Record):
             if self.evaluation.get("finished") and not shown:
                 self._show_evaluation()
                 self.save()
+            if shown or self.evaluation.get("finished"):
+                self._write_config()
 
     def _is_finished(self) -> bool:
         """Tell if every phase and the evaluation are finished, and each tensor file is there."""
@@ -295,7 +327,7 @@ class RunDirectory(Record):
         """
         if self.metrics["status"] != "finished":
             self._show_evaluation()
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 and self._has_begun:
             if self.evaluation.keys() & {"perplexity", "tasks"}:
                 write_json(self._evaluation_file, self.evaluation)
             write_json(self.directory / METRICS, self.metrics)
@@ -322,6 +354,7 @@ class RunDirectory(Record):
         }
         self.save()
         if parallel.rank() == 0:
+            self._write_config()
             self._remove(*removed)
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:

@@ -268,6 +268,37 @@ def test_a_killed_evaluation_leaves_the_others_and_force_none(cache: Path, tmp_p
     assert not (directory / "export").exists()
 
 
+def test_a_command_that_fails_changes_nothing_of_a_finished_run(
+    cache: Path, tmp_path: Path
+) -> None:
+    _, directory = run(tmp_path, "permutation=heuristic")
+    (tmp_path / "short.txt").write_text("short")
+
+    def files() -> dict[str, bytes]:
+        """Return the settings and the results, without the seconds in `metrics.json`."""
+        kinds = {".json", ".jsonl", ".safetensors", ".yaml"}
+        found = (file for file in directory.rglob("*") if file.suffix in kinds)
+        return {file.name: file.read_bytes() for file in found if file.name != "metrics.json"}
+
+    before = files()
+    short = f"evaluation.perplexity.data_files={tmp_path / 'short.txt'}"
+    for words in (
+        ["force=true", short],
+        ["force=true", "evaluation.tasks=[nothing]"],
+        ["deterministic=true", "evaluation.perplexity.seqlen=50000"],
+        ["deterministic=true", short],
+    ):
+        with pytest.raises((ConfigError, DataError)):
+            run(tmp_path, "permutation=heuristic", *words)
+        assert files() == before
+        assert is_finished(settings(tmp_path, "permutation=heuristic"))
+    # Another evaluation changes what it is about.
+    run(tmp_path, "permutation=heuristic", "deterministic=true", *OTHER)
+    config = read_yaml(directory / "config.yaml")
+    assert config["evaluation"]["perplexity"]["seqlen"] == 32
+    assert not config["deterministic"]
+
+
 def test_a_directory_of_another_run_is_refused(cache: Path, tmp_path: Path) -> None:
     run(tmp_path, f"run_dir={tmp_path}/run")
     with pytest.raises(ConfigError, match=f"{tmp_path}/run.* seed"):
