@@ -256,11 +256,11 @@ class TextFile(Text):
         self._called = f"{key}={path}"
         self._suffix = _suffix(self._path)
         # Checked here, which is before a model is loaded.
+        if not self._path.is_file():
+            raise DataError(f"{self._called} is not a file, or does not exist")
         if self._suffix not in _BUILDERS:
             valid = ", ".join(_BUILDERS)
             raise DataError(f"{self._called}: its suffix is not known; valid are {valid}")
-        if not self._path.is_file():
-            raise DataError(f"{self._called} is not a file, or does not exist")
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the documents."""
@@ -325,7 +325,8 @@ def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
         rows = load_dataset(kind, data_files=named, split="train", **options, **places)
         rows = rows.select_columns(_COLUMN)
     except Exception as error:  # pyarrow has many classes of errors
-        reason = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        reason = "it has no rows" if isinstance(cause, StopIteration) else first_line(cause)
         raise DataError(f"{called} cannot be read: {reason}") from error
     of_column = rows.features[_COLUMN]
     if getattr(of_column, "dtype", None) not in ("string", "large_string"):

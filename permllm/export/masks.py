@@ -26,7 +26,7 @@ from permllm.export.write import (
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
 from permllm.settings.config import ModelConfig
-from permllm.settings.identity import identity_of, with_names
+from permllm.settings.identity import identity_of
 from permllm.settings.values import validated
 from permllm.store.files import MASKS, PERMUTATIONS, write_json, write_text
 from permllm.store.tensors import PrunedTensors
@@ -76,8 +76,7 @@ def write_masks(directory: Path, target: Path) -> dict[str, Any]:
             summary["patterns"] = sparsity["patterns"]
         summary["metrics"] = {key: metrics[key] for key in _METRICS if key in metrics}
         summary["metrics"]["sha256"] = summary["sha256"]
-        identity = identity_of(with_names(config))  # the folder may be published
-        summary["settings"] = identity | {"model": config["model"] | _ANYWHERE}
+        summary["settings"] = identity_of(config) | {"model": config["model"] | _ANYWHERE}
         write_json(folder / SUMMARY, summary)
         write_text(folder / "README.md", model_card(config, metrics, summary))
     return summary

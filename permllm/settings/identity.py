@@ -56,6 +56,7 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     Class names of this package are left out, because classes may move. `block_size` and
     `temperature` come from the permutation; a permutation without them does not use them.
     """
+    resolved = with_names(resolved)  # files have their digests among the inputs
     identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
     inputs = resolved.get("inputs", {})
     identity["inputs"] = _without(inputs, [key for key in inputs if key.startswith("evaluation.")])
@@ -140,16 +141,16 @@ TaskDefinition.add_multi_constructor("!", lambda loader, suffix, node: None)
 TaskDefinition.add_constructor("!function", _module)
 
 
-def with_names(config: dict[str, Any]) -> dict[str, Any]:
+def with_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with the names of files and folders in the place of their paths."""
-    config = copy.deepcopy(config)
+    named = copy.deepcopy(dict(config))
     for *groups, key in PATHS:
-        settings = config
+        settings: dict[str, Any] = named
         for group in groups:
-            settings = settings.get(group, {})
+            settings = settings.get(group) or {}
         if settings.get(key):
             settings[key] = Path(settings[key]).name
-    return config
+    return named
 
 
 def is_task_file(name: str) -> bool:

@@ -74,7 +74,7 @@ def test_a_file_that_changes_without_a_trace_is_read_anew(tmp_path: Path) -> Non
         ("missing.txt", None, "does not exist"),
         ("notes.md", b"x", "its suffix"),
         ("latin.txt", "é".encode("latin-1"), "'utf-8' codec can't decode"),
-        ("empty.jsonl", b"", "cannot be read"),
+        ("empty.jsonl", b"", "no rows"),
         ("cut.jsonl", b'{"text": "a"}\n{"te', "JSON parse error"),
         ("mixed.jsonl", b'{"text": "a"}\n{"text": 5}\n', "expected a string"),
         ("half.jsonl", b'{"text": "\\ud800"}', "cannot be read"),

@@ -248,7 +248,17 @@ def test_identity_is_what_changes_a_pruned_model(words: str, same: bool) -> None
     assert (config("model=tiny", *words.split()).hash == config("model=tiny").hash) == same
 
 
-def test_the_order_of_names_and_the_number_of_a_gpu_make_no_other_run() -> None:
+def test_the_order_of_names_and_the_place_of_a_file_or_gpu_make_no_other_run(
+    tmp_path: Path,
+) -> None:
+    texts = [tmp_path / "a.txt", tmp_path / "there" / "a.txt", tmp_path / "elsewhere" / "a.txt"]
+    for text, content in zip(texts, ("one", "one", "two"), strict=True):
+        text.parent.mkdir(exist_ok=True)
+        text.write_text(content)
+    first, same, another = (
+        config("calibration=text", f"calibration.data_files={text}").hash for text in texts
+    )
+    assert first == same != another
     for one, other in (
         ("keep_dense=[0,-1]", "keep_dense=[-1,0]"),
         ("model.device=cuda", "model.device=cuda:1"),
