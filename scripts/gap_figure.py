@@ -67,7 +67,7 @@ def sizes(runs: list[Run], file: Path) -> None:
         axis.set(ylabel=GAP, xscale="log")
         axis.set_xticks([_size(model) for model in by_model], [*by_model], minor=False)
         axis.set_xticks([], minor=True)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _size(model: str) -> float:
