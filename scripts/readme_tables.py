@@ -177,7 +177,7 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     limits = limits.groupby(level=0).first().map("{:.3g}".format)
     frame[SPEED_LIMIT] = methods.map(limits).fillna("").array
     memory_of = [gigabytes(model, words) for words in typed]
-    frame[f"GB for {model}, on a GPU / with layers on the host"] = memory_of
+    frame[f"estimated GB for {model}, on a GPU / with layers on the host"] = memory_of
     return as_text(frame, "md")
 
 

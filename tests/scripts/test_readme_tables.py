@@ -107,7 +107,7 @@ def test_the_gap_of_a_method_stands_in_the_column_of_its_model() -> None:
 def test_a_claim_holds_if_its_interval_is_above_zero() -> None:
     six, half = "sparsity=6:8", "method=wanda,allocation.share=0.5"
     pairs = [f"records.jsonl {first} {second}" for first, second in ((six, half), (half, six))]
-    baseline = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense="
+    baseline = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense=none"
     same = f"records.jsonl {half} {half}"
     shown = claims(ALLOCATION, baseline, better=pairs[0], worse=pairs[1], same=same)
     cells = [line.strip("| ").split(" | ") for line in shown.splitlines()[2:]]
