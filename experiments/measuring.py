@@ -90,7 +90,8 @@ def main(
                 "config": config.resolved | {"measure": asdict(own)},
                 "metrics": metrics,
             }
-            add_record(options.to, line | {"environment": computed_with})
+            command = computed_with["command"].replace(str(options.to), options.to.name)
+            add_record(options.to, line | {"environment": computed_with | {"command": command}})
             draw_picture(
                 options.to.with_name(f"{name}-{digest}.png"), lambda axes: draw(found, axes)
             )

@@ -76,7 +76,8 @@ def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any]
     result = run_python(str(EXPERIMENTS / experiment / "measure.py"), *words, "--to", str(file))
     assert result.returncode == 0, result.stderr
     (line,) = read_lines(file)
-    assert {"config", "environment"} <= line.keys()
+    assert "config" in line
+    assert line["environment"]["command"].endswith("--to records.jsonl")
     assert (folder / f"{line['run']}.png").read_bytes()[:4] == b"\x89PNG"
     return line["metrics"]["study"], result.stdout
 
