@@ -179,10 +179,10 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
             "zeros in every row\n"
             "export=simulate keeps the dense model's channels, so it is not N:M as stored"
         )
-    patterns = Counter(layer["pattern"] for layer in report["layers"])
-    named = ", ".join(f"{pattern} ({count} weights)" for pattern, count in patterns.items())
-    if len(patterns) < 2:
-        named = report["pattern"]
+    counts = Counter(layer["pattern"] for layer in report["layers"])
+    named = ", ".join(counts)
+    if len(counts) > 1:
+        named = ", ".join(f"{pattern} ({count} weights)" for pattern, count in counts.items())
     lines = [f"{verdict}: {folder}, {named} {place}"]
     lines += [f"- {problem}" for problem in report["problems"]]
     groups = sum(layer["violations"] for layer in report["layers"])

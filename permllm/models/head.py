@@ -108,6 +108,8 @@ class Head:
         for size in _SIZES:
             try:
                 logits = self._forward(states[None] * size, part)[0].double()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # before the product come modules of another dtype, as in BERT
                 return False
             # The tolerance allows for families that return logits in float32.

@@ -251,7 +251,7 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
         }
         line = json.dumps(record)
         for task in filter(is_task_file, run.config.get("evaluation", {}).get("tasks", {})):
-            line = line.replace(task, Path(task).name)
+            line = line.replace(json.dumps(task)[1:-1], json.dumps(Path(task).name)[1:-1])
         lines.append((name, line))
     lines.sort()
     write_text(file, "".join(f"{line}\n" for _, line in lines))
