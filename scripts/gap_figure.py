@@ -20,10 +20,10 @@ from permllm.report.read import Run, collect
 from permllm.report.table import table_of
 from permllm.settings.config import NMPattern
 from permllm.sparsity.two_of_four import stored_share
+from scripts.readme_tables import tables_by_model
 
 # Settings of the row at which the gap is 0 %.
-_WANDA = "method=wanda"
-_WANDA_AT_2_4 = f"{_WANDA},allocation=uniform,sparsity=2:4,keep_dense=none"
+_WANDA_AT_2_4 = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense=none"
 
 
 def allocation(runs: list[Run], file: Path) -> None:
@@ -53,19 +53,20 @@ def allocation(runs: list[Run], file: Path) -> None:
 
 def sizes(runs: list[Run], file: Path) -> None:
     """Draw the gap over the size of the model, of methods that several models have."""
-    by_model = {}
-    for model in {run.config["model"]["name"] for run in runs}:
-        table = table_of([run for run in runs if run.config["model"]["name"] == model], _WANDA)
-        by_model[model] = table.labels[["method"]].assign(
+    tables = tables_by_model(runs, "wanda")
+    rows = pd.concat(
+        table.labels[["method"]].assign(
             size=_size(model), gap=table.means[GAP], error=table.errors[GAP].fillna(0.0)
         )
-    rows = pd.concat(by_model.values()).rename(columns={"method": "line"}).dropna(subset="gap")
+        for model, table in tables.items()
+    )
+    rows = rows.rename(columns={"method": "line"}).dropna(subset="gap")
     rows = rows[rows.duplicated("line", keep=False)]
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 5))
         _lines(axis, rows, "size")
         axis.set(ylabel=GAP, xscale="log")
-        axis.set_xticks([_size(model) for model in by_model], [*by_model], minor=False)
+        axis.set_xticks([_size(model) for model in tables], [*tables], minor=False)
         axis.set_xticks([], minor=True)
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 

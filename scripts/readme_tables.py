@@ -165,7 +165,7 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     """
     typed = pd.Series(uses)
     methods = typed.str.split().str[0].str.removeprefix("method=")
-    by_model = _by_model(folder, records, baseline)
+    by_model = tables_by_model(_runs(folder, records), baseline)
     frame = pd.DataFrame({"you want": typed.index, "use": ("`" + typed + "`").array})
     for name, found in by_model.items():
         gaps = found.means[GAP].rename(found.labels["method"]).map("{:.0%}".format)
@@ -189,7 +189,7 @@ def sizes(folder: Path, baseline: str, methods: str, records: str = RECORDS) -> 
         methods: options of the group `method`.
         records: files of records, in which a method of a model is one row.
     """
-    by_model = _by_model(folder, records, baseline)
+    by_model = tables_by_model(_runs(folder, records), baseline)
     names = methods.split()
     frame = pd.DataFrame({"method": [f"`{name}`" for name in names]})
     for model, found in by_model.items():
@@ -200,13 +200,18 @@ def sizes(folder: Path, baseline: str, methods: str, records: str = RECORDS) -> 
     return f"{as_text(frame, 'md')}\n{_machine(runs)}"
 
 
-def _by_model(folder: Path, records: str, baseline: str) -> dict[str, Table]:
-    """Return a table for each model, first of the one with the most runs."""
-    runs = defaultdict(list)
-    for run in _runs(folder, records):
-        runs[run.config["model"]["name"]].append(run)
-    names = sorted(runs, key=lambda name: -len(runs[name]))
-    return {name: table_of(runs[name], f"method={baseline}") for name in names}
+def tables_by_model(runs: Iterable[Run], baseline: str) -> dict[str, Table]:
+    """Return a table for each model, first of the one with the most runs.
+
+    Args:
+        runs: the runs.
+        baseline: option of the group `method`, from which the gap is measured.
+    """
+    of_model = defaultdict(list)
+    for run in runs:
+        of_model[run.config["model"]["name"]].append(run)
+    names = sorted(of_model, key=lambda name: -len(of_model[name]))
+    return {name: table_of(of_model[name], f"method={baseline}") for name in names}
 
 
 def shares(folder: Path, baseline: str, records: str = RECORDS) -> str:

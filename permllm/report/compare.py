@@ -80,7 +80,7 @@ def _samples(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) 
         for compared in (runs, others):
             lines.append(_scores(table, compared, text, seeds))
             if name in table.gaps:
-                start = table.members(table.starts[compared["row"].iloc[0]])
+                start = table.members(table.starts[compared["row"].iloc[0]]).sort_values("seed")
                 lines.append(_scores(table, start, text, seeds))
                 lines.append(_scores(table, start, f"{DENSE}{text}", seeds))
         parts = lines[0].keys()
@@ -97,10 +97,10 @@ def _scores(
 ) -> dict[Any, Numbers]:
     """Return the scores of a row's runs, float64 `(seeds, windows)`, by text or task and identity.
 
-    The result is empty if the runs do not have the same texts or tasks.
+    The runs come in the order of their seeds. The result is empty if they do not have the same
+    texts or tasks.
     """
     scores = defaultdict(list)
-    runs = runs.sort_values("seed")
     for run in runs.index:
         measure = table.values[run].get(column)
         for part, (identity, numbers) in (measure.scores if measure else {}).items():

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -221,32 +220,33 @@ def plot_curves(table: Table, file: Path | IO[str], rows: pd.Index | None = None
         ConfigError: no run has learned, or the picture cannot be written.
     """
     names = table.names()
-    # By loss, row and run.
-    curves: dict[str, dict[int, dict[int, list[float]]]] = defaultdict(dict)
+    epochs = []
     for row in table.labels.index if rows is None else rows:
         for place in table.members(row).index:
             run = table.runs[place]
             for entry in run.history:
                 group = entry.get("group", "")
                 loss = run.config.get(group or "permutation", {}).get("loss") or "loss"
-                of_row = curves[f"{group} {loss}".strip()].setdefault(row, {})
-                of_row.setdefault(place, []).append(entry["loss"])
-    if not curves:
+                title = f"{group} {loss}".strip()
+                epochs.append({"title": title, "row": row, "run": place, "loss": entry["loss"]})
+    if not epochs:
         raise ConfigError(f"{file}: no run has a history of losses")
+    curves = pd.DataFrame(epochs).groupby("title", sort=False)
     with picture(file) as pyplot:
         size = (7, 3.2 * len(curves))
         _, axes = pyplot.subplots(len(curves), squeeze=False, figsize=size)
-        for axis, (title, lines) in zip(axes.flat, curves.items(), strict=True):
-            for style, runs in zip(_styles(), lines.values(), strict=False):
-                for losses in runs.values():
+        for axis, (title, lines) in zip(axes.flat, curves, strict=True):
+            by_row = lines.groupby("row", sort=False)
+            for style, (_, of_row) in zip(_styles(), by_row, strict=False):
+                for _, losses in of_row.groupby("run", sort=False)["loss"]:
                     axis.plot(range(1, len(losses) + 1), losses, markersize=4, **style)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="epoch", ylabel=f"{title}, mean of the epoch")
             axis.set_xlim(0.5, axis.dataLim.xmax + 0.5)
             if rows is None:
-                firsts = [next(iter(runs.values())) for runs in lines.values()]
-                ends = [(len(losses), losses[-1]) for losses in firsts]
-                place_labels(axis, [names[row] for row in lines], ends)
+                firsts = lines[lines["run"] == by_row["run"].transform("first")]
+                ends = firsts.groupby("row", sort=False)["loss"].agg(["size", "last"])
+                place_labels(axis, [names[row] for row in ends.index], ends.to_numpy())
 
 
 def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:

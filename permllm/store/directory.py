@@ -275,10 +275,12 @@ class RunDirectory(Record):
         if earlier and self.pruned:
             inputs = {
                 key: value
-                for settings, of_evaluation in ((earlier, False), (config, True))
-                for key, value in settings.get("inputs", {}).items()
-                if key.startswith("evaluation.") == of_evaluation
+                for key, value in earlier.get("inputs", {}).items()
+                if not key.startswith("evaluation.")
             }
+            for key, value in config["inputs"].items():
+                if key.startswith("evaluation."):
+                    inputs[key] = value
             config = earlier | {"evaluation": config["evaluation"], "inputs": inputs}
         # The same settings without a name do not take the run its name.
         labels = {key: self.config.get(key) or earlier.get(key) for key in _LABELS}
@@ -301,18 +303,20 @@ class RunDirectory(Record):
             if self.evaluation.get("finished") and not shown:
                 self._show_evaluation()
                 self.save()
-            if shown or self.evaluation.get("finished"):
+            if self._is_evaluated:
                 self._write_config()
+
+    @property
+    def _is_evaluated(self) -> bool:
+        """True: an earlier process has finished the evaluation that is asked for."""
+        shown = self.metrics.get("evaluation")
+        return bool(self.evaluation.get("finished")) or shown == self.evaluation["evaluation"]
 
     def _is_finished(self) -> bool:
         """Tell if every phase and the evaluation are finished, and each tensor file is there."""
-        is_evaluated = (
-            self.evaluation.get("finished")
-            or self.metrics.get("evaluation") == self.evaluation["evaluation"]
-        )
         files = [self.directory / name for name in self.metrics["sha256"]]
         is_complete = self.metrics["status"] == "finished" and all(map(Path.is_file, files))
-        return is_complete and bool(is_evaluated)
+        return is_complete and self._is_evaluated
 
     @property
     def pruned(self) -> bool:
