@@ -37,6 +37,7 @@ class Distill(DescentSettings, Reconstruction):
 
     learned = True
     learning_rate: Positive = 1e-4
+    relative: bool = False
     epochs: Count = 2
     skip: Whole = 0
     start: Literal["masked", "obs", "admm"] = "masked"
@@ -63,7 +64,7 @@ class Distill(DescentSettings, Reconstruction):
         problem = pruned.problem
         mine = {field.name: getattr(self, field.name) for field in fields(DescentSettings)}
         settings = LearningSettings(**mine, loss=self.loss, select_from=0)
-        weights = KeptWeights(pruned.linears, pruned.masks)
+        weights = KeptWeights(pruned.linears, pruned.masks, self.relative)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():
             StageSchedule(settings, problem, "distill", DISTILL_CHECKPOINT).train(stage, weights)
@@ -79,20 +80,28 @@ class KeptWeights(Learner):
         linears: linears whose weights are trained. Half-precision weights are trained as float32
             copies, because half precision would round small steps to zero.
         masks: bool `(C_out, C_in)` for each linear.
+        relative: the vectors are in units of their root mean square, so that a step of AdamW
+            changes each linear by the same share.
 
     Attributes:
         values: the vectors; `begin` writes them into the weights.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], masks: Collection[Tensor], relative: bool = False
+    ) -> None:
         self._weights: list[Tensor] = [linear.weight for linear in linears]
         self._places: list[Tensor] = []
+        self._units: list[float] = []
         self.values: list[Tensor] = []
         for weight, mask in zip(self._weights, masks, strict=True):
             places = mask.flatten().nonzero().flatten().to(weight.device, torch.int32)
             value = weight.detach().take(places.long())
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            unit = (value.square().mean().sqrt().item() or 1.0) if relative else 1.0
             self._places.append(places)
-            self.values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
+            self._units.append(unit)
+            self.values.append(value.div_(unit))
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -109,7 +118,7 @@ class KeptWeights(Learner):
         assert weight.grad is not None
         value = self.values[number]
         places = self._places[number]
-        gradient = weight.grad.take(places.long()).to(value.dtype)
+        gradient = weight.grad.take(places.long()).to(value.dtype).mul_(self._units[number])
         value.grad = gradient if value.grad is None else value.grad.add_(gradient)
         weight.grad = None
 
@@ -121,9 +130,10 @@ class KeptWeights(Learner):
     @torch.no_grad()
     def begin(self, progress: Progress | None) -> None:
         """Write the values into the weights."""
-        for weight, places, value in zip(self._weights, self._places, self.values, strict=True):
+        for number, weight in enumerate(self._weights):
+            value = (self.values[number] * self._units[number]).to(weight.dtype)
             # `put_` has no deterministic version.
-            weight.view(-1).index_copy_(0, places.long(), value.to(weight.dtype))
+            weight.view(-1).index_copy_(0, self._places[number].long(), value)
 
     @override
     def epoch_values(self, progress: Progress) -> dict[str, Any]:

@@ -50,6 +50,24 @@ def test_kept_weights_get_the_gradients_of_their_places_and_are_written_back() -
         assert not linear.weight[~mask].any()
 
 
+def test_a_relative_step_changes_each_linear_by_the_same_share() -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(8, 5, bias=False, dtype=torch.float64) for _ in range(3)]
+    masks = [torch.rand(5, 8) < 0.5 for _ in linears]
+    for linear, mask, scale in zip(linears, masks, (0.01, 3.0, 0.0), strict=True):
+        linear.requires_grad_(False).weight.mul_(mask * scale)
+    before = [linear.weight.clone() for linear in linears]
+    learner = KeptWeights(linears, masks, relative=True)
+    with learner.gradients():
+        sum(linear.weight.sum() for linear in linears).backward()
+    torch.optim.AdamW(learner.parameters(), lr=0.1, weight_decay=0.0).step()
+    learner.begin(Progress(0, 1, 0, 1))
+    for linear, mask, old in zip(linears, masks, before, strict=True):
+        share = old[mask].square().mean().sqrt()  # Adam's first step is the sign of the gradient
+        expected = old - 0.1 * (share if share else 1.0) * mask
+        torch.testing.assert_close(linear.weight, expected, rtol=1e-5, atol=0.0)
+
+
 def test_deterministic_kernels_learn_the_same_weights() -> None:
     expected = distilled(steps=2)
     torch.use_deterministic_algorithms(True)
