@@ -142,13 +142,13 @@ def claims(
         found = table_of(collect([folder / file for file in files]).runs, baseline)
         first, second = (find(found.labels, settings, "view") for settings in (better, other))
         pair = paired(found, first, second, measure)
-        seeds = len(found.members(first))
-        needed = float(of_one_seed) / 100 if seeds == 1 else 0.0
+        needed = float(of_one_seed) / 100 if pair["seeds"] == 1 else 0.0
         low, high = pair["interval"]
         verdict = (
             "holds" if low > needed else "does not hold here" if high < -needed else "not decided"
         )
-        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], str(seeds), verdict))
+        seeds = str(pair["seeds"])
+        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], seeds, verdict))
     columns = ["claim", "this row", "closes more than", "difference", "seeds", "verdict"]
     if measure != GAP:
         columns[2] = "is more accurate than"

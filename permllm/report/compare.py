@@ -27,6 +27,7 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         means over the seeds; NaN: not defined. `interval`: ends of the interval with 95 % of the
         resampled differences; None: there is none. `change`: text of both. `over`: text with the
         number of windows or items, which is zero if the rows have no scores of the same ones.
+        `seeds`: number of seeds that are compared.
     """
     kind = table.kinds[name]
     gap = name in table.gaps
@@ -47,6 +48,7 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         "interval": ends,
         "change": change_text(difference, kind, ends),
         "over": f"{sum(sample.shape[-1] for sample in samples)} {unit}",
+        "seeds": len(runs[0]),
     }
 
 

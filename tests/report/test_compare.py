@@ -174,6 +174,7 @@ def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None
     assert found["difference"] == pytest.approx(float(np.expm1(np.mean(means))), rel=1e-9)
     assert found["interval"]
     assert found["over"] == f"{SIZES[text]} windows"
+    assert found["seeds"] == len(means)
 
 
 @pytest.mark.parametrize("changed", ["nothing kept", "another tokenizer", "another seed"])
