@@ -1,8 +1,7 @@
 """One job from its settings to its record, in the order of the diagram in docs/method.md."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from permllm.store.cache import choose_cache
 from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.environment import environment
 from permllm.store.files import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, write_json
-from permllm.store.loggers import NO_LOGGER, RunLogger, job_log, open_logger
+from permllm.store.loggers import NO_LOGGER, job_log, open_logger
 from permllm.store.tensors import save_masks, save_tensors
 
 log = logging.getLogger(__name__)
@@ -123,7 +122,9 @@ def _run_phases(
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
 
-    with _logs(config, methods, record) as logger, half_products(dtype, device):
+    with ExitStack() as logs, half_products(dtype, device):
+        if parallel.rank() == 0:
+            logs.enter_context(job_log(record.directory / LOG))
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
         with record.phase("load", device):
@@ -138,6 +139,11 @@ def _run_phases(
                 write_json(record.directory / ENVIRONMENT, environment(config.seed, device))
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
+        # A logger keeps files in the directory, so that it opens after `begin`.
+        logger = NO_LOGGER
+        if parallel.rank() == 0:
+            opened = open_logger(config, record.directory, learns=bool(methods.learned))
+            logger = logs.enter_context(opened)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
 
         with record.phase("evaluate dense", device):
@@ -203,18 +209,6 @@ def _prepared_device(config: RunConfig) -> torch.device:
         keep_freed_memory()
         return_freed_memory()  # memory that an earlier job freed would count as taken
     return device
-
-
-@contextmanager
-def _logs(config: RunConfig, methods: Methods, record: RunDirectory) -> Iterator[RunLogger]:
-    """Write the log file of a run, and open its logger, in rank 0."""
-    if parallel.rank():
-        yield NO_LOGGER
-        return
-    directory = record.directory
-    learns = bool(methods.learned)
-    with job_log(directory / LOG), open_logger(config, directory, learns) as logger:
-        yield logger
 
 
 def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:

@@ -36,8 +36,10 @@ def hub_access(what: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        reason = one_line(error).removesuffix(".")
-        own_file = type(error) is FileNotFoundError  # such as the data of a task of the user's
+        # Such as the data of a task of the user's.
+        own_file = type(error) in (FileNotFoundError, DatasetGenerationError)
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = one_line(cause or error).removesuffix(".")
         if constants.HF_HUB_OFFLINE and not own_file:
             reason = "HF_HUB_OFFLINE is set, and the files are not in the cache"
         if isinstance(error, ConnectionError | LocalEntryNotFoundError):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Literal
 
 from permllm.data.texts import TEXTS, Text, TextFile
@@ -86,7 +85,7 @@ def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
     """Return the texts for perplexity by their names in results. Errors as in `texts_of_job`."""
     if config.data_files:
         text = TextFile("evaluation.perplexity.data_files", config.data_files)
-        return {Path(config.data_files).stem: text}
+        return {config.names[0]: text}
     texts = dict[str, Text]()
     for dataset in config.names:
         name = dataset.rpartition(".")[2]

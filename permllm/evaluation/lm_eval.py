@@ -85,13 +85,21 @@ def name_of_results(name: str) -> str:
 def download_tasks(settings: EvaluationConfig) -> None:
     """Download the data of all tasks, so that missing data ends a job before it loads a model.
 
-    Errors as in `run_task`.
+    Errors as in `run_task`, and ConfigError if a task is also a part of another one, whose results
+    it would replace.
     """
+    parts: dict[str, str] = {}
     for name in settings.tasks:
         if _in_wheel(name, settings.lm_eval):
             wheel_arrow(WHEEL_TASKS[name])
+            loaded = {name}
         else:
-            _loaded_task(name, settings.lm_eval)
+            objects = _loaded_task(name, settings.lm_eval)
+            loaded = {*objects["tasks"], *objects.get("groups", {})}
+        for part in loaded:
+            other = parts.setdefault(part, name)
+            if other != name:
+                raise ConfigError(f"evaluation.tasks: {other} and {name} both contain {part}")
 
 
 def run_task(

@@ -32,8 +32,10 @@ from permllm.store.files import (
 _NO_SETTING = ("name", "save_weights")
 # Settings that are paths of the machine.
 _OF_MACHINE = ("runs_dir", "run_dir", "paths")
-# Beginning of an override that names a folder of the machine.
-_FOLDER = r"[\w.]*_?dir="
+# Beginning of a word of a command that names a folder of the machine.
+_FOLDER = r"[\w.]*_?dir=|--config-dir=|\+*hydra\.searchpath=(?!\W*pkg:)"
+# Options whose next word names one.
+_BEFORE_A_FOLDER = ("--config-dir", "-cd")
 
 
 @dataclass
@@ -237,9 +239,7 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     for run in collection.runs:
         config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
         environment = dict(run.environment)
-        words = shlex.split(environment.get("command", ""))
-        words = [_last_name(word) for word in words if not re.match(_FOLDER, word)]
-        environment["command"] = shlex.join(words)
+        environment["command"] = _published(environment.get("command", ""))
         name = run.directory.absolute().name  # Path(".").name is empty
         record = {
             "run": name,
@@ -256,6 +256,18 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     lines.sort()
     write_text(file, "".join(f"{line}\n" for _, line in lines))
     return [name for name, _ in lines]
+
+
+def _published(command: str) -> str:
+    """Return a command without the folders of the machine, and with names of files for paths."""
+    words = iter(shlex.split(command))
+    kept = []
+    for word in words:
+        if word in _BEFORE_A_FOLDER:
+            next(words, None)
+        elif not re.match(_FOLDER, word):
+            kept.append(_last_name(word))
+    return shlex.join(kept)
 
 
 def _last_name(word: str) -> str:

@@ -162,7 +162,9 @@ class PerplexityConfig:
 
     @property
     def names(self) -> list[str]:
-        """Names of the texts of `dataset`."""
+        """Names of the texts: the file's, or those of `dataset`."""
+        if self.data_files:
+            return [Path(self.data_files).stem]
         return [self.dataset] if isinstance(self.dataset, str) else self.dataset or []
 
 

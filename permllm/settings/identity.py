@@ -46,6 +46,8 @@ _NOT_OF_THE_MODEL = (
     "notice",
     "placement",
 )
+# Settings of a method that learns which only change its memory and time.
+_OF_THE_MACHINE = ("micro_batch_size", "activation_checkpointing", "compile")
 # Settings of the top level that only permutations read. A permutation has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
 
@@ -71,6 +73,11 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     permutation = resolved["permutation"]
     identity["permutation"] = _without(permutation, _OF_A_PERMUTATION)
     identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}
+    for group in ("permutation", "mask", "reconstruction"):
+        method = dict(identity.get(group, {}))
+        identity[group] = method | dict.fromkeys(method.keys() & _OF_THE_MACHINE)
+    if identity["reconstruction"].get("relative") is False:  # as before there was another value
+        del identity["reconstruction"]["relative"]
     return _without_classes(identity)
 
 

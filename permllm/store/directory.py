@@ -199,9 +199,7 @@ class RunDirectory(Record):
             def lock_and_read() -> tuple[Any, ...]:
                 self._lock(locks, wait)
                 self._check_config()
-                if force:
-                    self._remove(*OF_LOGGERS)
-                else:
+                if not force:
                     self._read()
                 if not (self.directory / CONFIG).exists():
                     self._write_config()
@@ -260,7 +258,7 @@ class RunDirectory(Record):
 
         def replaced() -> None:
             if not self._has_begun:
-                self._remove(METRICS, *RESULTS)
+                self._remove(METRICS, *RESULTS, *OF_LOGGERS)
             if not self.pruned:
                 self._write_config()
 

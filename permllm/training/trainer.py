@@ -267,6 +267,9 @@ class Trainer:
         measured = None
         self.optimizer.zero_grad(set_to_none=True)
         self._begin(progress)
+        sums = torch.stack([values.detach().sum() for values in self.learner.parameters()])
+        if not bool(sums.isfinite().all()):
+            raise self._failure(progress, "what is learned is not finite")
         if progress.epoch >= self.epochs - self.settings.select_from:
             measured = self.objective.mean()
             if not math.isfinite(measured):

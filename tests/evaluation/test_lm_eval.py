@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
@@ -256,6 +257,27 @@ def test_a_task_with_a_template_or_data_of_its_own_that_fail_is_named(
     data.unlink()
     with pytest.raises(DataError, match=r"test\.json"):
         download_tasks(settings)
+
+
+def test_broken_data_of_a_task_are_named(
+    tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "test.json").write_text('{"question": ')
+    with pytest.raises(DataError, match="JSON"):
+        download_tasks(config("model=tiny", f"evaluation.tasks=[{tasks['colours']}]").evaluation)
+
+
+def test_a_task_that_is_a_part_of_another_one_is_refused(
+    tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": list(tasks)}))
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr("permllm.evaluation.lm_eval.task_manager", lambda few: manager)
+    for known in (["both"], ["sums", "colours"]):
+        download_tasks(config("model=tiny", f"evaluation.tasks=[{','.join(known)}]").evaluation)
+    with pytest.raises(ConfigError, match=r"^evaluation\.tasks: .*sums"):
+        download_tasks(config("model=tiny", "evaluation.tasks=[sums,both]").evaluation)
 
 
 FOLLOWS = """

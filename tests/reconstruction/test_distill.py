@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruner.magnitude import Magnitude
 from permllm.pruning.methods import methods_of
@@ -66,6 +67,19 @@ def test_a_relative_step_changes_each_linear_by_the_same_share() -> None:
         share = old[mask].square().mean().sqrt()  # Adam's first step is the sign of the gradient
         expected = old - 0.1 * (share if share else 1.0) * mask
         torch.testing.assert_close(linear.weight, expected, rtol=1e-5, atol=0.0)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = KeptWeights._take
+
+    def broken(self: KeptWeights, number: int, weight: Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.fill_(math.nan)
+        take(self, number, weight)
+
+    monkeypatch.setattr(KeptWeights, "_take", broken)
+    with pytest.raises(TrainingError):
+        distilled(steps=1)
 
 
 def test_deterministic_kernels_learn_the_same_weights() -> None:

@@ -446,7 +446,8 @@ def test_kept_records_name_no_folder_of_the_machine(tmp_path: Path) -> None:
         "evaluation": {"tasks": {task: {}}},
         "inputs": {f"evaluation.tasks.{task}": "digest"},
     }
-    words = f"run.py paths.cache_dir={tmp_path} evaluation.tasks=[{task}] seed=0"
+    words = f"run.py --config-dir {tmp_path} paths.cache_dir={tmp_path} evaluation.tasks=[{task}]"
+    words += f" seed=0 hydra.searchpath=[file://{tmp_path}] --config-dir={tmp_path}"
     line["environment"] = {"command": words}
     as_folder(line, tmp_path / "run")
     assert keep(tmp_path / "run", to=tmp_path / "kept.jsonl") == 0

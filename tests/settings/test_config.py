@@ -235,6 +235,8 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
         ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", True),
         ("seed=1", False),
         ("permutation.epochs=4", False),
+        ("permutation.micro_batch_size=1 permutation.activation_checkpointing=true", True),
+        ("permutation.compile=false", True),
         # Classes of this package may move. Nothing but its class names another package's method.
         ("pruner._target_=permllm.pruner.wanda.Wanda", True),
         ("pruner._target_=mine.Wanda", False),

@@ -280,6 +280,8 @@ def test_a_command_that_fails_changes_nothing_of_a_finished_run(
         found = (file for file in directory.rglob("*") if file.suffix in kinds)
         return {file.name: file.read_bytes() for file in found if file.name != "metrics.json"}
 
+    (directory / "tensorboard").mkdir()
+    (directory / "tensorboard" / "events.json").write_text("{}")
     before = files()
     short = f"evaluation.perplexity.data_files={tmp_path / 'short.txt'}"
     for words in (
