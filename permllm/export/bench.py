@@ -42,9 +42,9 @@ from permllm.models.load import check_windows
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import NMPattern
 from permllm.settings.values import SETTINGS, Count, Positive, validated
+from permllm.sparsity.nm import violations
 from permllm.sparsity.two_of_four import as_two_of_four, window_count
 from permllm.store.environment import hardware, versions
-from permllm.store.tensors import violations
 
 BACKENDS = ("cuSPARSELt", "CUTLASS")
 _TWO_OF_FOUR = NMPattern(2, 4)

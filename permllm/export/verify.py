@@ -17,7 +17,7 @@ from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, w
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import recorded_groups
 from permllm.settings.config import NMPattern, check_divides
-from permllm.store.tensors import violations
+from permllm.sparsity.nm import violations
 
 _SEQUENCES = 4
 _LENGTH = 64

@@ -21,7 +21,7 @@ from permllm.pruning.phases import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
-from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
+from permllm.sparsity.nm import permuted_nm_mask, saliency_sum, violations
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.files import PRUNED_LAYERS, WEIGHTS, layer_file
@@ -32,7 +32,6 @@ from permllm.store.tensors import (
     mask_name,
     save_layer,
     save_tensors,
-    violations,
     weight_name,
 )
 

@@ -74,6 +74,24 @@ def permuted_nm_mask(saliency: Tensor, permutation: Tensor, pattern: NMPattern) 
     return nm_mask(saliency[:, permutation], pattern)[:, permutation.argsort()]
 
 
+def violations(weight: Tensor, permutation: Tensor | None, pattern: NMPattern) -> int:
+    """Return the number of groups of M weights that have more than N nonzeros.
+
+    Args:
+        weight: `(C_out, C_in)`, in the original channel order.
+        permutation: int64 `(C_in,)`, in which the weight should be N:M; None: the original.
+        pattern: N:M.
+    """
+    nonzero = weight != 0
+    permuted = nonzero if permutation is None else nonzero[:, permutation]
+    groups = permuted.unflatten(-1, (-1, pattern.m))
+    # `groups.sum(-1)` would need int64, four times the memory.
+    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
+    for entries in groups.unbind(-1):
+        counts += entries
+    return int((counts > pattern.n).sum())
+
+
 def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:
     """Return the sum of a saliency, or of its kept entries, in float64; None: all entries."""
     entries = saliency if mask is None else torch.where(mask, saliency, 0.0)

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from permllm.errors import DataError, first_line
-from permllm.settings.config import NMPattern
 from permllm.store.directory import check_sha256
 from permllm.store.files import MASKS, PERMUTATIONS, WEIGHTS, replaced
 
@@ -34,24 +33,6 @@ def is_permutation(permutation: Tensor) -> bool:
     """Tell if a tensor of whole numbers is `(C_in,)` and has each of 0 to `C_in - 1` once."""
     identity = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
     return torch.equal(permutation.sort().values, identity)
-
-
-def violations(weight: Tensor, permutation: Tensor | None, pattern: NMPattern) -> int:
-    """Return the number of groups of M weights that have more than N nonzeros.
-
-    Args:
-        weight: `(C_out, C_in)`, in the original channel order.
-        permutation: int64 `(C_in,)`, in which the weight should be N:M; None: the original.
-        pattern: N:M.
-    """
-    nonzero = weight != 0
-    permuted = nonzero if permutation is None else nonzero[:, permutation]
-    groups = permuted.unflatten(-1, (-1, pattern.m))
-    # `groups.sum(-1)` would need int64, four times the memory.
-    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
-    for entries in groups.unbind(-1):
-        counts += entries
-    return int((counts > pattern.n).sum())
 
 
 def packed_mask(mask: Tensor) -> Tensor:

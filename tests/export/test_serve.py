@@ -30,8 +30,8 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
 from permllm.settings.config import ExportConfig, NMPattern, read_config
+from permllm.sparsity.nm import violations
 from permllm.store.files import read_json
-from permllm.store.tensors import violations
 from tests.export.pruned import TWO_OF_FOUR, load, make_run, variant_model
 from tests.settings.test_config import composed, config
 

@@ -7,8 +7,8 @@ import torch
 
 from permllm.errors import ConfigError
 from permllm.settings.config import NMPattern
-from permllm.sparsity.nm import nm_mask, permuted_nm_mask, ranks_of, saliency_sum
-from permllm.store.tensors import PackedMasks, violations
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask, ranks_of, saliency_sum, violations
+from permllm.store.tensors import PackedMasks
 from tests.problems import random, shuffled
 
 PATTERNS = [(2, 4), (1, 2), (5, 16), (8, 32)]

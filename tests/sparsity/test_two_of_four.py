@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from permllm.settings.config import NMPattern
-from permllm.sparsity.nm import nm_mask
+from permllm.sparsity.nm import nm_mask, violations
 from permllm.sparsity.two_of_four import as_two_of_four, stored_share, window_count
-from permllm.store.tensors import violations
 from tests.problems import random
 
 TWO_OF_FOUR = NMPattern(2, 4)
