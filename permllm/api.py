@@ -31,6 +31,7 @@ from permllm.models.head import head_path
 from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
 from permllm.models.source import DenseSource
 from permllm.pruning.methods import Job, checked_groups, methods_of
+from permllm.pruning.phases import check_not_pruned
 from permllm.report.read import collect
 from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
@@ -98,7 +99,8 @@ def prune(
             `calibration__seqlen=512`, `block_size=128`; `model__bos=True` for Gemma.
 
     Raises:
-        ConfigError: a setting is unknown or cannot work, or the model cannot be pruned.
+        ConfigError: a setting is unknown or cannot work, or the model cannot be pruned, or is so
+            already.
         DataError: the text is not available or too short.
         TrainingError: learning cannot continue.
     """
@@ -133,9 +135,10 @@ def prune(
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
         record.keep_compute_dtype(products)
-        # After an error the model may have layers of two calls, which `save` must not write.
-        setattr(model, _PRUNED, None)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
+        check_not_pruned(job)
+        # After an error some layers may be pruned and others not, which `save` must not write.
+        setattr(model, _PRUNED, None)
         pruned = prune_model(job, _windows(texts, loaded, config, further))
     report = {
         "name": config.name,

@@ -27,7 +27,13 @@ from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
-from permllm.pruning.phases import allocate, calibrate, find_masks, find_permutations
+from permllm.pruning.phases import (
+    allocate,
+    calibrate,
+    check_not_pruned,
+    find_masks,
+    find_permutations,
+)
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel
@@ -145,6 +151,8 @@ def _run_phases(
             opened = open_logger(config, record.directory, learns=bool(methods.learned))
             logger = logs.enter_context(opened)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
+        if windows is not None:
+            check_not_pruned(job)
 
         with record.phase("evaluate dense", device):
             evaluate(loaded, config.evaluation, windows_of_texts, "dense", record)

@@ -133,9 +133,9 @@ def test_all_else_is_left_as_it_was(model: PreTrainedModel, tokenizer: ByT5Token
     torch.use_deterministic_algorithms(True, warn_only=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         theirs = GlobalHydra.instance().hydra
-        permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
         with pytest.raises(DataError, match="calibration"):
             permllm.prune(model, tokenizer, texts=["short"])
+        permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
         assert GlobalHydra.instance().hydra is theirs
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
@@ -225,6 +225,7 @@ def half_pruned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: object) -> None:
         raise DataError("no second layer")
 
+    model.load_state_dict(tiny_model("llama").state_dict())  # dense again
     monkeypatch.setattr("permllm.pruning.layerwise._figures", broken)
     with pytest.raises(DataError, match="no second layer"):
         permllm.prune(model, None, texts=WINDOWS, permutation="heuristic")
@@ -335,9 +336,15 @@ def adapted_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def already_pruned(model: PreTrainedModel) -> PreTrainedModel:
+    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic", sparsity="4:8")
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (already_pruned, "model: 50% of each row of"),
         (weight_norm, f"{DOWN} is a ParametrizedLinear"),
         (own_forward, f"{DOWN} is a Linear, but no plain Linear"),
         (other_layers, "^model: model.layers, run one at a time"),

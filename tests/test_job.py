@@ -27,8 +27,9 @@ from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.measures import flat_figures
 from permllm.runtime.signals import Terminated
 from permllm.settings.config import read_config
+from permllm.sparsity.nm import violations
 from permllm.store.files import read_json, read_lines
-from permllm.store.tensors import load_masks, violations
+from permllm.store.tensors import load_masks
 from tests.settings.test_config import composed
 
 BUILTIN = TEXTS["builtin"]

@@ -271,9 +271,11 @@ def test_a_saliency_that_is_none_is_refused(
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
-        ("{}", "is missing"),
+        ("{}", "is a NoneType"),
         ("{path: mask[:1] for path, mask in found.items()}", "is torch.bool"),
         ("{path: mask.float() for path, mask in found.items()}", "is torch.float32"),
+        ("{path: mask | True for path, mask in found.items()}", "is not 2:4"),
+        ("{path: mask & False for path, mask in found.items()}", "is not 2:4"),
     ],
 )
 def test_masks_that_are_none_are_refused_and_not_kept(
@@ -283,6 +285,22 @@ def test_masks_that_are_none_are_refused_and_not_kept(
     with pytest.raises(ConfigError, match=rf"^mask=random: the mask of .*{reason}"):
         run("mask=random", "permutation=none", f"run_dir={package}/run")
     assert not (package / "run" / "masks.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "reason"),
+    [
+        ("pruned.weight[:1]", ConfigError, r"is \(1, 32\)"),
+        ("pruned.dense", ConfigError, "is not zero outside"),
+        ("pruned.weight / 0", TrainingError, "is not finite"),
+    ],
+)
+def test_weights_that_are_none_are_refused(
+    returned: str, error: type[Exception], reason: str, package: Path
+) -> None:
+    return_instead(package, "reconstruction.py", returned)
+    with pytest.raises(error, match=rf" reconstruction=row_scale: the weight of .*{reason}"):
+        run("reconstruction=row_scale", "permutation=none", f"run_dir={package}/run")
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,13 @@ from transformers import PreTrainedModel
 from permllm.errors import ConfigError
 from permllm.export.card import model_card
 from permllm.export.rebuild import apply_record
-from permllm.export.write import (
-    MASKS_ALONE,
-    SUMMARY,
-    finished_record,
-    new_export,
-    read_record,
-)
+from permllm.export.write import MASKS_ALONE, finished_record, new_export, read_record
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
 from permllm.settings.config import ModelConfig
 from permllm.settings.identity import identity_of
 from permllm.settings.values import validated
-from permllm.store.files import MASKS, PERMUTATIONS, write_json, write_text
+from permllm.store.files import MASKS, PERMUTATIONS, SUMMARY, write_json, write_text
 from permllm.store.tensors import PrunedTensors
 
 _FILES = (MASKS, PERMUTATIONS)

@@ -32,6 +32,7 @@ from permllm.store.cache import cache_directory
 from permllm.store.files import (
     CONFIG,
     METRICS,
+    SUMMARY,
     file_sha256,
     new_folder,
     read_json,
@@ -41,7 +42,6 @@ from permllm.store.files import (
 )
 from permllm.store.tensors import PrunedTensors, save_tensors
 
-SUMMARY = "permllm.json"
 # Form of a folder with masks and permutations alone (`permllm.export.masks`).
 MASKS_ALONE = "masks"
 

@@ -49,7 +49,7 @@ from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.config import ModelConfig
-from permllm.store.files import file_sha256
+from permllm.store.files import SUMMARY, file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -261,6 +261,8 @@ def _architecture_in(folder: Path, config: ModelConfig) -> PreTrainedConfig:
     """Read a folder's config; raise ConfigError if it is pruned, or differs from the settings."""
     actual = checkpoint_config(folder)
     check_dense(str(folder), actual)
+    if (folder / SUMMARY).is_file():
+        raise ConfigError(f"{folder} is an export of a pruned model; give the dense one")
     for key, stated in config.architecture.items():
         value = getattr(actual, key, None)
         if value != stated:

@@ -17,7 +17,7 @@ from permllm.models.offload import masked, placement_of
 from permllm.models.selection import differing_patterns
 from permllm.permutation.base import checked_permutation
 from permllm.pruning.methods import Job, learning_problem, windows_for
-from permllm.pruning.phases import member_factors
+from permllm.pruning.phases import check_mask, checked_weight, member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
@@ -230,6 +230,8 @@ class _Layers:
         layer.moved[group.name] = float(
             (permutation != torch.arange(group.channels)).float().mean()
         )
+        by_pruner = f"pruner={self.job.config.pruner.get('name')}"
+        by_reconstruction = f"reconstruction={self.job.config.reconstruction.get('name')}"
         retained = 0.0
         total = 0.0
         for path in group.members:
@@ -242,6 +244,7 @@ class _Layers:
                 mask = self.masks[path].to(dense.device)
             if pruner.updates_weights:
                 new, mask = pruner.update(dense, statistics, columns, pattern, mask)
+                check_mask(f"{by_pruner}: the mask of {path}", mask, dense.shape, columns, pattern)
             elif mask is None:
                 mask = permuted_nm_mask(scores, columns, pattern)
             layer.masks[path] = parallel.broadcast(mask).cpu()
@@ -249,7 +252,8 @@ class _Layers:
                 new = masked(mask, dense) if new is None else new
                 pruned = PrunedLinear(dense, new, mask, columns, pattern, statistics)
                 new = reconstruction.linear(pruned)
-                layer.weights[path] = parallel.broadcast(new.to(dense.dtype))
+                where = f"{by_pruner} {by_reconstruction}: the weight of {path}"
+                layer.weights[path] = parallel.broadcast(checked_weight(where, new, mask, dense))
             retained += saliency_sum(scores, mask)
             total += saliency_sum(scores)
         layer.retained[group.name] = retained / max(total, 1e-300)

@@ -17,6 +17,7 @@ from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
+from permllm.models.offload import placement_of
 from permllm.models.selection import differing_patterns, recorded_groups
 from permllm.permutation.base import checked_permutation
 from permllm.pruner.base import Pruner
@@ -29,7 +30,9 @@ from permllm.pruning.methods import (
     windows_for,
 )
 from permllm.runtime.precision import products_in
+from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
+from permllm.sparsity.nm import is_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.cache import cached, tensor_digest
@@ -52,6 +55,21 @@ class DenseCalibration:
 
     factors: dict[str, SaliencyFactors]
     target: Tensor
+
+
+def check_not_pruned(job: Job) -> None:
+    """Raise ConfigError if each row of the first linear has as many zeros as after pruning."""
+    group = job.groups.pruned[0]
+    pattern = group.pattern or job.config.pattern
+    path = group.members[0]
+    model = job.loaded.model
+    with placement_of(model).layer(group.layer):
+        zeros = float((linear_at(model, path).weight == 0).float().mean(1).amin())
+    if zeros >= 1 - pattern.n / pattern.m:
+        raise ConfigError(
+            f"model: {zeros:.0%} of each row of {path} are zeros, as after pruning; give the dense "
+            "model"
+        )
 
 
 def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
@@ -191,24 +209,69 @@ def find_masks(
         problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.compute_dtype, job.device):
             masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, permutations)
-        _check_masks(job, masks)
+        _check_masks(job, masks, permutations)
         return masks
 
     return job.record.kept(MASKS, compute, save_masks, load_masks)
 
 
-def _check_masks(job: Job, masks: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError, which names the linear, unless each pruned linear has a mask."""
+def _check_masks(job: Job, masks: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless each pruned linear has an N:M mask."""
     for group in job.groups.pruned:
+        pattern = group.pattern or job.config.pattern
         for path, rows in zip(group.members, group.rows, strict=True):
-            mask = masks.get(path)
-            expected = (rows, group.channels)
-            if mask is None or mask.dtype != torch.bool or mask.shape != expected:
-                actual = "missing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
-                raise ConfigError(
-                    f"mask={job.config.mask.get('name')}: the mask of {path} is {actual}; expected "
-                    f"bool {expected}"
-                )
+            where = f"mask={job.config.mask.get('name')}: the mask of {path}"
+            shape = torch.Size((rows, group.channels))
+            check_mask(where, masks.get(path), shape, permutations[group.name], pattern)
+
+
+def check_mask(
+    where: str, mask: object, shape: torch.Size, permutation: Tensor, pattern: NMPattern
+) -> None:
+    """Raise ConfigError unless a method's result is an N:M mask.
+
+    Args:
+        where: method and linear, for the error.
+        mask: the result.
+        shape: shape of the weight.
+        permutation: permutation of the channels, int64 `(C_in,)`.
+        pattern: N:M of the permuted mask.
+    """
+    if not isinstance(mask, Tensor):
+        actual = f"a {type(mask).__name__}"
+    elif mask.dtype != torch.bool or mask.shape != shape:
+        actual = f"{mask.dtype} {tuple(mask.shape)}"
+    elif not is_nm_mask(mask, permutation.to(mask.device), pattern):
+        actual = f"not {pattern}"
+    else:
+        return
+    raise ConfigError(
+        f"{where} is {actual}; expected bool {tuple(shape)} that keeps {pattern.n} of every "
+        f"{pattern.m} permuted channels"
+    )
+
+
+def checked_weight(where: str, weight: Tensor, mask: Tensor, dense: Tensor) -> Tensor:
+    """Return a changed weight in the dtype of the dense weight.
+
+    Args:
+        where: method and linear, for the error.
+        weight: result of a pruner or a reconstruction.
+        mask: mask of the linear, bool `(C_out, C_in)`.
+        dense: the dense weight, `(C_out, C_in)`.
+
+    Raises:
+        ConfigError: the result has another shape, or values outside of the mask.
+        TrainingError: it is not finite in this dtype.
+    """
+    if weight.shape != dense.shape:
+        raise ConfigError(f"{where} is {tuple(weight.shape)}; expected {tuple(dense.shape)}")
+    converted = weight.to(dense.dtype)
+    if not all_finite(converted):
+        raise TrainingError(f"{where} is not finite in {dense.dtype}")
+    if bool(converted.masked_select(~mask).any()):
+        raise ConfigError(f"{where} is not zero outside of the mask")
+    return converted
 
 
 def calibrate_dense(

@@ -275,7 +275,7 @@ class RunConfig:
     export: ExportConfig
     protocol: str | None
     method: str | None
-    budget: dict[str, int | None]
+    budget: dict[str, Count | None]
     paths: PathsConfig
     plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
 

@@ -82,14 +82,23 @@ def violations(weight: Tensor, permutation: Tensor | None, pattern: NMPattern) -
         permutation: int64 `(C_in,)`, in which the weight should be N:M; None: the original.
         pattern: N:M.
     """
-    nonzero = weight != 0
-    permuted = nonzero if permutation is None else nonzero[:, permutation]
+    return int((_kept_in_groups(weight != 0, permutation, pattern) > pattern.n).sum())
+
+
+def is_nm_mask(mask: Tensor, permutation: Tensor, pattern: NMPattern) -> bool:
+    """Tell if a mask in original order keeps exactly N of every M permuted channels."""
+    return bool((_kept_in_groups(mask, permutation, pattern) == pattern.n).all())
+
+
+def _kept_in_groups(mask: Tensor, permutation: Tensor | None, pattern: NMPattern) -> Tensor:
+    """Return how many entries of each group of M are kept, int16 `(C_out, C_in / M)`."""
+    permuted = mask if permutation is None else mask[:, permutation]
     groups = permuted.unflatten(-1, (-1, pattern.m))
     # `groups.sum(-1)` would need int64, four times the memory.
-    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)
+    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=mask.device)
     for entries in groups.unbind(-1):
         counts += entries
-    return int((counts > pattern.n).sum())
+    return counts
 
 
 def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:

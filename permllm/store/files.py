@@ -30,6 +30,8 @@ MASKS = "masks.safetensors"
 WEIGHTS = "weights"
 PRUNED_LAYERS = "pruned_layers"
 EXPORT = "export"
+# Summary of an export, beside its weights or masks.
+SUMMARY = "permllm.json"
 LCP_CHECKPOINT = "lcp_checkpoint.pt"
 MASK_CHECKPOINT = "mask_checkpoint.pt"
 DISTILL_CHECKPOINT = "distill_checkpoint.pt"

@@ -23,8 +23,9 @@ from permllm.models.selection import DENSE
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
 from permllm.settings.config import NMPattern
+from permllm.sparsity.nm import violations
 from permllm.store.files import read_json
-from permllm.store.tensors import load_masks, violations
+from permllm.store.tensors import load_masks
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.problems import PATTERN, Interrupt, problem, tokens

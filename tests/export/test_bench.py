@@ -21,7 +21,7 @@ from permllm.export.verify import expected_patterns
 from permllm.export.write import export_run
 from permllm.models.families import channel_groups, linear_at
 from permllm.settings.config import ExportConfig, NMPattern
-from permllm.store.tensors import violations
+from permllm.sparsity.nm import violations
 from tests.conftest import tiny_model
 from tests.export.pruned import load, logits, make_run, relative, variant_model
 from tests.models.test_bad_checkpoints import WEIGHTS

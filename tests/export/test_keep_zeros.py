@@ -17,7 +17,7 @@ from permllm.errors import ConfigError
 from permllm.export.write import export_run
 from permllm.models.families import channel_groups, linear_at
 from permllm.settings.config import ExportConfig
-from permllm.store.tensors import violations
+from permllm.sparsity.nm import violations
 from tests.conftest import ROOT, tiny_model
 from tests.export.pruned import TWO_OF_FOUR, load, logits, make_run, variant_model
 from tests.problems import tokens

@@ -14,9 +14,9 @@ from permllm.cli import call
 from permllm.errors import ConfigError, DataError
 from permllm.export.masks import write_masks
 from permllm.export.verify import verify
-from permllm.export.write import SUMMARY, export_run
+from permllm.export.write import export_run
 from permllm.settings.config import ExportConfig
-from permllm.store.files import read_json, write_json, write_text
+from permllm.store.files import SUMMARY, read_json, write_json, write_text
 from tests.export.pruned import (
     TWO_OF_FOUR,
     change_metrics,

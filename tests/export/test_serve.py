@@ -24,14 +24,14 @@ from permllm.export.serve import (
     groups_on_kernels,
     serving,
 )
-from permllm.export.write import SUMMARY, export_run, present_export
+from permllm.export.write import export_run, present_export
 from permllm.job import export_of, run
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
 from permllm.settings.config import ExportConfig, NMPattern, read_config
 from permllm.sparsity.nm import violations
-from permllm.store.files import read_json
+from permllm.store.files import SUMMARY, read_json
 from tests.export.pruned import TWO_OF_FOUR, load, make_run, variant_model
 from tests.settings.test_config import composed, config
 

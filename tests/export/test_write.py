@@ -26,8 +26,9 @@ from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.settings.config import ExportConfig, NMPattern
+from permllm.sparsity.nm import violations
 from permllm.store.files import file_sha256, read_json, write_json, write_text
-from permllm.store.tensors import save_tensors, violations
+from permllm.store.tensors import save_tensors
 from tests.conftest import run_python
 from tests.export.pruned import (
     TWO_OF_FOUR,

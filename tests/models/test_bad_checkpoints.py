@@ -26,6 +26,7 @@ from permllm.export.gathered import write_gathered
 from permllm.models.checkpoint import transformers_reads
 from permllm.models.load import load_model, meta_model
 from permllm.settings.config import ModelConfig
+from permllm.store.files import SUMMARY
 from tests.conftest import tiny_config, tiny_model
 
 Tensors, Settings = dict[str, Any], dict[str, Any]
@@ -95,6 +96,12 @@ BROKEN: dict[str, tuple[Any, Settings, str]] = {
 def test_a_gathered_checkpoint_is_refused_as_a_pruned_model(folder: Path) -> None:
     write_gathered(folder, AutoConfig.from_pretrained(folder), {})
     refused(folder, f"{re.escape(str(folder))} is a gathered")
+
+
+def test_an_export_is_refused_as_a_pruned_model(folder: Path) -> None:
+    (folder / SUMMARY).write_text('{"form": "folded"}')
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(folder))} is an export"):
+        meta_model(local(folder))
 
 
 @pytest.mark.parametrize("name", BROKEN)

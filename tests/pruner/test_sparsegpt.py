@@ -9,10 +9,9 @@ from torch import Tensor
 from permllm.errors import TrainingError
 from permllm.pruner.sparsegpt import SparseGPT, prune_columns
 from permllm.settings.config import NMPattern
-from permllm.sparsity.nm import nm_mask, permuted_nm_mask
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask, violations
 from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import Gram, InputStatistics
-from permllm.store.tensors import violations
 from tests.problems import PATTERN, random, shuffled
 
 

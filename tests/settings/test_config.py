@@ -191,6 +191,12 @@ def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() 
         assert config(*words).permutation["epochs"] == epochs
 
 
+@pytest.mark.parametrize("amount", ["steps=-5", "epochs=0", "text=880.5"])
+def test_an_amount_of_a_budget_is_a_count(amount: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^budget\.{amount.partition('=')[0]}"):
+        config(f"budget.{amount}", "method=masks")
+
+
 @pytest.mark.parametrize(
     ("words", "statistics"),
     [
