@@ -26,7 +26,7 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any]:
     transformers 5 reads these keys too, and `rope_scaling` before `rope_parameters`.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    rope = dict(parameters.get("full_attention", parameters))
+    rope = dict(parameters.get("full_attention", parameters) or {})
     if "rope_theta" not in rope:
         return {}
     keys = {"rope_theta": rope.pop("rope_theta")}

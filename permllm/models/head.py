@@ -36,9 +36,10 @@ def head_path(model: nn.Module) -> str:
 
 
 class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """Output of a model's body, also for families that read the logits of a router."""
+    """Output of a model's body, with what the heads of some families read beside the states."""
 
-    router_logits = None
+    router_logits = None  # mixtures of experts
+    shared_kv_states = None  # Gemma 4
 
 
 class Head:

@@ -12,6 +12,7 @@ computes arguments from the tokens (`arguments_depend_on_tokens`), each batch ne
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -44,16 +45,18 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
     """
     layers = decoder_layers(model)
     tuples = family_of(model).tuples
+    names = list(signature(type(layers[0]).forward).parameters)[1:]  # without self
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
 
     def stand_in(*args: Tensor, **keywords: Any) -> Tensor | tuple[Tensor]:
         """Record the arguments of a layer, and return its input."""
-        states = args[0] if args else keywords.pop("hidden_states")
+        arguments = dict(zip(names, args, strict=False)) | keywords
+        states = arguments.pop(names[0])
         if not hidden:
             # With gradient checkpointing the embedding's output requires gradients.
             hidden.append(states.detach())
-        kwargs.append(keywords)
+        kwargs.append(arguments)
         return (states,) if tuples else states
 
     with replaced_forwards(layers, stand_in):

@@ -21,7 +21,7 @@ from permllm.permutation.foldable import expanded, shared_permutations
 from tests.conftest import tiny_model
 
 # Decoders without a table, with what differs from LLaMA: biases in fused heads, layers that give
-# tuples, attention and MLP that read one tensor.
+# tuples, attention and MLP that read one tensor, an input of each layer that depends on the tokens.
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 64},
     "mpt": {},
@@ -32,6 +32,14 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "layer_types": ["attention", "attention"],
         "mamba_n_heads": 2,
+    },
+    "gemma4_text": {
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 259,
     },
 }
 TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))
