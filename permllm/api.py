@@ -365,6 +365,9 @@ def _composed(
         if key in unused or key.split(".")[0] in _NOT_HERE:
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
     choices = {key: overrides.pop(key) for key in groups() if key in overrides}
+    for key, name in choices.items():
+        if not isinstance(name, str | int):
+            raise ConfigError(f"{key}: expected the name of an option, got a {type(name).__name__}")
     options |= choices | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
     words = [f"{key}={name}" for key, name in options.items()]
     config = _composed_apart(words)

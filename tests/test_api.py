@@ -26,6 +26,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.verify import verify
 from permllm.job import run
 from permllm.models.families import linear_at
+from permllm.pruner.wanda import Wanda
 from permllm.store.files import read_lines
 from permllm.store.tensors import load_masks, load_permutations
 from tests.conftest import ROOT, tiny_model
@@ -272,6 +273,7 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
     ("settings", "key"),
     [
         ({"pruner": "wandaa"}, "pruner/wandaa"),
+        ({"pruner": Wanda()}, "pruner: "),
         ({"permutation__epoch": 3}, "permutation.epoch: "),
         ({"sede": 1}, "sede is"),
         ({"model__dtype": "float16"}, "model.dtype: "),

@@ -308,6 +308,7 @@ def test_weights_that_are_none_are_refused(
     [
         ("def factors", "def factor", "abstract"),
         ("(Pruner)", "", "expected a subclass of permllm.pruner.base.Pruner"),
+        ("class PeakPruner", "class Peaks", "cannot be imported"),
         ("import torch", "import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
         ("exponent: float", "exponents: float", ".exponent=.*no such setting"),
     ],

@@ -127,6 +127,7 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
         members = {path.rpartition(".")[2] for group in groups for path in group.members}
         valid = ", ".join(sorted(members))
         raise ConfigError(
-            f"{key}: the model's {layers} decoder layers have no {name!r}, but {valid}"
+            f"{key}: the model has no {name!r}; expected a layer, 0 to {layers - 1}, or one of "
+            f"{valid}"
         )
     return paths

@@ -36,8 +36,8 @@ HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
 HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})
 
 
-# Ends of Hydra's messages: folders of the machine, and the advice to append a key, which no setting
-# here allows.
+# Ends of Hydra's messages: folders of the machine, and the advice to append a key, which only
+# `model.architecture` allows.
 _ADVICE = re.compile(r"Config search path:|To append to your ")
 # Least likeness of a key to the typed one, from 0 to 1, with which an error names it, and largest
 # number of keys that it names because only their group is missing.

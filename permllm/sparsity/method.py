@@ -81,7 +81,9 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
             arguments[name] = instantiate(f"{key}.{name}", value)
         elif name not in ("_target_", "name"):
             arguments[name] = value
-    target = str(settings.get("_target_"))
+    target = str(settings.get("_target_", ""))
+    if not target:
+        raise ConfigError(f"{key}: its YAML has no `_target_`, the path of a class")
     module, _, name = target.rpartition(".")
     try:
         kind = getattr(import_module(module), name)
