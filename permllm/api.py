@@ -30,8 +30,8 @@ from permllm.models.families import linear_at
 from permllm.models.head import head_path
 from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
 from permllm.models.source import DenseSource
+from permllm.pruning.checks import check_not_pruned
 from permllm.pruning.methods import Job, checked_groups, methods_of
-from permllm.pruning.phases import check_not_pruned
 from permllm.report.read import collect
 from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything

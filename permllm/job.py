@@ -25,12 +25,12 @@ from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
+from permllm.pruning.checks import check_not_pruned
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
 from permllm.pruning.phases import (
     allocate,
     calibrate,
-    check_not_pruned,
     find_masks,
     find_permutations,
 )

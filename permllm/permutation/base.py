@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
-from permllm.settings.config import NMPattern, RunConfig
+from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
-from permllm.store.tensors import is_permutation
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningPlan
 
@@ -98,29 +96,3 @@ class LearnedPermutation(Permutation):
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""
-
-
-def checked_permutation(config: RunConfig, group: ChannelGroup, permutation: object) -> Tensor:
-    """Return a permutation that a method has found, on the CPU.
-
-    Args:
-        config: settings of the run, which name the method.
-        group: the channel group.
-        permutation: result of the method.
-
-    Raises:
-        ConfigError: the result is no int64 permutation of the channels.
-    """
-    actual = type(permutation).__name__
-    if isinstance(permutation, Tensor):
-        if (
-            permutation.dtype == torch.int64
-            and is_permutation(permutation)
-            and len(permutation) == group.channels
-        ):
-            return permutation.cpu()
-        actual = f"{permutation.dtype} {tuple(permutation.shape)}"
-    raise ConfigError(
-        f"permutation={config.permutation.get('name')}: the permutation of {group.name} is "
-        f"{actual}; expected int64 ({group.channels},) with each channel once"
-    )

@@ -15,9 +15,9 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import differing_patterns
-from permllm.permutation.base import checked_permutation
+from permllm.pruning.checks import check_mask, checked_permutation, checked_weight
 from permllm.pruning.methods import Job, learning_problem, windows_for
-from permllm.pruning.phases import check_mask, checked_weight, member_factors
+from permllm.pruning.phases import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in

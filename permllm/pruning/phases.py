@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.errors import ConfigError, TrainingError
-from permllm.models.checkpoint import all_finite
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
-from permllm.models.offload import placement_of
 from permllm.models.selection import differing_patterns, recorded_groups
-from permllm.permutation.base import checked_permutation
 from permllm.pruner.base import Pruner
+from permllm.pruning.checks import check_masks, checked_factors, checked_permutation
 from permllm.pruning.methods import (
     Job,
     ModelGroups,
@@ -30,9 +28,7 @@ from permllm.pruning.methods import (
     windows_for,
 )
 from permllm.runtime.precision import products_in
-from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
-from permllm.sparsity.nm import is_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistics, by_layer, collecting
 from permllm.store.cache import cached, tensor_digest
@@ -55,21 +51,6 @@ class DenseCalibration:
 
     factors: dict[str, SaliencyFactors]
     target: Tensor
-
-
-def check_not_pruned(job: Job) -> None:
-    """Raise ConfigError if each row of the first linear has as many zeros as after pruning."""
-    group = job.groups.pruned[0]
-    pattern = group.pattern or job.config.pattern
-    path = group.members[0]
-    model = job.loaded.model
-    with placement_of(model).layer(group.layer):
-        zeros = float((linear_at(model, path).weight == 0).float().mean(1).amin())
-    if zeros >= 1 - pattern.n / pattern.m:
-        raise ConfigError(
-            f"model: {zeros:.0%} of each row of {path} are zeros, as after pruning; give the dense "
-            "model"
-        )
 
 
 def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
@@ -209,69 +190,10 @@ def find_masks(
         problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.compute_dtype, job.device):
             masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, permutations)
-        _check_masks(job, masks, permutations)
+        check_masks(job, masks, permutations)
         return masks
 
     return job.record.kept(MASKS, compute, save_masks, load_masks)
-
-
-def _check_masks(job: Job, masks: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError unless each pruned linear has an N:M mask."""
-    for group in job.groups.pruned:
-        pattern = group.pattern or job.config.pattern
-        for path, rows in zip(group.members, group.rows, strict=True):
-            where = f"mask={job.config.mask.get('name')}: the mask of {path}"
-            shape = torch.Size((rows, group.channels))
-            check_mask(where, masks.get(path), shape, permutations[group.name], pattern)
-
-
-def check_mask(
-    where: str, mask: object, shape: torch.Size, permutation: Tensor, pattern: NMPattern
-) -> None:
-    """Raise ConfigError unless a method's result is an N:M mask.
-
-    Args:
-        where: method and linear, for the error.
-        mask: the result.
-        shape: shape of the weight.
-        permutation: permutation of the channels, int64 `(C_in,)`.
-        pattern: N:M of the permuted mask.
-    """
-    if not isinstance(mask, Tensor):
-        actual = f"a {type(mask).__name__}"
-    elif mask.dtype != torch.bool or mask.shape != shape:
-        actual = f"{mask.dtype} {tuple(mask.shape)}"
-    elif not is_nm_mask(mask, permutation.to(mask.device), pattern):
-        actual = f"not {pattern}"
-    else:
-        return
-    raise ConfigError(
-        f"{where} is {actual}; expected bool {tuple(shape)} that keeps {pattern.n} of every "
-        f"{pattern.m} permuted channels"
-    )
-
-
-def checked_weight(where: str, weight: Tensor, mask: Tensor, dense: Tensor) -> Tensor:
-    """Return a changed weight in the dtype of the dense weight.
-
-    Args:
-        where: method and linear, for the error.
-        weight: result of a pruner or a reconstruction.
-        mask: mask of the linear, bool `(C_out, C_in)`.
-        dense: the dense weight, `(C_out, C_in)`.
-
-    Raises:
-        ConfigError: the result has another shape, or values outside of the mask.
-        TrainingError: it is not finite in this dtype.
-    """
-    if weight.shape != dense.shape:
-        raise ConfigError(f"{where} is {tuple(weight.shape)}; expected {tuple(dense.shape)}")
-    converted = weight.to(dense.dtype)
-    if not all_finite(converted):
-        raise TrainingError(f"{where} is not finite in {dense.dtype}")
-    if bool(converted.masked_select(~mask).any()):
-        raise ConfigError(f"{where} is not zero outside of the mask")
-    return converted
 
 
 def calibrate_dense(
@@ -378,37 +300,5 @@ def member_factors(
     factors = {}
     for path in group.members:
         weight = linear_at(model, path).weight
-        factors[path] = _checked(pruner, path, weight, pruner.factors(weight, statistics))
-    return factors
-
-
-def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
-    """Return the factors of a linear after a check; raise as `member_factors`."""
-    where = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
-    if not isinstance(factors, SaliencyFactors):
-        raise ConfigError(f"{where} are a {type(factors).__name__}; expected SaliencyFactors")
-    rows, channels = weight.shape
-    column = factors.column
-    row = factors.row
-    if factors.power not in ((0, 1, 2) if factors.dense else (1, 2)):
-        raise ConfigError(
-            f"{where} have the power {factors.power}; expected 1 or 2, or 0 with a score for each "
-            "weight"
-        )
-    terms = 1 if row is None else len(column)
-    fits = column.shape in ((terms, channels), (rows, channels))
-    if not fits or (row is not None and row.shape != (terms, rows)):
-        shapes = f"column {tuple(column.shape)}, row {row if row is None else tuple(row.shape)}"
-        raise ConfigError(
-            f"{where} are {shapes}; expected column (K, {channels}) and row (K, {rows}), or a "
-            f"score ({rows}, {channels}) and None"
-        )
-    for part in (column,) if row is None else (column, row):
-        if not all_finite(part):
-            raise TrainingError(
-                f"the saliency of {path} is not finite: are its inputs too large for "
-                f"{weight.dtype}, or its weights broken?"
-            )
-        if bool(part.amin() < 0):
-            raise ConfigError(f"{where} are negative; expected 0 or more")
+        factors[path] = checked_factors(pruner, path, weight, pruner.factors(weight, statistics))
     return factors
