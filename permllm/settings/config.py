@@ -50,7 +50,7 @@ METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction"
 # Options of these groups that do nothing.
 IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 # Models of the package index; the first is the default.
-WheelModel = Literal["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"]
+WheelModel = Literal["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
 WHEEL_MODELS = get_args(WheelModel)
 
 

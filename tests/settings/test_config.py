@@ -225,7 +225,7 @@ def test_the_papers_baselines_have_sequential_statistics(words: str, statistics:
      ("llama-3.1-8b", 8.03),
      ("mistral-7b", 7.242), ("opt-125m", 0.125), ("opt-1.3b", 1.316), ("opt-6.7b", 6.658),
      ("smollm2-135m", 0.1345), ("gemma3-270m model.accept_terms=true", 0.2681), ("llama-7b", 6.738),
-     ("llama-13b", 13.016), ("qwen2.5-coder-0.5b", 0.6302)],
+     ("llama-13b", 13.016), ("qwen2.5-coder-0.5b", 0.6302), ("qwen2.5-coder-1.5b", 1.777)],
 )  # fmt: skip
 def test_architectures_have_the_published_number_of_parameters(model: str, billions: float) -> None:
     built = meta_model(config(*f"model={model}".split()).model)
