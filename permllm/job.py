@@ -28,12 +28,7 @@ from permllm.planning.plan import print_plan
 from permllm.pruning.checks import check_not_pruned
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
-from permllm.pruning.phases import (
-    allocate,
-    calibrate,
-    find_masks,
-    find_permutations,
-)
+from permllm.pruning.phases import allocate, calibrate, find_masks, find_permutations
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel

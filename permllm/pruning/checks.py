@@ -149,6 +149,6 @@ def checked_weight(where: str, weight: Tensor, mask: Tensor, dense: Tensor) -> T
     converted = weight.to(dense.dtype)
     if not all_finite(converted):
         raise TrainingError(f"{where} is not finite in {dense.dtype}")
-    if bool(converted.masked_select(~mask).any()):
+    if bool(((converted != 0) & ~mask).any()):
         raise ConfigError(f"{where} is not zero outside of the mask")
     return converted
