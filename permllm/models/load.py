@@ -252,7 +252,9 @@ def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
     if positions is None or length <= positions:
         return
     message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
-    if len(family_of(model).embeddings) > 1:  # an embedding of positions has no further rows
+    # An embedding, or a buffer, of positions has no further rows.
+    buffer = any(len(values) == positions for values in model.buffers() if values.dim() > 1)
+    if buffer or len(family_of(model).embeddings) > 1:
         raise DataError(message)
     log.warning("%s", message)
 

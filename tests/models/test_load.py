@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import vocabulary_of
@@ -60,4 +60,14 @@ def test_windows_with_tokens_that_the_model_lacks_are_refused() -> None:
     model = tiny_model("llama")
     windows = torch.tensor([[0, vocabulary_of(model)]])
     with pytest.raises(DataError, match=r"^text: .*259"):
+        check_windows("text", windows, model)
+
+
+def test_windows_beyond_a_buffer_of_positions_are_refused() -> None:
+    windows = torch.zeros(1, 17, dtype=torch.long)
+    check_windows("text", windows, tiny_model("llama", max_position_embeddings=16))  # computes them
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "rotary_dim": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_positions=16, **sizes))
+    check_windows("text", windows[:, :16], model)
+    with pytest.raises(DataError, match="16 positions"):
         check_windows("text", windows, model)
