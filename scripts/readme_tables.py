@@ -147,9 +147,11 @@ def claims(
         verdict = (
             "holds" if low > needed else "does not hold here" if high < -needed else "not decided"
         )
-        seeds = str(pair["seeds"])
-        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], seeds, verdict))
-    columns = ["claim", "this row", "closes more than", "difference", "seeds", "verdict"]
+        by_seed = [found.members(row).set_index("seed")[measure] for row in (first, second)]
+        each = (by_seed[0] - by_seed[1]).dropna()
+        of_seeds = ", ".join(f"{100 * value:+.1f}" for value in each)
+        lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], of_seeds, verdict))
+    columns = ["claim", "this row", "closes more than", "difference", "of each seed", "verdict"]
     if measure != GAP:
         columns[2] = "is more accurate than"
     return as_text(pd.DataFrame(lines, columns=columns), "md")
