@@ -7,7 +7,14 @@ import torch
 
 from permllm.errors import ConfigError
 from permllm.settings.config import NMPattern
-from permllm.sparsity.nm import nm_mask, permuted_nm_mask, ranks_of, saliency_sum, violations
+from permllm.sparsity.nm import (
+    is_nm_mask,
+    nm_mask,
+    permuted_nm_mask,
+    ranks_of,
+    saliency_sum,
+    violations,
+)
 from permllm.store.tensors import PackedMasks
 from tests.problems import random, shuffled
 
@@ -46,6 +53,12 @@ def test_permuted_mask_is_n_m_in_permuted_order_only() -> None:
     assert mask[:, perm].tolist() == [brute_force(row, 2, 4) for row in permuted]
     assert violations(mask.float(), perm, pattern) == 0
     assert violations(mask.float(), torch.arange(32), pattern) > 0
+    assert is_nm_mask(mask, perm, pattern)
+    assert not is_nm_mask(mask, torch.arange(32), pattern)
+    fewer = mask.clone()
+    fewer[3, mask[3].nonzero()[0]] = False
+    assert not is_nm_mask(fewer, perm, pattern)
+    assert violations(fewer.float(), perm, pattern) == 0
     kept = (saliency * mask).sum()
     assert saliency_sum(saliency, mask) == pytest.approx(float(kept), rel=1e-6)
 
