@@ -1,6 +1,6 @@
 """Estimates of a job's memory and minutes by phase and placement, from settings and shapes.
 
-The memory is the sum of the tensors that exist together, to within 15 %. The minutes are operations
+The memory is the sum of the tensors that exist together, to within 16 %. The minutes are operations
 and bytes divided by a share of the device's speed, to within a factor of two.
 """
 

@@ -47,7 +47,7 @@ def print_plan(of: Footprint) -> None:
     console.print(_estimates(of))
     where = f"{config.plan_on} with 16 cores" if config.plan_on else f"{of.device}, as measured now"
     console.print(
-        f"Estimates for {where}, without downloads. On CPUs memory was within 15 % of them, and "
+        f"Estimates for {where}, without downloads. On CPUs memory was within 16 % of them, and "
         "minutes within a factor of two. No GPU has confirmed them."
     )
     learned = of.methods.learned.values()
