@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# The values of `rope_type` that transformers 4 knows.
+_ROPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 # Model types for which transformers 4 expects the older `type` in the place of `rope_type`.
 _TYPE = ("olmo2", "phi3")
 
@@ -21,13 +23,13 @@ def legacy_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def legacy_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the keys for transformers 4; empty: the model has no rotary embedding.
+    """Return the keys for transformers 4; empty: it knows no such rotary embedding.
 
     transformers 5 reads these keys too, and `rope_scaling` before `rope_parameters`.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     rope = dict(parameters.get("full_attention", parameters) or {})
-    if "rope_theta" not in rope:
+    if "rope_theta" not in rope or rope["rope_type"] not in _ROPES:
         return {}
     keys = {"rope_theta": rope.pop("rope_theta")}
     if "sliding_attention" in parameters:

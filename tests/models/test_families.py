@@ -162,6 +162,12 @@ def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_
         logits = [one(TOKENS).logits for one in (opened, model)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert family_of(opened) == family_of(model)
+    again = built(model_type)
+    permllm.prune(again, tokenizer, texts=TOKENS, permutation="none")
+    permllm.save(again, tmp_path / "simulated")
+    opened = permllm.load(tmp_path / "simulated", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(TOKENS).logits, again(TOKENS).logits)
 
 
 @pytest.mark.parametrize(
