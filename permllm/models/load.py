@@ -247,14 +247,15 @@ def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
             f"{what}: it has a token {largest}, and the model's tokens are 0 to {vocabulary - 1}: "
             "does the tokenizer belong to the model?"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config, "max_seq_len", None)  # MPT, with as many biases of attention
+    positions = getattr(model.config, "max_position_embeddings", longest)
     length = windows.shape[1]
     if positions is None or length <= positions:
         return
     message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
     # An embedding, or a buffer, of positions has no further rows.
     buffer = any(len(values) == positions for values in model.buffers() if values.dim() > 1)
-    if buffer or len(family_of(model).embeddings) > 1:
+    if longest or buffer or len(family_of(model).embeddings) > 1:
         raise DataError(message)
     log.warning("%s", message)
 

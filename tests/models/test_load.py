@@ -67,7 +67,10 @@ def test_windows_beyond_a_buffer_of_positions_are_refused() -> None:
     windows = torch.zeros(1, 17, dtype=torch.long)
     check_windows("text", windows, tiny_model("llama", max_position_embeddings=16))  # computes them
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "rotary_dim": 4}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_positions=16, **sizes))
-    check_windows("text", windows[:, :16], model)
-    with pytest.raises(DataError, match="16 positions"):
-        check_windows("text", windows, model)
+    gptj = AutoConfig.for_model("gptj", n_positions=16, **sizes)
+    mpt = AutoConfig.for_model("mpt", max_seq_len=16, d_model=32, n_heads=4, n_layers=2)
+    for config in (gptj, mpt):
+        model = AutoModelForCausalLM.from_config(config)
+        check_windows("text", windows[:, :16], model)
+        with pytest.raises(DataError, match="16 positions"):
+            check_windows("text", windows, model)
