@@ -135,8 +135,8 @@ def prune(
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
         record.keep_compute_dtype(products)
+        check_not_pruned(model, groups, config.pattern)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
-        check_not_pruned(job)
         # After an error some layers may be pruned and others not, which `save` must not write.
         setattr(model, _PRUNED, None)
         pruned = prune_model(job, _windows(texts, loaded, config, further))
@@ -366,7 +366,7 @@ def _composed(
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
     choices = {key: overrides.pop(key) for key in groups() if key in overrides}
     for key, name in choices.items():
-        if not isinstance(name, str | int):
+        if not isinstance(name, str):
             raise ConfigError(f"{key}: expected the name of an option, got a {type(name).__name__}")
     options |= choices | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
     words = [f"{key}={name}" for key, name in options.items()]

@@ -131,6 +131,8 @@ def _run_phases(
         with record.phase("load", device):
             loaded = load_model(config.model, config.seed)
             _check_same(record, "model", loaded.identity)
+            if not record.pruned:
+                check_not_pruned(loaded.model, footprint.groups, config.pattern)
             windows_of_texts = _perplexity_windows(config, texts, loaded)
             windows = (
                 None if record.pruned else _calibration_windows(config, methods, texts, loaded)
@@ -146,8 +148,6 @@ def _run_phases(
             opened = open_logger(config, record.directory, learns=bool(methods.learned))
             logger = logs.enter_context(opened)
         job = Job(config, methods, record, logger, loaded, footprint.groups, products)
-        if windows is not None:
-            check_not_pruned(job)
 
         with record.phase("evaluate dense", device):
             evaluate(loaded, config.evaluation, windows_of_texts, "dense", record)

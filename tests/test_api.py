@@ -338,8 +338,8 @@ def adapted_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def already_pruned(model: PreTrainedModel) -> PreTrainedModel:
-    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic", sparsity="4:8")
+def already_pruned(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic", sparsity="4:8", **settings)
     return model
 
 
@@ -347,6 +347,7 @@ def already_pruned(model: PreTrainedModel) -> PreTrainedModel:
     ("change", "named"),
     [
         (already_pruned, "model: 50% of each row of"),
+        (partial(already_pruned, keep_dense=["0", "self_attn"]), "50% of each row of .*layers.1"),
         (weight_norm, f"{DOWN} is a ParametrizedLinear"),
         (own_forward, f"{DOWN} is a Linear, but no plain Linear"),
         (other_layers, "^model: model.layers, run one at a time"),

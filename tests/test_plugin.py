@@ -76,6 +76,13 @@ def settings_of(*overrides: str) -> RunConfig:
     return config(SEARCH, "model=tiny", "logger=none", *overrides)
 
 
+def add_update(package: Path, body: str) -> None:
+    """Give the pruner, the last class of its module, a method `update`."""
+    file = package / "mypackage" / "pruner.py"
+    update = "    def update(self, weight, statistics, permutation, pattern, mask=None):\n"
+    file.write_text(f"{file.read_text()}\n    updates_weights = True\n\n{update}        {body}\n")
+
+
 def run(*overrides: str) -> tuple[dict[str, Any], Path]:
     result = job.run(settings_of(*overrides))
     assert result is not None
@@ -271,7 +278,8 @@ def test_a_saliency_that_is_none_is_refused(
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
-        ("{}", "is a NoneType"),
+        ("None", "is missing"),
+        ("{}", "is missing"),
         ("{path: mask[:1] for path, mask in found.items()}", "is torch.bool"),
         ("{path: mask.float() for path, mask in found.items()}", "is torch.float32"),
         ("{path: mask | True for path, mask in found.items()}", "is not 2:4"),
@@ -282,7 +290,7 @@ def test_masks_that_are_none_are_refused_and_not_kept(
     returned: str, reason: str, package: Path
 ) -> None:
     return_instead(package, "mask.py", returned)
-    with pytest.raises(ConfigError, match=rf"^mask=random: the mask of .*{reason}"):
+    with pytest.raises(ConfigError, match=rf"^mask=random: the .*{reason}"):
         run("mask=random", "permutation=none", f"run_dir={package}/run")
     assert not (package / "run" / "masks.safetensors").exists()
 
@@ -290,6 +298,7 @@ def test_masks_that_are_none_are_refused_and_not_kept(
 @pytest.mark.parametrize(
     ("returned", "error", "reason"),
     [
+        ("None", ConfigError, "is missing"),
         ("pruned.weight[:1]", ConfigError, r"is \(1, 32\)"),
         ("pruned.dense", ConfigError, "is not zero outside"),
         ("pruned.weight / 0", TrainingError, "is not finite"),
@@ -301,6 +310,48 @@ def test_weights_that_are_none_are_refused(
     return_instead(package, "reconstruction.py", returned)
     with pytest.raises(error, match=rf" reconstruction=row_scale: the weight of .*{reason}"):
         run("reconstruction=row_scale", "permutation=none", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        ("pass", "is missing"),
+        ("return weight", "is a Parameter"),
+        ("return weight, mask", "the mask is missing"),
+        ("return weight, weight > 0", "the mask is not 2:4"),
+    ],
+)
+def test_updates_that_are_none_are_refused(update: str, reason: str, package: Path) -> None:
+    add_update(package, update)
+    with pytest.raises(ConfigError, match=rf"^pruner=peak: model\.layers.*{reason}"):
+        run("pruner=peak", "permutation=none", f"run_dir={package}/run")
+
+
+def test_an_update_keeps_the_mask_that_it_is_given(package: Path) -> None:
+    rewrite(
+        package,
+        "pruner.py",
+        "import torch\n",
+        "import torch\nfrom permllm.sparsity.nm import nm_mask\n",
+    )
+    add_update(package, "mask = nm_mask(weight.abs(), pattern)\n        return weight * mask, mask")
+    run("pruner=peak", "permutation=none", f"run_dir={package}/own")
+    with pytest.raises(ConfigError, match=r"^pruner=peak: model\.layers.*not the one"):
+        run("pruner=peak", "permutation=none", "mask=random", f"run_dir={package}/given")
+
+
+def test_a_pruner_without_the_update_that_it_announces_is_refused(package: Path) -> None:
+    rewrite(
+        package, "pruner.py", "exponent: float\n", "exponent: float\n    updates_weights = True\n"
+    )
+    with pytest.raises(ConfigError, match="update"):
+        run("pruner=peak", "permutation=none", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize("settings", [{}, {"_target_": None}, {"_target_": ""}])
+def test_an_option_without_a_class_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^pruner: .*`_target_`"):
+        instantiate("pruner", {"name": "mine"} | settings)
 
 
 @pytest.mark.parametrize(

@@ -3,33 +3,34 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.pruner.base import Pruner
-from permllm.pruning.methods import Job
+from permllm.pruning.methods import Job, ModelGroups
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.nm import is_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.tensors import is_permutation
 
 
-def check_not_pruned(job: Job) -> None:
-    """Raise ConfigError if each row of the first linear has as many zeros as after pruning."""
-    group = job.groups.pruned[0]
-    pattern = group.pattern or job.config.pattern
-    path = group.members[0]
-    model = job.loaded.model
-    with placement_of(model).layer(group.layer):
-        zeros = float((linear_at(model, path).weight == 0).float().mean(1).amin())
-    if zeros >= 1 - pattern.n / pattern.m:
-        raise ConfigError(
-            f"model: {zeros:.0%} of each row of {path} are zeros, as after pruning; give the dense "
-            "model"
-        )
+def check_not_pruned(model: nn.Module, groups: ModelGroups, pattern: NMPattern) -> None:
+    """Raise ConfigError if each row of a linear to prune has as many zeros as after pruning."""
+    for group in groups.pruned:
+        kept = group.pattern or pattern
+        path = group.members[0]
+        with placement_of(model).layer(group.layer):
+            weight = linear_at(model, path).weight
+            zeros = int((weight == 0).sum(1, dtype=torch.int32).amin()) / group.channels
+        # A linear of zeros alone is not pruned: some models grow by layers that begin as zeros.
+        if 1 - kept.n / kept.m <= zeros < 1:
+            raise ConfigError(
+                f"model: {zeros:.0%} of each row of {path} are zeros, as after pruning; give the "
+                "dense model"
+            )
 
 
 def checked_factors(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
@@ -95,14 +96,20 @@ def checked_permutation(config: RunConfig, group: ChannelGroup, permutation: obj
     )
 
 
-def check_masks(job: Job, masks: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError unless each pruned linear has an N:M mask."""
+def checked_masks(
+    job: Job, masks: object, permutations: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Return the masks of all linears; raise ConfigError unless each pruned one has an N:M mask."""
+    method = f"mask={job.config.mask.get('name')}"
+    if not isinstance(masks, Mapping):
+        raise ConfigError(f"{method}: the result is {_what(masks)}; expected masks by path")
     for group in job.groups.pruned:
         pattern = group.pattern or job.config.pattern
         for path, rows in zip(group.members, group.rows, strict=True):
-            where = f"mask={job.config.mask.get('name')}: the mask of {path}"
             shape = torch.Size((rows, group.channels))
+            where = f"{method}: the mask of {path}"
             check_mask(where, masks.get(path), shape, permutations[group.name], pattern)
+    return masks
 
 
 def check_mask(
@@ -118,7 +125,7 @@ def check_mask(
         pattern: N:M of the permuted mask.
     """
     if not isinstance(mask, Tensor):
-        actual = f"a {type(mask).__name__}"
+        actual = _what(mask)
     elif mask.dtype != torch.bool or mask.shape != shape:
         actual = f"{mask.dtype} {tuple(mask.shape)}"
     elif not is_nm_mask(mask, permutation.to(mask.device), pattern):
@@ -131,7 +138,37 @@ def check_mask(
     )
 
 
-def checked_weight(where: str, weight: Tensor, mask: Tensor, dense: Tensor) -> Tensor:
+def checked_update(
+    where: str,
+    updated: object,
+    dense: Tensor,
+    given: Tensor | None,
+    permutation: Tensor,
+    pattern: NMPattern,
+) -> tuple[Tensor, Tensor]:
+    """Return a weight that a pruner has updated, and its N:M mask.
+
+    Args:
+        where: pruner and linear, for the error.
+        updated: result of the pruner.
+        dense: the dense weight, `(C_out, C_in)`.
+        given: mask that the pruner had to keep, bool `(C_out, C_in)`; None: it chose one.
+        permutation: permutation of the channels, int64 `(C_in,)`.
+        pattern: N:M of the permuted mask.
+
+    Raises:
+        ConfigError: the result is no weight with an N:M mask, or not with the given one.
+    """
+    if not (isinstance(updated, tuple) and len(updated) == 2 and isinstance(updated[0], Tensor)):
+        raise ConfigError(f"{where} is {_what(updated)}; expected a weight and its mask")
+    weight, mask = updated
+    check_mask(f"{where}: the mask", mask, dense.shape, permutation, pattern)
+    if given is not None and not torch.equal(mask, given):
+        raise ConfigError(f"{where}: the mask is not the one that was given")
+    return weight, mask
+
+
+def checked_weight(where: str, weight: object, mask: Tensor, dense: Tensor) -> Tensor:
     """Return a changed weight in the dtype of the dense weight.
 
     Args:
@@ -141,9 +178,11 @@ def checked_weight(where: str, weight: Tensor, mask: Tensor, dense: Tensor) -> T
         dense: the dense weight, `(C_out, C_in)`.
 
     Raises:
-        ConfigError: the result has another shape, or values outside of the mask.
+        ConfigError: the result is no tensor, has another shape, or values outside of the mask.
         TrainingError: it is not finite in this dtype.
     """
+    if not isinstance(weight, Tensor):
+        raise ConfigError(f"{where} is {_what(weight)}; expected a tensor")
     if weight.shape != dense.shape:
         raise ConfigError(f"{where} is {tuple(weight.shape)}; expected {tuple(dense.shape)}")
     converted = weight.to(dense.dtype)
@@ -152,3 +191,8 @@ def checked_weight(where: str, weight: Tensor, mask: Tensor, dense: Tensor) -> T
     if bool(((converted != 0) & ~mask).any()):
         raise ConfigError(f"{where} is not zero outside of the mask")
     return converted
+
+
+def _what(result: object) -> str:
+    """Name what a method returned instead of tensors; None: it forgot to return."""
+    return "missing" if result is None else f"a {type(result).__name__}"

@@ -15,7 +15,7 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import differing_patterns
-from permllm.pruning.checks import check_mask, checked_permutation, checked_weight
+from permllm.pruning.checks import checked_permutation, checked_update, checked_weight
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.phases import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
@@ -243,8 +243,9 @@ class _Layers:
             if self.masks is not None:
                 mask = self.masks[path].to(dense.device)
             if pruner.updates_weights:
-                new, mask = pruner.update(dense, statistics, columns, pattern, mask)
-                check_mask(f"{by_pruner}: the mask of {path}", mask, dense.shape, columns, pattern)
+                updated = pruner.update(dense, statistics, columns, pattern, mask)
+                where = f"{by_pruner}: {path}"
+                new, mask = checked_update(where, updated, dense, mask, columns, pattern)
             elif mask is None:
                 mask = permuted_nm_mask(scores, columns, pattern)
             layer.masks[path] = parallel.broadcast(mask).cpu()

@@ -18,7 +18,7 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.selection import differing_patterns, recorded_groups
 from permllm.pruner.base import Pruner
-from permllm.pruning.checks import check_masks, checked_factors, checked_permutation
+from permllm.pruning.checks import checked_factors, checked_masks, checked_permutation
 from permllm.pruning.methods import (
     Job,
     ModelGroups,
@@ -189,9 +189,8 @@ def find_masks(
     def compute() -> Mapping[str, Tensor]:
         problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.compute_dtype, job.device):
-            masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, permutations)
-        check_masks(job, masks, permutations)
-        return masks
+            masks = job.methods.mask.masks(problem, permutations)
+        return checked_masks(job, masks, permutations)
 
     return job.record.kept(MASKS, compute, save_masks, load_masks)
 

@@ -81,7 +81,7 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
             arguments[name] = instantiate(f"{key}.{name}", value)
         elif name not in ("_target_", "name"):
             arguments[name] = value
-    target = str(settings.get("_target_", ""))
+    target = str(settings.get("_target_") or "")
     if not target:
         raise ConfigError(f"{key}: its YAML has no `_target_`, the path of a class")
     module, _, name = target.rpartition(".")
