@@ -98,6 +98,7 @@ def test_an_interrupted_trainer_goes_on_where_it_stopped(
 
 def test_a_merged_lora_computes_the_same_with_the_same_zeros(pruned: PreTrainedModel) -> None:
     peft = pytest.importorskip("peft")
+    pruned.double()  # merged weights are rounded again, which float32 shows
     before = weights(pruned)
     settings = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
     model = peft.get_peft_model(pruned, settings)
