@@ -149,7 +149,7 @@ def claims(
         )
         by_seed = [found.members(row).set_index("seed")[measure] for row in (first, second)]
         each = (by_seed[0] - by_seed[1]).dropna()
-        of_seeds = ", ".join(f"{100 * value:+.1f}" for value in each)
+        of_seeds = ", ".join(f"{round(100 * value, 1) + 0.0:+.1f}" for value in each)
         lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], of_seeds, verdict))
     columns = ["claim", "this row", "closes more than", "difference", "of each seed", "verdict"]
     if measure != GAP:

@@ -15,7 +15,7 @@ from permllm.settings.config import PLACEMENTS, Placement, RunConfig
 
 log = logging.getLogger(__name__)
 
-# Largest estimate as a share of the memory, because estimates are right to within 15 %.
+# Largest estimate as a share of the memory, because estimates are right to within 16 %.
 FITS = 0.85
 
 
