@@ -274,6 +274,8 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
     [
         ({"pruner": "wandaa"}, "pruner/wandaa"),
         ({"pruner": Wanda()}, "pruner: "),
+        ({"permutation": 3}, "permutation: "),
+        ({"permutation": "true"}, "group"),
         ({"permutation__epoch": 3}, "permutation.epoch: "),
         ({"sede": 1}, "sede is"),
         ({"model__dtype": "float16"}, "model.dtype: "),

@@ -156,7 +156,8 @@ def composed(words: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
             return compose("config", overrides=list(words))
-    except (HydraException, OmegaConfBaseException) as error:
+    # Hydra raises ValueError for a group whose option is no name.
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(refusal(error)) from error
 
 
