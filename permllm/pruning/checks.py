@@ -108,11 +108,11 @@ def checked_masks(
         for path, rows in zip(group.members, group.rows, strict=True):
             shape = torch.Size((rows, group.channels))
             where = f"{method}: the mask of {path}"
-            check_mask(where, masks.get(path), shape, permutations[group.name], pattern)
+            _check_mask(where, masks.get(path), shape, permutations[group.name], pattern)
     return masks
 
 
-def check_mask(
+def _check_mask(
     where: str, mask: object, shape: torch.Size, permutation: Tensor, pattern: NMPattern
 ) -> None:
     """Raise ConfigError unless a method's result is an N:M mask.
@@ -162,7 +162,7 @@ def checked_update(
     if not (isinstance(updated, tuple) and len(updated) == 2 and isinstance(updated[0], Tensor)):
         raise ConfigError(f"{where} is {_what(updated)}; expected a weight and its mask")
     weight, mask = updated
-    check_mask(f"{where}: the mask", mask, dense.shape, permutation, pattern)
+    _check_mask(f"{where}: the mask", mask, dense.shape, permutation, pattern)
     if given is not None and not torch.equal(mask, given):
         raise ConfigError(f"{where}: the mask is not the one that was given")
     return weight, mask
