@@ -244,7 +244,7 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
     ("returned", "reason"),
     [
         ("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"),
-        ("None", "is NoneType"),
+        ("None", "is missing"),
         ("saliency.sum().long()", r"torch.int64 \(\)"),
     ],
 )
@@ -253,6 +253,18 @@ def test_an_order_that_is_no_permutation_is_refused(
 ) -> None:
     return_instead(package, "permutation.py", returned)
     with pytest.raises(ConfigError, match=rf"^permutation=spread: the permutation of .*{reason}"):
+        run("permutation=spread", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [("None", "result is missing"), ("[]", "result is a list"), ("{}", "of .*is missing")],
+)
+def test_orders_that_are_not_by_group_are_refused(result: str, reason: str, package: Path) -> None:
+    file = package / "mypackage" / "permutation.py"
+    method = f"    def permutations(self, problem):\n        return {result}\n"
+    file.write_text(f"{file.read_text()}\n{method}")
+    with pytest.raises(ConfigError, match=rf"^permutation=spread: the .*{reason}"):
         run("permutation=spread", f"run_dir={package}/run")
 
 

@@ -81,7 +81,7 @@ def checked_permutation(config: RunConfig, group: ChannelGroup, permutation: obj
     Raises:
         ConfigError: the result is no int64 permutation of the channels.
     """
-    actual = type(permutation).__name__
+    actual = _what(permutation)
     if isinstance(permutation, Tensor):
         if (
             permutation.dtype == torch.int64
@@ -94,6 +94,19 @@ def checked_permutation(config: RunConfig, group: ChannelGroup, permutation: obj
         f"permutation={config.permutation.get('name')}: the permutation of {group.name} is "
         f"{actual}; expected int64 ({group.channels},) with each channel once"
     )
+
+
+def checked_permutations(job: Job, permutations: object) -> dict[str, Tensor]:
+    """Return the permutations of all pruned groups, on the CPU; ConfigError: one is missing."""
+    if not isinstance(permutations, Mapping):
+        raise ConfigError(
+            f"permutation={job.config.permutation.get('name')}: the result is "
+            f"{_what(permutations)}; expected permutations by group"
+        )
+    return {
+        group.name: checked_permutation(job.config, group, permutations.get(group.name))
+        for group in job.groups.pruned
+    }
 
 
 def checked_masks(

@@ -18,7 +18,7 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.selection import differing_patterns, recorded_groups
 from permllm.pruner.base import Pruner
-from permllm.pruning.checks import checked_factors, checked_masks, checked_permutation
+from permllm.pruning.checks import checked_factors, checked_masks, checked_permutations
 from permllm.pruning.methods import (
     Job,
     ModelGroups,
@@ -173,10 +173,7 @@ def find_permutations(
         problem = _dense_problem(job, "permutation", windows, calibration)
         with products_in(job.compute_dtype, job.device):
             permutations = job.methods.permutation.permutations(problem)
-        return {
-            group.name: checked_permutation(job.config, group, permutations.get(group.name))
-            for group in job.groups.pruned
-        }
+        return checked_permutations(job, permutations)
 
     return job.record.kept(PERMUTATIONS, compute, save_tensors, load_permutations)
 
