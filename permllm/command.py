@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from permllm.errors import PermLLMError, one_line
+from permllm.errors import ConfigError, PermLLMError, one_line
 from permllm.runtime.signals import exit_code, what_happened
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ def as_json(value: Any) -> str:
     from pydantic_core import to_json
 
     return to_json(value, indent=2, inf_nan_mode="null").decode()
+
+
+def refuse(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raise ConfigError if one of these options of a command, which would do nothing, is given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            raise ConfigError(f"--{name}={value}: {reason}; leave it out")
 
 
 def is_first_rank() -> bool:

@@ -74,6 +74,23 @@ def test_an_error_is_one_line_and_in_json_too(
     assert answer.err == plain.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "results x --jsonl y.jsonl --columns pruner",
+        "report x --curves y.png --measure minutes",
+        "report x --to y.png --linear q_proj",
+        "export x --to y --form masks --dtype float16",
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *rest = words.split()
+    assert call(command, rest) == 1
+    assert capsys.readouterr().err.startswith(f"error: {rest[-2]}={rest[-1]}: ")
+
+
 def test_an_error_in_json_reaches_a_pipe(tmp_path: Path) -> None:
     """In an interpreter of its own, because Python writes to a pipe when it ends."""
     words = ("-m", "permllm", "results", str(tmp_path / "nothing"), "--json")
@@ -276,9 +293,8 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     assert outcomes == [("failed", "ZeroDivisionError: nothing to divide by")] * 2
 
 
-def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {
-        "run.py": "run.py",
         "+hydra.job.env_set.WANDB_API_KEY=abc": "+hydra.job.env_set.WANDB_API_KEY=***",
         "+my_password=x=y": "+my_password=***",
         "+hydra.job.env_set={WANDB_API_KEY: abc, HOME: /h, 'HF_TOKEN':def}": (
@@ -288,9 +304,10 @@ def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatc
         "model.architecture.num_key_value_heads=2": "model.architecture.num_key_value_heads=2",
         "evaluation.lm_eval.add_bos_token=false": "evaluation.lm_eval.add_bos_token=false",
     }
-    monkeypatch.setattr(sys, "argv", list(said))
-    command = environment(0, torch.device("cpu"))["command"]
-    assert shlex.split(command) == list(said.values())
+    for program in ("run.py", "permllm run"):
+        monkeypatch.setattr(sys, "argv", [program, *said])
+        command = environment(0, torch.device("cpu"))["command"]
+        assert shlex.split(command) == [*program.split(), *said.values()]
 
 
 def test_the_umask_is_kept(tmp_path: Path, cache: Path) -> None:

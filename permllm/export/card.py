@@ -10,8 +10,7 @@ from permllm.report.measures import patterns_text, result_rows
 from permllm.runtime.version import __version__
 from permllm.settings.config import METHOD_GROUPS
 
-# Versions of transformers with the same logits for a small random model of each family.
-_TRIED = "Tried with transformers 4.57.6 and 5.24.0."
+_TRIED = "Small random models of PermLLM's families were tried with transformers 4.57.6 and 5.24.0."
 _FORMS = {
     "simulate": "Its channels are in the dense model's order, so its stored weights are not N:M. "
     + _TRIED,

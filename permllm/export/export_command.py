@@ -5,8 +5,7 @@ from dataclasses import fields
 
 from transformers.utils.logging import set_verbosity_error
 
-from permllm.command import Answer
-from permllm.errors import ConfigError
+from permllm.command import Answer, refuse
 from permllm.export.masks import write_masks
 from permllm.export.serve import COMMAND
 from permllm.export.write import MASKS_ALONE, export_run
@@ -32,10 +31,7 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def _masks(options: argparse.Namespace) -> Answer:
-    for name in ("dtype", "serve"):
-        value = getattr(options, name)
-        if value is not None:
-            raise ConfigError(f"--{name}={value}: --form masks has no weights; leave it out")
+    refuse(options, ["dtype", "serve"], "--form masks has no weights")
     summary = write_masks(options.run, options.to)
     report = f"{options.to}: {summary['bytes'] / 1e6:.1f} MB (masks and permutations, no weights)"
     return Answer(summary, lambda: print(report))

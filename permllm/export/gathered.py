@@ -9,7 +9,7 @@ whose inputs are gathered have names that no model knows.
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,31 @@ class GatheredForCausalLM:
             raise DataError(
                 f"{file} and config.json do not both name the input of {printable(other[0])}"
             )
-        _attach(loaded[0] if isinstance(loaded, tuple) else loaded, permutations, file)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.__class__ = _reads_gathered(dense)
+        _attach(model, permutations, file)
         return loaded
+
+
+@cache
+def _reads_gathered(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return a class of the dense model's config that reads `config.json` of gathered checkpoints.
+
+    peft reads that of the base model by the class of the model's config, to save an adapter.
+    """
+
+    class DenseConfig(dense):  # type: ignore[misc, valid-type]
+        @classmethod
+        def from_pretrained(cls, checkpoint: str, **options: Any) -> PreTrainedConfig:
+            config = AutoConfig.from_pretrained(checkpoint, **options)
+            if isinstance(config, GatheredConfig):
+                return dense.from_dict(config.dense_config)
+            return config
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return object.__new__, (dense,), vars(self)  # a pickle can only name classes of modules
+
+    return DenseConfig
 
 
 def permuted_names(groups: Iterable[ChannelGroup], gathers: Collection[str]) -> dict[str, str]:

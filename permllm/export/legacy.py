@@ -5,6 +5,7 @@ the defaults of its own, so that its logits would be wrong. It also refuses a to
 `TokenizersBackend`, which transformers 5 names.
 """
 
+from copy import deepcopy
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,8 +26,22 @@ def legacy_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
 def legacy_rope(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the keys for transformers 4; empty: it knows no such rotary embedding.
 
-    transformers 5 reads these keys too, and `rope_scaling` before `rope_parameters`.
+    transformers 5 reads these keys too, and `rope_scaling` before `rope_parameters`. Where it would
+    read another rotary embedding then, as of GPT-NeoX, the result is empty as well.
     """
+    keys = _rope_keys(config)
+    read = type(config).from_dict(config.to_dict() | deepcopy(keys))
+    same = _without_type(read) == _without_type(config)
+    return keys if same else {}
+
+
+def _without_type(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the rotary embedding without the key that transformers 5 keeps from `rope_scaling`."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {key: value for key, value in parameters.items() if key != "type"}
+
+
+def _rope_keys(config: PreTrainedConfig) -> dict[str, Any]:
     parameters = getattr(config, "rope_parameters", None) or {}
     rope = dict(parameters.get("full_attention", parameters) or {})
     if "rope_theta" not in rope or rope["rope_type"] not in _ROPES:

@@ -77,15 +77,15 @@ def write_masks(directory: Path, target: Path) -> dict[str, Any]:
 
 
 def load_masked(
-    folder: Path, dtype: torch.dtype | None, accept_terms: bool = False, **options: Any
+    folder: Path, dtype: torch.dtype | str | None, accept_terms: bool = False, **options: Any
 ) -> PreTrainedModel:
     """Fetch the dense model of a folder with masks, and apply them.
 
     Args:
         folder: folder with masks.
-        dtype: dtype of the weights; None: that of the run.
+        dtype: dtype of the weights, or its name; None or "auto": that of the run.
         accept_terms: as `model.accept_terms`.
-        options: further options for transformers.
+        options: further options for transformers, if the model has files.
 
     Raises:
         ConfigError: the dense model has terms that must be accepted.
@@ -95,17 +95,19 @@ def load_masked(
     settings = validated(ModelConfig, config["model"], "model")
     settings = replace(settings, accept_terms=accept_terms or settings.accept_terms)
     settings.check_terms()
+    if dtype is None or dtype == "auto":
+        dtype = settings.dtype
+    wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = dense_folder(settings)
     if source is None:  # a random model
         on_cpu = replace(settings, device="cpu", placement="device")
         loaded = load_model(on_cpu, config["seed"])
         model = loaded.model
         module: nn.Module = model.requires_grad_(True)
-        module.to(dtype or model.dtype)
+        module.to(wanted)
         identity = loaded.identity
     else:
-        dtype = dtype or getattr(torch, settings.dtype)
-        model = read_weights(source, dtype, torch.device("cpu"), **options)
+        model = read_weights(source, wanted, torch.device("cpu"), **options)
         identity = folder_identity(settings, source)
     apply_record(model, identity, folder)
     return model

@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from permllm.command import Answer
+from permllm.command import Answer, refuse
 from permllm.errors import ConfigError, DataError
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import Run, collect, skipping, without_repeated
@@ -78,6 +78,10 @@ def work(options: argparse.Namespace) -> Answer:
         raise ConfigError(
             "expected DIR... and --to, --curves, --masks or --sensitivity; or --wandb, --table"
         )
+    if not options.to:
+        refuse(options, ["measure"], "only --to draws a measure")
+    if not options.masks:
+        refuse(options, ["linear"], "only --masks draws a linear")
     # The libraries for drawing take seconds to import.
     from permllm.report import plots
 

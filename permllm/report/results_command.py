@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from permllm.command import Answer, as_json
+from permllm.command import Answer, as_json, refuse
 from permllm.report.compare import differences
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import collect, keep_runs
@@ -59,6 +59,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def work(options: argparse.Namespace) -> Answer:
     """Return the table or the comparison of two rows, or write a file of records."""
     if options.jsonl:
+        table_alone = ("columns", "measures", "baseline", "paper")
+        refuse(options, table_alone, "--jsonl writes whole runs")
         names = keep_runs(options.places, options.jsonl)
         answer = {"file": str(options.jsonl), "runs": names}
         return Answer(answer, lambda: print(f"{options.jsonl}: {len(names)} runs"))

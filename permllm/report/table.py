@@ -356,8 +356,9 @@ def _differs(labels: pd.DataFrame, name: str, others: list[str]) -> bool:
 def find(labels: pd.DataFrame, text: str, option: str) -> int:
     """Return the only row with the settings `name=value,name=value` of an option."""
     rows = labels
-    # A value may be a list, so that only a comma before a name separates settings.
-    for part in re.split(r",(?=[\w.]+=)", text):
+    # A value may be a list, so that only a comma before a name separates settings. Of some settings
+    # the digest is shown.
+    for part in re.split(r",(?=[\w.-]+(?: \(digest\))?=)", text):
         name, _, value = part.partition("=")
         present = rows.get(name, pd.Series()).unique()
         if value not in present:

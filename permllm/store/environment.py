@@ -71,7 +71,8 @@ def command_line() -> str:
     words = sys.argv[1:]
     for secret in _SECRETS:
         words = [secret.sub(r"\1***", word) for word in words]
-    return shlex.join([Path(sys.argv[0]).name, *words])
+    program = Path(sys.argv[0]).name  # may be `permllm run`, which is no single word
+    return f"{program} {shlex.join(words)}".rstrip()
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

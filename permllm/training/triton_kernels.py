@@ -19,7 +19,7 @@ from permllm.training.elementwise import ChannelChunk, with_own
 
 # Weights in a program of `_mask`, which one warp holds in registers.
 _TILE = 1024
-# Channels, groups and rows in a program of `_swap`: 32 elements a thread, and their sums.
+# Channels, groups and rows in a program of `_swap`: 64 elements a thread, and their sums.
 _CHANNELS = 16
 _GROUPS = 16
 _ROWS = 32

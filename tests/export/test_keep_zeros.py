@@ -113,6 +113,20 @@ def test_a_merged_lora_computes_the_same_with_the_same_zeros(pruned: PreTrainedM
     check_tuned(merged, before)
 
 
+def test_an_adapter_of_the_trainer_can_be_loaded(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(pruned, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    permllm.keep_zeros(model)
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-2, "report_to": "none"}
+    data = [{"input_ids": row, "labels": row} for row in tokens()]
+    arguments = TrainingArguments(str(tmp_path / "logs"), **settings)
+    Trainer(model, arguments, train_dataset=data).train()
+    adapter = tmp_path / "logs" / "checkpoint-2"
+    tuned = peft.PeftModel.from_pretrained(permllm.load(tmp_path / "my-model"), adapter)
+    permllm.keep_zeros(tuned)
+    torch.testing.assert_close(logits(tuned), logits(model.eval()))
+
+
 def test_models_whose_zeros_cannot_be_kept_are_refused(pruned: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="model"):
         permllm.keep_zeros(tiny_model("llama"))

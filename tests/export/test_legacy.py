@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import permllm
+from permllm.export.legacy import legacy_rope
 from permllm.export.write import export_run
 from permllm.settings.config import ExportConfig
 from permllm.store.files import read_json, write_json
@@ -59,6 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "none": ("opt", {}, {}),
 }
+# From the keys of transformers 4 transformers 5 would read another embedding for GPT-NeoX.
+SCALED = LINEAR | {"rope_theta": 500.0, "partial_rotary_factor": 1.0}
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -83,6 +86,15 @@ def test_an_exported_config_has_the_rotary_keys_of_transformers_4(
     if wanted:
         write_json(file, written)
         assert not torch.allclose(logits(load(tmp_path / "out")), exported)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_transformers_5_still_reads_the_rotary_embedding(family: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(family, rope_parameters=dict(SCALED))
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    write_json(file, read_json(file) | legacy_rope(config))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == SCALED
 
 
 def test_a_tokenizer_has_a_class_that_transformers_4_knows(tmp_path: Path) -> None:

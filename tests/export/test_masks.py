@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import permllm
+from permllm import job
 from permllm.cli import call
 from permllm.errors import ConfigError, DataError
 from permllm.export.masks import write_masks
@@ -25,6 +26,7 @@ from tests.export.pruned import (
     variant_model,
 )
 from tests.models.test_bad_checkpoints import WEIGHTS
+from tests.settings.test_config import config
 
 
 @pytest.mark.parametrize("form", ["folded", "gathered"])
@@ -41,6 +43,15 @@ def test_masks_make_the_model_of_their_run(form: str, exports: Path, tmp_path: P
     export_run(masks, ExportConfig(), tmp_path / "out")
     assert read_json(tmp_path / "out" / SUMMARY)["form"] == form
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (exports / form / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("auto", torch.float32)])
+def test_masks_of_a_random_model_load_in_a_dtype_by_name(
+    name: str, dtype: torch.dtype, tmp_path: Path, cache: Path
+) -> None:
+    job.run(config("model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"))
+    write_masks(tmp_path / "run", tmp_path / "masks")
+    assert permllm.load(tmp_path / "masks", dtype=name).dtype == dtype
 
 
 def test_a_folder_of_masks_has_a_card_and_no_weights(tmp_path: Path) -> None:
@@ -67,8 +78,6 @@ def test_a_folder_of_masks_has_a_card_and_no_weights(tmp_path: Path) -> None:
 
 def test_masks_that_cannot_make_a_model_are_refused(exports: Path, tmp_path: Path) -> None:
     run = shutil.copytree(exports / "of-folded" / "run", tmp_path / "run")
-    words = [str(run), "--to", str(tmp_path / "masks"), "--form", "masks"]
-    assert call("export", [*words, "--dtype", "float16"]) == 1
     write_masks(run, tmp_path / "masks")
     summary = read_json(tmp_path / "masks" / SUMMARY)
     model = summary["settings"]["model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -69,6 +70,19 @@ def gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockL
         learner.begin(progress)
         objective.backward(torch.arange(len(learning.tokens)))
     return {name: block.logits[0].grad for name, block in blocks.items()}
+
+
+def test_logits_begin_at_a_margin_and_uniform_noise() -> None:
+    starts = []
+    for seed in (0, 1):
+        (first, *_) = begin(lcp(margin=0.5, noise=0.02), replace(problem(), seed=seed)).values()
+        logits = first.logits[0].detach()
+        starts.append(logits - 0.5 * torch.eye(logits.shape[-1]))
+    for noise in starts:
+        assert 0.019 < noise.max() <= 0.02
+        assert -0.02 <= noise.min() < -0.019
+        assert noise.mean().abs() < 0.002
+    assert not torch.equal(*starts)
 
 
 def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:

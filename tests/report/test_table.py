@@ -153,6 +153,13 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
             row_of(table_below(tmp_path), text)
 
 
+def test_a_baseline_is_named_by_the_digest_of_its_file() -> None:
+    file = "calibration.data_files (digest)"
+    labels = pd.DataFrame({"pruner": ["ria", "ria", "wanda"], file: ["ab", "cd", "cd"]})
+    for text in (f"pruner=ria,{file}=cd", f"{file}=cd,pruner=ria"):
+        assert find(labels, text, "--baseline") == 1
+
+
 def test_settings_that_options_imply_are_no_columns_and_equal_rows_are_told_apart(
     tmp_path: Path,
 ) -> None:

@@ -28,6 +28,11 @@ def members(
 class PermutationLearner(Learner):
     """Learner of the shared permutations in a stage.
 
+    In a step `begin` makes the soft permutations (Sinkhorn) and the hard ones (assignment), and
+    replaces the soft ones by placeholders without memory. `set_layer` gives both to the masked
+    linears, whose backward adds the gradients of the soft permutations to the placeholders.
+    `collect` sends these through Sinkhorn to the logits.
+
     Args:
         shared: all shared permutations of the model.
         permutations: their values at the start, int64 `(channels,)` by name.
