@@ -42,9 +42,10 @@ def _without_type(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _rope_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the keys for transformers 4, whatever transformers 5 reads from them."""
     parameters = getattr(config, "rope_parameters", None) or {}
     rope = dict(parameters.get("full_attention", parameters) or {})
-    if "rope_theta" not in rope or rope["rope_type"] not in _ROPES:
+    if "rope_theta" not in rope or rope.get("rope_type") not in _ROPES:
         return {}
     keys = {"rope_theta": rope.pop("rope_theta")}
     if "sliding_attention" in parameters:
