@@ -44,6 +44,7 @@ from permllm.sparsity.two_of_four import stored_share, window_count
 from permllm.store.files import RECORDS, read_json, read_lines, write_text
 from scripts.memory_table import gigabytes, memory
 from scripts.provenance import machine, processor
+from scripts.reruns import reruns
 
 _BLOCK = re.compile(r"(<!-- view: ([^\n]*) -->\n).*?(<!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
@@ -125,14 +126,22 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
 
 
 def claims(
-    folder: Path, baseline: str, measure: str = GAP, of_one_seed: str = "0", **claims: str
+    folder: Path,
+    baseline: str,
+    measure: str = GAP,
+    of_one_seed: str = "0",
+    of_heuristic: str = "",
+    **claims: str,
 ) -> str:
     """Return for each claim by how much a row is better than another, and whether that is certain.
+
+    Two seeds decide nothing.
 
     Args:
         baseline: settings of the row from which the gap is measured.
         measure: a gap or an accuracy.
         of_one_seed: points that the interval of one seed must be away from zero.
+        of_heuristic: the same, where a row has the heuristic permutation alone; empty: no other.
         claims: by claim `FILE... BETTER OTHER`, files of records and the settings of two rows.
     """
     lines = []
@@ -142,11 +151,17 @@ def claims(
         found = table_of(collect([folder / file for file in files]).runs, baseline)
         first, second = (find(found.labels, settings, "view") for settings in (better, other))
         pair = paired(found, first, second, measure)
-        needed = float(of_one_seed) / 100 if pair["seeds"] == 1 else 0.0
+        needed = 0.0
+        if pair["seeds"] == 1:
+            methods = {found.first(row).methods for row in (first, second)}
+            of_rerun = of_heuristic if "heuristic" in methods and of_heuristic else of_one_seed
+            needed = float(of_rerun) / 100
         low, high = pair["interval"]
-        verdict = (
-            "holds" if low > needed else "does not hold here" if high < -needed else "not decided"
-        )
+        verdict = "not decided"
+        if pair["seeds"] != 2 and low > needed:
+            verdict = "holds"
+        elif pair["seeds"] != 2 and high < -needed:
+            verdict = "does not hold here"
         by_seed = [found.members(row).set_index("seed")[measure] for row in (first, second)]
         each = (by_seed[0] - by_seed[1]).dropna()
         of_seeds = ", ".join(f"{round(100 * value, 1) + 0.0:+.1f}" for value in each)
@@ -155,6 +170,18 @@ def claims(
     if measure != GAP:
         columns[2] = "is more accurate than"
     return as_text(pd.DataFrame(lines, columns=columns), "md")
+
+
+def repeated(folder: Path, records: str, least: str) -> str:
+    """Return the runs that were measured again with other numbers.
+
+    Args:
+        records: patterns of files of records.
+        least: smallest difference to show, in points of the gap.
+    """
+    files = [file for pattern in records.split() for file in sorted(folder.glob(pattern))]
+    runs = [run for file in files for run in collect([file], apart=True).runs]
+    return as_text(reruns(runs, float(least)), "md")
 
 
 def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) -> str:
@@ -494,6 +521,7 @@ _TABLES = (
     sizes,
     differences,
     claims,
+    repeated,
     needs,
     shares,
     bounds,

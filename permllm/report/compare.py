@@ -1,4 +1,4 @@
-"""Comparison of rows, with intervals of a paired bootstrap."""
+"""Comparison of rows, with intervals over seeds and paired windows."""
 
 import math
 from collections import defaultdict
@@ -18,14 +18,13 @@ Numbers = NDArray[np.float64]
 def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     """Return the difference of two rows in one measure with its interval.
 
-    The bootstrap resamples the seeds, and separately for each text or task the windows or items,
-    with replacement and alike for both rows. For a gap the scores are also those of the unpermuted
-    and the dense models; where the former have other seeds, their mean over these.
+    For a gap the scores are also those of the unpermuted and the dense models, as means over all
+    seeds of the unpermuted row.
 
     Returns:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
-        means over the seeds; NaN: not defined. `interval`: ends of the interval with 95 % of the
-        resampled differences; None: there is none. `change`: text of both. `over`: text with the
+        means over the seeds; NaN: not defined. `interval`: ends of the 95 % interval; None: there
+        is none. `change`: text of both. `over`: text with the
         number of windows or items, which is zero if the rows have no scores of the same ones.
         `seeds`: number of seeds that are compared.
     """
@@ -80,11 +79,9 @@ def _samples(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) 
     for text in table.gaps.get(name, [name]):
         lines = []
         for compared in (runs, others):
-            lines.append(_scores(table, compared, text, seeds))
+            lines.append(_scores(table, compared, text))
             if name in table.gaps:
-                start = table.members(table.starts[compared["row"].iloc[0]]).sort_values("seed")
-                lines.append(_scores(table, start, text, seeds))
-                lines.append(_scores(table, start, f"{DENSE}{text}", seeds))
+                lines += _scores_of_base(table, compared, text)
         parts = lines[0].keys()
         if not parts or any(line.keys() != parts for line in lines):
             return []
@@ -94,13 +91,10 @@ def _samples(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) 
     return samples if usable else []
 
 
-def _scores(
-    table: Table, runs: pd.DataFrame, column: str, seeds: Sequence[Any]
-) -> dict[Any, Numbers]:
+def _scores(table: Table, runs: pd.DataFrame, column: str) -> dict[Any, Numbers]:
     """Return the scores of a row's runs, float64 `(seeds, windows)`, by text or task and identity.
 
-    The runs come in the order of their seeds. The result is empty if they do not have the same
-    texts or tasks.
+    The result is empty if the runs do not have the same texts or tasks.
     """
     scores = defaultdict(list)
     for run in runs.index:
@@ -109,36 +103,57 @@ def _scores(
             scores[part, identity].append(numbers)
     if any(len(lines) < len(runs) for lines in scores.values()):
         return {}
-    if list(runs["seed"]) == seeds:
-        return {part: np.array(lines) for part, lines in scores.items()}
-    means = {part: np.mean(lines, axis=0) for part, lines in scores.items()}
-    return {part: np.tile(mean, (len(seeds), 1)) for part, mean in means.items()}
+    return {part: np.array(lines) for part, lines in scores.items()}
+
+
+def _scores_of_base(table: Table, runs: pd.DataFrame, text: str) -> list[dict[Any, Numbers]]:
+    """Return the scores of the base of a row's gap, and of its dense model, as `_scores`.
+
+    They are means over the seeds of the base, because all seeds are measured from these.
+    """
+    start = table.members(table.starts[runs["row"].iloc[0]])
+    bases = [_scores(table, start, column) for column in (text, f"{DENSE}{text}")]
+    return [
+        {part: np.tile(scores.mean(axis=0), (len(runs), 1)) for part, scores in base.items()}
+        for base in bases
+    ]
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
-    """Return the ends of the bootstrap's percentile interval, from 10,000 resamples.
+    """Return the ends of the 95 % interval of a mean over parts and seeds.
+
+    The interval is Student's t with the variance of the seeds' values, divided by their number,
+    plus that of the windows of each part. Degrees of freedom are Welch's and Satterthwaite's. With
+    one seed the interval knows the variance of the windows alone.
 
     Args:
-        parts: for each text or task float64 `(scores, seeds, windows)`. One resample of the seeds
-            holds for all parts, and each part has its own of the windows.
-        of: function of the means of a part's scores. The statistic is its mean over the parts.
+        parts: for each text or task float64 `(scores, seeds, windows)`.
+        of: function of the means of a part's scores. Its mean over the parts is a seed's value.
     """
-    generator = np.random.default_rng(0)
-    statistics = []
-    for _ in range(20):  # few at a time, because a task can have 10,000 items
-        of_seeds = _resamples(generator, parts[0].shape[1])
-        values = []
-        for part in parts:
-            of_windows = _resamples(generator, part.shape[2])
-            means = np.einsum("xsw,rs,rw->xr", part, of_seeds, of_windows, optimize=True)
-            values.append(of(*means))
-        statistics.append(np.mean(values, axis=0))
-    return [float(end) for end in np.quantile(statistics, (0.025, 0.975))]
+    from scipy.stats import t  # here, because the import takes long
+
+    by_seed = np.mean([of(*part.mean(axis=2)) for part in parts], axis=0)
+    mean = float(by_seed.mean())
+    variances = [_variance_of_windows(part, of) / len(parts) ** 2 for part in parts]
+    freedoms = [part.shape[2] - 1 for part in parts]
+    if len(by_seed) > 1:
+        variances.append(float(by_seed.var(ddof=1)) / len(by_seed))
+        freedoms.append(len(by_seed) - 1)
+    variance = sum(variances)
+    if variance == 0:
+        return [mean, mean]
+    terms = [of_part**2 / free for of_part, free in zip(variances, freedoms, strict=True)]
+    quantile = float(t.ppf(0.975, variance**2 / sum(terms)))
+    half = quantile * math.sqrt(variance)
+    return [mean - half, mean + half]
 
 
-def _resamples(generator: np.random.Generator, size: int) -> Numbers:
-    """Return how often 500 resamples draw each of `size` members, as shares `(500, size)`."""
-    return generator.multinomial(size, np.full(size, 1 / size), 500) / size
+def _variance_of_windows(part: Numbers, of: Callable[..., Any]) -> float:
+    """Return the jackknife's variance of the mean over the seeds, which have the same windows."""
+    count = part.shape[2]
+    without_each = (part.sum(axis=2, keepdims=True) - part) / (count - 1)
+    values = of(*without_each).mean(axis=0)
+    return float(values.var() * (count - 1))
 
 
 def _gap_difference(

@@ -36,6 +36,7 @@ AVERAGE = "average acc"
 ZEROS = "zeros"
 DENSE_WEIGHTS = "dense weights"
 SPEED_LIMIT = "speed limit"
+SECONDS = "seconds"
 OF_SPARSITY = (ZEROS, DENSE_WEIGHTS, SPEED_LIMIT)
 # Facts about how measures were measured. Facts in which measures of one name and model differ are
 # part of the names of their columns.
@@ -100,7 +101,7 @@ def run_measures(
         Measure(DENSE_WEIGHTS, "share", 1 - zeros / metrics["sparsity"]["fraction"]),
         # Of kernels that skip all zeros: a product takes the time of its nonzeros.
         Measure(SPEED_LIMIT, "number", 1 / (1 - zeros)),
-        Measure("seconds", "seconds", seconds),
+        Measure(SECONDS, "seconds", seconds),
     ]
 
 
@@ -225,7 +226,7 @@ def _average(accuracies: dict[tuple[str, str], Measure]) -> Measure:
         limited=any(measure.limited for measure in measures),
         items=items,
     )
-    # The bootstrap gives all tasks the same weight.
+    # An interval gives all tasks the same weight.
     if all(measure.scores for measure in measures) and len(counts) == len(accuracies):
         for measure in measures:
             average.scores.update(measure.scores)

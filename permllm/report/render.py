@@ -20,6 +20,7 @@ from permllm.report.gaps import GAP
 from permllm.report.measures import (
     AVERAGE,
     DENSE,
+    SECONDS,
     change_text,
     number,
     patterns_text,
@@ -38,8 +39,8 @@ FORMATS = ("md", "csv", "latex", "json")
 _SOURCES = {
     "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
     "standard error over the items",
-    r"\[[+-]": "a 95 % interval is that of a paired bootstrap over windows or items, and over "
-    "the seeds of rows with several",
+    r"\[[+-]": "a 95 % interval is Student's t over the seeds' differences, with the variance of "
+    "windows or items; that of one seed knows windows or items alone",
 }
 
 
@@ -159,11 +160,17 @@ def numbers(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _between_settings(table: Table, measures: pd.DataFrame) -> pd.DataFrame:
-    """Return columns of measures after the settings that name rows, and before the other ones."""
+    """Return columns of measures after the settings that name rows, and before the other ones.
+
+    Seconds of rows with different numbers of threads have these numbers beside them.
+    """
     labels = table.labels[table.settings].copy()
     seeds = table.frame["row"].value_counts()
     if seeds.max() > 1:
         labels["seeds"] = seeds.map(str)
+    threads = table.frame.groupby("row")["threads"].agg(lambda of_row: ", ".join(sorted({*of_row})))
+    if SECONDS in measures and threads.nunique() > 1:
+        measures = measures.join(threads)
     frame = labels.reindex(measures.index).join(measures).join(table.labels[table.details()])
     frame = frame.astype(object).fillna("")
     if DENSE_ROW in frame.index:

@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs=2,
         metavar=settings,
-        help="show only the differences of two rows, with bootstrap intervals",
+        help="show only the differences of two rows, with their intervals",
     )
     instead.add_argument(
         "--jsonl", type=Path, metavar="FILE.jsonl", help="write the runs to this file; no table"

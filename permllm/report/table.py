@@ -312,12 +312,13 @@ def named_measures(runs: list[Run]) -> list[dict[str, Measure]]:
 
 
 def runs_frame(runs: list[Run], values: list[dict[str, Measure]]) -> pd.DataFrame:
-    """Return a line for each run: settings, seed, method, measures, minutes and directory."""
+    """Return a line for each run: settings, seed, measures, minutes, directory and threads."""
     return pd.DataFrame(
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
         | {"seed": run.config["seed"]}
         | {name: measure.value for name, measure in measures.items()}
         | {"minutes": run.minutes, "directory": str(run.directory)}
+        | {"threads": str(run.environment.get("hardware", {}).get("threads", ""))}
         for run, measures in zip(runs, values, strict=True)
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
 from permllm.cli import call
 from permllm.report.compare import interval, paired
@@ -41,13 +42,6 @@ def rows_of(folder: Path) -> tuple[Table, int, int]:
     return table, *(find(table.labels, name, "--compare") for name in names)
 
 
-def percentile_interval(difference: Numbers) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean of paired differences, by a loop."""
-    drawn, size = np.random.default_rng(5), len(difference)
-    means = [difference[drawn.integers(size, size=size)].mean() for _ in range(10_000)]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Any, Any]:
     ours, theirs = drawn(0), drawn(1, shift=0.2)
@@ -56,33 +50,28 @@ def two(tmp_path: Path) -> tuple[Path, Any, Any]:
     return tmp_path, ours, theirs
 
 
-def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
+def test_an_interval_of_one_seed_is_that_of_paired_windows(two: Any) -> None:
     folder, ours, theirs = two
     table = rows_of(folder)
     samples = {f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS}
     samples[PERPLEXITY] = ours[0] - theirs[0]
     for name, difference in samples.items():
         found = paired(*table, name)
-        assert found["interval"]
         values = [found["difference"], *found["interval"]]
         if name == PERPLEXITY:
             values = [math.log1p(value) for value in values]
-        low, high = percentile_interval(difference)
-        assert values[0] == pytest.approx(difference.mean(), abs=1e-12)
-        # Ends of resampled intervals differ by what 10,000 resamples are worth.
-        assert values[1:] == pytest.approx((low, high), abs=0.04 * (high - low))
-        assert found == paired(*table, name)
+        of_scipy = stats.ttest_1samp(difference, 0.0).confidence_interval(0.95)
+        assert values == pytest.approx([difference.mean(), *of_scipy], abs=1e-12)
 
 
-def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
+def test_the_items_of_each_task_vary_on_their_own(two: Any) -> None:
     folder, ours, theirs = two
     found = paired(*rows_of(folder), "average acc")
-    assert found["interval"]
     parts = [ours[1][task] - theirs[1][task] for task in TASKS]
     assert found["difference"] == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
-    error = math.sqrt(sum(part.var() / len(part) for part in parts)) / len(parts)
-    half = (found["interval"][1] - found["interval"][0]) / 2
-    assert half == pytest.approx(1.96 * error, rel=0.05)
+    # Welch's interval of the sum of two means, halved.
+    of_scipy = stats.ttest_ind(parts[0], -parts[1], equal_var=False).confidence_interval(0.95)
+    assert found["interval"] == pytest.approx([end / 2 for end in of_scipy], abs=1e-12)
     assert found["over"] == "190 items"
 
 
@@ -115,44 +104,57 @@ def test_the_mean_gap_has_the_interval_of_seeds_and_of_windows_within_each_text(
     table = table_below(tmp_path)
     rows = {table.labels.at[row, "permutation"]: row for row in range(3)}
 
-    def drawn_gap(
-        name: str, text: str, of: NDArray[np.int64], of_seeds: NDArray[np.int64]
-    ) -> float:
-        sparse = {row: [nats[text]["sparse"][of].mean() for nats in made[row]] for row in shifts}
-        here = np.mean([sparse[name][seed] for seed in of_seeds])
-        # The base is resampled with the rows if it has their seeds.
-        of_start = of_seeds if of_base == 2 else range(of_base)
-        start = np.mean([sparse["none"][seed] for seed in of_start])
-        return float((start - here) / (start - made["none"][0][text]["dense"][of].mean()))
+    def gap_and_slopes(name: str, seed: int, text: str) -> tuple[float, Numbers]:
+        """Return the gap, and how much each window moves it (the delta method)."""
+        dense = made["none"][0][text]["dense"]
+        start = np.mean([run[text]["sparse"] for run in made["none"]], axis=0)
+        value = made[name][seed][text]["sparse"]
+        whole = start.mean() - dense.mean()
+        gap = (start.mean() - value.mean()) / whole
+        slopes = (start - value) / whole - gap * (start - dense) / whole
+        return gap, slopes - slopes.mean()
 
-    def mean_gap(generator: np.random.Generator | None) -> tuple[float, float]:
-        """Return the gap, and its difference from the heuristic's; None: of all windows."""
-        windows = {text: np.arange(size) for text, size in SIZES.items()}
-        of_seeds = np.arange(2)
-        if generator is not None:
-            of_seeds = generator.integers(2, size=2)
-            windows = {text: generator.integers(size, size=size) for text, size in SIZES.items()}
-        gaps = [
-            [drawn_gap(row, text, of, of_seeds) for text, of in windows.items()]
-            for row in ("lcp", "heuristic")
-        ]
-        one, other = (float(np.mean(of_row)) for of_row in gaps)
-        return one, one - other
-
-    gap, difference = mean_gap(None)
-    assert table.means.at[rows["lcp"], "gap closed"] == pytest.approx(gap, abs=1e-12)
-    generator = np.random.default_rng(7)
-    resampled = np.array([mean_gap(generator) for _ in range(3000)])
-    for other, value, column in (("none", gap, 0), ("heuristic", difference, 1)):
+    for other in ("none", "heuristic"):
         found = paired(table, rows["lcp"], rows[other], "gap closed")
-        assert found["difference"] == pytest.approx(value, abs=1e-12)
         if seeds[other] != seeds["lcp"]:
             assert (found["interval"], found["over"]) == (None, "0 windows")
             continue
-        assert found["interval"]
-        low, high = np.quantile(resampled[:, column], [0.025, 0.975])
-        assert found["interval"] == pytest.approx([low, high], abs=0.06 * (high - low))
+        by_seed = np.zeros(2)
+        variances, freedoms = [], []
+        for text, size in SIZES.items():
+            of_windows = np.zeros(size)
+            for seed in range(2):
+                gap, slopes = gap_and_slopes("lcp", seed, text)
+                other_gap, other_slopes = gap_and_slopes(other, seed, text)
+                by_seed[seed] += (gap - other_gap) / len(SIZES)
+                of_windows += (slopes - other_slopes) / 2
+            variances.append(of_windows.var(ddof=1) / size / len(SIZES) ** 2)
+            freedoms.append(size - 1)
+        variances.append(by_seed.var(ddof=1) / 2)
+        freedoms.append(1)
+        variance = sum(variances)
+        terms = [part**2 / free for part, free in zip(variances, freedoms, strict=True)]
+        half = stats.t.isf(0.025, variance**2 / sum(terms)) * math.sqrt(variance)
+        assert found["difference"] == pytest.approx(by_seed.mean(), abs=1e-12)
+        ends = [by_seed.mean() - half, by_seed.mean() + half]
+        assert found["interval"] == pytest.approx(ends, abs=0.01 * half)
         assert found["over"] == "96 windows"
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0, 3.0])
+def test_an_interval_over_seeds_covers_the_truth(seeds: int, noise: float) -> None:
+    """`noise` is the deviation of the mean over all windows, in deviations of a seed."""
+    generator = np.random.default_rng(0)
+    trials, windows = 3000, 64
+    covered = 0
+    for _ in range(trials):
+        values = np.zeros((2, seeds, windows))
+        values[0] += generator.normal(size=(seeds, 1))
+        values[0] += noise * math.sqrt(windows) * generator.normal(size=windows)
+        low, high = interval([values], np.subtract)
+        covered += low < 0 < high
+    assert 0.92 < covered / trials < 0.97
 
 
 def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_the_command_compares_two_rows_and_all(
     assert f"{expected * 100:+.1f}% [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out
 
 
-def test_all_parts_of_a_mean_resample_the_same_seeds() -> None:
+def test_all_parts_of_a_mean_have_the_same_seeds() -> None:
     # The effects of two seeds cancel in each mean of both parts.
     first = np.zeros((2, 2, 3))
     first[0, 0] = 1.0

@@ -222,7 +222,7 @@ def test_each_uncertainty_that_is_shown_names_its_source(
     (of_base,) = noted(folder)
     assert "0 % is 'none', by default; --baseline" in of_base
     (of_windows,) = noted(folder, "--baseline", "permutation=none")
-    assert "bootstrap" in of_windows
+    assert "Student" in of_windows
     assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [
         of_base,
         of_windows,

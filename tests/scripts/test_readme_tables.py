@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from permllm.errors import ConfigError
+from permllm.report.read import keep_runs
 from scripts.readme_tables import bounds, claims, landscape, main, needs, sizes, with_views
 from tests.conftest import ROOT
+from tests.kept import evaluation, make_run
 
 TABLE_6 = ROOT / "experiments" / "table6" / "records.jsonl"
 LANDSCAPE = ROOT / "experiments" / "landscape"
@@ -127,6 +129,30 @@ def test_a_claim_holds_if_its_interval_is_above_zero() -> None:
     of_six, of_half = losses["6:8", None][0], losses["2:4", 0.5][0]
     points = 100 * np.mean((of_half - of_six) / (start - dense))
     assert [line[3].split()[0] for line in cells] == [f"{points:+.1f}", f"{-points:+.1f}", "+0.0"]
+
+
+def test_one_seed_holds_beyond_what_reruns_differ_by_and_two_decide_nothing(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    dense = generator.normal(3.0, 0.1, 40)
+    # The heuristic closes 40 % of the gap, LCP 45 %.
+    shifts = {"none": 1.0, "heuristic": 0.6, "lcp": 0.55}
+    rows = "records.jsonl permutation=lcp permutation=heuristic"
+
+    def verdict(seeds: int, **rule: str) -> str:
+        for name, shift in shifts.items():
+            for seed in range(seeds):
+                nats = dense + shift + generator.normal(0.0, 1e-3, 40)
+                texts = {"wikitext2": {"dense": dense, "sparse": nats}}
+                folder = tmp_path / f"{seeds}" / f"{name}{seed}"
+                make_run(folder, 0.0, evaluation(texts), permutation=name, seed=seed)
+        keep_runs([tmp_path / f"{seeds}"], tmp_path / "records.jsonl")
+        shown = claims(tmp_path, "permutation=none", **rule, better=rows)
+        return shown.splitlines()[-1].strip("| ").split(" | ")[-1]
+
+    assert verdict(1, of_one_seed="3") == "holds"
+    assert verdict(1, of_one_seed="3", of_heuristic="6") == "not decided"
+    assert verdict(2) == "not decided"
+    assert verdict(3, of_one_seed="3", of_heuristic="6") == "holds"
 
 
 def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None:
