@@ -34,6 +34,7 @@ from permllm.training.trainer import LayerOutputs, Trainer, read_checkpoint
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
+    PATTERN,
     Interrupt,
     lcp,
     output_loss,
@@ -464,3 +465,12 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
     # The softmax of a group, which the others go through, is steep in differences that float16
     # rounds.
     assert torch.cosine_similarity(*found, dim=0) > (0.99 if straight_through == "swap" else 0.98)
+
+
+def test_a_block_size_that_no_group_has_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    groups = channel_groups(tiny_model("llama"))
+    largest = max(group.channels for group in groups)
+    for block_size in (largest, largest + PATTERN.m):
+        lcp(block_size=block_size).check_groups(Mock(pattern=PATTERN), groups, 2)
+    (message,) = caplog.messages
+    assert f"block_size={largest + PATTERN.m}: " in message

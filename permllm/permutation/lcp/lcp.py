@@ -5,6 +5,7 @@ layer. The weights do not change. Forward uses hard permutations and hard masks;
 through the soft permutations.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -40,6 +41,8 @@ from permllm.training.learner import Progress, Stage
 from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.trainer import StageSchedule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -83,6 +86,8 @@ class LCP(LearningSettings, LearnedPermutation):
                     f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
                 )
         check_segments(shared_permutations(groups, self.constraint), config.pattern)
+        if all(group.channels < self.block_size for group in groups):
+            log.warning("block_size=%d: no group has so many channels", self.block_size)
         self.check_last_layers("permutation", groups, layers)
         if not self.plan(groups, layers).parameters:
             raise ConfigError(
