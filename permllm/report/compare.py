@@ -24,9 +24,9 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     Returns:
         `difference`: first row - second row; for a perplexity first / second - 1 of the geometric
         means over the seeds; NaN: not defined. `interval`: ends of the 95 % interval; None: there
-        is none. `change`: text of both. `over`: text with the
-        number of windows or items, which is zero if the rows have no scores of the same ones.
-        `seeds`: number of seeds that are compared.
+        is none. `change`: text of both, and the seeds that are compared if a row has others.
+        `over`: text with the number of windows or items, which is zero if the rows have no scores
+        of the same ones. `seeds`: number of seeds that are compared.
     """
     kind = table.kinds[name]
     gap = name in table.gaps
@@ -41,11 +41,14 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         ends = interval(samples, _gap_difference if gap else np.subtract)
         if kind == "perplexity":
             ends = [math.expm1(end) for end in ends]
+    change = change_text(difference, kind, ends)
+    if change and sum(map(len, runs)) < table.frame["row"].isin([row, other]).sum():
+        change += f" over seeds {', '.join(map(str, runs[0]['seed']))}"
     unit = "windows" if gap or kind == "perplexity" else "items"
     return {
         "difference": difference,
         "interval": ends,
-        "change": change_text(difference, kind, ends),
+        "change": change,
         "over": f"{sum(sample.shape[-1] for sample in samples)} {unit}",
         "seeds": len(runs[0]),
     }

@@ -177,6 +177,8 @@ def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None
     assert found["interval"]
     assert found["over"] == f"{SIZES[text]} windows"
     assert found["seeds"] == len(means)
+    assert found["change"].endswith("] over seeds 0, 2")
+    assert "over" not in paired(table, rows["lcp"], rows["none"], "gap closed")["change"]
 
 
 @pytest.mark.parametrize("changed", ["nothing kept", "another tokenizer", "another seed"])
