@@ -9,7 +9,8 @@ from permllm.report.measures import DENSE, FP8, PERPLEXITY
 from permllm.settings.config import METHOD_GROUPS
 
 GAP = "gap closed"
-# Settings that belong to a method. The row from which a gap is measured may have other values.
+# Settings that belong to a method, without the pruner's. The row from which a gap is measured may
+# have other values.
 _OF_METHODS = {"method", *METHOD_GROUPS[1:], "temperature", "block_size"}
 # Names of the settings that distinguish two models.
 _OF_MODEL = r"^model($|\.(hub_name|revision|architecture|path \(digest\)))"
@@ -18,27 +19,27 @@ _OF_MODEL = r"^model($|\.(hub_name|revision|architecture|path \(digest\)))"
 def start_rows(labels: pd.DataFrame, unpermuted: set[int], baseline: int | None) -> dict[int, int]:
     """Return the row from which each row's gap is measured; some rows have none.
 
-    It is the baseline for all rows of its model. Without a baseline it is the unpermuted row with
-    the same other settings.
+    It is the baseline for all rows of its model. Without a baseline it is Wanda's unpermuted row
+    with the same other settings; without such a row the unpermuted row of the same pruner.
+
+    Args:
+        labels: texts of the settings of each row.
+        unpermuted: rows whose allocation, permutation, mask and reconstruction do nothing.
+        baseline: row that the user has named; None: there is none.
     """
     if baseline is not None:
         models = labels.filter(regex=_OF_MODEL)
         same = (models == models.loc[baseline]).all(axis=1)
         return dict.fromkeys(labels.index[same], baseline)
-    others = [name for name in labels if not {name, name.split(".")[0]} & _OF_METHODS]
+    of_wanda = unpermuted & {*labels.index[labels["pruner"] == "wanda"]}
     starts: dict[int, int] = {}
-    for rows in labels.groupby(others).groups.values():
-        bases = [row for row in rows if row in unpermuted]
-        if bases:
-            starts |= dict.fromkeys(rows, bases[0])
+    # Wanda's rows come last, and replace those of other pruners.
+    for methods, bases in ((_OF_METHODS, unpermuted), (_OF_METHODS | {"pruner"}, of_wanda)):
+        others = [name for name in labels if not {name, name.split(".")[0]} & methods]
+        for rows in labels.groupby(others).groups.values():
+            for base in bases.intersection(rows):
+                starts |= dict.fromkeys(rows, base)
     return starts
-
-
-def several_starts(labels: pd.DataFrame, starts: dict[int, int]) -> bool:
-    """Tell if gaps of one model and one pattern are measured from several rows."""
-    rows = labels.loc[[*starts]].assign(start=starts.values())
-    models = [*rows.filter(regex=_OF_MODEL), "sparsity"]
-    return bool((rows.groupby(models)["start"].nunique() > 1).any())
 
 
 def closed_gaps(

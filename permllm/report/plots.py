@@ -104,11 +104,18 @@ def points(table: Table, measure: str) -> pd.DataFrame:
 
 
 def undrawn(table: Table, measure: str) -> list[str]:
-    """Return a line that names the rows without a point; empty: all rows have one."""
+    """Return a line about the rows without a point; empty: all rows have one.
+
+    Rows that have other measures are counted, and the others are named.
+    """
     names = pd.Series(table.names()).drop(points(table, measure).index)
     if names.empty:
         return []
-    return [f"not drawn, without a finite {measure} or minutes of their own: {'; '.join(names)}"]
+    lacking = table.means.loc[names.index, measure].isna()
+    rows = [*names[~lacking]]
+    if lacking.any():
+        rows.append(f"{lacking.sum()} of {len(table.labels)} rows, which have other measures")
+    return [f"not drawn, without a finite {measure} or minutes of their own: {'; '.join(rows)}"]
 
 
 def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:

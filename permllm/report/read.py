@@ -110,7 +110,8 @@ class Collection:
 
     Attributes:
         runs: finished runs.
-        notes: a line for each run that is left out.
+        notes: a line for each run that is left out, and for each folder without a run whose files
+            of records have other names.
     """
 
     runs: list[Run]
@@ -138,14 +139,18 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     jobs = [job for place in places for job in sweep.read_outcomes(place)]
     # Jobs that an earlier sweep did not finish are no loss if another sweep of the places did.
     finished = [job.overrides for job in jobs if job.directory]
+    for job in jobs:
+        if job.directory:
+            files.add(Path(job.directory) / METRICS)
+        elif job.overrides not in finished:
+            notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
     for place in places:
         if place.is_dir():
-            files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
-            for job in sweep.read_outcomes(place):
-                if job.directory:
-                    files.add(Path(job.directory) / METRICS)
-                elif job.overrides not in finished:
-                    notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
+            inside = {*place.rglob(METRICS), *place.rglob(RECORDS)}
+            files |= inside
+            others = {file.name for file in place.glob(f"*{LINES}")} - {HISTORY}
+            if others and not inside:
+                notes.append(f"{place} has no {RECORDS}; name one of {', '.join(sorted(others))}")
         elif place.suffix == LINES and place.is_file():
             files.add(place)
         else:

@@ -233,8 +233,8 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     rows = []
     others = []
-    places = {job.directory: Path(job.directory) for job in jobs if job.directory}
-    measures = _measures_of_runs([*places.values()]) if places else pd.DataFrame()
+    places = [Path(job.directory) for job in jobs if job.directory]
+    measures = _measures_of_runs(places) if places else pd.DataFrame()
     for job in jobs:
         words = " ".join(word for word in job.overrides if word not in shared).replace("\\", "")
         if job.directory in measures.index:
@@ -242,7 +242,8 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         else:
             others.append(f"{job.outcome} {words}: {job.reason}")
     if rows:
-        rows.insert(0, ("dense", "", *measures.iloc[0]))
+        dense = measures.iloc[0]
+        rows.insert(0, ("dense", "" if any(dense) else "not shared", *dense))
         _print_table("jobs", ["job", "outcome", *measures], rows, "right")
     counts = Counter(job.outcome for job in jobs)
     outcomes = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]

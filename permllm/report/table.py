@@ -13,7 +13,6 @@ from permllm.report.gaps import (
     GAP,
     closed_gaps,
     row_means,
-    several_starts,
     start_rows,
     texts_of_gaps,
 )
@@ -85,19 +84,21 @@ class Table:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the reader about the gaps that are shown."""
+        """Lines for the reader about the gaps that are shown, and about the dense model."""
         shown = [gap for gap in self.gaps if gap in self.measures]
-        notes = []
-        if len(self.gaps) > 1:
-            means = [gap for gap in shown if gap in (GAP, GAP + FP8)]
-            notes += [f"{gap}: the mean over {', '.join(self.gaps[gap])}" for gap in means]
+        notes = [
+            f"{gap}: the mean over {', '.join(self.gaps[gap])}"
+            for gap in shown
+            if gap in (GAP, GAP + FP8) and len(self.gaps) > 1
+        ]
         if shown and self.baseline is None:
             names = self.names()
             bases = ", ".join(f"'{names[row]}'" for row in sorted({*self.starts.values()}))
             notes.append(
-                f"{GAP}: 0 % is {bases}, by default; --baseline NAME=VALUE,... measures every row "
-                "of its model from one row"
+                f"{GAP}: 0 % is {bases} (Wanda's unpermuted row, or else that of the same pruner)"
             )
+        if DENSE_ROW not in self.means.index and self.frame["model"].nunique() == 1:
+            notes.append("no row of the dense model: the runs have different ones, or none")
         return notes
 
     def members(self, row: int) -> pd.DataFrame:
@@ -142,9 +143,6 @@ class Table:
             self.settings = _ranked(names)
             self.settings = telling_apart(self.labels, self.settings, self.varied)
             self.varied = self.settings
-        if not self.settings:
-            valid = ", ".join(varying(self.labels))
-            raise ConfigError(f"--columns {columns}: expected settings, such as {valid}")
         if measures:
             wanted: set[str] = set()
             for part in measures.split(", "):
@@ -160,18 +158,19 @@ class Table:
     def main(self) -> str | None:
         """Return the measure by which rows are compared; None: there is none.
 
-        The first of these that all rows have: mean gap over several texts, if all gaps of a model
+        The first of these that most rows have: mean gap over several texts, if all gaps of a model
         have one start; perplexity; average accuracy; other accuracy.
         """
         candidates = []
         several_texts = GAP in self.measures and len(self.gaps[GAP]) > 1
-        if several_texts and not several_starts(self.labels, self.starts):
+        starts = [*{*self.starts.values()}]
+        if several_texts and self.labels["model"][starts].is_unique:
             candidates.append(GAP)
         for kind in ("perplexity", "accuracy"):
             names = [name for name in self.measures if self.kinds[name] == kind]
             candidates += sorted(names, key=lambda name: not name.startswith(AVERAGE))
-        means = self.means.loc[self.labels.index, candidates]
-        return next(iter([*means.dropna(axis=1), *candidates]), None)
+        counts = self.means.loc[self.labels.index].count()
+        return max(candidates, key=counts.get, default=None)
 
     def details(self) -> list[str]:
         """Return the settings shown after the measures, without those that an option implies."""

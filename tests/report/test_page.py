@@ -24,10 +24,12 @@ from permllm.errors import ConfigError
 from permllm.report.labels import place_labels
 from permllm.report.plots import (
     dense_lines,
+    drawn_measure,
     plot_curves,
     plot_masks,
     plot_sensitivity,
     points,
+    undrawn,
 )
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
@@ -95,10 +97,24 @@ def test_rows_without_a_point_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     for file in (page, png):
         assert call("report", [str(tmp_path / "runs"), "--to", str(file)]) == 0
         (note,) = (line for line in capsys.readouterr().err.splitlines() if "not drawn" in line)
-        names = {"smollm2-135m, from_file", "smollm2-135m, other", "another, heuristic"}
-        assert {*note.rpartition(": ")[2].split("; ")} == names
+        *names, count = note.rpartition(": ")[2].split("; ")
+        assert {*names} == {"smollm2-135m, from_file", "smollm2-135m, other"}
+        assert count.startswith("1 of 5 rows")
         if file == page:
             assert note.removeprefix("note: ") in file.read_text(encoding="utf-8")
+
+
+def test_the_measure_that_most_rows_have_is_drawn(tmp_path: Path) -> None:
+    texts = evaluation({"boolq": {"dense": 8.0, "sparse": 30.0}})
+    make_run(tmp_path / "another", 0.0, texts, model="another")
+    for permutation in ("none", "heuristic", "lcp"):
+        make_run(tmp_path / permutation, 20.0, permutation=permutation)
+    table = table_below(tmp_path)
+    assert table.measures[0] != PERPLEXITY  # rows of the other model come first
+    assert drawn_measure(table, None) == PERPLEXITY
+    (note,) = undrawn(table, PERPLEXITY)
+    assert "1 of 4 rows" in note
+    assert "lcp" not in note
 
 
 def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:

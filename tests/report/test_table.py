@@ -17,14 +17,15 @@ import yaml
 
 from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.report.gaps import several_starts
 from permllm.report.published import Comparison, published
-from permllm.report.read import collect
-from permllm.report.render import as_text, print_run, table_cells, texts
+from permllm.report.read import collect, without_repeated
+from permllm.report.render import as_text, print_run, print_sweep, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.store.files import read_json, read_lines, write_json
+from permllm.store.sweep import Outcome
 from tests.conftest import ROOT, run_python
 from tests.kept import (
+    EXPERIMENTS,
     PERPLEXITY,
     THREE_RUNS,
     as_folder,
@@ -220,7 +221,7 @@ def test_each_uncertainty_that_is_shown_names_its_source(
     folder = str(runs)
     assert noted(folder, "--measures", "perplexity") == []
     (of_base,) = noted(folder)
-    assert "0 % is 'none', by default; --baseline" in of_base
+    assert "0 % is 'none'" in of_base
     (of_windows,) = noted(folder, "--baseline", "permutation=none")
     assert "Student" in of_windows
     assert noted(folder, "--compare", "permutation=lcp", "permutation=none") == [
@@ -311,7 +312,7 @@ def test_a_baseline_has_the_same_settings(tmp_path: Path) -> None:
     zero = {"none sequential": 0.0, "none dense": 0.0}
     missing = {"kept": math.nan, "another text": math.nan}
     assert found == pytest.approx(zero | missing, nan_ok=True)
-    assert several_starts(table.labels, table.starts)
+    assert len({*table.starts.values()}) == 2
 
 
 def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path) -> None:
@@ -551,10 +552,86 @@ def test_the_runs_of_a_sweep_are_read(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_note_says_from_which_rows_gaps_are_measured(tmp_path: Path) -> None:
     make_run(tmp_path / "wanda", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
-    make_run(tmp_path / "sparsegpt", 30.0, permutation="none", pruner={"name": "sparsegpt"})
+    for pruner in ("ria", "sparsegpt"):
+        make_run(tmp_path / pruner, 30.0, permutation="none", pruner={"name": pruner})
     (note,) = table_below(tmp_path).notes
-    assert re.findall(r"'([^']+)'", note) == ["sparsegpt, none", "wanda, none"]
+    assert re.findall(r"'([^']+,[^']+)'", note) == ["wanda, none"]
+    (note,) = table_below(tmp_path / "ria", tmp_path / "sparsegpt").notes
+    assert re.findall(r"'(\w+)'", note) == ["ria", "sparsegpt"]
     assert table_below(tmp_path, baseline="pruner=wanda,permutation=none").notes == []
+
+
+def test_gaps_of_all_pruners_are_from_wanda_by_default(tmp_path: Path) -> None:
+    def made(name: str, perplexity: float, pruner: str, dataset: str = "c4", **how: Any) -> None:
+        calibration = {"dataset": dataset}
+        settings = {"name": pruner, "damping": 0.01} if pruner == "sparsegpt" else {"name": pruner}
+        make_run(tmp_path / name, perplexity, pruner=settings, calibration=calibration, **how)
+
+    made("wanda", 40.0, "wanda", permutation="none")
+    made("sparsegpt", 20.0, "sparsegpt", permutation="none")
+    made("sparsegpt lcp", 15.0, "sparsegpt")
+    made("ria", 30.0, "ria", dataset="pile", permutation="none")
+    made("ria lcp", 20.0, "ria", dataset="pile")
+    made("other text", 20.0, "ria", dataset="own")
+    table = table_below(tmp_path)
+    rows = {table.first(row).directory.name: row for row in table.labels.index}
+    found = {name: table.means.at[row, "gap closed"] for name, row in rows.items()}
+    assert math.isnan(found.pop("other text"))
+    expected = {"wanda": 0.0, "sparsegpt": math.log(2), "sparsegpt lcp": math.log(40 / 15)}
+    expected = {name: value / math.log(4) for name, value in expected.items()}
+    own = {"ria": 0.0, "ria lcp": math.log(1.5) / math.log(3)}
+    assert found == pytest.approx(expected | own)
+
+
+def test_a_dense_model_that_runs_do_not_share_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(seed: int, dense: float) -> Outcome:
+        texts = {"wikitext2": {"dense": dense, "sparse": 20.0}}
+        run = make_run(tmp_path / str(seed), 0.0, evaluation(texts), seed=seed)
+        return Outcome([f"seed={seed}"], "ran", directory=str(run))
+
+    jobs = [made(0, 10.0), made(1, 10.0)]
+    assert table_below(tmp_path).notes == []
+    print_sweep(jobs)
+    assert re.search("dense +│ +│ +10.00", capsys.readouterr().out)
+    jobs.append(made(2, 11.0))
+    table = table_below(tmp_path)
+    assert DENSE_ROW not in table.means.index
+    assert len(table.notes) == 1
+    print_sweep(jobs)
+    assert re.search("dense +│ +not shared +│ +│", capsys.readouterr().out)
+
+
+def test_records_of_other_names_are_named_where_a_folder_has_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "runs" / "a")
+    kept = tmp_path / "kept"
+    assert keep(tmp_path / "runs", to=kept / "more.jsonl") == 0
+    capsys.readouterr()
+    assert call("results", [str(kept)]) == 1
+    assert "more.jsonl" in capsys.readouterr().err
+    assert call("results", [str(tmp_path / "runs"), str(kept)]) == 0
+    assert f"note: {kept} has no records.jsonl; name one of more.jsonl" in capsys.readouterr().err
+    assert keep(tmp_path / "runs", to=kept / "records.jsonl") == 0
+    assert collect([kept]).notes == []
+    (tmp_path / "runs" / "a" / "metrics.json").unlink()  # an interrupted run has its history alone
+    with pytest.raises(ConfigError) as refused:
+        collect([tmp_path / "runs" / "a"])
+    assert "jsonl" not in str(refused.value)
+
+
+def test_records_of_deleted_code_are_runs_of_their_own() -> None:
+    folder = EXPERIMENTS / "allocation"
+    runs = collect([folder / "records.jsonl", folder / "restored.jsonl"], apart=True).runs
+    masks: dict[str, str] = {}
+    for run in runs:
+        digest = run.metrics["sha256"]["masks.safetensors"]
+        assert masks.setdefault(run.key(), digest) == digest, run.directory
+    names = table_of(without_repeated(runs, [])).names()
+    assert len({*names}) == len(names)
+    assert any("code=8e61d31ea" in name for name in names)
 
 
 def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
