@@ -703,3 +703,17 @@ def test_a_perplexity_that_is_not_finite_has_no_gap(tmp_path: Path) -> None:
     make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
     make_run(tmp_path / "lcp", math.inf)
     assert gaps(table_below(tmp_path)) == pytest.approx({"none": 0.0, "heuristic": 0.5})
+
+
+def test_seconds_of_other_threads_have_their_number_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, threads in (("none", 1), ("lcp", 2)):
+        line = record(20.0, permutation=name)
+        line["environment"] = {"hardware": {"threads": threads}}
+        as_folder(line, tmp_path / name)
+    for places, expected in ((tmp_path,), [("lcp", "2"), ("none", "1")]), ((tmp_path / "lcp",), []):
+        assert call("results", [*map(str, places), "--format", "csv"]) == 0
+        rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
+        shown = [(row["permutation"], row["threads"]) for row in rows if row.get("threads")]
+        assert sorted(shown) == expected
