@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -194,10 +195,14 @@ class RunDirectory(Record):
             ConfigError: the directory belongs to another run.
             DataError: a file cannot be read.
         """
+        is_new = False
         with ExitStack() as locks:
 
             def lock_and_read() -> tuple[Any, ...]:
+                nonlocal is_new
                 self._lock(locks, wait)
+                is_new = not self.directory.exists()
+                self.directory.mkdir(exist_ok=True)
                 self._check_config()
                 if not force:
                     self._read()
@@ -205,7 +210,6 @@ class RunDirectory(Record):
                     self._write_config()
                 return self.metrics, self.evaluation, self.history, self._is_finished()
 
-            is_new = not self.directory.exists()
             self._has_begun = not force
             state = parallel.on_main(lock_and_read)
             self.metrics, self.evaluation, self.history, self.finished = state
@@ -213,20 +217,23 @@ class RunDirectory(Record):
                 yield
             except (ConfigError, DataError):
                 has_result = any((self.directory / name).exists() for name in RESULTS)
-                if parallel.rank() == 0 and is_new and not has_result:
+                if is_new and not has_result:  # new in rank 0 alone
                     shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
     def _lock(self, locks: ExitStack, wait: bool) -> None:
         """Lock the directory. A process with another evaluation of the same run always waits."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        same = FileLock(self.directory / f".lock-{self.evaluation['evaluation_hash']}")
+        place = self.directory.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the directory, which may be removed, unless the user may change nothing there.
+        folder = (place.parent if os.access(place.parent, os.W_OK) else place) / ".locks"
+        folder.mkdir(exist_ok=True)
+        same = FileLock(folder / f"{place.name}-{self.evaluation['evaluation_hash']}.lock")
         try:
             locks.enter_context(same.acquire(timeout=None if wait else 0))
         except Timeout as error:
             raise InUseError(f"{self.directory} is in use by another process") from error
-        locks.enter_context(FileLock(self.directory / ".lock"))
-        self.directory.mkdir(exist_ok=True)  # the other process may have removed it
+        locks.enter_context(FileLock(folder / f"{place.name}.lock"))
 
     def _check_config(self) -> None:
         """Raise ConfigError if the directory has files of another kind or of another run."""

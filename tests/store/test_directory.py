@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import multiprocessing
 import os
 import shutil
 import sys
@@ -189,7 +190,7 @@ def test_finished_stages_are_not_done_again(
 def test_a_damaged_file_gives_the_same_result_or_is_named(whole: Path, tmp_path: Path) -> None:
     before, refused, directory = results(whole), set(), tmp_path / "run"
     files = [file for file in whole.rglob("*") if file.is_file()]
-    for file in [file for file in files if not file.name.startswith(".lock")]:
+    for file in files:
         shutil.copytree(whole, directory)
         content = file.read_bytes()
         middle = len(content) // 2
@@ -350,6 +351,60 @@ def test_a_job_that_ends_by_its_settings_leaves_no_directory(
     assert not list((tmp_path / "runs").glob("tiny*"))
 
 
+def lock_file(config: RunConfig) -> Path:
+    """The file that processes with the same evaluation of a run lock."""
+    directory = run_directory(config)
+    evaluation = digest_of(config.evaluation_identity)
+    return directory.parent / ".locks" / f"{directory.name}-{evaluation}.lock"
+
+
+def fail(config: RunConfig, meanwhile: Callable[[], object]) -> None:
+    """Open a run, and end it by an error after `meanwhile`."""
+    record = RunDirectory(run_directory(config), config)
+    with record.opened():
+        assert record.directory.is_dir()
+        meanwhile()
+        raise DataError("no text")
+
+
+def fail_too(config: RunConfig, begins: Any) -> None:
+    begins.set()
+    with pytest.raises(DataError):
+        fail(config, lambda: None)
+
+
+@pytest.mark.parametrize("words", [(), OTHER])
+def test_a_process_that_waits_for_a_new_run_that_fails_takes_its_turn(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = settings(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    begins = fork.Event()
+    waiting = fork.Process(target=fail_too, args=[settings(tmp_path, *words), begins])
+
+    def let_it_wait() -> None:
+        waiting.start()
+        begins.wait(60)
+        time.sleep(0.3)  # it tries twenty times a second
+
+    with pytest.raises(DataError):
+        fail(config, let_it_wait)
+    waiting.join(60)
+    assert waiting.exitcode == 0
+    assert not run_directory(config).exists()
+
+
+def test_locks_lie_in_a_directory_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # such as a volume of a container
+    config = settings(tmp_path, f"run_dir={tmp_path}/run")
+    (tmp_path / "run").mkdir()
+    with RunDirectory(run_directory(config), config).opened():
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
 def test_two_processes_on_one_run_take_turns(tmp_path: Path) -> None:
     same, other = settings(tmp_path), settings(tmp_path, *OTHER)
     holder, entered = RunDirectory(run_directory(same), same), []
@@ -364,7 +419,7 @@ def test_two_processes_on_one_run_take_turns(tmp_path: Path) -> None:
         threads = [threading.Thread(target=enter, args=[config]) for config in (same, other)]
         for thread in threads:
             thread.start()
-        while not (holder.directory / f".lock-{digest_of(other.evaluation_identity)}").exists():
+        while not lock_file(other).exists():
             time.sleep(0.01)
         time.sleep(0.2)  # they try twenty times a second
         assert not entered

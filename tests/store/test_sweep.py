@@ -188,7 +188,8 @@ def test_outcomes_of_jobs_are_gathered_and_read_outcomes(processes: int, tmp_pat
     before = read_outcomes(folder)
     run_command(*command, "plan=true", cwd=tmp_path)
     assert read_outcomes(folder) == before
-    (lock,) = Path(read_outcomes(folder)[0].directory or "").glob(".lock-*")
+    directory = Path(read_outcomes(folder)[0].directory or "")
+    (lock,) = (directory.parent / ".locks").glob(f"{directory.name}-*.lock")
     with FileLock(lock):
         again = run_command(*command, "force=true", cwd=tmp_path)
     assert "1 ran, 1 skipped, 2 failed" in again.stdout
