@@ -22,10 +22,10 @@ from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.report.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything
+from permllm.runtime.files import choose_cache
 from permllm.settings.composition import composed, refusal
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
-from permllm.store.cache import choose_cache
 from permllm.store.environment import environment
 from permllm.store.files import SCHEMA_VERSION, write_text
 

@@ -33,6 +33,7 @@ from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
+from permllm.runtime.files import choose_cache
 from permllm.runtime.memory import (
     SPARING,
     keep_freed_memory,
@@ -42,7 +43,6 @@ from permllm.runtime.memory import (
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import sweeping
 from permllm.settings.config import ExportConfig, RunConfig
-from permllm.store.cache import choose_cache
 from permllm.store.directory import RunDirectory, run_directory
 from permllm.store.environment import environment
 from permllm.store.files import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, write_json

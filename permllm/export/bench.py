@@ -35,11 +35,11 @@ from permllm.models.checkpoint import (
     check_runs,
     read_weights,
     vocabulary_of,
-    weight_files,
 )
 from permllm.models.families import linear_at
 from permllm.models.load import check_windows
 from permllm.runtime.devices import resolve_device
+from permllm.settings.checkpoints import weight_files
 from permllm.settings.config import NMPattern
 from permllm.settings.values import SETTINGS, Count, Positive, validated
 from permllm.sparsity.nm import violations

@@ -13,9 +13,10 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from permllm.command import Answer
 from permllm.errors import ConfigError
 from permllm.export.write import check_files, read_summary
-from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of, weight_files
+from permllm.models.checkpoint import check_runs, read_weights, vocabulary_of
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import recorded_groups
+from permllm.settings.checkpoints import weight_files
 from permllm.settings.config import NMPattern, check_divides
 from permllm.sparsity.nm import violations
 from permllm.store.files import SUMMARY

@@ -26,14 +26,13 @@ from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
+from permllm.runtime.files import cache_directory, file_sha256
 from permllm.settings.config import ExportConfig, ModelConfig
 from permllm.settings.values import validated
-from permllm.store.cache import cache_directory
 from permllm.store.files import (
     CONFIG,
     METRICS,
     SUMMARY,
-    file_sha256,
     new_folder,
     read_json,
     read_yaml,

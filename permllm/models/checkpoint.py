@@ -16,14 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
+from permllm.settings.checkpoints import weight_files
 from permllm.store.files import MASKS, read_json
 from permllm.store.tensors import load_tensor, tensor_formats
 
-# Index of several files, and name of a single file, in the order in which transformers looks.
-WEIGHT_FILES = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
 # Keys of config.json that no checkpoint may have, and why.
 _REFUSED = {
     "quantization_config": "quantised models cannot be pruned",
@@ -101,31 +97,6 @@ def _what_it_is(folder: Path) -> str:
     if (folder / MASKS).is_file():
         return f"it has the masks of a run; permllm export {folder} --to CHECKPOINT makes one of it"
     return "it has no config.json"
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files from which transformers reads the weights of a folder.
-
-    Raises:
-        DataError: the folder has no weights, or its index is damaged.
-    """
-    for index, single in WEIGHT_FILES:
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            return [folder / name for name in indexed_files(folder / index)]
-    raise DataError(f"{folder} has no weights: {' or '.join(single for _, single in WEIGHT_FILES)}")
-
-
-def indexed_files(index: Path) -> list[str]:
-    """Return the names of the files in an index of weights; all lie in the index's folder."""
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if names and all(Path(name).name == name for name in names):
-            return names
-    except (KeyError, AttributeError, TypeError):
-        pass
-    raise DataError(f"{index}: weight_map: expected a file name of this folder for each tensor")
 
 
 def tensor_reader(folder: Path, model: PreTrainedModel) -> ReadTensor | None:

@@ -15,8 +15,8 @@ from permllm.data.package_index import (
     wheel_file,
 )
 from permllm.models.gguf import convert_gguf
+from permllm.runtime.files import cache_directory
 from permllm.settings.config import WHEEL_MODELS, ModelConfig
-from permllm.store.cache import cache_directory
 from permllm.store.files import new_folder
 
 

@@ -14,8 +14,8 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from permllm.models.checkpoint import skeleton_like, transformers_reads
-from permllm.store.cache import cache_directory
-from permllm.store.files import file_sha256, new_folder
+from permllm.runtime.files import cache_directory, input_sha256
+from permllm.store.files import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def gguf_folder(file: Path) -> Path:
 
     Raises DataError if the file cannot be converted, or the disk is full.
     """
-    name = f"gguf-{file_sha256(file)[:12]}"
+    name = f"gguf-{input_sha256(file)[:12]}"
     folder = cache_directory() / "models" / name
     with FileLock(cache_directory() / f"{name}.lock"):
         if not folder.is_dir():

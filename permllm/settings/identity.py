@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from permllm.runtime.files import input_sha256
+from permllm.settings.checkpoints import checkpoint_files
+
 # Settings that name a file or a folder.
 PATHS = (
     ("model", "path"),
@@ -166,23 +169,18 @@ def is_task_file(name: str) -> bool:
 
 
 def input_digest(path: Path) -> str | None:
-    """Return the sha256 of an input; None: it does not exist.
+    """Return a digest of an input's content; None: it does not exist.
 
     Args:
-        path: a file, a run directory, whose permutations count, or another folder, whose names,
-            sizes and times count.
+        path: a file, a run directory, whose permutations count, or a folder of a model, whose
+            config, generation settings, tokenizer and weights count.
     """
     if (path / "permutations.safetensors").is_file():
         path = path / "permutations.safetensors"
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    if not path.is_dir():
-        return None
-    listing = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())
-    ]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return input_sha256(path)
+    digests = {file.name: input_sha256(file) for file in checkpoint_files(path)}
+    return digest_of(digests) if digests else None
 
 
 def task_digest(definition: Path) -> str | None:

@@ -7,7 +7,6 @@ can be deleted at any time; its results are then computed again.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,20 +14,17 @@ from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from permllm.errors import DataError
 from permllm.runtime import parallel
+from permllm.runtime.files import cache_directory
 from permllm.store.environment import git_commit, versions
 from permllm.store.tensors import load_state, save_state
 
 log = logging.getLogger(__name__)
 
 Values = TypeVar("Values", bound=Mapping[str, Any])
-
-# Variable with the cache directory.
-_VARIABLE = "PERMLLM_CACHE"
 
 
 def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
@@ -87,16 +83,3 @@ def tensor_digest(tensor: Tensor) -> str:
     """Return the sha256 of a CPU tensor's values, shape and dtype."""
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.sha256(head + tensor.contiguous().numpy().tobytes()).hexdigest()
-
-
-def choose_cache(folder: str | None) -> None:
-    """Use a folder as the cache directory of this process; None: the one of the environment."""
-    if folder:
-        os.environ[_VARIABLE] = folder
-
-
-def cache_directory() -> Path:
-    """Return the folder in `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
-    path = Path(os.environ.get(_VARIABLE) or user_cache_path("permllm"))
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.runtime import parallel
+from permllm.runtime.files import file_sha256
 from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
 from permllm.settings.config import RunConfig, flatten
 from permllm.settings.identity import digest_of, identity_of
@@ -29,7 +30,6 @@ from permllm.store.files import (
     SCHEMA_VERSION,
     UNFINISHED,
     WEIGHTS,
-    file_sha256,
     read_json,
     read_lines,
     read_yaml,

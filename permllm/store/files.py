@@ -1,6 +1,5 @@
 """Files of a run directory: their names, and functions that write a complete file or none."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -130,15 +129,6 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, hexadecimal. Raises DataError if it cannot be read."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 

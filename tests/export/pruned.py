@@ -15,9 +15,10 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import folder_identity
 from permllm.models.selection import differing_patterns, pruned_groups
 from permllm.permutation.foldable import expanded, shared_permutations
+from permllm.runtime.files import file_sha256
 from permllm.settings.config import ModelConfig, NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.store.files import file_sha256, read_json, write_json, write_text
+from permllm.store.files import read_json, write_json, write_text
 from permllm.store.tensors import save_masks, save_tensors
 from tests.conftest import FAMILY_SETTINGS, tiny_config
 from tests.permutation.test_foldable import random_order

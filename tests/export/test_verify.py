@@ -20,8 +20,9 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.gathered import GATHERS
 from permllm.export.verify import logits_difference, verify
 from permllm.export.write import export_run
+from permllm.runtime.files import file_sha256
 from permllm.settings.config import ExportConfig, NMPattern
-from permllm.store.files import SUMMARY, file_sha256
+from permllm.store.files import SUMMARY
 from tests.conftest import tiny_model
 from tests.export.pruned import change_metrics, load, make_run, take_as_pruned, variant_model
 from tests.models.test_bad_checkpoints import HEAD, NORM, UP, WEIGHTS, poisoned, rewrite

@@ -25,9 +25,10 @@ from permllm.export.gathered import GATHERS, leave_out_gathers
 from permllm.export.verify import verify
 from permllm.export.write import SUMMARY, export_run, present_export
 from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.runtime.files import file_sha256
 from permllm.settings.config import ExportConfig, NMPattern
 from permllm.sparsity.nm import violations
-from permllm.store.files import file_sha256, read_json, write_json, write_text
+from permllm.store.files import read_json, write_json, write_text
 from permllm.store.tensors import save_tensors
 from tests.conftest import run_python
 from tests.export.pruned import (
@@ -296,6 +297,12 @@ def test_the_command_takes_the_first_form_that_the_run_allows(
     assert call("export", [run, "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     assert f"({form}, bfloat16)" in capsys.readouterr().out
     assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_run_is_exported_beside_other_files_of_its_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    (tmp_path / "dense" / "notes.txt").write_text("mine")
+    assert export_run(run, ExportConfig("folded"), tmp_path / "out")["form"] == "folded"
 
 
 def test_bad_requests(

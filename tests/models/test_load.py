@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import vocabulary_of
-from permllm.models.load import check_windows, load_model, meta_model
+from permllm.models.load import check_windows, folder_identity, load_model, meta_model
 from permllm.settings.config import ModelConfig
 from tests.conftest import tiny_config, tiny_model
-from tests.models.test_bad_checkpoints import local
+from tests.models.test_bad_checkpoints import WEIGHTS, local
+from tests.settings.test_config import config
 
 
 @pytest.fixture
@@ -36,11 +39,36 @@ def test_a_folder_loads_in_the_dtype_that_was_asked_for(folder: Path) -> None:
     assert meta_model(local(folder)).config.model_type == "qwen3"
 
 
-def test_the_identity_follows_the_weights(folder: Path) -> None:
-    first = load_model(local(folder), seed=0).identity
-    assert load_model(local(folder), seed=1).identity == first
-    tiny_model("qwen3", seed=5).save_pretrained(folder)
-    assert load_model(local(folder), seed=0).identity != first
+def identities(folder: Path) -> tuple[str, str]:
+    """The identity of a loaded model, and the hash of a run with it."""
+    hash_of_run = config("model=local", f"model.path={folder}", "model.dtype=float32").hash
+    return folder_identity(local(folder), folder), hash_of_run
+
+
+def test_the_identity_is_the_content_that_is_loaded(folder: Path, tmp_path: Path) -> None:
+    first = identities(folder)
+    assert load_model(local(folder), seed=1).identity == first[0]
+    for name in ("notes.txt", "consolidated.safetensors", "model.safetensors.index.json"):
+        (folder / name).write_text("{}")
+    (folder / "tokenizer").mkdir()
+    copied = shutil.copytree(folder, tmp_path / "copied" / folder.name)
+    os.utime(copied / "config.json")
+    assert identities(folder) == identities(copied) == first
+    files = ["config.json", "generation_config.json", "tokenizer_config.json", WEIGHTS]
+    changed = [first]
+    for name in files:
+        (copied / name).write_bytes((copied / name).read_bytes() + b"\n")
+        changed.append(identities(copied))
+    assert all(len(set(part)) == len(changed) for part in zip(*changed, strict=True))
+
+
+def test_indexed_weights_are_part_of_the_identity(folder: Path) -> None:
+    tiny_model("qwen3").save_pretrained(folder, max_shard_size="20KB")
+    (folder / WEIGHTS).unlink()
+    first = identities(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[::-1])
+    assert all(now != before for now, before in zip(identities(folder), first, strict=True))
 
 
 def test_an_architecture_that_is_not_the_stated_one_is_refused(folder: Path) -> None:
@@ -69,8 +97,8 @@ def test_windows_beyond_a_buffer_of_positions_are_refused() -> None:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "rotary_dim": 4}
     gptj = AutoConfig.for_model("gptj", n_positions=16, **sizes)
     mpt = AutoConfig.for_model("mpt", max_seq_len=16, d_model=32, n_heads=4, n_layers=2)
-    for config in (gptj, mpt):
-        model = AutoModelForCausalLM.from_config(config)
+    for architecture in (gptj, mpt):
+        model = AutoModelForCausalLM.from_config(architecture)
         check_windows("text", windows[:, :16], model)
         with pytest.raises(DataError, match="16 positions"):
             check_windows("text", windows, model)

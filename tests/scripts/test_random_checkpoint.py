@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from permllm.models.checkpoint import indexed_files
+from permllm.settings.checkpoints import indexed_files
 from tests.conftest import ROOT, run_python
 
 SCRIPT = "scripts/random_checkpoint.py"
