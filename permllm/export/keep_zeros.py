@@ -1,4 +1,4 @@
-"""Fine-tuning of a pruned model that keeps its zeros.
+"""Fine-tuning of a pruned model, or of a copy of it, that keeps its zeros.
 
 A weight that is zero and has no gradient stays zero: weight decay multiplies it, and moments of its
 gradients are zero. For LoRA that is not enough, because the product of its factors is dense. So the
@@ -12,6 +12,9 @@ from torch.nn.functional import linear
 
 from permllm.errors import ConfigError
 from permllm.export.gathered import gathered_input
+
+# Attribute of weights whose gradients are masked.
+_IS_MASKED = "_permllm_is_masked"
 
 
 def keep_zeros(model: Any) -> None:
@@ -30,20 +33,22 @@ def keep_zeros(model: Any) -> None:
         if hasattr(module, "lora_variant"):
             others |= {*module.lora_A.modules(), *module.lora_B.modules()}
             _mask_products(module)
-        elif isinstance(module, nn.Linear) and module not in others:
-            weight = module.weight
-            if not weight.all():
-                has_zeros = True
-                _mask_gradients(weight)
+        elif isinstance(module, nn.Linear) and module not in others and not module.weight.all():
+            has_zeros = True
+            module.register_forward_pre_hook(_mask_gradients)
     if not has_zeros:
         raise ConfigError("model: no linear has zeros; expected a pruned model")
 
 
-def _mask_gradients(weight: Tensor) -> None:
-    trains = weight.requires_grad
-    weight.requires_grad_(True)  # else torch refuses the hook
-    weight.register_hook(lambda gradient: gradient.masked_fill(weight == 0, 0))
-    weight.requires_grad_(trains)
+def _mask_gradients(linear: nn.Module, _: Any) -> None:
+    """Mask the gradients of a weight from its first forward on.
+
+    A copy of a model has the hooks of modules, but not those of its parameters.
+    """
+    weight: Any = linear.weight
+    if weight.requires_grad and not hasattr(weight, _IS_MASKED):
+        weight.register_hook(lambda gradient: gradient.masked_fill(weight == 0, 0))
+        setattr(weight, _IS_MASKED, True)
 
 
 def _mask_products(layer: Any) -> None:
