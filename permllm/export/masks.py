@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from permllm.errors import ConfigError
 from permllm.export.card import model_card
 from permllm.export.rebuild import apply_record
-from permllm.export.write import MASKS_ALONE, finished_record, new_export, read_record
+from permllm.export.write import MASKS_ALONE, dense_model, finished_record, new_export, read_record
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
-from permllm.settings.config import ModelConfig
 from permllm.settings.identity import identity_of
-from permllm.settings.values import validated
 from permllm.store.files import MASKS, PERMUTATIONS, SUMMARY, write_json, write_text
 from permllm.store.tensors import PrunedTensors
 
@@ -32,7 +29,7 @@ _METRICS = (
     *("evaluation", "perplexity", "tasks", "evaluated_texts"),
 )
 # Settings of the machine of the run, and the acceptance of terms, which each user gives.
-_ANYWHERE = {"device": "auto", "placement": "auto", "accept_terms": False}
+_ANYWHERE = {"path": None, "device": "auto", "placement": "auto", "accept_terms": False}
 
 
 def write_masks(directory: Path, target: Path) -> dict[str, Any]:
@@ -77,37 +74,46 @@ def write_masks(directory: Path, target: Path) -> dict[str, Any]:
 
 
 def load_masked(
-    folder: Path, dtype: torch.dtype | str | None, accept_terms: bool = False, **options: Any
+    folder: Path,
+    dtype: torch.dtype | str | None,
+    dense: str | Path | PreTrainedModel | None = None,
+    accept_terms: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
-    """Fetch the dense model of a folder with masks, and apply them.
+    """Apply the masks of a folder to their dense model.
 
     Args:
         folder: folder with masks.
         dtype: dtype of the weights, or its name; None or "auto": that of the run.
+        dense: the dense model, which is pruned in place, or the folder or GGUF file of a local one;
+            None: it is fetched.
         accept_terms: as `model.accept_terms`.
         options: further options for transformers, if the model has files.
 
     Raises:
-        ConfigError: the dense model has terms that must be accepted.
+        ConfigError: a local model is not given, a loaded one is given with a dtype or options, or
+            the dense model has terms that must be accepted.
         DataError: the dense model cannot be fetched or is another one, or a file is damaged.
     """
-    _, config = read_record(folder)
-    settings = validated(ModelConfig, config["model"], "model")
+    metrics, config = read_record(folder)
+    if isinstance(dense, PreTrainedModel):
+        if dtype or options:
+            raise ConfigError("dense: a loaded model keeps its dtype and takes no options")
+        apply_record(dense, metrics["model"], folder)
+        return dense
+    settings = dense_model(config, dense)
     settings = replace(settings, accept_terms=accept_terms or settings.accept_terms)
     settings.check_terms()
     if dtype is None or dtype == "auto":
         dtype = settings.dtype
-    wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = dense_folder(settings)
     if source is None:  # a random model
         on_cpu = replace(settings, device="cpu", placement="device")
-        loaded = load_model(on_cpu, config["seed"])
-        model = loaded.model
-        module: nn.Module = model.requires_grad_(True)
-        module.to(wanted)
-        identity = loaded.identity
+        model: Any = load_model(on_cpu, config["seed"]).model.requires_grad_(True)
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        identity = metrics["model"]
     else:
-        model = read_weights(source, wanted, torch.device("cpu"), **options)
+        model = read_weights(source, dtype, torch.device("cpu"), **options)
         identity = folder_identity(settings, source)
     apply_record(model, identity, folder)
     return model

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from permllm.errors import DataError
 from permllm.export.write import read_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
@@ -22,7 +23,7 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         directory: directory of a run that has pruned its model, or a folder with its masks.
 
     Raises:
-        DataError: as `PrunedTensors`.
+        DataError: as `PrunedTensors`, or the model has other linears.
     """
     metrics, _ = read_record(directory)
     sparsity = metrics["sparsity"]
@@ -30,6 +31,11 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
     )
     pruned = PrunedTensors(directory, metrics, identity)
+    shapes = {
+        path: linear_at(model, path).weight.shape for group in groups for path in group.members
+    }
+    if shapes != pruned.masks.shapes():
+        raise DataError(f"{directory} has masks of other linears than this model")
     placement = placement_of(model)
     for group in groups:
         with placement.layer(group.layer):

@@ -3,7 +3,6 @@
 Runs, the command `permllm export` and `permllm.save` use it.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
@@ -26,8 +24,9 @@ from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.selection import DENSE
 from permllm.models.source import DenseSource, dense_source
-from permllm.runtime.files import cache_directory, file_sha256
+from permllm.runtime.files import cache_lock, file_sha256
 from permllm.settings.config import ExportConfig, ModelConfig
+from permllm.settings.identity import digest_of
 from permllm.settings.values import validated
 from permllm.store.files import (
     CONFIG,
@@ -66,7 +65,11 @@ class PrunedSource:
 
 
 def export_run(
-    directory: Path, settings: ExportConfig, target: Path, overwrite: bool = False
+    directory: Path,
+    settings: ExportConfig,
+    target: Path,
+    overwrite: bool = False,
+    dense: Path | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model of a run.
 
@@ -75,22 +78,32 @@ def export_run(
         settings: settings of the export.
         target: folder to write, new or empty. It appears when it is complete.
         overwrite: True: replace an earlier checkpoint in the target once the new one is complete.
+        dense: folder or GGUF file of the dense model; None: where the run found the model.
 
     Returns:
         The summary, which is also written into the target: form, pattern, bytes, seconds and more.
 
     Raises:
-        ConfigError: the directory has no finished run, the permutations do not fold, or the target
-            is not empty.
+        ConfigError: the directory has no finished run, the permutations do not fold, the target is
+            not empty, or masks of a local model come without `dense`.
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
     metrics, config = finished_record(directory)
-    model = validated(ModelConfig, config["model"], "model")
+    model = dense_model(config, dense)
     model.check_terms()
-    dense = dense_source(model, config["seed"])
-    pruned = PrunedTensors(directory, metrics, dense.identity)
-    source = PrunedSource(dense, config, metrics, pruned.permutations, pruned.weight)
+    original = dense_source(model, config["seed"])
+    pruned = PrunedTensors(directory, metrics, original.identity)
+    source = PrunedSource(original, config, metrics, pruned.permutations, pruned.weight)
     return write_checkpoint(source, settings, target, overwrite)
+
+
+def dense_model(config: dict[str, Any], place: str | Path | None) -> ModelConfig:
+    """Return the settings of a run's dense model, which is in a folder or GGUF file at `place`.
+
+    Raises ConfigError if the place is None, and the settings of a local model have none.
+    """
+    local = {"source": "local", "path": str(place)} if place else {}
+    return validated(ModelConfig, config["model"] | local, "model")
 
 
 def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,8 +150,8 @@ def new_export(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Processes that write the same target take turns, so that the first one gets it.
     """
     folder = target.resolve()
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    with FileLock(cache_directory() / f"export-{digest}.lock"):
+    digest = digest_of({"folder": str(folder)})
+    with cache_lock(f"export-{digest}"):
         if target.exists() and not overwrite:
             is_fixed = target.samefile(Path.cwd()) or target.is_mount()
             if is_fixed or not target.is_dir() or any(target.iterdir()):
@@ -227,7 +240,7 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     summary["sha256"] = {name: file_sha256(folder / name) for name in files}
     summary["seconds"] = time.perf_counter() - started
     write_json(folder / SUMMARY, summary)
-    _write_card(folder, source.config, source.metrics, summary)
+    write_text(folder / "README.md", model_card(source.config, source.metrics, summary))
     if notice := model_notice(source.config):
         write_text(folder / "NOTICE", f"{notice}\n")
     return summary
@@ -236,12 +249,6 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
 def write_card(folder: Path, directory: Path, summary: dict[str, Any]) -> None:
     """Write the model card of an export again, with the present evaluation of its run."""
     metrics, config = read_record(directory)
-    _write_card(folder, config, metrics, summary)
-
-
-def _write_card(
-    folder: Path, config: dict[str, Any], metrics: dict[str, Any], summary: dict[str, Any]
-) -> None:
     write_text(folder / "README.md", model_card(config, metrics, summary))
 
 

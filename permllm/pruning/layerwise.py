@@ -202,9 +202,9 @@ class _Layers:
         if layer.weights:
             names = {linear_at(self.model, path): weight_name(path) for path in layer.weights}
             self.placement.read_from(file, names)
-        for path in layer.masks:
+        for path, shape in layer.masks.shapes().items():
             read = partial(load_tensor, file, mask_name(path))
-            self.result.masks.set_packed(path, read, layer.masks.shape(path))
+            self.result.masks.set_packed(path, read, shape)
 
     def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
         """Prune a layer; its output errors are measured later."""

@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 from platformdirs import user_cache_path
 
 from permllm.errors import DataError, first_line
@@ -29,6 +29,11 @@ def cache_directory() -> Path:
     return path
 
 
+def cache_lock(name: str) -> BaseFileLock:
+    """Return a lock in the cache directory, which no other process holds at the same time."""
+    return FileLock(cache_directory() / f"{name}.lock")
+
+
 def input_sha256(file: Path) -> str:
     """Return the sha256 of a file. A large file is read only if it has changed. Errors as above."""
     state = file.stat()
@@ -37,7 +42,7 @@ def input_sha256(file: Path) -> str:
     version = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     digest = cache_directory() / "digests" / "-".join(map(str, version))
     digest.parent.mkdir(exist_ok=True)
-    with FileLock(digest.with_suffix(".lock")):
+    with cache_lock(f"digests/{digest.name}"):
         if not digest.exists():
             scratch = digest.with_suffix(".tmp")
             scratch.write_text(file_sha256(file))

@@ -1,7 +1,6 @@
 """Files of a checkpoint in a folder that transformers reads."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from permllm.errors import DataError
@@ -23,15 +22,8 @@ TOKENIZER_FILES = (
     "*.tiktoken",
     "tekken.json",
 )
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files of a model that are there: config, generation, tokenizer and weights."""
-    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-    files = [file for pattern in patterns for file in folder.glob(pattern)]
-    with suppress(DataError):  # the reader of the weights raises it
-        files += weight_files(folder)
-    return [file for file in files if file.is_file()]
+# Patterns of the names of all files of a model but its weights.
+MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def weight_files(folder: Path) -> list[Path]:

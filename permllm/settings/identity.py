@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from permllm.errors import DataError
 from permllm.runtime.files import input_sha256
-from permllm.settings.checkpoints import checkpoint_files
+from permllm.settings.checkpoints import MODEL_FILES, weight_files
 
 # Settings that name a file or a folder.
 PATHS = (
@@ -179,7 +180,10 @@ def input_digest(path: Path) -> str | None:
         path = path / "permutations.safetensors"
     if path.is_file():
         return input_sha256(path)
-    digests = {file.name: input_sha256(file) for file in checkpoint_files(path)}
+    files = [file for pattern in MODEL_FILES for file in path.glob(pattern)]
+    with suppress(DataError):  # the reader of the weights raises it
+        files += weight_files(path)
+    digests = {file.name: input_sha256(file) for file in files if file.is_file()}
     return digest_of(digests) if digests else None
 
 

@@ -69,10 +69,9 @@ class PackedMasks(UserDict[str, Tensor]):
         bits, shape = self.data[name]
         return bits if isinstance(bits, Tensor) else bits(), shape
 
-    def shape(self, name: str) -> torch.Size:
-        """Return the shape of a mask, `(C_out, C_in)`."""
-        shape: torch.Size = self.data[name][1]
-        return shape
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of all masks, `(C_out, C_in)`, by name."""
+        return {name: shape for name, (_, shape) in self.data.items()}
 
     def take(self, other: PackedMasks) -> None:
         """Add the masks of another collection without unpacking them."""
@@ -153,7 +152,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     A mask is bool `(C_out, C_in)`, in the original channel order; True: the weight is kept.
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
-    shapes = json.dumps({name: list(packed.shape(name)) for name in packed})
+    shapes = json.dumps(packed.shapes())
     save_tensors(path, {name: packed.packed(name)[0] for name in packed}, {_SHAPES: shapes})
 
 
@@ -227,7 +226,7 @@ def save_layer(path: Path, layer: PrunedLayer) -> None:
     tensors |= {mask_name(name): layer.masks.packed(name)[0] for name in layer.masks}
     tensors |= {weight_name(name): weight for name, weight in layer.weights.items()}
     figures: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
-    figures[_SHAPES] = {name: layer.masks.shape(name) for name in layer.masks}
+    figures[_SHAPES] = layer.masks.shapes()
     save_tensors(path, tensors, {_FIGURES: json.dumps(figures)})
 
 
