@@ -20,7 +20,7 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, groups_on_kernels
 from permllm.export.write import export_run, present_export, write_card
-from permllm.models.load import LoadedModel, check_windows, load_model, meta_model
+from permllm.models.load import LoadedModel, check_windows, load_model, meta_model, with_dtype
 from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
@@ -76,6 +76,8 @@ def run(config: RunConfig) -> JobResult | None:
         PermLLMError: an error that the user can fix.
     """
     choose_cache(config.paths.cache_dir)
+    model = parallel.on_main(lambda: with_dtype(config.model))
+    config = replace(config, model=model)
     texts = texts_of_job(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
     export = export_of(config, methods)
@@ -246,7 +248,8 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
 
     Raises ConfigError if this run cannot have the export.
     """
-    export = replace(config.export, dtype=config.export.dtype or config.model.dtype)
+    dtype: Any = config.model.dtype  # no longer `auto`
+    export = replace(config.export, dtype=config.export.dtype or dtype)
     if export.serve:
         check_serve(export)
     if export.form == "none":

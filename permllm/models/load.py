@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         else:
             onto = device if placement == "device" else torch.device("cpu")
             model = read_weights(folder, getattr(torch, config.dtype), onto)
+        log.info("%s: weights in %s (model.dtype)", called, config.dtype)
         tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
         if _is_gguf(config):
@@ -128,6 +129,22 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         check_runs(called, model)
     check_layers(called, model)
     return LoadedModel(model, tokenizer, identity, config.bos)
+
+
+def with_dtype(config: ModelConfig) -> ModelConfig:
+    """Return the settings of a model with the dtype of its folder for `model.dtype=auto`.
+
+    The dtype is that of the config, or else that of the weights; of a GGUF file it is bfloat16.
+
+    Raises:
+        DataError: the folder has no checkpoint.
+    """
+    dtype: Any = config.dtype
+    if dtype == "auto":
+        folder = Path(config.path or config.name)
+        stated = None if _is_gguf(config) else check_checkpoint(folder).dtype
+        dtype = str(stated or "bfloat16").removeprefix("torch.")
+    return replace(config, dtype=dtype)
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError
 from permllm.settings.identity import (
+    PATHS,
     digest_of,
     evaluation_of,
     identity_of,
@@ -104,7 +105,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     wheel: WheelModel | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype | Literal["auto"] = "float32"
     device: str = "auto"
     placement: Placement | Literal["auto"] = "auto"
     architecture: Arguments = dataclasses.field(default_factory=dict)
@@ -121,7 +122,8 @@ class ModelConfig:
             raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository on the hub")
         if self.source == "local" and not self.path:
             raise ConfigError(
-                "model=local needs model.path=DIR, a folder with a checkpoint, or FILE.gguf"
+                "model=local needs model.path=DIR, a folder with a checkpoint, or FILE.gguf "
+                "(for masks: dense=DIR or --dense DIR)"
             )
         if self.placement == "disk" and self.source == "random":
             raise ConfigError(
@@ -296,19 +298,16 @@ class RunConfig:
     @cached_property  # because reading the files takes time
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with a digest of each file that they name (`inputs`)."""
-        files = {
-            "calibration.data_files": self.calibration.data_files,
-            "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,
-            "permutation.path": self.permutation.get("path"),
-            "model.path": self.model.path,
-        }
-        digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
+        resolved = dataclasses.asdict(self)
+        flat = flatten(resolved)
+        named = filter(flat.get, map(".".join, PATHS))
+        digests = {key: input_digest(Path(flat[key])) for key in named}
         digests |= {
             f"evaluation.tasks.{name}": task_digest(Path(name))
             for name in self.evaluation.tasks
             if is_task_file(name)
         }
-        return dataclasses.asdict(self) | {"inputs": digests}
+        return resolved | {"inputs": digests}
 
     @cached_property
     def identity(self) -> dict[str, Any]:

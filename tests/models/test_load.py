@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
+from permllm import job
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import vocabulary_of
-from permllm.models.load import check_windows, folder_identity, load_model, meta_model
+from permllm.models.load import check_windows, folder_identity, load_model, meta_model, with_dtype
 from permllm.settings.config import ModelConfig
+from permllm.store.files import read_json, read_yaml, write_json
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_bad_checkpoints import WEIGHTS, local
 from tests.settings.test_config import config
@@ -37,6 +40,48 @@ def test_a_folder_loads_in_the_dtype_that_was_asked_for(folder: Path) -> None:
         assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
         assert torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
     assert meta_model(local(folder)).config.model_type == "qwen3"
+
+
+@pytest.mark.parametrize("form", ["config", "torch_dtype", "header", "bin"])
+def test_a_folder_keeps_its_dtype(form: str, tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "model"
+    model = tiny_model("llama", dtype=torch.float16)
+    model.save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    settings = read_json(folder / "config.json")
+    if form != "config":
+        stated = settings.pop("dtype")
+        settings |= {"torch_dtype": stated} if form == "torch_dtype" else {}
+        write_json(folder / "config.json", settings)
+    if form == "bin":
+        (folder / WEIGHTS).unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    words = ["model=local", f"model.path={folder}", "model.device=cpu", "logger=none"]
+    words += ["permutation=none", "calibration=builtin", "evaluation=builtin"]
+    words += ["calibration.samples=2", "calibration.seqlen=16", f"runs_dir={tmp_path}"]
+    assert job.run(config(*words, "plan=true")) is None
+    result = job.run(config(*words))
+    assert result is not None
+    assert result.metrics["model"].endswith(":float16")
+    assert read_yaml(result.directory / "config.yaml")["model"]["dtype"] == "float16"
+    again = job.run(config(*words, "model.dtype=float16"))
+    assert again is not None
+    assert (again.directory, again.skipped) == (result.directory, True)
+    other = job.run(config(*words, "model.dtype=float32"))
+    assert other is not None
+    assert other.directory != result.directory
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_run_says_its_dtype(name: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load_model(local(folder, dtype=name), seed=0)
+    assert [name in line for line in caplog.messages] == [True]
+
+
+def test_a_gguf_file_is_read_as_bfloat16(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    assert with_dtype(local(tmp_path / "model.gguf", dtype="auto")).dtype == "bfloat16"
 
 
 def identities(folder: Path) -> tuple[str, str]:
