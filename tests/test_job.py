@@ -231,7 +231,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     monkeypatch.setattr("permllm.store.tensors.save_file", full)
     with pytest.raises(DataError, match="No space left"):
         run(tmp_path, "permutation=none")
-    (directory,) = (tmp_path / "runs").iterdir()
+    (directory,) = (tmp_path / "runs").glob("[!.]*")
     assert not list(directory.glob("*.safetensors"))
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
 
