@@ -230,6 +230,7 @@ sparsity=4:2 -> sparsity='4:2': expected N:M as a string with 0 < N < M
 sparsity=3:7 permutation=none -> does not divide the 32 input channels of model.layers.0.self_attn
 model.device=toaster -> model.device='toaster'
 model.dtype=int4 -> model.dtype='int4': must be 'float32', 'bfloat16'
+model.dtype=auto -> model.dtype=auto: model=tiny
 model=local -> model=local needs model.path=DIR
 model.placement=disk -> model.placement=disk: model=tiny is random
 calibration.dataset=mars plan=true -> calibration.dataset='mars' is not valid; valid are: boolq-

@@ -125,6 +125,8 @@ class ModelConfig:
                 "model=local needs model.path=DIR, a folder with a checkpoint, or FILE.gguf "
                 "(for masks: dense=DIR or --dense DIR)"
             )
+        if self.dtype == "auto" and self.source != "local":
+            raise ConfigError(f"model.dtype=auto: model={self.name} has no dtype of its own")
         if self.placement == "disk" and self.source == "random":
             raise ConfigError(
                 f"model.placement=disk: model={self.name} is random and has no files; use host"
