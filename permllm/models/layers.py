@@ -33,6 +33,8 @@ from permllm.runtime.precision import products_as_they_are, products_in
 _SHARE_OF_FREE = 1 / 8
 # Shape of the two windows of tokens whose arguments are compared.
 _COMPARED = (2, 8)
+# Name of our attention function among those of transformers.
+_IN_FLOAT32 = "permllm_float32"
 
 
 @torch.no_grad()
@@ -102,45 +104,54 @@ def replaced_forwards(layers: list[nn.Module] | nn.ModuleList, forward: Any) -> 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Return the output `(batch, tokens, hidden)` of one decoder layer."""
-    with attention_in_float32(hidden.device):
+    with attention_in_float32(layer):
         output = layer(hidden, **kwargs)
     # Some layers return a tuple. In a tensor, index 0 would be the first sequence.
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
-def attention_in_float32(device: torch.device) -> Iterator[None]:
-    """Compute attention in float32 where a CPU needs its gradients, although autocast is on.
+def attention_in_float32(layer: nn.Module) -> Iterator[None]:
+    """Compute a layer's attention in float32 where a CPU needs its gradients, despite autocast.
 
     The backward of torch's attention takes three times as long in bfloat16 as in float32 with
-    windows of 128 tokens. Long windows gain nothing from bfloat16 either.
+    windows of 128 tokens. Long windows gain nothing from bfloat16 either. Another model of the
+    process attends as before, unless it has the same object as its config.
 
     Args:
-        device: the device of the model.
+        layer: decoder layer; its modules read the name of their attention function from a config.
     """
-    if device.type != "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
-        yield
-        return
-    narrow = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def wide(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **options: Any,
-    ) -> Any:
-        if mask is not None and mask.is_floating_point():  # a bool mask stays as it is
-            mask = mask.float()
-        with products_as_they_are(query):
-            return narrow(module, query.float(), key.float(), value.float(), mask, **options)
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = wide
+    configs = []
+    if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        for module in layer.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "_attn_implementation", None) == "sdpa":
+                config._attn_implementation = _IN_FLOAT32
+                configs.append(config)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = narrow
+        for config in configs:
+            config._attn_implementation = "sdpa"
+
+
+def _attend_in_float32(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> Any:
+    """Return the result of transformers' function `sdpa` for float32 arguments."""
+    if mask is not None and mask.is_floating_point():  # a bool mask stays as it is
+        mask = mask.float()
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with products_as_they_are(query):
+        return attend(module, query.float(), key.float(), value.float(), mask, **options)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_IN_FLOAT32, _attend_in_float32)
 
 
 @torch.no_grad()

@@ -89,23 +89,24 @@ def test_each_window_goes_through_the_layers_in_one_rank(
 @pytest.mark.parametrize("mask", ["none", "seen", "added"])
 def test_attention_that_gradients_go_through_is_not_rounded_on_a_cpu(mask: str) -> None:
     torch.manual_seed(0)
-    module, seen = nn.Module(), torch.ones(12, 12, dtype=torch.bool).tril()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
+    layer = decoder_layers(tiny_model("llama"))[0]
+    module: Any = layer.self_attn
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
     q, k, v = (torch.randn(2, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
     added = torch.zeros(12, 12).masked_fill(~seen, -torch.inf)
     masks = {"none": None, "seen": seen[None, None], "added": added[None, None].bfloat16()}
 
     def attend() -> Tensor:
-        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        output, _ = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation](
             module, q, k, v.bfloat16(), masks[mask], is_causal=mask == "none"
         )
         assert isinstance(output, Tensor)
         return output.transpose(1, 2)
 
     with products_in(torch.bfloat16, CPU):
-        with attention_in_float32(CPU):
+        with attention_in_float32(layer):
             recorded = attend()
-        with torch.no_grad(), attention_in_float32(CPU):
+        with torch.no_grad(), attention_in_float32(layer):
             assert attend().dtype == torch.bfloat16
         assert attend().dtype == torch.bfloat16
     wide_k, wide_v = (x.double().repeat_interleave(2, 1) for x in (k, v.bfloat16()))
@@ -113,8 +114,19 @@ def test_attention_that_gradients_go_through_is_not_rounded_on_a_cpu(mask: str) 
     assert recorded.dtype == torch.float32
     torch.testing.assert_close(recorded.double(), scores.softmax(-1) @ wide_v, rtol=1e-5, atol=1e-6)
     # Without `products_in` torch says what it says of two formats.
-    with attention_in_float32(CPU), pytest.raises(RuntimeError, match="dtype"):
+    with attention_in_float32(layer), pytest.raises(RuntimeError, match="dtype"):
         attend()
+
+
+def test_attention_in_float32_leaves_other_models_and_functions_as_they_are() -> None:
+    layer, other = (decoder_layers(tiny_model("llama"))[0] for _ in range(2))
+    functions = dict(ALL_ATTENTION_FUNCTIONS)
+    config: Any = layer.self_attn.config
+    with products_in(torch.bfloat16, CPU), attention_in_float32(layer):
+        assert dict(ALL_ATTENTION_FUNCTIONS) == functions
+        assert other.self_attn.config._attn_implementation == "sdpa"
+        assert config._attn_implementation != "sdpa"
+    assert config._attn_implementation == "sdpa"
 
 
 def test_a_layer_that_is_recomputed_in_backward_attends_as_it_did() -> None:
