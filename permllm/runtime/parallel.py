@@ -22,11 +22,14 @@ from permllm.runtime.signals import CONTINUES
 
 Value = TypeVar("Value")
 
-# Time that ranks wait while rank 0 waits for another run or writes an export, and time that a rank
-# waits for the others to have an error too.
+# Times that a rank waits for the others: in an exchange of tensors, while rank 0 alone works, which
+# may be a wait for another run's lock, a download or an export, and to have an error too.
+_EXCHANGE = timedelta(minutes=30)
 _PATIENCE = timedelta(days=1)
 _ALL_FAIL = timedelta(seconds=30)
-# Group of the ranks that have an error, because the others may wait in an exchange of tensors.
+# Group of all ranks for objects, which rank 0 may have after a long time, and group of the ranks
+# that have an error, because the others may wait in an exchange.
+_PATIENT: list[dist.ProcessGroup] = []
 _FAILING: list[dist.ProcessGroup] = []
 
 
@@ -34,7 +37,8 @@ def start() -> None:
     """Join the process group of torchrun, or do nothing in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_EXCHANGE)
+        _PATIENT.append(dist.new_group(timeout=_PATIENCE, backend="gloo"))
         _FAILING.append(dist.new_group(timeout=_ALL_FAIL, backend="gloo"))
 
 
@@ -113,7 +117,7 @@ def all_gather(value: Value) -> list[Value]:
 
 
 def broadcast(value: Value) -> Value:
-    """Return the value of rank 0 in all ranks.
+    """Return the value of rank 0 in all ranks. They wait long for an object.
 
     Args:
         value: a tensor, with the same shape in all ranks and on any device, or an object that can
@@ -126,7 +130,7 @@ def broadcast(value: Value) -> Value:
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
         return tensor  # type: ignore[return-value]
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(values, src=0, group=_PATIENT[0], device=torch.device("cpu"))
     return values[0]
 
 

@@ -206,6 +206,37 @@ def test_an_error_that_one_rank_meets_alone_ends_all(tmp_path: Path) -> None:
     assert done.stderr.count(f"error: rank 1: no space left: {CONTINUES}") == 1
 
 
+# Rank 1 waits longer for the work of rank 0 than an exchange may take, and then for an exchange.
+WAITS = """
+import time
+from datetime import timedelta
+import torch
+from permllm.runtime import parallel
+parallel._EXCHANGE = timedelta(seconds=2)
+parallel.start()
+parallel.all_reduce([torch.ones(1)])  # connects
+found = parallel.on_main(lambda: time.sleep(4) or "worked")
+print(found, flush=True)
+if parallel.rank() == 0:
+    time.sleep(8)
+started = time.monotonic()
+try:
+    parallel.all_reduce([torch.ones(1)])
+except RuntimeError:
+    print(f"ended in {time.monotonic() - started:.0f} s", flush=True)
+"""
+
+
+def test_ranks_wait_long_for_what_rank_0_does_alone_and_not_for_an_exchange(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    done = ranks(tmp_path, program=script)
+    assert [one.stdout.splitlines()[0] for one in done] == ["worked", "worked"], done
+    assert done[1].stdout.splitlines()[1] in ("ended in 2 s", "ended in 3 s"), done
+
+
 @pytest.mark.parametrize(("count", "at_once"), [(4, None), (13, 2), (3, 5), (1, 1)])
 def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
     count: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
