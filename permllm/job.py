@@ -73,7 +73,7 @@ def run(config: RunConfig) -> JobResult | None:
     Returns None after `plan=true`.
 
     Raises:
-        PermLLMError: an error that the user can fix.
+        PermLLMError: an error that the user can fix, or a plan in which nothing fits.
     """
     choose_cache(config.paths.cache_dir)
     model = parallel.on_main(lambda: with_dtype(config.model))
@@ -84,8 +84,7 @@ def run(config: RunConfig) -> JobResult | None:
     device = _prepared_device(config)
     if config.plan:
         footprint = _footprint(config, methods, torch.device("cuda") if config.plan_on else device)
-        if parallel.rank() == 0:
-            print_plan(footprint)
+        parallel.on_main(lambda: print_plan(footprint))
         return None
 
     record = RunDirectory(run_directory(config), config)

@@ -6,6 +6,7 @@ import torch
 from rich.table import Table
 
 from permllm.command import terminal
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import FITS, first_that_fits, placement_for, placements
@@ -16,7 +17,7 @@ _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 
 
 def print_plan(of: Footprint) -> None:
-    """Print the plan of a job."""
+    """Print the plan of a job. Raise ConfigError at its end if no placement fits."""
     console = terminal()
     config = of.config
     title = f"{config.model.name}: channel groups of the {of.layers} decoder layers"
@@ -44,7 +45,8 @@ def print_plan(of: Footprint) -> None:
     for what, plan in {"permutations": of.permutations, "masks": of.masks}.items():
         if plan.spans:
             console.print(f"{what} learn {plan.depth} layers at a time, {plan.layers} in all")
-    console.print(_estimates(of))
+    fits = bool(first_that_fits(of)[0])
+    console.print(_estimates(of, fits))
     where = f"{config.plan_on} with 16 cores" if config.plan_on else f"{of.device}, as measured now"
     console.print(
         f"Estimates for {where}, without downloads. On CPUs memory was within 16 % of them, and "
@@ -56,6 +58,8 @@ def print_plan(of: Footprint) -> None:
             "The memory of learning is the least: with more free memory a GPU keeps activations "
             "instead of computing them again."
         )
+    if not fits:
+        raise ConfigError("plan=true: no model.placement fits")
 
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
@@ -69,13 +73,12 @@ def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
     )
 
 
-def _estimates(of: Footprint) -> Table:
-    """Return the table of memory by phase and placement, and of minutes by phase."""
+def _estimates(of: Footprint, fits: bool) -> Table:
+    """Return the table of memory by phase and placement, and of minutes if a placement fits."""
     speed = speed_of(of.config.plan_on, of.device, {of.compute_dtype, of.dtype, torch.float32})
     on_a_gpu = Footprint(of.config, of.model, of.methods, of.groups, torch.device("cuda"))
     placement = placement_for(of)
-    first, _ = first_that_fits(of)
-    choice = "chosen" if first else "does not fit"
+    choice = "chosen" if fits else "does not fit"
     title = "GB by phase and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
     rest = ("on the host", "peak", "on a GPU, a card of", "minutes")
@@ -88,11 +91,13 @@ def _estimates(of: Footprint) -> Table:
         card = _card(on_a_gpu.needs(name).device)
         minutes = sum(of.minutes(name, speed).values())
         columns.append([*(f"{size / 1e9:.2f}" for size in sizes), card, f"{minutes:.0f}"])
-    table.add_column(f"minutes, {placement}", justify="right")
-    minutes_by_phase = of.minutes(placement, speed).values()
-    total = f"{sum(minutes_by_phase):.0f}"
-    columns.append([*(f"{minutes:.1f}" for minutes in minutes_by_phase), "", "", "", total])
-    for row in zip(*columns, strict=True):
+    if fits:
+        table.add_column(f"minutes, {placement}", justify="right")
+        minutes_by_phase = of.minutes(placement, speed).values()
+        total = f"{sum(minutes_by_phase):.0f}"
+        columns.append([*(f"{minutes:.1f}" for minutes in minutes_by_phase), "", "", "", total])
+    rows = [*zip(*columns, strict=True)]
+    for row in rows if fits else rows[:-1]:  # the last row has minutes
         table.add_row(*row)
     return table
 

@@ -10,7 +10,6 @@ import torch
 from permllm import job
 from permllm.errors import ConfigError
 from permllm.planning.placement import FITS, placement_for, would_fit
-from permllm.planning.plan import print_plan
 from permllm.planning.speed import CARDS, speed_of
 from permllm.settings.config import read_config
 from tests.conftest import ROOT
@@ -39,17 +38,23 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_placement_that_does_not_fit_is_not_called_chosen(
+def test_a_plan_in_which_nothing_fits_has_no_minutes_and_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_the_host = planned("model=tiny", "plan=true", device="cpu")
-    print_plan(on_the_host)
-    assert "(chosen)" in capsys.readouterr().out
-    monkeypatch.setattr("permllm.planning.placement.available_host_memory", lambda: 1000)
-    print_plan(on_the_host)
+    settings = config("model=tiny", "plan=true")
+    assert job.run(settings) is None
     printed = capsys.readouterr().out
-    assert "(chosen)" not in printed
-    assert "(does not fit)" in printed
+    assert "device (chosen)" in printed
+    assert "│ minutes" in printed
+    assert "minutes, device" in printed
+    monkeypatch.setattr("permllm.planning.placement.available_host_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"^plan=true"):
+        job.run(settings)
+    printed = capsys.readouterr().out
+    assert "host (does not fit)" in printed
+    assert "│ peak" in printed
+    assert "│ minutes" not in printed
+    assert "minutes, " not in printed.replace("minutes within", "")
 
 
 def test_a_card_is_for_a_plan_alone() -> None:
