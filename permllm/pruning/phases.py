@@ -249,6 +249,8 @@ def _cached_values(
     """Return tensors or numbers by name, from the cache if possible.
 
     They depend on model, text and `key`. Results of a model without an identity are not cached.
+    The record gets `cached`: by kind whether the cache had the result. A process that continues
+    a run leaves it, because the seconds of the run have those of its first process.
     """
     if not job.loaded.identity:
         return compute()
@@ -259,7 +261,7 @@ def _cached_values(
         "compute_dtype": str(job.compute_dtype),
         "device": job.device.type,
     }
-    return cached(kind, identity | key, compute)
+    return cached(kind, identity | key, compute, job.record.metrics.setdefault("cached", {}))
 
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:

@@ -66,21 +66,15 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         `name` of the row; `minutes` of its fastest run, because other jobs on the
         machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
         bytes of the runs with the compute dtype of the fastest one; `model`; `front`, True if no
-        other row of the model is as good in as few minutes; `cached`, True if the fastest run found
-        its calibration or allocation in the cache.
+        other row of the model is as good in as few minutes; `cached`, True if the fastest run has
+        recorded that a part of its calibration or allocation came from the cache.
     """
     runs = table.frame.groupby("row")
     fastest = runs["minutes"].idxmin()
     dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
     peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
     peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
-    seconds = pd.DataFrame([run.metrics["seconds"] for run in table.runs])
-    seconds = seconds.reindex(columns=["calibrate", "allocate"])
-    longest = seconds.groupby(table.frame["row"].map(table.labels["model"])).transform("max")
-    # Sequential statistics are taken while the model is pruned.
-    statistics = [run.config.get("calibration", {}).get("statistics") for run in table.runs]
-    seconds.loc[[kind == "sequential" for kind in statistics], "calibrate"] = math.nan
-    cached = (seconds < 0.02 * longest).any(axis=1)
+    cached = pd.Series([any(run.metrics.get("cached", {}).values()) for run in table.runs])
     frame = pd.DataFrame(
         {
             "name": table.names(),

@@ -27,7 +27,12 @@ log = logging.getLogger(__name__)
 Values = TypeVar("Values", bound=Mapping[str, Any])
 
 
-def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
+def cached(
+    kind: str,
+    key: Mapping[str, Any],
+    compute: Callable[[], Values],
+    hits: dict[str, bool] | None = None,
+) -> Values:
     """Return the values of `compute` from the cache, or compute and keep them.
 
     All ranks get the values of rank 0. If the package has uncommitted changes, nothing is read or
@@ -38,6 +43,7 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         key: plain values that determine the result, together with the versions of this package and
             its libraries.
         compute: returns tensors by name, on the CPU, or plain values by name.
+        hits: by kind, whether its first result came from the cache; gets the value of this kind.
     """
     commit = parallel.on_main(git_commit)
     if commit is not None and commit["dirty"]:
@@ -55,6 +61,8 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
             return _read(file)
 
         values = parallel.on_main(locked_and_read)
+        if hits is not None:
+            hits.setdefault(kind, values is not None)
         if values is None:
             values = parallel.broadcast(compute())
             parallel.on_main(lambda: _write(file, values))

@@ -34,6 +34,7 @@ from permllm.report.plots import (
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
+from permllm.store.files import read_json, write_json
 from tests.kept import (
     PERPLEXITY,
     THREE_RUNS,
@@ -84,6 +85,17 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     both = points(table_below(tmp_path), PERPLEXITY).set_index("name")
     best = {"llama-2-7b, lcp", "smollm2-135m, lcp", "smollm2-135m, none"}
     assert set(both.index[both["front"]]) == best
+
+
+def test_a_star_is_for_minutes_of_a_run_that_has_recorded_a_hit(tmp_path: Path) -> None:
+    for name, seconds in (("unknown", 0.001), ("computed", 0.001), ("lcp", 50.0)):
+        make_run(tmp_path / name, 20.0, permutation=name, seconds={"calibrate": seconds})
+    facts = {"computed": {"saliency": False, "target": False}, "lcp": {"target": True}}
+    for name, hits in facts.items():
+        file = tmp_path / name / "metrics.json"
+        write_json(file, read_json(file) | {"cached": hits})
+    found = points(table_below(tmp_path), PERPLEXITY).set_index("name")
+    assert found["cached"].to_dict() == {"unknown": False, "computed": False, "lcp": True}
 
 
 def test_rows_without_a_point_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,25 @@ def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
 
 
+def test_a_run_records_whether_the_cache_had_its_results_when_it_began(cache: Path) -> None:
+    loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
+
+    def recorded(pruner: str, record: Record) -> dict[str, bool]:
+        settings = config("model=tiny", f"pruner={pruner}", f"calibration.samples={len(TOKENS)}")
+        methods = methods_of(settings)
+        groups = checked_groups(settings, methods, loaded.model)
+        calibrate(Job(settings, methods, record, NO_LOGGER, loaded, groups, torch.float32), TOKENS)
+        facts: dict[str, bool] = record.metrics["cached"]
+        return facts
+
+    first = Record()
+    assert recorded("wanda", first) == {"saliency": False, "target": False}
+    # The cache has what the run itself has computed before it was interrupted.
+    assert recorded("wanda", first) == {"saliency": False, "target": False}
+    assert recorded("wanda", Record()) == {"saliency": True, "target": True}
+    assert recorded("ria", Record()) == {"saliency": False, "target": True}
+
+
 def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
