@@ -25,23 +25,18 @@ class Permutation(Method, ABC):
         searches: the method searches for permutations by `permllm.permutation.heuristic`.
         constraint: constraint of the permutations (see `permllm.permutation.foldable`); None:
             unknown until they are found.
+        norm_tokens: number of tokens that count as one in a norm of the dense model's inputs;
+            None: those of a calibration window.
     """
 
     local: bool = False
     searches: bool = False
     constraint: Constraint | None = "free"
+    norm_tokens: int | None = 1
 
     @abstractmethod
     def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Return the permutations, int64 `(C_in,)` on the CPU, by group."""
-
-    def norm_tokens(self, window: int) -> int:
-        """Return the number of tokens that count as one in a norm of the dense model's inputs.
-
-        Args:
-            window: number of tokens in a calibration window.
-        """
-        return 1
 
 
 class LocalPermutation(Permutation):

@@ -67,7 +67,7 @@ def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
     samples = job.config.calibration.samples
     tokens = windows[:samples]
     pruner = job.methods.pruner
-    norm_tokens = job.methods.permutation.norm_tokens(windows.shape[1])
+    norm_tokens = job.methods.permutation.norm_tokens or windows.shape[1]
 
     @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:

@@ -52,6 +52,8 @@ _NOT_OF_THE_MODEL = (
 )
 # Settings of a method that learns which only change its memory and time.
 _OF_THE_MACHINE = ("micro_batch_size", "activation_checkpointing", "compile")
+# Values of settings of a method which mean the same as before there was the setting.
+_AS_BEFORE = (("relative", False), ("norm_tokens", None))
 # Settings of the top level that only permutations read. A permutation has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
 
@@ -79,9 +81,12 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}
     for group in ("permutation", "mask", "reconstruction"):
         method = dict(identity.get(group, {}))
-        identity[group] = method | dict.fromkeys(method.keys() & _OF_THE_MACHINE)
-    if identity["reconstruction"].get("relative") is False:  # as before there was another value
-        del identity["reconstruction"]["relative"]
+        method |= dict.fromkeys(method.keys() & _OF_THE_MACHINE)
+        if method.get("select_from", 0) is None:
+            method["select_from"] = 2  # the value that null stands for, as before there was null
+        identity[group] = {
+            key: value for key, value in method.items() if (key, value) not in _AS_BEFORE
+        }
     return _without_classes(identity)
 
 

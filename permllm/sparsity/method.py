@@ -29,7 +29,7 @@ class Method:
         micro_batch_size: windows in a forward of a step; None: all windows of the step.
         activation_checkpointing: backward recomputes each layer; None: if memory needs it.
         loss: name in `permllm.training.losses`; None: the method does not train, or by its own.
-        select_from: number of last epochs whose result is measured.
+        select_from: number of last epochs whose result is measured; None: 0.
     """
 
     learned: bool = False
@@ -41,7 +41,7 @@ class Method:
     micro_batch_size: int | None = None
     activation_checkpointing: bool | None = None
     loss: Any = None
-    select_from: int = 0
+    select_from: int | None = 0
 
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError if settings of the run and of this method contradict each other."""

@@ -107,7 +107,7 @@ class InputStatistics:
         kinds: classes of the statistics.
         norm_tokens: number of tokens that count as one in a norm. It is 1, or the length of a
             window for the norm in the released code of Wanda, RIA and PermLLM, `sqrt(sum of squares
-            over all tokens / number of windows)`.
+            over all tokens / number of windows)`, or a setting of `lcp-paper`.
 
     Attributes:
         tokens: number of tokens that were added.

@@ -65,7 +65,7 @@ class LearningSettings(DescentSettings):
     loss: Loss | None = None
     layers_per_stage: Literal["all"] | Count = "all"
     last_layers: Count | None = None
-    select_from: Whole = 2
+    select_from: Whole | None = None
     compile: bool | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +75,11 @@ class LearningSettings(DescentSettings):
             raise ValueError(
                 "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
             )
+        epochs = math.inf if self.steps else self.epochs  # steps take as many as they need
+        if self.select_from is None:
+            self.select_from = 2 if epochs > 1 else 0  # one epoch has nothing to select from
+        if self.select_from > epochs:
+            raise ValueError(f"select_from={self.select_from} is more than epochs={epochs}")
 
     def needs_device(self) -> str | None:
         """Return the reason why all layers must be on the device at once; None: no reason."""

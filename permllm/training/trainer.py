@@ -270,7 +270,7 @@ class Trainer:
         sums = torch.stack([values.detach().sum() for values in self.learner.parameters()])
         if not bool(sums.isfinite().all()):
             raise self._failure(progress, "what is learned is not finite")
-        if progress.epoch >= self.epochs - self.settings.select_from:
+        if progress.epoch >= self.epochs - (self.settings.select_from or 0):
             measured = self.objective.mean()
             if not math.isfinite(measured):
                 raise self._failure(progress, self.objective.broken(torch.arange(self.windows)))

@@ -20,8 +20,9 @@ from tests.settings.test_config import config
 # The shares of 13 and of 4 samples differ between three ranks, and two of them have none of the
 # last batch.
 WORDS = ("model=local", "calibration=builtin", "evaluation=builtin", "calibration.samples=13")
-WORDS += ("budget.epochs=1", "model.dtype=float64", "evaluation.perplexity.limit=2", "logger=none")
-LCP = ("permutation=lcp", "permutation.batch_size=4", "permutation.select_from=6")
+WORDS += ("model.dtype=float64", "evaluation.perplexity.limit=2", "logger=none")
+LCP = ("permutation=lcp", "permutation.epochs=1", "permutation.batch_size=4")
+LCP += ("permutation.select_from=1",)
 # Windows of one layer, of which each knows the layers before; portions that one rank has none of;
 # weights that change go back to their parts.
 STAGES = (*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.errors import TrainingError
+from permllm.errors import ConfigError, TrainingError
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, folded_permutations, shared_permutations
@@ -22,6 +22,7 @@ from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
 from permllm.runtime.precision import products_in
+from permllm.settings.composition import composed
 from permllm.sparsity.blocks import split_blocks
 from permllm.store.files import LCP_CHECKPOINT
 from permllm.store.tensors import save_state
@@ -190,6 +191,23 @@ def test_a_single_epoch_is_not_measured_because_there_is_none_to_select_from() -
         told: list[dict[str, Any]] = []
         learned(told, **settings)
         assert sum(line["measured_loss"] is not None for line in told) == min(measured, len(told))
+
+
+def test_the_norms_of_our_recipe_have_no_number_of_tokens() -> None:
+    assert lcp().norm_tokens == 1
+    assert lcp(conventions="paper").norm_tokens is None
+    with pytest.raises(ValueError, match="norm_tokens"):
+        lcp(norm_tokens=8)
+    with pytest.raises(ConfigError, match=r"permutation\.norm_tokens: permutation=lcp "):
+        composed(["model=tiny", "permutation=lcp", "permutation.norm_tokens=8"])
+
+
+def test_more_epochs_than_there_are_cannot_be_selected_from() -> None:
+    for settings in ({"epochs": 1, "select_from": 2}, {"epochs": 3, "select_from": 4}):
+        with pytest.raises(ValueError, match="select_from"):
+            lcp(**settings)
+    assert lcp(epochs=3, select_from=3).select_from == 3
+    assert lcp(steps=1, epochs=1, select_from=2).select_from == 2  # epochs do not count
 
 
 def test_seeds_give_equal_results_however_layers_are_recomputed_and_other_seeds_others() -> None:

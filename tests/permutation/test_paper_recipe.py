@@ -55,8 +55,10 @@ def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return outputs[0]
 
 
-def norms(model: PreTrainedModel, groups: list[ChannelGroup]) -> dict[str, Tensor]:
-    """Return `sqrt(sum over all tokens of x^2 / number of samples)` of each linear's channels."""
+def norms(
+    model: PreTrainedModel, groups: list[ChannelGroup], norm_tokens: int
+) -> dict[str, Tensor]:
+    """Return `sqrt(norm_tokens * mean over all tokens of x^2)` of each linear's channels."""
     sums: dict[str, Tensor] = {}
     handles = []
     for path in (path for group in groups for path in group.members):
@@ -68,7 +70,7 @@ def norms(model: PreTrainedModel, groups: list[ChannelGroup]) -> dict[str, Tenso
     model(input_ids=tokens())
     for handle in handles:
         handle.remove()
-    return {path: (found / len(tokens())).sqrt() for path, found in sums.items()}
+    return {path: (norm_tokens * found / tokens().numel()).sqrt() for path, found in sums.items()}
 
 
 def clamped(logits: Tensor) -> Tensor:
@@ -111,12 +113,15 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
     return straight_through(kept.flatten(1) @ p.T, groups.softmax(2).flatten(1) @ p.T)
 
 
-@pytest.mark.parametrize(("pruner", "iterations"), [("wanda", 0), ("ria", 5)])
+@pytest.mark.parametrize(
+    ("pruner", "iterations", "norm_tokens"), [("wanda", 0, None), ("ria", 5, None), ("ria", 5, 50)]
+)
 def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
-    cache: Path, pruner: str, iterations: int
+    cache: Path, pruner: str, iterations: int, norm_tokens: int | None
 ) -> None:
     words = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.epochs={EPOCHS}"]
     words += [f"block_size={BLOCK}", "permutation.batch_size=3", f"pruner={pruner}"]
+    words += [f"permutation.norm_tokens={norm_tokens or 'null'}"]
     settings = config("model=tiny", "permutation=lcp-paper", *words)
     method: LCP = instantiate("permutation", settings.permutation)
     model = tiny_model("llama", dtype=torch.float64)
@@ -138,7 +143,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
         temperature = learner.temperature(progress)
         loss = trainer.step(BATCH, progress)["loss"]
 
-    norm = norms(model, problem.groups)
+    norm = norms(model, problem.groups, norm_tokens or tokens().shape[1])
     target = last_output(model, tokens()[BATCH]).detach()
     for group in problem.groups:
         theirs, now = reference[group.name], 1.0 + (0.1 - 1.0) * 1 / EPOCHS

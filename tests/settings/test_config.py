@@ -136,7 +136,9 @@ def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_c
     kind = type(instantiate(group, settings))
     others = ("name", "_target_", "block_size", "temperature")
     written = {key: value for key, value in settings.items() if key not in others}
-    assert written == (defaults_of(kind) if is_dataclass(kind) else {})
+    usual = defaults_of(kind) if is_dataclass(kind) else {}
+    usual.pop("norm_tokens", None)  # lcp-paper alone has it
+    assert written == usual
 
 
 def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> None:
@@ -254,6 +256,34 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
 )
 def test_identity_is_what_changes_a_pruned_model(words: str, same: bool) -> None:
     assert (config("model=tiny", *words.split()).hash == config("model=tiny").hash) == same
+
+
+def test_defaults_that_were_written_otherwise_before_keep_the_identity() -> None:
+    for words, settings in (
+        ("permutation=lcp", {"select_from": 2}),
+        ("permutation=lcp budget.epochs=1", {"select_from": 2}),
+        ("permutation=lcp permutation.select_from=0", {"select_from": 0}),
+        ("permutation=lcp-paper", {"select_from": 1}),
+        ("permutation=lcp-paper permutation.norm_tokens=64", {"norm_tokens": 64}),
+    ):
+        identity = config("model=tiny", *words.split()).identity["permutation"]
+        assert identity.items() >= settings.items()
+        assert ("norm_tokens" in identity) == ("norm_tokens" in settings)
+
+
+def test_steps_of_a_budget_count_in_our_recipe_and_not_in_the_papers() -> None:
+    amounts = ("model=tiny", "budget.steps=40", "budget.text=160")
+    for words, steps, text in (
+        ("permutation=lcp", 40, 160),
+        ("method=permllm-wanda", 40, 160),
+        ("method=frontier/order", 28, 112),
+        ("permutation=lcp-paper", None, None),
+        ("method=permllm-wanda protocol=paper", None, None),
+        ("method=order-paper", 7, None),
+    ):
+        permutation = config(*amounts, *words.split()).permutation
+        assert (permutation["steps"], permutation["samples"]) == (steps, text)
+    assert config("model=tiny").permutation["steps"] is None
 
 
 def test_the_order_of_names_and_the_place_of_a_file_or_gpu_make_no_other_run(

@@ -47,13 +47,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LCP(LearningSettings, LearnedPermutation):
-    """Learnable channel permutation; `conf/permutation/lcp.yaml` explains its settings."""
+    """Learnable channel permutation; `conf/permutation/lcp.yaml` explains its settings.
+
+    `conf/permutation/lcp-paper.yaml` explains `norm_tokens`, which needs `conventions=paper`.
+    """
 
     block_size: Count
     temperature: Callable[[float], float]
     constraint: Constraint = "free"
     init: Literal["heuristic", "random"] = "heuristic"
     conventions: Literal["ours", "paper"] = "ours"
+    norm_tokens: Count | None = None
     sinkhorn_iterations: Whole = 5
     straight_through: StraightThrough = "swap"
     margin: Amount = 0.05
@@ -61,8 +65,10 @@ class LCP(LearningSettings, LearnedPermutation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs == 1 and self.steps is None and self.select_from > 1:
-            self.select_from = 0  # a single epoch has nothing to select from
+        if self.conventions == "ours":
+            if self.norm_tokens:
+                raise ValueError(f"norm_tokens={self.norm_tokens} needs conventions=paper")
+            self.norm_tokens = 1
 
     @property
     def searches(self) -> bool:  # type: ignore[override]
@@ -229,11 +235,6 @@ class LCP(LearningSettings, LearnedPermutation):
         return PermutationLearner(
             shared, permutations, logits, linears, temperature, half_iterations
         )
-
-    @override
-    def norm_tokens(self, window: int) -> int:
-        """Return `window` for the norms of the paper's released code, which divide by windows."""
-        return window if self.conventions == "paper" else 1
 
     def start_permutations(
         self, problem: LearningProblem, shared: list[SharedPermutation], first: int
