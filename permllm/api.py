@@ -37,7 +37,7 @@ from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.settings.composition import composed, replaced_options, unknown_key
+from permllm.settings.composition import check_amounts, composed, unknown_key
 from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
 from permllm.settings.options import groups
 from permllm.settings.options import options as options_of
@@ -382,8 +382,6 @@ def _composed(
     options |= choices | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
     words = [f"{key}={name}" for key, name in options.items()]
     config = _composed_apart(words)
-    if replaced_options(choices.get("method", ""), choices):
-        config.method = None  # the name would say something else than the options
     for key, value in (values | overrides).items():
         try:
             OmegaConf.update(config, key, value)
@@ -391,6 +389,7 @@ def _composed(
             raise ConfigError(unknown_key(error)) from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {first_line(error)}") from error
+    check_amounts(overrides, config, read_config(config))
     return config
 
 

@@ -36,7 +36,6 @@ TEXT = (ROOT / "permllm" / "data" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
 SMALL = FEW | {"permutation__epochs": 1, "block_size": 16}
 WINDOWS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
-QUICK = FEW | {"budget__epochs": 1}
 FOLDABLE = {"permutation": "heuristic", "permutation__constraint": "foldable"}
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -280,6 +279,7 @@ DISTILL = {"reconstruction": "distill", "reconstruction__samples": 3}
         ({"sede": 1}, "sede is"),
         ({"model__dtype": "float16"}, "model.dtype: "),
         ({"export": "folded"}, "export: "),
+        ({"permutation": "heuristic", "budget__steps": 3}, "budget.steps: "),
         ({"texts": torch.zeros(3)}, "texts: "),
         ({"texts": WINDOWS - 100}, "texts: "),
         ({"texts": WINDOWS} | DISTILL, "texts: got 2 windows of tokens, expected 3"),
@@ -419,7 +419,7 @@ def test_the_lines_of_the_documents_work(
 ) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(import permllm\n.*?)```", text, re.DOTALL)
-    monkeypatch.setattr(permllm, "prune", partial(permllm.prune, **QUICK), raising=False)
+    monkeypatch.setattr(permllm, "prune", partial(permllm.prune, **FEW), raising=False)
     monkeypatch.chdir(tmp_path)
     tokenizer = ByT5Tokenizer(extra_ids=0)
     model.save_pretrained("smollm2-135m")  # a folder precedes an option of the same name

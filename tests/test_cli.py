@@ -116,6 +116,7 @@ def test_json_has_no_infinity(
         ("permutaton=lcp", " permutation?"),
         ("permutation=none permutation.epochs=1", "permutation=none"),
         ("epochs=1", "permutation.epochs"),
+        ("permutation=none budget.steps=3", "budget.steps=3"),
         ("--permutation lcp", "KEY=VALUE"),
         ("pruner=wandaa", "pruner/wandaa"),
         ("seed=x", "seed='x'"),
@@ -132,6 +133,12 @@ def test_a_command_line_that_is_refused_is_one_line(words: str, named: str, tmp_
     assert named in result.stderr
     assert "append" not in result.stderr  # no setting here takes Hydra's plus
     assert result.stderr.count("\n") == 1
+
+
+def test_an_amount_that_one_job_of_a_sweep_reads_passes(tmp_path: Path) -> None:
+    words = ("-m", "permutation=none,lcp", "budget.steps=3", "plan=true")
+    result = run_command(*words, *TINY, cwd=tmp_path)
+    assert result.returncode == 0, result
 
 
 def test_slurm_that_is_not_installed_is_one_line(tmp_path: Path) -> None:

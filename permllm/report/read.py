@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError
-from permllm.report.measures import Measure, method_of, plain, pruning_minutes, run_measures
+from permllm.report.measures import (
+    Measure,
+    method_of,
+    plain,
+    pruning_minutes,
+    run_measures,
+    setting_text,
+)
 from permllm.settings.config import flatten
 from permllm.settings.identity import PATHS, identity_of, is_task_file, with_names
+from permllm.settings.options import set_by_method
 from permllm.store.files import (
     CONFIG,
     ENVIRONMENT,
@@ -94,7 +102,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Return the method and the settings of the identity but the seed, by their typed names."""
         # The identity has other allocations alone.
-        settings = {"method": self.config.get("method") or "", "allocation": "uniform"}
+        settings = {"method": self._method(), "allocation": "uniform"}
         for key, value in self.identity.items():
             name = plain(key.removesuffix(".name"))
             if key.startswith("inputs."):
@@ -102,6 +110,18 @@ class Run:
             elif key != "seed":
                 settings[name] = value
         return settings
+
+    def _method(self) -> str:
+        """Return the option of the group `method`, and the settings that differ from its own.
+
+        A value of the method that refers to other settings, such as a budget, may differ.
+        """
+        label: str = self.config.get("method") or ""
+        values = flatten(self.config)
+        for key, own in set_by_method(label).items():
+            if "${" not in str(own) and values.get(key, own) != own:
+                label += f", {key.removesuffix('.name')}={setting_text(values[key])}"
+        return label
 
 
 @dataclass(frozen=True)

@@ -354,8 +354,11 @@ def _differs(labels: pd.DataFrame, name: str, others: list[str]) -> bool:
 
 
 def find(labels: pd.DataFrame, text: str, option: str) -> int:
-    """Return the only row with the settings `name=value,name=value` of an option."""
-    rows = labels
+    """Return the only row with the settings `name=value,name=value` of an option.
+
+    The name of a method finds its rows with other values too.
+    """
+    rows = labels.assign(method=labels["method"].str.partition(", ")[0])
     # A value may be a list, so that only a comma before a name separates settings. Of some settings
     # the digest is shown.
     for part in re.split(r",(?=[\w.-]+(?: \(digest\))?=)", text):

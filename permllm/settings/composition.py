@@ -1,16 +1,14 @@
 """Composition of the settings in `conf/` by Hydra, and the settings of a job that Hydra started."""
 
-import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -21,8 +19,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from permllm.errors import ConfigError, first_line
 from permllm.settings.config import METHOD_GROUPS, RunConfig, flatten, read_config
 from permllm.settings.options import conf_directory, groups, help_of_groups
-
-log = logging.getLogger(__name__)
 
 # Variable with the name of the sweep. The processes of launchers get it, and conf/config.yaml uses
 # it for hydra.sweep.dir.
@@ -80,28 +76,42 @@ def job_config(composed: DictConfig) -> RunConfig:
     """Return the checked settings of a job that Hydra started.
 
     Directories that are given as `hydra.run.dir` or `hydra.sweep.dir` become `run_dir` or
-    `runs_dir`. `method` becomes None, with a warning, where other options replace those of the
-    method.
+    `runs_dir`.
 
     Raises:
-        ConfigError: a setting is not valid, a directory is given twice, or the `name` of a method,
-            which names its runs, is not that of its option.
+        ConfigError: a setting is not valid, a directory is given twice, the `name` of a method,
+            which names its runs, is not that of its option, or nothing reads a typed amount.
     """
     if not HydraConfig.initialized():
         return read_config(composed)
     hydra_config = HydraConfig.get()
     merged: Any = OmegaConf.merge(composed, _directories(composed, hydra_config))
     config = read_config(merged)
+    if not sweeping():  # another job of a sweep may read it
+        check_amounts(hydra_config.overrides.task, composed, config)
     choices = hydra_config.runtime.choices
     for group in METHOD_GROUPS:
         name = getattr(config, group).get("name")
         if name != choices.get(group, name):
             raise ConfigError(f"{group}={choices[group]}: its `name` is {name}; expected the same")
-    if config.method and (replaced := replaced_options(config.method, choices)):
-        replaced_words = ", ".join(replaced)
-        log.warning("method=%s is not recorded: %s replaces its own", config.method, replaced_words)
-        config.method = None
     return config
+
+
+def check_amounts(words: Iterable[str], composed: DictConfig, config: RunConfig) -> None:
+    """Raise ConfigError if an amount of the budget is typed and changes no result.
+
+    Args:
+        words: typed overrides, or their keys.
+        composed: settings of the job, which still refer to the amounts.
+        config: the same, read.
+    """
+    for word in words:
+        if typed := re.match(r"\+*(budget\.\w+)", word):
+            another = OmegaConf.from_dotlist([f"{typed[1]}=1000000000"])  # which nobody types
+            other = read_config(OmegaConf.merge(composed, another))  # type: ignore[arg-type]
+            changed = other.identity != config.identity
+            if not changed and other.evaluation_identity == config.evaluation_identity:
+                raise ConfigError(f"{word}: nothing in this run reads it; leave it out")
 
 
 def _directories(composed: DictConfig, hydra_config: Any) -> dict[str, str]:
@@ -118,32 +128,6 @@ def _directories(composed: DictConfig, hydra_config: Any) -> dict[str, str]:
             raise ConfigError(f"run_dir and hydra.run.dir {ONE_PLACE}")
         directories["run_dir"] = hydra_config.run.dir
     return directories
-
-
-def replaced_options(method: str, choices: Mapping[str, str]) -> list[str]:
-    """Return the chosen options, `GROUP=OPTION`, that are others than a method of `conf/` has.
-
-    Args:
-        method: option of the group `method`; one of another package has no such file.
-        choices: options by group.
-    """
-    own = {"mask": "pruner", "reconstruction": "none"} | _options_of_method(method)
-    return [
-        f"{group}={choices[group]}" for group in own if choices.get(group, own[group]) != own[group]
-    ]
-
-
-def _options_of_method(method: str) -> dict[str, str]:
-    file = conf_directory() / "method" / f"{method}.yaml"
-    options = dict[str, str]()
-    if not file.is_file():
-        return options
-    for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]:
-        if isinstance(entry, dict):
-            options |= {key.removeprefix("override /"): option for key, option in entry.items()}
-        else:  # another method, which this one is a variant of
-            options |= _options_of_method(entry)
-    return options
 
 
 def composed(words: Sequence[str]) -> DictConfig:

@@ -2,9 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from permllm.settings.config import flatten
 
 # Groups whose options are methods. The help has a line for each of these.
 EXPLAINED = (
@@ -45,6 +51,26 @@ def options(group: str, places: Sequence[str] = ()) -> dict[str, str]:
             if file.name.endswith(".yaml"):
                 heads[file.name.removesuffix(".yaml")] = _head(file.read_text(encoding="utf-8"))
     return dict(sorted(heads.items()))
+
+
+@cache
+def set_by_method(method: str) -> dict[str, Any]:
+    """Return the names of options, and other values, that an option of `method` sets, by key.
+
+    A value may refer to other settings. An option of another package sets nothing here.
+    """
+    file = conf_directory() / "method" / f"{method}.yaml"
+    if not file.is_file():
+        return {}
+    own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    settings = {"mask.name": "pruner", "reconstruction.name": "none"}
+    for entry in own.pop("defaults"):
+        if isinstance(entry, dict):
+            for key, option in entry.items():
+                settings[f"{key.removeprefix('override /')}.name"] = option
+        else:  # another method, which this one is a variant of
+            settings |= set_by_method(entry)
+    return settings | flatten(own)
 
 
 def help_of_groups(places: Sequence[str] = ()) -> str:

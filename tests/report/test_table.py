@@ -102,6 +102,32 @@ def test_records_from_before_allocations_are_uniform(tmp_path: Path) -> None:
     assert table.names() == ["sensitive", "uniform"]
 
 
+def test_settings_that_differ_from_those_of_a_method_are_in_its_name(tmp_path: Path) -> None:
+    mask: dict[str, Any] = {"name": "score", "steps": 10, "samples": 4}  # of a budget
+    folds = {"name": "heuristic", "constraint": "foldable"}
+    named = {
+        "folded-masks": {"permutation": folds},
+        "folded-masks, permutation.constraint=free": {
+            "permutation": folds | {"constraint": "free"}
+        },
+        "folded-masks, reconstruction=obs, permutation=none": {
+            "permutation": {"name": "none"},
+            "reconstruction": {"name": "obs"},
+        },
+        "folded-masks, mask=lowrank": {"permutation": folds, "mask": {"name": "lowrank"}},
+    }
+    for place, settings in enumerate(named.values()):
+        line = record(20.0, method="folded-masks")
+        line["config"] |= {"mask": mask} | settings
+        as_folder(line, tmp_path / str(place))
+    table = table_below(tmp_path)
+    assert {*table.labels["method"]} == {*named}
+    plain = "method=folded-masks,permutation.constraint=foldable,mask=score"
+    assert table.labels.at[row_of(table, plain), "method"] == "folded-masks"
+    free = "method=folded-masks,permutation.constraint=free"
+    assert table.labels.at[row_of(table, free), "method"] == [*named][1]
+
+
 def test_columns_can_be_chosen(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 40.0, permutation="none", method="wanda")
     make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
@@ -157,6 +183,7 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
 def test_a_baseline_is_named_by_the_digest_of_its_file() -> None:
     file = "calibration.data_files (digest)"
     labels = pd.DataFrame({"pruner": ["ria", "ria", "wanda"], file: ["ab", "cd", "cd"]})
+    labels["method"] = ""
     for text in (f"pruner=ria,{file}=cd", f"{file}=cd,pruner=ria"):
         assert find(labels, text, "--baseline") == 1
 

@@ -19,7 +19,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
 from permllm.pruning.methods import METHODS, methods_of
-from permllm.settings.composition import replaced_options
+from permllm.settings.composition import check_amounts
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
 from permllm.sparsity.method import instantiate
@@ -96,6 +96,9 @@ def test_every_option_says_what_it_is_and_its_command_composes_and_instantiates(
         settings = config(*chosen(command.replace("runs/RUN", str(permutations))))
         methods_of(settings)
         assert group != "method" or settings.method == name
+        if "experiment=" not in command and " -m " not in command:
+            words = chosen(command)
+            check_amounts(words, composed(*words), settings)
 
 
 def test_every_command_in_the_documents_composes() -> None:
@@ -197,6 +200,36 @@ def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() 
 def test_an_amount_of_a_budget_is_a_count(amount: str) -> None:
     with pytest.raises(ConfigError, match=rf"^budget\.{amount.partition('=')[0]}"):
         config(f"budget.{amount}", "method=masks")
+
+
+@pytest.mark.parametrize(
+    ("words", "unread"),
+    [
+        ("budget.steps=10 budget.text=40", None),
+        ("permutation=heuristic budget.steps=10", "budget.steps=10"),
+        ("permutation=heuristic mask=score +budget.text=4", r"\+budget.text=4"),
+        ("permutation=lcp-paper budget.epochs=2", None),
+        ("permutation=lcp-paper budget.steps=10", "budget.steps=10"),
+        ("method=folded-masks budget.text=10", None),
+        ("method=folded-masks budget.epochs=1", "budget.epochs=1"),
+        ("method=folded-masks budget.steps=10 mask.steps=4", "budget.steps=10"),
+        ("method=order-paper budget.steps=1 budget.text=1", "budget.text=1"),
+        (
+            "calibration=c4 budget.samples=128 evaluation=paper budget.windows=null",
+            None,
+        ),  # defaults
+        ("evaluation.perplexity.dataset=null budget.windows=2", "budget.windows=2"),
+        ("method=wanda budget=quick", None),
+    ],
+)
+def test_an_amount_that_is_typed_and_not_read_is_refused(words: str, unread: str | None) -> None:
+    typed = words.split()
+    settings = composed("model=tiny", *typed)
+    if unread is None:
+        check_amounts(typed, settings, read_config(settings))
+    else:
+        with pytest.raises(ConfigError, match=f"^{unread}: "):
+            check_amounts(typed, settings, read_config(settings))
 
 
 @pytest.mark.parametrize(
@@ -353,22 +386,6 @@ def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
     assert with_bos.evaluation_identity["tasks"] == tasks
     chosen = config("model=tiny", "model.bos=true", "evaluation.lm_eval.add_bos_token=false")
     assert chosen.evaluation.lm_eval.add_bos_token is False
-
-
-@pytest.mark.parametrize(
-    ("method", "chosen", "replaced"),
-    [
-        ("wanda", {"permutation": "none", "mask": "pruner", "pruner": "wanda"}, []),
-        ("wanda", {"permutation": "lcp", "mask": "score"}, ["mask=score", "permutation=lcp"]),
-        ("permllm-ria-last6", {"permutation": "lcp-paper", "pruner": "ria"}, []),
-        ("permllm-ria-last6", {"pruner": "wanda"}, ["pruner=wanda"]),
-        ("of-another-package", {"permutation": "lcp"}, []),
-    ],
-)
-def test_options_that_replace_those_of_a_method_are_found(
-    method: str, chosen: dict[str, str], replaced: list[str]
-) -> None:
-    assert replaced_options(method, chosen) == replaced
 
 
 def test_a_model_of_the_hub_needs_its_name_and_gives_it_to_runs() -> None:

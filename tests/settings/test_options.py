@@ -1,6 +1,24 @@
 """Options with the comments at the heads of their YAMLs, for the help and docs/methods.md."""
 
-from permllm.settings.options import EXPLAINED, help_of_groups, options
+import pytest
+
+from permllm.settings.options import EXPLAINED, help_of_groups, options, set_by_method
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("wanda", {"permutation.name": "none", "mask.name": "pruner", "pruner.name": "wanda"}),
+        ("folded-masks", {"permutation.constraint": "foldable", "mask.name": "score"}),
+        ("permllm-ria-last6", {"pruner.name": "ria", "permutation.last_layers": 6}),
+        ("deploy", {"reconstruction.relative": True, "permutation.constraint": "foldable"}),
+    ],
+)
+def test_what_a_method_sets_is_in_its_yaml_and_in_those_that_it_is_a_variant_of(
+    method: str, settings: dict[str, object]
+) -> None:
+    assert set_by_method(method).items() >= settings.items()
+    assert set_by_method("of-another-package") == {}
 
 
 def test_the_help_has_a_sentence_for_each_method_also_of_another_package() -> None:
