@@ -57,7 +57,6 @@ COMMANDS = {
     "report": ("write a page or a picture of many runs", "permllm.report.report_command"),
     "export": ("write a run's pruned model as a checkpoint", "permllm.export.export_command"),
     "verify": ("check that a checkpoint is whole and N:M", "permllm.export.verify"),
-    "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench"),
 }
 # Packages whose errors come from the processes of a launcher.
 _LAUNCHERS = ("submitit", "joblib", "loky")
@@ -148,27 +147,8 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     add("--against", type=Path, metavar="CHECKPOINT", help="checkpoint to compare logits with")
 
 
-def _bench(parser: argparse.ArgumentParser) -> None:
-    """Measure the speed and size of a checkpoint: prefill, decoding, gathers, loading, bytes.
-
-    With --against DENSE the dense model is measured too. On a GPU with sparse tensor cores, 2:4
-    linears in half precision run on these cores, and 6:8 linears as three 2:4 windows. Both
-    cuSPARSELt, with its fastest algorithm, and CUTLASS are measured. The output names what is
-    missing for them.
-    """
-    add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="checkpoint")
-    add("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
-    add("--batch-sizes", type=int, nargs="+", default=[1, 8], help="sequences in a batch")
-    add("--prompt", type=int, default=256, help="tokens in each sequence")
-    add("--new-tokens", type=int, default=16, help="tokens that are decoded one by one")
-    add("--seconds", type=float, default=1.0, help="shortest duration of a measurement")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
-
-
 # Arguments of the commands whose modules take seconds to import.
-_ARGUMENTS = {"export": _export, "verify": _verify, "bench": _bench}
+_ARGUMENTS = {"export": _export, "verify": _verify}
 
 
 def run_command() -> int:

@@ -19,8 +19,8 @@ from permllm.report.plots import picture
 from permllm.report.read import Run, collect
 from permllm.report.table import table_of
 from permllm.settings.config import NMPattern
-from permllm.sparsity.two_of_four import stored_share
 from scripts.readme_tables import tables_by_model
+from scripts.two_of_four import stored_share
 
 # Settings of the row at which the gap is 0 %.
 _WANDA_AT_2_4 = "method=wanda,allocation=uniform,sparsity=2:4,keep_dense=none"

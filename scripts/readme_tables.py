@@ -40,11 +40,11 @@ from permllm.report.table import DENSE_ROW, Table, find, table_of
 from permllm.settings.composition import composed
 from permllm.settings.config import METHOD_GROUPS, NMPattern
 from permllm.settings.options import options as options_of
-from permllm.sparsity.two_of_four import stored_share, window_count
 from permllm.store.files import RECORDS, read_json, read_lines, write_text
 from scripts.memory_table import gigabytes, memory
 from scripts.provenance import machine, processor
 from scripts.reruns import reruns
+from scripts.two_of_four import stored_share, window_count
 
 _BLOCK = re.compile(r"(<!-- view: ([^\n]*) -->\n).*?(<!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"

@@ -57,7 +57,7 @@ def test_each_command_has_a_help_without_what_takes_long_to_import(
 
 @pytest.mark.parametrize(
     ("name", "words", "code"),
-    [("results", [], 1), ("export", ["--to", "new"], 1), ("verify", [], 2), ("bench", [], 1)],
+    [("results", [], 1), ("export", ["--to", "new"], 1), ("verify", [], 2)],
 )
 def test_an_error_is_one_line_and_in_json_too(
     name: str, words: list[str], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,6 @@ from torch.sparse import to_sparse_semi_structured
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import check_whole, main
-from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
 from permllm.planning.speed import clock
@@ -94,6 +93,11 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
             for count in sorted({group.channels for group in groups})
         ],
     }
+
+
+def sparse_tensor_cores(device: torch.device) -> bool:
+    """Tell if a device has sparse tensor cores: an NVIDIA GPU of compute capability 8.0 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _permutation(

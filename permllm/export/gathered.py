@@ -154,12 +154,6 @@ def gathered_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def leave_out_gathers(model: nn.Module) -> None:
-    """Remove the gathers, to measure their time; the logits are wrong afterwards."""
-    for module in gathered_modules(model).values():
-        module._forward_pre_hooks.clear()
-
-
 def _attach(model: PreTrainedModel, permutations: Mapping[str, Tensor], file: Path) -> None:
     """Add a gather to each module, and let `save_pretrained` write a gathered checkpoint."""
     groups = channel_groups(model)
