@@ -78,8 +78,6 @@ def test_an_error_is_one_line_and_in_json_too(
     "words",
     [
         "results x --jsonl y.jsonl --columns pruner",
-        "report x --curves y.png --measure minutes",
-        "report x --to y.png --linear q_proj",
         "export x --to y --form masks --dtype float16",
     ],
 )

@@ -13,7 +13,7 @@ from itables.javascript import generate_init_offline_itables_html
 from matplotlib import rc_context
 
 from permllm.report.gaps import GAP
-from permllm.report.plots import plot_cost, plot_curves, points
+from permllm.report.plots import plot_cost, points
 from permllm.report.render import sources, table_cells, texts
 from permllm.report.table import Table
 
@@ -40,7 +40,7 @@ summary {{ cursor: pointer; padding: 0.2em 0 }}
 <h2>Quality over minutes</h2>
 <p>Bars are the ± of the table. A click on a point opens its row below.</p>{quality}
 <h2>Table</h2>{itables}{table}
-<h2>Rows</h2><p>Commands, commits and learning curves.</p>{details}
+<h2>Rows</h2><p>Commands and commits.</p>{details}
 </body></html>
 """
 _SWITCH = """<label>Measure <select onchange="document.querySelectorAll('.measure').forEach(
@@ -132,7 +132,7 @@ def _svg(draw: Callable[[StringIO], None]) -> str:
 
 
 def _details(table: Table, row: int, name: str) -> str:
-    """Return the HTML of a row that opens: command and commit of each run, and learning curves."""
+    """Return the HTML of a row that opens: command and commit of each run."""
     text = ""
     for place in table.members(row).index:
         run = table.runs[place]
@@ -142,7 +142,5 @@ def _details(table: Table, row: int, name: str) -> str:
         about = f"commit {commit}, seed {run.config['seed']}, {environment['started']}"
         text += f"<pre>{escape(environment['command'])}</pre>"
         text += f"<p>{escape(f'{about}, {run.directory}')}</p>"
-    if table.first(row).history:
-        text += _svg(partial(plot_curves, table, rows=pd.Index([row])))
     inside = f'<div id="row-{row}">{text}</div>'
     return f"<details><summary>{escape(name)}</summary>{inside}</details>"

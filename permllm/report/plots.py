@@ -1,12 +1,10 @@
-"""Pictures with matplotlib: quality over minutes, losses, masks of one linear, sensitivities."""
+"""Picture with matplotlib: quality over minutes."""
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
-from textwrap import fill
 from typing import IO, Any
 
 import numpy as np
@@ -16,11 +14,8 @@ from permllm.errors import ConfigError, first_line
 from permllm.report.labels import place_labels
 from permllm.report.measures import DENSE, number
 from permllm.report.table import Table, shared_value
-from permllm.settings.config import NMPattern
-from permllm.store.files import MASKS
 
 MINUTES = "minutes: calibrate + allocate + permute + mask + prune"
-_CORNER = 64  # rows and channels of a mask that are drawn
 
 
 @contextmanager
@@ -207,134 +202,3 @@ def _set_logarithmic(axis: Any, which: str, values: Any) -> None:
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7) if ratio < 20 else (1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(ticker.NullLocator())
-
-
-def plot_curves(table: Table, file: Path | IO[str], rows: pd.Index | None = None) -> None:
-    """Draw the loss curves of rows with learning, a line for each run, an axis for each loss.
-
-    Args:
-        table: table of the runs.
-        file: file of the picture.
-        rows: rows to draw; None: all.
-
-    Raises:
-        ConfigError: no run has learned, or the picture cannot be written.
-    """
-    names = table.names()
-    epochs = []
-    for row in table.labels.index if rows is None else rows:
-        for place in table.members(row).index:
-            run = table.runs[place]
-            for entry in run.history:
-                group = entry.get("group", "")
-                loss = run.config.get(group or "permutation", {}).get("loss") or "loss"
-                title = f"{group} {loss}".strip()
-                epochs.append({"title": title, "row": row, "run": place, "loss": entry["loss"]})
-    if not epochs:
-        raise ConfigError(f"{file}: no run has a history of losses")
-    curves = pd.DataFrame(epochs).groupby("title", sort=False)
-    with picture(file) as pyplot:
-        size = (7, 3.2 * len(curves))
-        _, axes = pyplot.subplots(len(curves), squeeze=False, figsize=size)
-        for axis, (title, lines) in zip(axes.flat, curves, strict=True):
-            by_row = lines.groupby("row", sort=False)
-            for style, (_, of_row) in zip(_styles(), by_row, strict=False):
-                for _, losses in of_row.groupby("run", sort=False)["loss"]:
-                    axis.plot(range(1, len(losses) + 1), losses, markersize=4, **style)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set(xlabel="epoch", ylabel=f"{title}, mean of the epoch")
-            axis.set_xlim(0.5, axis.dataLim.xmax + 0.5)
-            if rows is None:
-                firsts = lines[lines["run"] == by_row["run"].transform("first")]
-                ends = firsts.groupby("row", sort=False)["loss"].agg(["size", "last"])
-                place_labels(axis, [names[row] for row in ends.index], ends.to_numpy())
-
-
-def plot_masks(table: Table, file: Path, linear: str | None = None) -> None:
-    """Draw the corner of one linear's mask for each row, as in figure 3, with lines every M.
-
-    Args:
-        table: table of the runs.
-        file: file of the picture.
-        linear: path of the linear, such as `model.layers.0.mlp.down_proj`; None: one of the middle
-            layer.
-
-    Raises:
-        ConfigError: no run has masks, the linear does not exist, or the picture cannot be written.
-        DataError: masks cannot be read.
-    """
-    from permllm.store.tensors import load_masks  # imports torch, which takes seconds
-
-    corners: list[tuple[str, Any, int]] = []
-    path = ""
-    for row, title in enumerate(table.names()):
-        run = table.first(row)
-        if len(table.members(row)) > 1:
-            title += f", seed {run.config['seed']}"
-        masks_file = run.directory / MASKS
-        if masks_file.is_file():
-            masks = load_masks(masks_file)
-            names = sorted(masks, key=lambda name: int(re.findall(r"\.(\d+)\.", name)[0]))
-            path = linear or names[len(names) // 2]
-            if path not in masks:
-                raise ConfigError(f"--linear {path}: {masks_file} has {names[0]}, ...")
-            pattern = run.metrics["sparsity"].get("patterns", {}).get(path, run.config["sparsity"])
-            width = _CORNER if pattern == "dense" else NMPattern.parse(pattern).m
-            corners.append((title, masks[path].numpy()[:_CORNER, :_CORNER], width))
-    if not corners:
-        raise ConfigError(f"{file}: none of the runs has its {MASKS}")
-    columns = min(3, len(corners))
-    lines = math.ceil(len(corners) / 3)
-    with picture(file) as pyplot:
-        figure = pyplot.figure(figsize=(3.4 * columns, 3.8 * lines + 0.3))
-        for place, (title, mask, width) in enumerate(corners, 1):
-            axis = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
-            axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
-            for channel in range(width, mask.shape[1], width):
-                axis.axvline(channel - 0.5, color="C1", linewidth=0.5)
-            axis.set_title(fill(title, 40), fontsize="small")
-        rows, channels = mask.shape
-        figure.suptitle(
-            f"{path}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept, "
-            "lines: every M",
-            fontsize="small",
-        )
-
-
-def plot_sensitivity(table: Table, file: Path) -> None:
-    """Draw the sensitivity of each channel group, groups by decoder layers, for each row.
-
-    A cross marks a group that the allocation keeps dense, and what `keep_dense` keeps is blank.
-
-    Raises ConfigError if no run has sensitivities, or the picture cannot be written.
-    """
-    titles = []
-    runs = []
-    for row, title in enumerate(table.names()):
-        run = table.first(row)
-        if "sensitivity" in run.metrics:
-            titles.append(title)
-            runs.append(run)
-    if not runs:
-        raise ConfigError(f"{file}: no run has sensitivities; allocation=sensitive measures them")
-    with picture(file) as pyplot:
-        size = (8, 2.2 * len(runs) + 0.6)
-        _, axes = pyplot.subplots(len(runs), squeeze=False, figsize=size)
-        for axis, run, title in zip(axes.flat, runs, titles, strict=True):
-            values = pd.Series(run.metrics["sensitivity"], name="value")
-            frame = values.index.str.extract(r"\.(?P<layer>\d+)\.(?P<group>.*)")
-            frame = frame.assign(layer=frame["layer"].astype(int), value=values.to_numpy())
-            groups = list(frame["group"].unique())
-            grid = frame.pivot(index="group", columns="layer", values="value").loc[groups]
-            grid = grid.reindex(columns=range(frame["layer"].max() + 1))  # keep_dense has gaps
-            image = axis.imshow(grid, norm="log", aspect="auto", cmap="viridis")
-            bar = pyplot.colorbar(image, ax=axis, label="nats a token", format="{x:g}")
-            bar.locator = pyplot.LogLocator(subs=(1, 2, 5))
-            bar.minorticks_off()
-            pruned = run.metrics["retained_saliency"]
-            dense = frame[[name not in pruned for name in values.index]]
-            axis.plot(dense["layer"], dense["group"].map(groups.index), "rx")
-            axis.set_yticks(range(len(groups)), groups)
-            axis.set(xlabel="decoder layer")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set_title(fill(title, 90), fontsize="small")

@@ -2,16 +2,12 @@
 
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
-permllm report runs --curves curves.png
-permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
-permllm report runs --sensitivity sensitivity.png
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 
 The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
 network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
-sets the format. --curves draws losses of learning; --masks draws the mask of one linear for each
-row; --sensitivity draws how much the pruning of each channel group alone hurts.
+sets the format.
 
 The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
 plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
@@ -23,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from permllm.command import Answer, refuse
+from permllm.command import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import Run, collect, skipping, without_repeated
@@ -40,16 +36,9 @@ _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("na
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    written = parser.add_mutually_exclusive_group()
     add("places", nargs="*", type=Path, metavar="DIR", help=PLACES)
-    for option, description in {
-        "--to": "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)",
-        "--curves": "draw the losses of learning",
-        "--masks": "draw the mask of one linear for each row",
-        "--sensitivity": "draw the sensitivity of each channel group; a cross: it stays dense",
-    }.items():
-        written.add_argument(option, type=Path, metavar="FILE", help=description)
-    add("--linear", metavar="PATH", help="linear of --masks; default: first of the middle layer")
+    written = "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)"
+    add("--to", type=Path, metavar="FILE", help=written)
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
     add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
@@ -73,36 +62,22 @@ def work(options: argparse.Namespace) -> Answer:
     """Write a file and return its path, or return a table from W&B."""
     if options.wandb and options.table:
         return _of_wandb(options)
-    file = options.to or options.curves or options.masks or options.sensitivity
+    file = options.to
     if not options.places or not file:
-        raise ConfigError(
-            "expected DIR... and --to, --curves, --masks or --sensitivity; or --wandb, --table"
-        )
-    if not options.to:
-        refuse(options, ["measure"], "only --to draws a measure")
-    if not options.masks:
-        refuse(options, ["linear"], "only --masks draws a linear")
+        raise ConfigError("expected DIR... and --to; or --wandb and --table")
     # The libraries for drawing take seconds to import.
     from permllm.report import plots
 
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
-    notes = [*collection.notes, *table.notes]
-    if options.to:
-        measure = plots.drawn_measure(table, options.measure)
-        notes += plots.undrawn(table, measure)
-        if file.suffix == ".html":
-            from permllm.report.page import page
+    measure = plots.drawn_measure(table, options.measure)
+    notes = [*collection.notes, *table.notes, *plots.undrawn(table, measure)]
+    if file.suffix == ".html":
+        from permllm.report.page import page
 
-            write_text(file, page(table, notes, measure))
-        else:
-            plots.plot_cost(table, file, measure)
-    elif options.curves:
-        plots.plot_curves(table, file)
-    elif options.sensitivity:
-        plots.plot_sensitivity(table, file)
+        write_text(file, page(table, notes, measure))
     else:
-        plots.plot_masks(table, file, options.linear)
+        plots.plot_cost(table, file, measure)
     note(notes)
     runs = len(table.runs)
     return Answer({"file": str(file), "runs": runs}, lambda: print(f"{file}: {runs} runs"))
