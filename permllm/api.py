@@ -30,7 +30,7 @@ from permllm.models.families import linear_at
 from permllm.models.head import head_path
 from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
 from permllm.models.source import DenseSource
-from permllm.pruning.checks import check_not_pruned
+from permllm.pruning.checks import warn_if_pruned
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.report.read import collect
 from permllm.report.table import table_of
@@ -135,7 +135,7 @@ def prune(
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
         record.keep_compute_dtype(products)
-        check_not_pruned(model, groups, config.pattern)
+        warn_if_pruned(model, groups.pruned, config.pattern)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
         # After an error some layers may be pruned and others not, which `save` must not write.
         setattr(model, _PRUNED, None)

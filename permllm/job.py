@@ -25,7 +25,7 @@ from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
-from permllm.pruning.checks import check_not_pruned
+from permllm.pruning.checks import warn_if_pruned
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
 from permllm.pruning.phases import allocate, calibrate, find_masks, find_permutations
@@ -133,7 +133,7 @@ def _run_phases(
             loaded = load_model(config.model, config.seed)
             _check_same(record, "model", loaded.identity)
             if not record.pruned:
-                check_not_pruned(loaded.model, footprint.groups, config.pattern)
+                warn_if_pruned(loaded.model, footprint.groups.pruned, config.pattern)
             windows_of_texts = _perplexity_windows(config, texts, loaded)
             windows = (
                 None if record.pruned else _calibration_windows(config, methods, texts, loaded)

@@ -340,16 +340,18 @@ def adapted_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def already_pruned(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic", sparsity="4:8", **settings)
-    return model
+def test_a_model_that_looks_pruned_gets_a_warning(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic", sparsity="4:8")
+    assert "zeros" not in caplog.text
+    permllm.prune(model, None, texts=WINDOWS, permutation="none")
+    assert "as many zeros as after pruning" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (already_pruned, "model: 50% of each row of"),
-        (partial(already_pruned, keep_dense=["0", "self_attn"]), "50% of each row of .*layers.1"),
         (weight_norm, f"{DOWN} is a ParametrizedLinear"),
         (own_forward, f"{DOWN} is a Linear, but no plain Linear"),
         (other_layers, "^model: model.layers, run one at a time"),

@@ -159,19 +159,6 @@ def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Pat
         apply_record(load_model(config.model, 1).model, "another", directory)
 
 
-def test_a_pruned_folder_is_refused_before_anything_is_measured(
-    cache: Path, tmp_path: Path
-) -> None:
-    words = ("permutation=none", "allocation=sensitive", "allocation.share=0.5")
-    _, directory = run(tmp_path, *words, "export=simulate")
-    (directory / "export" / "permllm.json").unlink()  # a folder of another program has none
-    words = ("model=local", f"model.path={directory}/export", "logger=tensorboard")
-    words += ("calibration=builtin", "evaluation=builtin")
-    with pytest.raises(ConfigError, match=r"^model: 50% of each row"):
-        run(tmp_path, *words)
-    assert not [*tmp_path.rglob("*tfevents*")]
-
-
 def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
     (tmp_path / "held-out.txt").write_text(BUILTIN.evaluation().upper())

@@ -240,116 +240,47 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
     assert verify(directory / "export")["passed"]
 
 
-@pytest.mark.parametrize(
-    ("returned", "reason"),
-    [
-        ("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"),
-        ("None", "is missing"),
-        ("saliency.sum().long()", r"torch.int64 \(\)"),
-    ],
-)
-def test_an_order_that_is_no_permutation_is_refused(
-    returned: str, reason: str, package: Path
-) -> None:
-    return_instead(package, "permutation.py", returned)
-    with pytest.raises(ConfigError, match=rf"^permutation=spread: the permutation of .*{reason}"):
-        run("permutation=spread", f"run_dir={package}/run")
-
-
-@pytest.mark.parametrize(
-    ("result", "reason"),
-    [("None", "result is missing"), ("[]", "result is a list"), ("{}", "of .*is missing")],
-)
-def test_orders_that_are_not_by_group_are_refused(result: str, reason: str, package: Path) -> None:
-    file = package / "mypackage" / "permutation.py"
-    method = f"    def permutations(self, problem):\n        return {result}\n"
-    file.write_text(f"{file.read_text()}\n{method}")
-    with pytest.raises(ConfigError, match=rf"^permutation=spread: the .*{reason}"):
-        run("permutation=spread", f"run_dir={package}/run")
-
-
-@pytest.mark.parametrize(
-    ("returned", "error", "reason"),
-    [
-        ("(1, weight).column", ConfigError, "are a Parameter"),
-        ("(1, statistics[Peak].value)", ConfigError, r"are column \(32,\)"),
-        ("(1, weight - 9)", ConfigError, "are negative"),
-        ("(3, weight.abs())", ConfigError, "the power 3"),
-        ("(0, weight[:1].abs())", ConfigError, "the power 0"),
-        ("(1, weight * float('nan'))", TrainingError, "q_proj is not finite"),
-    ],
-)
-def test_a_saliency_that_is_none_is_refused(
-    returned: str, error: type[Exception], reason: str, package: Path
-) -> None:
-    return_instead(package, "pruner.py", f"SaliencyFactors{returned}")
-    with pytest.raises(error, match=reason):
+def test_a_saliency_that_is_not_finite_is_one_line(package: Path) -> None:
+    return_instead(package, "pruner.py", "SaliencyFactors(1, weight * float('nan'))")
+    with pytest.raises(TrainingError, match="q_proj"):
         run("pruner=peak", "permutation=none", f"run_dir={package}/run")
 
 
 @pytest.mark.parametrize(
-    ("returned", "reason"),
+    "returned",
     [
-        ("None", "result is missing"),
-        ("{}", "mask of .*is missing"),
-        ("{path: mask[:1] for path, mask in found.items()}", "mask of .*is torch.bool"),
-        ("{path: mask.float() for path, mask in found.items()}", "mask of .*is torch.float32"),
-        ("{path: mask | True for path, mask in found.items()}", "mask of .*is not 2:4"),
-        ("{path: mask & False for path, mask in found.items()}", "mask of .*is not 2:4"),
+        "{path: mask[:1] for path, mask in found.items()}",
+        "{path: mask | True for path, mask in found.items()}",
+        "{path: mask & False for path, mask in found.items()}",
     ],
 )
-def test_masks_that_are_none_are_refused_and_not_kept(
-    returned: str, reason: str, package: Path
-) -> None:
+def test_masks_that_are_not_n_m_are_refused_and_not_kept(returned: str, package: Path) -> None:
     return_instead(package, "mask.py", returned)
-    with pytest.raises(ConfigError, match=rf"^mask=random: the {reason}"):
+    with pytest.raises(ConfigError, match=r"^mask=random: model\.layers"):
         run("mask=random", "permutation=none", f"run_dir={package}/run")
     assert not (package / "run" / "masks.safetensors").exists()
 
 
 @pytest.mark.parametrize(
-    ("returned", "error", "reason"),
+    ("returned", "error"),
     [
-        ("None", ConfigError, "is missing"),
-        ("pruned.weight[:1]", ConfigError, r"is \(1, 32\)"),
-        ("pruned.dense", ConfigError, "is not zero outside"),
-        ("pruned.weight / 0", TrainingError, "is not finite"),
+        ("pruned.weight[:1]", ConfigError),
+        ("pruned.dense", ConfigError),
+        ("pruned.weight * 1e38 * 1e38", TrainingError),
     ],
 )
-def test_weights_that_are_none_are_refused(
-    returned: str, error: type[Exception], reason: str, package: Path
+def test_weights_that_are_no_pruned_ones_are_refused(
+    returned: str, error: type[Exception], package: Path
 ) -> None:
     return_instead(package, "reconstruction.py", returned)
-    with pytest.raises(error, match=rf" reconstruction=row_scale: the weight of .*{reason}"):
+    with pytest.raises(error, match=r"reconstruction=row_scale: model\.layers"):
         run("reconstruction=row_scale", "permutation=none", f"run_dir={package}/run")
 
 
-@pytest.mark.parametrize(
-    ("update", "reason"),
-    [
-        ("pass", "is missing"),
-        ("return weight", "is a Parameter"),
-        ("return weight, mask", "the mask is missing"),
-        ("return weight, weight > 0", "the mask is not 2:4"),
-    ],
-)
-def test_updates_that_are_none_are_refused(update: str, reason: str, package: Path) -> None:
-    add_update(package, update)
-    with pytest.raises(ConfigError, match=rf"^pruner=peak: model\.layers.*{reason}"):
+def test_an_update_with_a_mask_that_is_not_n_m_is_refused(package: Path) -> None:
+    add_update(package, "return weight, weight > 0")
+    with pytest.raises(ConfigError, match=r"^pruner=peak .*: model\.layers"):
         run("pruner=peak", "permutation=none", f"run_dir={package}/run")
-
-
-def test_an_update_keeps_the_mask_that_it_is_given(package: Path) -> None:
-    rewrite(
-        package,
-        "pruner.py",
-        "import torch\n",
-        "import torch\nfrom permllm.sparsity.nm import nm_mask\n",
-    )
-    add_update(package, "mask = nm_mask(weight.abs(), pattern)\n        return weight * mask, mask")
-    run("pruner=peak", "permutation=none", f"run_dir={package}/own")
-    with pytest.raises(ConfigError, match=r"^pruner=peak: model\.layers.*not the one"):
-        run("pruner=peak", "permutation=none", "mask=random", f"run_dir={package}/given")
 
 
 def test_a_pruner_without_the_update_that_it_announces_is_refused(package: Path) -> None:

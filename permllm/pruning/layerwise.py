@@ -15,7 +15,7 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import differing_patterns
-from permllm.pruning.checks import checked_permutation, checked_update, checked_weight
+from permllm.pruning.checks import check_result
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.phases import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
@@ -230,8 +230,8 @@ class _Layers:
         layer.moved[group.name] = float(
             (permutation != torch.arange(group.channels)).float().mean()
         )
-        by_pruner = f"pruner={self.job.config.pruner.get('name')}"
-        by_reconstruction = f"reconstruction={self.job.config.reconstruction.get('name')}"
+        config = self.job.config
+        by = f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}"
         retained = 0.0
         total = 0.0
         for path in group.members:
@@ -243,18 +243,16 @@ class _Layers:
             if self.masks is not None:
                 mask = self.masks[path].to(dense.device)
             if pruner.updates_weights:
-                updated = pruner.update(dense, statistics, columns, pattern, mask)
-                where = f"{by_pruner}: {path}"
-                new, mask = checked_update(where, updated, dense, mask, columns, pattern)
+                new, mask = pruner.update(dense, statistics, columns, pattern, mask)
             elif mask is None:
                 mask = permuted_nm_mask(scores, columns, pattern)
             layer.masks[path] = parallel.broadcast(mask).cpu()
             if self.changes:
                 new = masked(mask, dense) if new is None else new
                 pruned = PrunedLinear(dense, new, mask, columns, pattern, statistics)
-                new = reconstruction.linear(pruned)
-                where = f"{by_pruner} {by_reconstruction}: the weight of {path}"
-                layer.weights[path] = parallel.broadcast(checked_weight(where, new, mask, dense))
+                new = reconstruction.linear(pruned).to(dense.dtype)
+                check_result(f"{by}: {path}", dense.shape, mask, columns, pattern, new)
+                layer.weights[path] = parallel.broadcast(new)
             retained += saliency_sum(scores, mask)
             total += saliency_sum(scores)
         layer.retained[group.name] = retained / max(total, 1e-300)
@@ -272,7 +270,7 @@ class _Layers:
             pattern = group.pattern or job.config.pattern
             method = job.methods.permutation
             value = method.permutation(group.name, torch.cat(scores), pattern)
-            return checked_permutation(job.config, group, parallel.broadcast(value))
+            return parallel.broadcast(value).cpu()
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, TrainingError
+from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.selection import differing_patterns, recorded_groups
 from permllm.pruner.base import Pruner
-from permllm.pruning.checks import checked_factors, checked_masks, checked_permutations
+from permllm.pruning.checks import check_result
 from permllm.pruning.methods import (
     Job,
     ModelGroups,
@@ -173,7 +174,7 @@ def find_permutations(
         problem = _dense_problem(job, "permutation", windows, calibration)
         with products_in(job.compute_dtype, job.device):
             permutations = job.methods.permutation.permutations(problem)
-        return checked_permutations(job, permutations)
+        return {group.name: permutations[group.name].cpu() for group in job.groups.pruned}
 
     return job.record.kept(PERMUTATIONS, compute, save_tensors, load_permutations)
 
@@ -187,7 +188,13 @@ def find_masks(
         problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.compute_dtype, job.device):
             masks = job.methods.mask.masks(problem, permutations)
-        return checked_masks(job, masks, permutations)
+        for group in job.groups.pruned:
+            pattern = problem.pattern_of(group)
+            for path, rows in zip(group.members, group.rows, strict=True):
+                where = f"mask={job.config.mask['name']}: {path}"
+                shape = torch.Size((rows, group.channels))
+                check_result(where, shape, masks[path], permutations[group.name], pattern)
+        return masks
 
     return job.record.kept(MASKS, compute, save_masks, load_masks)
 
@@ -291,12 +298,18 @@ def member_factors(
 ) -> dict[str, SaliencyFactors]:
     """Return the saliency factors of the linears of a group, by path.
 
-    Raises:
-        ConfigError: the pruner does not return valid factors.
-        TrainingError: the factors are not finite, perhaps because a float16 model overflows.
+    Raises TrainingError if they are not finite, perhaps because a float16 model overflows.
     """
     factors = {}
     for path in group.members:
         weight = linear_at(model, path).weight
-        factors[path] = checked_factors(pruner, path, weight, pruner.factors(weight, statistics))
+        of_linear = pruner.factors(weight, statistics)
+        if not (
+            all_finite(of_linear.column) and (of_linear.row is None or all_finite(of_linear.row))
+        ):
+            raise TrainingError(
+                f"the saliency of {path} is not finite: are its inputs too large for "
+                f"{weight.dtype}, or its weights broken?"
+            )
+        factors[path] = of_linear
     return factors
