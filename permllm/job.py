@@ -28,7 +28,13 @@ from permllm.planning.plan import print_plan
 from permllm.pruning.checks import warn_if_pruned
 from permllm.pruning.layerwise import PrunedModel, prune_layers, record_pruning
 from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, methods_of
-from permllm.pruning.phases import allocate, calibrate, find_masks, find_permutations
+from permllm.pruning.phases import (
+    allocate,
+    calibrate,
+    dense_factors,
+    find_masks,
+    find_permutations,
+)
 from permllm.report.measures import flat_figures
 from permllm.report.render import print_run
 from permllm.runtime import parallel
@@ -93,7 +99,7 @@ def run(config: RunConfig) -> JobResult | None:
         if skipped:
             log.info("%s is finished already; force=true runs and logs it again", record.directory)
         else:
-            _run_phases(config, methods, texts, record, device)
+            _work(config, methods, texts, record, device)
         if export is not None:
             parallel.on_main(lambda: _export(export, record, skipped))
         if parallel.rank() == 0 and not (skipped and sweeping()):
@@ -101,29 +107,19 @@ def run(config: RunConfig) -> JobResult | None:
     return JobResult(record.metrics, record.directory, skipped)
 
 
-def _run_phases(
+def _work(
     config: RunConfig,
     methods: Methods,
     texts: JobTexts,
     record: RunDirectory,
     device: torch.device,
 ) -> None:
-    """Run the phases that a run lacks."""
+    """Load the model, evaluate it, prune it, evaluate it again; keep what was done before."""
     check_tasks(config.evaluation)
-    dtype = getattr(torch, config.model.dtype)
-    products = compute_dtype(config.compute_dtype, dtype, device)
-    if not record.pruned:
-        record.keep_compute_dtype(products)
     footprint = _footprint(config, methods, device)
     parallel.on_main(lambda: _download(config, texts, record.pruned))
-    placement = parallel.broadcast(placement_for(footprint))
-    config = replace(config, model=replace(config.model, placement=placement))
-    if not record.pruned:
-        record.metrics["placement"] = placement
-        record.metrics["planned_memory_bytes"] = footprint.needs(placement).peak
-    if device.type == "cpu" and placement == "disk":
-        keep_freed_memory(SPARING)
-
+    config = _placed(config, footprint, device)
+    dtype = getattr(torch, config.model.dtype)
     with ExitStack() as logs, half_products(dtype, device):
         if parallel.rank() == 0:
             logs.enter_context(job_log(record.directory / LOG))
@@ -132,69 +128,81 @@ def _run_phases(
         with record.phase("load", device):
             loaded = load_model(config.model, config.seed)
             _check_same(record, "model", loaded.identity)
-            if not record.pruned:
-                warn_if_pruned(loaded.model, footprint.groups.pruned, config.pattern)
-            windows_of_texts = _perplexity_windows(config, texts, loaded)
-            windows = (
-                None if record.pruned else _calibration_windows(config, methods, texts, loaded)
-            )
-            record.begin()
-            if parallel.rank() == 0 and not record.pruned:
-                write_json(record.directory / ENVIRONMENT, environment(config.seed, device))
+            measured = _perplexity_windows(config, texts, loaded)
+        products = compute_dtype(config.compute_dtype, dtype, device)
+        job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, products)
+        windows = None if record.pruned else _begin_pruning(job, record, texts, footprint)
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
-        # A logger keeps files in the directory, so that it opens after `begin`.
-        logger = NO_LOGGER
         if parallel.rank() == 0:
-            opened = open_logger(config, record.directory, learns=bool(methods.learned))
-            logger = logs.enter_context(opened)
-        job = Job(config, methods, record, logger, loaded, footprint.groups, products)
+            job.logger = logs.enter_context(
+                open_logger(config, record.directory, learns=bool(methods.learned))
+            )
 
         with record.phase("evaluate dense", device):
-            evaluate(loaded, config.evaluation, windows_of_texts, "dense", record)
+            evaluate(loaded, config.evaluation, measured, "dense", record)
         if windows is None:
             log.info("continuing %s after pruning", record.directory)
             apply_record(loaded.model, loaded.identity, record.directory)
         else:
-            digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
-            _check_same(record, "texts", {"calibration": digest})
             prune_model(job, windows)
         with record.phase("evaluate sparse", device):
-            evaluate(loaded, config.evaluation, windows_of_texts, "sparse", record)
-
+            evaluate(loaded, config.evaluation, measured, "sparse", record)
         record.finish()
-        logger.summary(flat_figures(record.metrics))
+        job.logger.summary(flat_figures(record.metrics))
+
+
+def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> RunConfig:
+    """Return the settings with the placement of the weights that fits."""
+    placement = parallel.broadcast(placement_for(footprint))
+    if device.type == "cpu" and placement == "disk":
+        keep_freed_memory(SPARING)
+    return replace(config, model=replace(config.model, placement=placement))
+
+
+def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, footprint: Footprint) -> Tensor:
+    """Return the windows of the calibration text, and begin the record of a run that prunes.
+
+    Files of an earlier run are replaced here, when the job has all that it needs.
+
+    Raises:
+        ConfigError: an earlier process of the run used products of another dtype.
+        DataError: the model cannot read the text, or an earlier process had another text.
+    """
+    config = job.config
+    record.keep_compute_dtype(job.compute_dtype)
+    record.metrics["placement"] = config.model.placement
+    record.metrics["planned_memory_bytes"] = footprint.needs(config.model.placement).peak
+    warn_if_pruned(job.loaded.model, job.groups.pruned, config.pattern)
+    windows = _calibration_windows(config, job.methods, texts, job.loaded)
+    digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
+    _check_same(record, "texts", {"calibration": digest})
+    record.begin()
+    if parallel.rank() == 0:
+        write_json(record.directory / ENVIRONMENT, environment(config.seed, job.device))
+    return windows
 
 
 def prune_model(job: Job, windows: Tensor) -> PrunedModel:
-    """Prune the job's model in place; the record keeps seconds, measures and files.
+    """Prune the job's model in place: calibrate, allocate, permute, mask, prune.
+
+    Statistics of the dense model give the permutations and masks of all layers at once. Sequential
+    ones come from the pruned layers before, so that each layer is permuted while it is pruned.
 
     Args:
-        job: job with model and methods.
+        job: job with model and methods. Its record keeps seconds, measures and files.
         windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
             from which methods learn.
     """
-    device = job.device
-    dense_statistics = job.config.calibration.statistics == "dense"
-    calibration = None
-    permutations = None
-    masks = None
-    with job.record.phase("calibrate", device):
-        if dense_statistics or not job.methods.permutation.local:
-            calibration = calibrate(job, windows)
-    if calibration is not None:
-        if not job.methods.allocation.uniform:
-            with job.record.phase("allocate", device):
-                job = allocate(job, windows, calibration)
-            _check_kernels(job.config, job.loaded.model, job.groups)
-        with job.record.phase("permute", device):
-            permutations = find_permutations(job, windows, calibration)
-        if not job.methods.mask.local:
-            with job.record.phase("mask", device):
-                masks = find_masks(job, windows, calibration, permutations)
-    factors = calibration.factors if calibration is not None and dense_statistics else None
+    calibration = calibrate(job, windows)
+    job = allocate(job, windows, calibration)
+    if not job.methods.allocation.uniform:
+        _check_kernels(job.config, job.loaded.model, job.groups)
+    permutations = find_permutations(job, windows, calibration)
+    masks = find_masks(job, windows, calibration, permutations)
+    factors = dense_factors(job, calibration)
     del calibration  # frees the targets of learning
-    with job.record.phase("prune", device):
+    with job.record.phase("prune", job.device):
         pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
         if permutations is None:
             job.record.keep(PERMUTATIONS, pruned.permutations, save_tensors)

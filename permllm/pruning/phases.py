@@ -54,7 +54,16 @@ class DenseCalibration:
     target: Tensor
 
 
-def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
+def calibrate(job: Job, windows: Tensor) -> DenseCalibration | None:
+    """Calibrate the dense model; None: the job takes all statistics while it prunes."""
+    with job.record.phase("calibrate", job.device):
+        sequential = job.config.calibration.statistics == "sequential"
+        if sequential and job.methods.permutation.local:
+            return None
+        return _calibration_of_dense(job, windows)
+
+
+def _calibration_of_dense(job: Job, windows: Tensor) -> DenseCalibration:
     """Calibrate all linears of the dense model, or read the result from the cache.
 
     All linears, so that jobs with other `keep_dense` can reuse the result. The targets depend only
@@ -94,6 +103,15 @@ def calibrate(job: Job, windows: Tensor) -> DenseCalibration:
     return DenseCalibration(factors, _with_further_targets(job, windows, target["target"]))
 
 
+def dense_factors(
+    job: Job, calibration: DenseCalibration | None
+) -> dict[str, SaliencyFactors] | None:
+    """Return the saliency factors in the dense model; None: the job takes sequential ones."""
+    if calibration is None or job.config.calibration.statistics == "sequential":
+        return None
+    return calibration.factors
+
+
 def _is_ours(*methods: Method) -> bool:
     """Tell if all methods are of this package, whose version is part of the keys of the cache."""
     packages = {type(method).__module__.partition(".")[0] for method in methods}
@@ -116,8 +134,16 @@ def _dense_problem(
     )
 
 
-def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
-    """Return the job with the channel groups that its allocation prunes.
+def allocate(job: Job, windows: Tensor, calibration: DenseCalibration | None) -> Job:
+    """Return the job with the channel groups that its allocation prunes."""
+    if calibration is None or job.methods.allocation.uniform:
+        return job
+    with job.record.phase("allocate", job.device):
+        return _allocated(job, windows, calibration)
+
+
+def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
+    """Return the job with the channel groups that a found allocation prunes.
 
     Raises ConfigError if it prunes none, one that the settings keep dense, or one that a method
     cannot work on.
@@ -166,9 +192,14 @@ def allocate(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
 
 
 def find_permutations(
-    job: Job, windows: Tensor, calibration: DenseCalibration
-) -> Mapping[str, Tensor]:
-    """Return the permutations of the channel groups, int64 `(C_in,)` by their names."""
+    job: Job, windows: Tensor, calibration: DenseCalibration | None
+) -> Mapping[str, Tensor] | None:
+    """Return the permutations of the channel groups, int64 `(C_in,)` by their names.
+
+    None: each is found while its layer is pruned.
+    """
+    if calibration is None:
+        return None
 
     def compute() -> dict[str, Tensor]:
         problem = _dense_problem(job, "permutation", windows, calibration)
@@ -176,13 +207,22 @@ def find_permutations(
             permutations = job.methods.permutation.permutations(problem)
         return {group.name: permutations[group.name].cpu() for group in job.groups.pruned}
 
-    return job.record.kept(PERMUTATIONS, compute, save_tensors, load_permutations)
+    with job.record.phase("permute", job.device):
+        return job.record.kept(PERMUTATIONS, compute, save_tensors, load_permutations)
 
 
 def find_masks(
-    job: Job, windows: Tensor, calibration: DenseCalibration, permutations: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """Return the masks of all linears under the permutations, bool `(C_out, C_in)` by path."""
+    job: Job,
+    windows: Tensor,
+    calibration: DenseCalibration | None,
+    permutations: Mapping[str, Tensor] | None,
+) -> Mapping[str, Tensor] | None:
+    """Return the masks of all linears under the permutations, bool `(C_out, C_in)` by path.
+
+    None: the pruner chooses each mask.
+    """
+    if calibration is None or permutations is None or job.methods.mask.local:
+        return None
 
     def compute() -> Mapping[str, Tensor]:
         problem = _dense_problem(job, "mask", windows, calibration)
@@ -196,7 +236,8 @@ def find_masks(
                 check_result(where, shape, masks[path], permutations[group.name], pattern)
         return masks
 
-    return job.record.kept(MASKS, compute, save_masks, load_masks)
+    with job.record.phase("mask", job.device):
+        return job.record.kept(MASKS, compute, save_masks, load_masks)
 
 
 def calibrate_dense(
