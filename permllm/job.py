@@ -21,7 +21,6 @@ from permllm.export.rebuild import apply_record
 from permllm.export.serve import check_serve, groups_on_kernels
 from permllm.export.write import export_run, present_export, write_card
 from permllm.models.load import LoadedModel, check_windows, load_model, meta_model, with_dtype
-from permllm.models.selection import differing_patterns
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
 from permllm.planning.plan import print_plan
@@ -234,8 +233,7 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
 def _check_kernels(config: RunConfig, model: PreTrainedModel, groups: ModelGroups) -> None:
     """Raise ConfigError if vLLM's kernels for 2:4 are asked for and no pruned group fits them."""
     if config.export.serve:
-        patterns = differing_patterns(groups.every, groups.pruned)
-        groups_on_kernels(model.config.model_type, groups.every, config.sparsity, patterns)
+        groups_on_kernels(model.config.model_type, groups.every, groups.pruned, config.pattern)
 
 
 def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:

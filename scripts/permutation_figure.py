@@ -88,7 +88,7 @@ def draw(file: Path) -> None:
     """Write the figure to a file."""
     saliency = torch.tensor(_SALIENCY, dtype=torch.float32)
     channels = torch.arange(saliency.shape[1])
-    perm = heuristic_permutation(lambda: [(saliency, _PATTERN)])
+    perm = heuristic_permutation(lambda: [saliency], _PATTERN)
 
     generator = torch.Generator().manual_seed(0)
     matrix = torch.eye(len(perm))[:, perm]

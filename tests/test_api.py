@@ -55,7 +55,7 @@ def tokenizer() -> ByT5Tokenizer:
     [
         SMALL,
         FEW | FOLDABLE | {"pruner": "ria"},
-        FEW | FOLDABLE | {"keep_dense": [0], "sparsity_of": {"down_proj": "4:8"}},
+        FEW | FOLDABLE | {"keep_dense": [0]},
         FEW | {"pruner": "sparsegpt", "permutation": "none", "sparsity": "4:8", "model__bos": True},
         FEW | {"method": "masks", "mask__learning_rate": 0.1, "seed": 3},
     ],

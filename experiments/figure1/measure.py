@@ -174,10 +174,9 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     """
     loaded = load_model(config.model, config.seed)
     every = channel_groups(loaded.model)
-    groups = pruned_groups(every, config.pattern, config.keep_dense, config.sparsity_of)
+    groups = pruned_groups(every, config.keep_dense)
     group = _group(groups, own)
-    pattern = group.pattern or config.pattern
-    check_divides(pattern, group.channels, group.name)
+    check_divides(config.pattern, group.channels, group.name)
     pruner = instantiate("pruner", config.pruner)
     text = calibration_text(config.calibration)
     tokens = calibration_windows(
@@ -199,7 +198,7 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
                 [saliency(weight, factors[path]) for path, weight in weights.items()]
             ),
             gram=read[Gram].value / read.tokens,
-            pattern=pattern,
+            pattern=config.pattern,
         )
     points = [
         {
@@ -217,7 +216,7 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         "group": group.name,
         "members": list(group.members),
         "pruner": config.pruner["name"],
-        "sparsity": str(pattern),
+        "sparsity": config.sparsity,
         "points": points,
     }
 
@@ -242,7 +241,7 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
     device = layer.weight.device
     generator = torch.Generator().manual_seed(seed)
     identity = torch.arange(channels)
-    heuristic = heuristic_permutation(lambda: [(layer.saliency, layer.pattern)]).cpu()
+    heuristic = heuristic_permutation(lambda: [layer.saliency], layer.pattern).cpu()
     found = [("none", identity)]
     found += [("random", torch.randperm(channels, generator=generator)) for _ in range(own.random)]
     for index in range(own.random):

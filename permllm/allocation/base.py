@@ -9,11 +9,11 @@ from permllm.training.problem import LearningProblem
 
 
 class Allocation(Method):
-    """Base of all methods, which choose the linears to prune, and their N:M.
+    """Base of all methods, which choose the linears to prune.
 
     Attributes:
-        uniform: True: `sparsity`, `keep_dense` and `sparsity_of` decide alone. False: a
-            `FoundAllocation` finds the patterns after calibration.
+        uniform: True: `keep_dense` decides alone. False: a `FoundAllocation` keeps more linears
+            dense after calibration.
         windows: number of calibration windows whose forward is repeated for each channel group.
     """
 
@@ -22,7 +22,7 @@ class Allocation(Method):
 
 
 class FoundAllocation(Allocation, ABC):
-    """Base of the methods that find the linears to prune from the dense model."""
+    """Base of the methods that find linears to keep dense, from the dense model."""
 
     uniform = False
     needs_dense_statistics = True
@@ -36,12 +36,10 @@ class FoundAllocation(Allocation, ABC):
         return {}
 
     @abstractmethod
-    def patterns(
+    def dense_linears(
         self, problem: LearningProblem, every: list[ChannelGroup], sensitivity: Mapping[str, float]
-    ) -> dict[str, str]:
-        """Return N:M, or `dense`, of the linears that are not pruned to the job's pattern, by path.
-
-        Linears that the settings keep dense must stay dense.
+    ) -> set[str]:
+        """Return the paths of the linears to keep dense, besides those of `keep_dense`.
 
         Args:
             problem: as in `sensitivity`.

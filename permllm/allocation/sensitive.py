@@ -20,7 +20,6 @@ from permllm.errors import TrainingError
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, replaced_forwards
 from permllm.models.offload import masked, placement_of
-from permllm.models.selection import differing_patterns
 from permllm.runtime import parallel
 from permllm.runtime.memory import to_device
 from permllm.settings.values import SETTINGS, Count
@@ -76,24 +75,24 @@ class Sensitive(FoundAllocation):
         return dict(zip(names, values.tolist(), strict=True))
 
     @override
-    def patterns(
+    def dense_linears(
         self, problem: LearningProblem, every: list[ChannelGroup], sensitivity: Mapping[str, float]
-    ) -> dict[str, str]:
-        """Return the patterns: the most sensitive groups are dense, as many as the share allows.
+    ) -> set[str]:
+        """Return the members of the most sensitive groups, as many as the share allows.
 
         Linears that the settings keep dense count in the share.
         """
         allowed = self.share * sum(group.weights for group in every)
         allowed -= sum(group.weights for group in every)
         allowed += sum(group.weights for group in problem.groups)
-        pruned = list(problem.groups)
+        dense: set[str] = set()
         for group in sorted(
             problem.groups, key=lambda group: sensitivity[group.name] / group.weights, reverse=True
         ):
             if group.weights <= allowed:
                 allowed -= group.weights
-                pruned.remove(group)
-        return differing_patterns(every, pruned)
+                dense.update(group.members)
+        return dense
 
 
 def _output(problem: LearningProblem, stream: LayerStream, group: ChannelGroup) -> Tensor:
@@ -107,7 +106,7 @@ def _output(problem: LearningProblem, stream: LayerStream, group: ChannelGroup) 
     with ExitStack() as pruned:
         for path in group.members:
             linear = linear_at(problem.model, path)
-            mask = nm_mask(problem.saliency_of(path), problem.pattern_of(group))
+            mask = nm_mask(problem.saliency_of(path), problem.pattern)
             pruned.enter_context(replaced_forwards([linear], partial(_forward, linear, mask)))
         stream.advance(group.layer)
     for index in range(group.layer + 1, len(decoder_layers(problem.model))):

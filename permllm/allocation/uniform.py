@@ -1,7 +1,7 @@
-"""The same N:M for all linears that the settings do not name."""
+"""Pruning of all linears that the settings do not keep dense."""
 
 from permllm.allocation.base import Allocation
 
 
 class Uniform(Allocation):
-    """Allocation of the settings: `sparsity`, but for `keep_dense` and `sparsity_of`."""
+    """Allocation of the settings: all linears are pruned, except those of `keep_dense`."""

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from permllm.export.serve import COMMAND, READERS, SETTINGS
-from permllm.report.measures import patterns_text, result_rows
+from permllm.report.measures import result_rows, sparsity_text
 from permllm.runtime.version import __version__
 from permllm.settings.config import METHOD_GROUPS
 
@@ -80,7 +80,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
     elif notice := model_notice(config):
         lines += [f"{notice} The terms: {model['terms']}", ""]
     if summary.get("patterns"):
-        lines += [f"Patterns of its linears: {patterns_text(metrics['sparsity'])}.", ""]
+        lines += [f"Pattern of its linears: {sparsity_text(metrics['sparsity'])}.", ""]
     if served := summary.get("served"):
         lines += [
             f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on "

@@ -10,7 +10,6 @@ from permllm.export.write import read_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
-from permllm.settings.config import NMPattern
 from permllm.store.tensors import PrunedTensors
 
 
@@ -26,10 +25,7 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         DataError: as `PrunedTensors`, or the model has other linears.
     """
     metrics, _ = read_record(directory)
-    sparsity = metrics["sparsity"]
-    groups = recorded_groups(
-        channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
-    )
+    groups = recorded_groups(channel_groups(model), metrics["sparsity"].get("patterns", {}))
     pruned = PrunedTensors(directory, metrics, identity)
     shapes = {
         path: linear_at(model, path).weight.shape for group in groups for path in group.members

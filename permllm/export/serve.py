@@ -8,13 +8,11 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
-from permllm.models.selection import DENSE
 from permllm.settings.config import ExportConfig, NMPattern
 
 log = logging.getLogger(__name__)
@@ -81,15 +79,15 @@ def check_serve(settings: ExportConfig) -> None:
 
 
 def groups_on_kernels(
-    model_type: str, groups: list[ChannelGroup], pattern: str, patterns: Mapping[str, str]
+    model_type: str, groups: list[ChannelGroup], pruned: list[ChannelGroup], pattern: NMPattern
 ) -> list[ChannelGroup]:
     """Return the channel groups that fit the FP8 kernels for 2:4, and warn of 2:4 ones that do not.
 
     Args:
         model_type: type of the model in its config.
         groups: all its channel groups.
-        pattern: N:M of linears that are not in `patterns`.
-        patterns: N:M, or `dense`, by linear.
+        pruned: the pruned groups; some members of a group may be missing.
+        pattern: N:M of the pruned groups.
 
     Raises:
         ConfigError: vLLM cannot run this kind of model on the kernels, or no group fits them.
@@ -99,10 +97,12 @@ def groups_on_kernels(
             f"export.serve=vllm: vLLM runs {model_type} through its Transformers backend, whose "
             "activations have three dimensions, and the kernels take two; leave export.serve out"
         )
+    # Of some other patterns too, such as 1:4, all weights are 2:4.
+    is_two_of_four = 4 % pattern.m == 0 and 2 * pattern.n <= pattern.m
     fitting: list[ChannelGroup] = []
     unfit: list[ChannelGroup] = []
     for group in groups:
-        if all(_is_two_of_four(patterns.get(path, pattern)) for path in group.members):
+        if is_two_of_four and group in pruned:
             if sum(group.rows) % _ROWS == 0 and group.channels % _CHANNELS == 0:
                 fitting.append(group)
             else:
@@ -123,14 +123,6 @@ def groups_on_kernels(
             ",".join(group.name for group in unfit),
         )
     return fitting
-
-
-def _is_two_of_four(text: str) -> bool:
-    """Tell if all weights of a pattern are also 2:4, such as 1:4."""
-    if text == DENSE:
-        return False
-    pattern = NMPattern.parse(text)
-    return 4 % pattern.m == 0 and 2 * pattern.n <= pattern.m
 
 
 def serving(

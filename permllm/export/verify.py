@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,10 @@ def verify(
           rows must have the zeros of N:M instead, unless `pattern` is given;
         - `by_row`: True: the zeros of rows were checked, as described under `passed`;
         - `problems`: a line for each problem;
-        - `pattern`: expected N:M of linears without a pattern of their own;
+        - `pattern`: expected N:M;
         - `zeros`: share of zeros in all weights that should be sparse;
-        - `layers`: for each of these weights its `name`, its expected `pattern`, its share of
-          `zeros`, and `violations`, the number of groups of M with more than N nonzeros in stored
-          order;
+        - `layers`: for each of these weights its `name`, its share of `zeros`, and `violations`,
+          the number of groups of M with more than N nonzeros in stored order;
         - `dense`: names of the linears' weights that the export states to be dense;
         - `bytes`: size of all files with weights;
         - `checksums`: the files were compared with the sha256 that an export states;
@@ -82,12 +80,18 @@ def _checked_weights(
     model = read_weights(folder, None, torch.device("cpu"))
     check_runs(folder, model)
     by_row = pattern is None and summary is not None and summary.get("form") == "simulate"
-    patterns = expected_patterns(model, summary, pattern)
+    every = channel_groups(model)
+    groups = every
+    expected = pattern or _TWO_OF_FOUR
+    if summary and not pattern:
+        expected = NMPattern.parse(summary["sparsity"], f"{SUMMARY}: sparsity")
+        groups = recorded_groups(every, summary.get("patterns", {}))
+    paths = [path for group in groups for path in group.members]
     layers = []
     problems = []
     zeros = 0
     size = 0
-    for path, expected in patterns.items():
+    for path in paths:
         weight = linear_at(model, path).weight
         check_divides(expected, weight.shape[1], path)
         nonzero = weight != 0
@@ -95,43 +99,23 @@ def _checked_weights(
         zeros += zeros_of_weight
         size += weight.numel()
         name = f"{path}.weight"
-        groups = violations(weight, None, expected)
+        count = violations(weight, None, expected)
         share = zeros_of_weight / weight.numel()
-        layers.append(
-            {"name": name, "pattern": str(expected), "zeros": share, "violations": groups}
-        )
+        layers.append({"name": name, "zeros": share, "violations": count})
         rows = int((nonzero.sum(1) * expected.m > weight.shape[1] * expected.n).sum())
         if by_row and rows:
             problems.append(f"{name} has {rows} rows with fewer zeros than {expected}")
-        elif groups and not by_row:
-            problems.append(f"{name} has {groups} groups that are not {expected}")
-    members = {path for group in channel_groups(model) for path in group.members}
+        elif count and not by_row:
+            problems.append(f"{name} has {count} groups that are not {expected}")
+    members = {path for group in every for path in group.members}
     return {
         "problems": problems,
         "by_row": by_row,
-        "pattern": str(pattern or (summary["sparsity"] if summary else _TWO_OF_FOUR)),
+        "pattern": str(expected),
         "zeros": zeros / size,
         "layers": layers,
-        "dense": sorted(f"{path}.weight" for path in members - patterns.keys()),
+        "dense": sorted(f"{path}.weight" for path in members.difference(paths)),
     }
-
-
-def expected_patterns(
-    model: nn.Module, summary: dict[str, Any] | None, pattern: NMPattern | None = None
-) -> dict[str, NMPattern]:
-    """Return the expected N:M of the decoder layers' linears that should be sparse, by path.
-
-    Args:
-        model: model of a checkpoint.
-        summary: summary of the checkpoint; None: it is no export.
-        pattern: N:M of every linear; None: the N:M that an export states, else 2:4.
-    """
-    groups = channel_groups(model)
-    expected = pattern or _TWO_OF_FOUR
-    if summary and not pattern:
-        expected = NMPattern.parse(summary["sparsity"], f"{SUMMARY}: sparsity")
-        groups = recorded_groups(groups, expected, summary.get("patterns", {}))
-    return {path: group.pattern or expected for group in groups for path in group.members}
 
 
 @torch.no_grad()
@@ -181,11 +165,7 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
             "zeros in every row\n"
             "export=simulate keeps the dense model's channels, so it is not N:M as stored"
         )
-    counts = Counter(layer["pattern"] for layer in report["layers"])
-    named = ", ".join(counts)
-    if len(counts) > 1:
-        named = ", ".join(f"{pattern} ({count} weights)" for pattern, count in counts.items())
-    lines = [f"{verdict}: {folder}, {named} {place}"]
+    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
     lines += [f"- {problem}" for problem in report["problems"]]
     groups = sum(layer["violations"] for layer in report["layers"])
     lines.append(

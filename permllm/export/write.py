@@ -22,10 +22,10 @@ from permllm.export.legacy import legacy_rope, legacy_tokenizer
 from permllm.export.serve import SETTINGS, check_serve, groups_on_kernels, serving
 from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import ChannelGroup, channel_groups
-from permllm.models.selection import DENSE
+from permllm.models.selection import recorded_groups
 from permllm.models.source import DenseSource, dense_source
 from permllm.runtime.files import cache_lock, file_sha256
-from permllm.settings.config import ExportConfig, ModelConfig
+from permllm.settings.config import ExportConfig, ModelConfig, NMPattern
 from permllm.settings.identity import digest_of
 from permllm.settings.values import validated
 from permllm.store.files import (
@@ -206,8 +206,8 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     started = time.perf_counter()
     model = source.dense.skeleton
     sparsity = source.metrics["sparsity"]
-    patterns = sparsity.get("patterns", {})
     groups = channel_groups(model)
+    pruned = recorded_groups(groups, sparsity.get("patterns", {}))
     settings = replace(
         settings,
         form=first_form(groups, source.permutations) if settings.form == "none" else settings.form,
@@ -217,8 +217,9 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
     fitting: list[ChannelGroup] = []
     if settings.serve:  # before the weights, because it may fail
         check_serve(settings)
-        fitting = groups_on_kernels(model.config.model_type, groups, sparsity["pattern"], patterns)
-    tensors = _StoredTensors(source, stored, groups, getattr(torch, str(settings.dtype)))
+        pattern = NMPattern.parse(sparsity["pattern"])
+        fitting = groups_on_kernels(model.config.model_type, groups, pruned, pattern)
+    tensors = _StoredTensors(source, stored, groups, pruned, getattr(torch, str(settings.dtype)))
     _write_settings(source.dense, stored, tensors.dtype, folder)
     planned = tensors.planned()
     files = write_shards(folder, planned, tensors.read, int(settings.shard_gb * 1e9))
@@ -231,8 +232,8 @@ def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[s
         "config_hash": source.metrics["config_hash"],
         "gathers": len(stored.gathers),
     }
-    if patterns:
-        summary["patterns"] = patterns
+    if "patterns" in sparsity:
+        summary["patterns"] = sparsity["patterns"]
     if settings.serve:
         content, summary["served"] = serving(groups, fitting, tensors.zero_rows)
         write_json(folder / SETTINGS, content)
@@ -265,15 +266,15 @@ class _StoredTensors:
         source: PrunedSource,
         stored: StoredOrder,
         groups: list[ChannelGroup],
+        pruned: list[ChannelGroup],
         dtype: torch.dtype,
     ) -> None:
         self.dtype = dtype
         self.zero_rows: set[str] = set()
         self._source = source
         self._stored = stored
-        patterns = source.metrics["sparsity"].get("patterns", {})
         self._linears = {path for group in groups for path in group.members}
-        self._pruned = {path for path in self._linears if patterns.get(path) != DENSE}
+        self._pruned = {path for group in pruned for path in group.members}
         permuted = permuted_names(groups, stored.gathers)
         # Names in the model by stored name.
         self._names = {

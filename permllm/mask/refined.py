@@ -49,12 +49,13 @@ class RefinedMask(FoundMask):
             with collecting(problem.model, groups, self.statistics) as statistics:
                 stream.advance(layer)
             for group in groups:
-                pattern = problem.pattern_of(group)
                 permutation = permutations[group.name].to(problem.device)
                 gram = statistics[group.name][Gram].value[permutation][:, permutation]
                 weights = [linear_at(problem.model, path).weight for path in group.members]
                 saliencies = (problem.saliency_of(path) for path in group.members)
-                start = [permuted_nm_mask(score, permutation, pattern) for score in saliencies]
+                start = [
+                    permuted_nm_mask(score, permutation, problem.pattern) for score in saliencies
+                ]
                 # Linears that read the same channels are refined together, which takes fewer
                 # operations. Products in half precision would give wrong exchanges.
                 with products_in(gram.dtype, problem.device):
@@ -62,7 +63,7 @@ class RefinedMask(FoundMask):
                         torch.cat(weights)[:, permutation],
                         torch.cat(start)[:, permutation],
                         gram,
-                        pattern,
+                        problem.pattern,
                     )
                 parts = (
                     mask[:, permutation.argsort()].cpu().split([len(weight) for weight in weights])

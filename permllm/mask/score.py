@@ -114,7 +114,7 @@ class ScoreMask(LearningSettings, LearnedMask):
             if path in packed:
                 return unpacked_mask(packed[path], linear_at(problem.model, path).weight.shape)
             saliency = problem.saliency_of(path)
-            return permuted_nm_mask(saliency, permutations[group.name], problem.pattern_of(group))
+            return permuted_nm_mask(saliency, permutations[group.name], problem.pattern)
 
         pruned = {group.layer for group in problem.groups}
         for stage in schedule.stages(lambda span: not pruned.isdisjoint(span), mask_of):
@@ -156,7 +156,7 @@ class ScoreMask(LearningSettings, LearnedMask):
                 permutation, torch.arange(len(permutation), device=permutation.device)
             )
             moved = None if identity else permutation
-            return ScoreLinear(linear, scores, problem.pattern_of(group), moved, kernels)
+            return ScoreLinear(linear, scores, problem.pattern, moved, kernels)
 
         return replaced_linears(problem.model, groups, masked_linear, permuted, original)
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from permllm.errors import ConfigError, first_line
 from permllm.models.discovery import structure_of
-from permllm.settings.config import NMPattern
 
 # Dtypes of weights that can be pruned.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -108,7 +107,6 @@ class ChannelGroup:
         table: the group in the family's table.
         heads: number of key-value heads, and of query heads for each of them; (1, 1): channels do
             not belong to heads.
-        pattern: N:M of the members; None: the N:M of the job (`permllm.models.selection`).
     """
 
     name: str
@@ -118,7 +116,6 @@ class ChannelGroup:
     rows: tuple[int, ...]
     table: GroupTable
     heads: tuple[int, int] = (1, 1)
-    pattern: NMPattern | None = None
 
     @property
     def weights(self) -> int:

@@ -1,50 +1,34 @@
-"""Selection of the linears that a job prunes, and of their N:M (`keep_dense`, `sparsity_of`).
+"""Selection of the linears that a job prunes (`keep_dense`), and its form in records.
 
-A name in these settings is the index of a decoder layer (`0`, `-1`), or consecutive words of the
-path of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gate_up_proj`,
+A name in this setting is the index of a decoder layer (`0`, `-1`), or consecutive words of the path
+of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gate_up_proj`,
 `model.layers.3`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup
-from permllm.settings.config import NMPattern
 
 DENSE = "dense"
-"""Pattern of a linear that was not pruned, in records."""
+"""Value of a linear that was not pruned, in `patterns` of records and exports."""
 
 
-def pruned_groups(
-    groups: list[ChannelGroup],
-    pattern: NMPattern,
-    keep_dense: Iterable[str],
-    sparsity_of: Mapping[str, str],
-) -> list[ChannelGroup]:
-    """Return the channel groups to prune, with the members to prune and their patterns.
+def pruned_groups(groups: list[ChannelGroup], keep_dense: Iterable[str]) -> list[ChannelGroup]:
+    """Return the channel groups to prune, with the members to prune.
 
     Args:
         groups: all channel groups of the model.
-        pattern: N:M of linears that `sparsity_of` does not name; their groups have no own pattern.
-        keep_dense: names of linears that are not pruned; takes precedence over `sparsity_of`.
-        sparsity_of: N:M by name.
+        keep_dense: names of linears that are not pruned.
 
     Raises:
-        ConfigError: a name fits no linear; no linear is left to prune; two names give a linear two
-            patterns; linears that read the same channels get different patterns.
+        ConfigError: a name fits no linear, or no linear is left to prune.
     """
     dense: set[str] = set()
     for name in keep_dense:
-        dense |= _named("keep_dense", name, groups)
-    patterns: dict[str, NMPattern] = {}
-    for name, text in sparsity_of.items():
-        named_pattern = NMPattern.parse(text, f"sparsity_of.{name}")
-        for path in sorted(_named("sparsity_of", name, groups) - dense):
-            other = patterns.setdefault(path, named_pattern)
-            if other != named_pattern:
-                raise ConfigError(f"sparsity_of: names give {path} both {other} and {text}")
-    pruned = _without_dense(groups, pattern, dense, patterns)
+        dense |= _named(name, groups)
+    pruned = without_dense(groups, dense)
     if not pruned:
         raise ConfigError(
             f"keep_dense=[{','.join(keep_dense)}] names every linear of the decoder layers: "
@@ -53,66 +37,40 @@ def pruned_groups(
     return pruned
 
 
-def recorded_groups(
-    groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]
-) -> list[ChannelGroup]:
-    """Return the channel groups that were pruned, from the patterns in a record or a checkpoint.
+def recorded_groups(groups: list[ChannelGroup], patterns: Mapping[str, str]) -> list[ChannelGroup]:
+    """Return the channel groups that were pruned, from `patterns` of a record or an export.
 
-    Args:
-        groups: all channel groups of the model.
-        pattern: N:M of linears that are not in `patterns`.
-        patterns: as `differing_patterns`.
-
-    Raises:
-        DataError: the model lacks a linear of `patterns`.
-        ConfigError: linears that read the same channels have different patterns.
+    Raises DataError if the model lacks a linear of `patterns`.
     """
     unknown = patterns.keys() - {path for group in groups for path in group.members}
     if unknown:
         raise DataError(f"its patterns name {min(unknown)}, but the model has no such linear")
-    dense = {path for path, text in patterns.items() if text == DENSE}
-    others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
-    return _without_dense(groups, pattern, dense, others)
+    return without_dense(groups, {path for path, text in patterns.items() if text == DENSE})
 
 
-def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
-    """Return N:M, or `dense`, of the linears that were not pruned to the job's pattern, by path.
+def recorded_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
+    """Return `dense` by path for the linears that are not pruned.
 
     Args:
         groups: all channel groups of the model.
-        pruned: the pruned groups, as `pruned_groups` returns them.
+        pruned: the pruned groups.
     """
-    own = {path: group.pattern for group in pruned for path in group.members}
-    patterns = {path: own.get(path, DENSE) for group in groups for path in group.members}
-    return {path: str(pattern) for path, pattern in patterns.items() if pattern is not None}
+    sparse = {path for group in pruned for path in group.members}
+    return {path: DENSE for group in groups for path in group.members if path not in sparse}
 
 
-def _without_dense(
-    groups: list[ChannelGroup], pattern: NMPattern, dense: set[str], patterns: dict[str, NMPattern]
-) -> list[ChannelGroup]:
+def without_dense(groups: list[ChannelGroup], dense: Collection[str]) -> list[ChannelGroup]:
+    """Return the groups without the members at the paths in `dense`; a group needs a member."""
     pruned = []
     for group in groups:
         sizes = zip(group.members, group.rows, strict=True)
         rows = {path: count for path, count in sizes if path not in dense}
-        own = {patterns.get(path, pattern) for path in rows}
-        if len(own) > 1:
-            raise ConfigError(
-                f"sparsity_of: {', '.join(rows)} read the same channels: give all of them one "
-                "pattern, or keep some dense"
-            )
-        for own_pattern in own:
-            pruned.append(
-                replace(
-                    group,
-                    members=tuple(rows),
-                    rows=tuple(rows.values()),
-                    pattern=None if own_pattern == pattern else own_pattern,
-                )
-            )
+        if rows:
+            pruned.append(replace(group, members=tuple(rows), rows=tuple(rows.values())))
     return pruned
 
 
-def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
+def _named(name: str, groups: list[ChannelGroup]) -> set[str]:
     """Return the paths of the linears that a name fits."""
     layers = 1 + groups[-1].layer
     is_index = name.removeprefix("-").isdigit()
@@ -127,7 +85,7 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
         members = {path.rpartition(".")[2] for group in groups for path in group.members}
         valid = ", ".join(sorted(members))
         raise ConfigError(
-            f"{key}: the model has no {name!r}; expected a layer, 0 to {layers - 1}, or one of "
-            f"{valid}"
+            f"keep_dense: the model has no {name!r}; expected a layer, 0 to {layers - 1}, or one "
+            f"of {valid}"
         )
     return paths

@@ -60,9 +60,7 @@ class LocalPermutation(Permutation):
         permutations = {}
         for group in problem.groups:
             scores = torch.cat([problem.saliency_of(path) for path in group.members])
-            permutations[group.name] = self.permutation(
-                group.name, scores, problem.pattern_of(group)
-            )
+            permutations[group.name] = self.permutation(group.name, scores, problem.pattern)
         return permutations
 
 

@@ -155,28 +155,14 @@ def produced_permutation(group: ChannelGroup) -> SharedPermutation:
 
 
 def check_segments(shared: list[SharedPermutation], pattern: NMPattern) -> None:
-    """Raise ConfigError if a group of M crosses a segment, or a group of a larger M.
-
-    Args:
-        shared: the shared permutations.
-        pattern: N:M of the groups that have no pattern of their own.
-    """
+    """Raise ConfigError if a group of M crosses a segment of a shared permutation."""
     for permutation in shared:
-        m = max((group.pattern or pattern).m for group in permutation.groups)
-        if permutation.segment % m:
+        if permutation.segment % pattern.m:
             raise ConfigError(
                 f"permutation.constraint=foldable: the heads of {permutation.name} have "
-                f"{permutation.segment} channels; expected a multiple of M = {m}, or "
+                f"{permutation.segment} channels; expected a multiple of M = {pattern.m}, or "
                 "permutation.constraint=free"
             )
-        for group in permutation.groups:
-            group_pattern = group.pattern or pattern
-            if m % group_pattern.m:
-                raise ConfigError(
-                    f"sparsity_of: {group.name} is {group_pattern}, and others that share its "
-                    f"permutation have M = {m}; expected that one M divides the other, or "
-                    "permutation.constraint=free"
-                )
 
 
 def expanded(shared: list[SharedPermutation], permutations: dict[str, Tensor]) -> dict[str, Tensor]:

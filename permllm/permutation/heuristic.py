@@ -46,10 +46,9 @@ _SHARE_OF_FREE = 0.5
 # Rows, and pairs of a row and a group, that fit into the cache of a CPU.
 _ROWS_IN_CACHE = 256
 _PAIRS_IN_CACHE = 1 << 19
-# Function that yields the saliency `(rows, C)` of some rows at a time with their N:M, because all
-# rows of a shared permutation may not fit into memory. If M differs, the groups of the smaller M
-# lie inside those of the larger M.
-Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
+# Function that yields the saliency `(rows, C)` of some rows at a time, because all rows of a shared
+# permutation may not fit into memory.
+Parts = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -72,7 +71,7 @@ class Heuristic(LocalPermutation):
     @override
     def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Search for the permutation of a group."""
-        return heuristic_permutation(partial(_in_one_part, saliency, pattern))
+        return heuristic_permutation(lambda: [saliency], pattern)
 
     @override
     def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
@@ -113,8 +112,8 @@ def heuristic_permutations(
             batch = by_width[first : first + together]
             parts: list[Parts] = []
             for permutation in batch:
-                parts += segments_of(permutation, problem.saliency_of, problem.pattern)
-            segments = iter(_searched(parts, pool.map))
+                parts += segments_of(permutation, problem.saliency_of)
+            segments = iter(_searched(parts, problem.pattern, pool.map))
             del parts  # frees the saliency before the next one is made
             for permutation in batch:
                 starts = range(0, permutation.channels, permutation.segment)
@@ -134,54 +133,51 @@ def _searches_at_once(shared: list[SharedPermutation], device: torch.device) -> 
     return max(1, min(cores(), int(_SHARE_OF_FREE * free_memory(device)) // largest))
 
 
-def segments_of(
-    shared: SharedPermutation, saliency_of: Callable[[str], Tensor], pattern: NMPattern
-) -> list[Parts]:
+def segments_of(shared: SharedPermutation, saliency_of: Callable[[str], Tensor]) -> list[Parts]:
     """Return the saliency of each segment of a shared permutation.
 
     Args:
         shared: the shared permutation.
         saliency_of: returns the saliency `(C_out, C_in)` of the linear at a module path. It is
             called several times for each linear if several groups share the permutation.
-        pattern: N:M of the groups that have no pattern of their own.
     """
 
-    def on_shared_positions(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
-        scores = torch.cat([saliency_of(path) for path in group.members])
-        return shared.collect(scores), group.pattern or pattern
+    def on_shared_positions(group: ChannelGroup) -> Tensor:
+        return shared.collect(torch.cat([saliency_of(path) for path in group.members]))
 
     if len(shared.groups) > 1:  # on the residual stream, which is one segment
         return [lambda: map(on_shared_positions, shared.groups)]
     # The saliency of one group fits into memory, so that its segments can share it.
-    scores, group_pattern = on_shared_positions(shared.groups[0])
-    segments = scores.split(shared.segment, dim=1)
-    return [partial(_in_one_part, segment, group_pattern) for segment in segments]
+    segments = on_shared_positions(shared.groups[0]).split(shared.segment, dim=1)
+    return [partial(_in_one_part, segment) for segment in segments]
 
 
-def _in_one_part(saliency: Tensor, pattern: NMPattern) -> list[tuple[Tensor, NMPattern]]:
-    return [(saliency, pattern)]
+def _in_one_part(saliency: Tensor) -> list[Tensor]:
+    return [saliency]
 
 
-def heuristic_permutation(saliency: Parts) -> Tensor:
+def heuristic_permutation(saliency: Parts, pattern: NMPattern) -> Tensor:
     """Return a permutation that retains more saliency than the identity, or the identity.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative, with the rows of all layers that
             share the permutation; M divides C_in.
+        pattern: N:M.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    return _searched([saliency], map)[0]
+    return _searched([saliency], pattern, map)[0]
 
 
-def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -> list[Tensor]:
+def _searched(
+    saliencies: list[Parts], pattern: NMPattern, solve: Callable[..., Iterator[Tensor]]
+) -> list[Tensor]:
     """Search by each saliency; `solve(function, items)` does as `map`, perhaps in threads."""
-    searches = [Search(saliency) for saliency in saliencies]
-    for position in range(max(search.m for search in searches)):
-        active = [search for search in searches if position < search.m]
-        scores = (search.scores(position) for search in active)
-        for search, sources in zip(active, solve(assigned, scores), strict=True):
+    searches = [Search(saliency, pattern) for saliency in saliencies]
+    for position in range(pattern.m):
+        scores = (search.scores(position) for search in searches)
+        for search, sources in zip(searches, solve(assigned, scores), strict=True):
             search.exchange(position, sources)
     return [search.permutation() for search in searches]
 
@@ -190,37 +186,28 @@ class Search:
     """Search for one permutation.
 
     Args:
-        saliency: as in `heuristic_permutation`.
+        saliency, pattern: as in `heuristic_permutation`.
 
     Attributes:
-        m: the largest M.
         present: int64 `(C_in,)` on the CPU, the present permutation.
     """
 
-    def __init__(self, saliency: Parts) -> None:
-        sums = []
-        sizes = []
-        for part, pattern in saliency():
-            sums.append(part.sum(0))
-            sizes.append(pattern.m)
+    def __init__(self, saliency: Parts, pattern: NMPattern) -> None:
         self._saliency = saliency
-        self.m = max(sizes)
-        self.present = snake(reduce(Tensor.add, sums), min(sizes))
+        self._pattern = pattern
+        self.present = snake(reduce(torch.add, (part.sum(0) for part in saliency())), pattern.m)
 
     def scores(self, position: int) -> Tensor:
-        """Return `assignment_scores` for one of the `m` positions, on the CPU."""
-        parts = (self._part_scores(part, pattern, position) for part, pattern in self._saliency())
+        """Return `assignment_scores` for one of the M positions, on the CPU."""
+        parts = (
+            assignment_scores(part, self.present, position, self._pattern)
+            for part in self._saliency()
+        )
         return reduce(torch.add, parts).cpu()
-
-    def _part_scores(self, part: Tensor, pattern: NMPattern, position: int) -> Tensor:
-        places = self.present.view(-1, self.m)
-        place = position % pattern.m  # position in the group of a smaller M
-        inside = places[:, position - place : position - place + pattern.m].flatten()
-        return assignment_scores(part, inside, place, pattern)
 
     def exchange(self, position: int, sources: Tensor) -> None:
         """Give each group the channel at `position` of its source group, int64 `(groups,)`."""
-        places = self.present.view(-1, self.m)
+        places = self.present.view(-1, self._pattern.m)
         places[:, position] = places[sources, position]
 
     def permutation(self) -> Tensor:
@@ -233,10 +220,10 @@ class Search:
     def _retained(self, permutation: Tensor) -> float:
         """Return the saliency that the masks of permuted channels retain."""
         retained = 0.0
-        for part, pattern in self._saliency():
+        for part in self._saliency():
             for rows in part.split(_ROWS_AT_A_TIME):
                 permuted = rows[:, permutation.to(rows.device)]
-                retained += saliency_sum(permuted, nm_mask(permuted, pattern))
+                retained += saliency_sum(permuted, nm_mask(permuted, self._pattern))
         return retained
 
 
@@ -265,7 +252,7 @@ def assignment_scores(
 
     Args:
         saliency: `(rows, C_in)`.
-        permutation: int64, the channels of all groups or of some groups, M for each.
+        permutation: int64 `(C_in,)`; its groups are M consecutive channels.
         position: position in each group whose channels are exchanged, from 0 to M - 1.
         pattern: N:M.
 

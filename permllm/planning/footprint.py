@@ -4,7 +4,6 @@ The memory is the sum of the tensors that exist together, to within 16 %. The mi
 and bytes divided by a share of the device's speed, to within a factor of two.
 """
 
-from collections import Counter
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
-from permllm.settings.config import NMPattern, RunConfig
+from permllm.settings.config import RunConfig
 from permllm.sparsity.statistics import Gram, Statistics
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
@@ -105,7 +104,7 @@ class Footprint:
         item: bytes of a weight.
         widest: largest number of rows of a channel group, over its members.
         largest: weights of the largest channel group.
-        weights, pruned: number of weights to prune, by their pattern and in all.
+        pruned: number of weights in the groups to prune.
         permutations, masks: plans of learning.
         text: tokens of the calibration text that a rank reads.
         forward: operations of a rank in their forward through all layers.
@@ -140,10 +139,7 @@ class Footprint:
         self.groups = groups
         self.widest = max(sum(group.rows) for group in self.groups.every)
         self.largest = max(group.weights for group in self.groups.every)
-        self.weights: Counter[NMPattern] = Counter()
-        for group in self.groups.pruned:
-            self.weights[group.pattern or config.pattern] += group.weights
-        self.pruned = self.weights.total()
+        self.pruned = sum(group.weights for group in self.groups.pruned)
         self.permutations = self._plan_of(methods.permutation)
         self.masks = self._plan_of(methods.mask)
         self.samples = config.calibration.samples
@@ -282,7 +278,8 @@ class Footprint:
 
     def _learn_weights(self, streams: bool) -> PhaseCost:
         """Return the phase in which the kept weights of all layers learn."""
-        weights = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
+        pattern = self.config.pattern
+        weights = self.pruned * pattern.n // pattern.m
         # Positions of kept weights, and rounded copies of float32 weights.
         waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
         plan = LearningPlan([range(self.layers)], weights)

@@ -21,16 +21,16 @@ def print_plan(of: Footprint) -> None:
     console = terminal()
     config = of.config
     title = f"{config.model.name}: channel groups of the {of.layers} decoder layers"
-    headings = "group", "members", "N:M", "channels", "rows", "blocks", "logits", "layers"
+    headings = "group", "members", "channels", "rows", "blocks", "logits", "layers"
     table = Table(*headings, title=title, title_justify="left")
     for row, layers in Counter(_row(of, group) for group in of.groups.pruned).items():
         table.add_row(*row, str(layers))
     console.print(table)
-    zeros = sum(count * (nm.m - nm.n) / nm.m for nm, count in of.weights.items())
+    pattern = config.pattern
+    zeros = of.pruned * (pattern.m - pattern.n) / pattern.m
     share = zeros / sum(group.weights for group in of.groups.every)
-    pruned = ", ".join(f"{count} to {pattern}" for pattern, count in of.weights.items())
     console.print(
-        f"The model has {of.parameters} parameters. Pruned weights: {pruned}. "
+        f"The model has {of.parameters} parameters. Pruned weights: {of.pruned} to {pattern}. "
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
     if not of.methods.allocation.uniform:
@@ -66,7 +66,6 @@ def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
     return (
         group.table.name,
         ", ".join(member.rpartition(".")[2] for member in group.members),
-        str(group.pattern or of.config.pattern),
         str(group.channels),
         " + ".join(map(str, group.rows)),
         *of.permutations.columns.get(group.name, ("-", "-")),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
-from permllm.models.selection import differing_patterns
+from permllm.models.selection import recorded_patterns
 from permllm.pruning.checks import check_result
 from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.phases import member_factors
@@ -121,7 +121,7 @@ def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:
             for path in group.members:
                 weight = linear_at(job.loaded.model, path).weight
                 columns = permutations[group.name].to(weight.device)
-                total += violations(weight, columns, group.pattern or job.config.pattern)
+                total += violations(weight, columns, job.config.pattern)
     return total
 
 
@@ -221,7 +221,7 @@ class _Layers:
         """Prune a group, and add its permutation, masks, weights and measures to the layer."""
         pruner = self.job.methods.pruner
         reconstruction = self.job.methods.reconstruction
-        pattern = group.pattern or self.job.config.pattern
+        pattern = self.job.config.pattern
         factors = self.factors
         if factors is None:
             factors = member_factors(self.model, group, pruner, statistics)
@@ -267,9 +267,8 @@ class _Layers:
             for path in group.members:
                 weight = linear_at(self.model, path).weight
                 scores.append(saliency(weight, factors[path].to(weight.device)))
-            pattern = group.pattern or job.config.pattern
             method = job.methods.permutation
-            value = method.permutation(group.name, torch.cat(scores), pattern)
+            value = method.permutation(group.name, torch.cat(scores), job.config.pattern)
             return parallel.broadcast(value).cpu()
 
 
@@ -328,7 +327,7 @@ def _keep_weights(job: Job) -> None:
 
 def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     """Return the measures of a pruned model for `metrics.json`, before its evaluation."""
-    patterns = differing_patterns(job.groups.every, job.groups.pruned)
+    patterns = recorded_patterns(job.groups.every, job.groups.pruned)
     of_model = sum(group.weights for group in job.groups.every)
     weights = sum(group.weights for group in job.groups.pruned)
     nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())

@@ -46,7 +46,7 @@ class Methods:
 
     Attributes:
         pruner: the base pruner.
-        allocation: method that chooses the linears to prune, and their N:M.
+        allocation: method that chooses the linears to prune.
         permutation: method that finds the permutation of each channel group.
         mask: method that finds the masks, or leaves them to the pruner.
         reconstruction: method that changes the kept weights.
@@ -100,7 +100,7 @@ class ModelGroups:
 
     Attributes:
         every: all groups of the decoder layers.
-        pruned: groups that a job prunes, with the members to prune and their patterns.
+        pruned: groups that a job prunes, with the members to prune.
     """
 
     every: list[ChannelGroup]
@@ -177,7 +177,7 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     """
     check_dense(config.model.path or config.model.name, model.config)
     every = channel_groups(model)
-    pruned = pruned_groups(every, config.pattern, config.keep_dense, config.sparsity_of)
+    pruned = pruned_groups(every, config.keep_dense)
     check_pruned(config, methods, pruned, len(decoder_layers(model)))
     return ModelGroups(every, pruned)
 
@@ -194,7 +194,7 @@ def check_pruned(
         layers: number of decoder layers.
     """
     for group in pruned:
-        check_divides(group.pattern or config.pattern, group.channels, group.name)
+        check_divides(config.pattern, group.channels, group.name)
     for method in methods.all:
         method.check_groups(config, pruned, layers)
 

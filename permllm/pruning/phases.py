@@ -17,7 +17,7 @@ from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, last_states
-from permllm.models.selection import differing_patterns, recorded_groups
+from permllm.models.selection import recorded_patterns, without_dense
 from permllm.pruner.base import Pruner
 from permllm.pruning.checks import check_result
 from permllm.pruning.methods import (
@@ -145,8 +145,7 @@ def allocate(job: Job, windows: Tensor, calibration: DenseCalibration | None) ->
 def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
     """Return the job with the channel groups that a found allocation prunes.
 
-    Raises ConfigError if it prunes none, one that the settings keep dense, or one that a method
-    cannot work on.
+    Raises ConfigError if it prunes none, or one that a method cannot work on.
     """
     method = job.methods.allocation
     config = job.config
@@ -164,23 +163,21 @@ def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
                 "method": type(method).__name__,
                 "windows": method.windows,
                 "pruner": dict(config.pruner),
-                "patterns": differing_patterns(every, job.groups.pruned),
+                "patterns": recorded_patterns(every, job.groups.pruned),
                 "pattern": config.sparsity,
             }
             sensitivity = _cached_values(job, tokens, "sensitivity", measured, **key)
         else:
             sensitivity = measured()
-        patterns = method.patterns(problem, every, sensitivity)
-        return {"sensitivity": sensitivity, "patterns": patterns}
+        dense = method.dense_linears(problem, every, sensitivity)
+        return {"sensitivity": sensitivity, "dense": sorted(dense)}
 
     allocation = job.record.kept(ALLOCATION, compute, write_json, read_json)
-    pruned = recorded_groups(every, config.pattern, allocation["patterns"])
-    members = {path for group in pruned for path in group.members}
-    allowed = {path for group in job.groups.pruned for path in group.members}
-    if not members or not members <= allowed:
+    pruned = without_dense(job.groups.pruned, allocation["dense"])
+    if not pruned:
         raise ConfigError(
-            f"allocation={config.allocation['name']}: expected patterns that prune some of the "
-            "linears that the settings prune, and no others"
+            f"allocation={config.allocation['name']} keeps every linear dense: nothing is left to "
+            "prune"
         )
     check_pruned(config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
     sparse = sum(group.weights for group in pruned)
@@ -229,11 +226,10 @@ def find_masks(
         with products_in(job.compute_dtype, job.device):
             masks = job.methods.mask.masks(problem, permutations)
         for group in job.groups.pruned:
-            pattern = problem.pattern_of(group)
             for path, rows in zip(group.members, group.rows, strict=True):
                 where = f"mask={job.config.mask['name']}: {path}"
                 shape = torch.Size((rows, group.channels))
-                check_result(where, shape, masks[path], permutations[group.name], pattern)
+                check_result(where, shape, masks[path], permutations[group.name], problem.pattern)
         return masks
 
     with job.record.phase("mask", job.device):

@@ -277,16 +277,14 @@ def method_of(config: Mapping[str, Any]) -> str:
     return ", ".join(names)
 
 
-def patterns_text(sparsity: Mapping[str, Any]) -> str:
-    """Return N:M of a run, with the number of linears that have another pattern."""
-    counts = Counter(sparsity.get("patterns", {}).values())
-    parts = [sparsity["pattern"]]
-    for name, count in sorted(counts.items()):
-        linears = "linear" if count == 1 else "linears"
-        parts.append(f"{count} dense" if name == "dense" else f"{count} {linears} {name}")
-    if counts:
-        parts.append(f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers")
-    return ", ".join(parts)
+def sparsity_text(sparsity: Mapping[str, Any]) -> str:
+    """Return N:M of a run, with the number of linears that stay dense."""
+    pattern: str = sparsity["pattern"]
+    dense = len(sparsity.get("patterns", {}))
+    if not dense:
+        return pattern
+    zeros = f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"
+    return f"{pattern}, {dense} dense, {zeros}"
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -74,7 +74,7 @@ class Comparison:
         foldable = settings.get("permutation.constraint") == "foldable"
         if foldable or method_of(config) != permutation:
             return None
-        if config.get("keep_dense") or config.get("sparsity_of"):
+        if config.get("keep_dense"):
             return None
         if ours and ours.limited and self.same_model:
             return None

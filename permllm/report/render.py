@@ -23,8 +23,8 @@ from permllm.report.measures import (
     SECONDS,
     change_text,
     number,
-    patterns_text,
     result_rows,
+    sparsity_text,
 )
 from permllm.report.published import Comparison
 from permllm.report.read import collect
@@ -216,7 +216,7 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     if "planned_memory_bytes" in metrics:
         memory += f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)"
     lines = {
-        "sparsity": f"{patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, "
+        "sparsity": f"{sparsity_text(sparsity)} ({sparsity['fraction']:.2%} zeros, "
         f"{sparsity['violations']} violations, {retained:.2%} of the saliency retained)",
         "time": f"{_duration(sum(seconds.values()))} ({phases})",
         "memory": memory,

@@ -33,7 +33,6 @@ from permllm.settings.identity import (
 from permllm.settings.values import (
     SETTINGS,
     Arguments,
-    ByName,
     Count,
     Length,
     Names,
@@ -266,7 +265,6 @@ class RunConfig:
     reconstruction: dict[str, Any]
     sparsity: str
     keep_dense: Names
-    sparsity_of: ByName
     block_size: Count
     compute_dtype: Literal["auto", "float32", "bfloat16"]
     seed: Annotated[Whole, Field(le=2**32 - 1)]  # numpy accepts no larger seed

@@ -76,6 +76,8 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         identity["keep_dense"] = sorted(identity["keep_dense"])
     if identity.get("allocation", {}).get("name") == "uniform":  # as before there were others
         del identity["allocation"]
+    if identity.get("sparsity_of") == {}:  # records of version 2.0.0 have it
+        del identity["sparsity_of"]
     permutation = resolved["permutation"]
     identity["permutation"] = _without(permutation, _OF_A_PERMUTATION)
     identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}

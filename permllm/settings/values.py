@@ -32,18 +32,13 @@ def _list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-_Mapping = BeforeValidator(lambda value: value or {})
 # Arguments of another library; null: none.
-Arguments = Annotated[dict[str, Any], _Mapping]
+Arguments = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
 # Name of a text, or names of several; None: no text.
 Texts = Annotated[str | Annotated[list[str], Field(min_length=1)] | None, AfterValidator(_one_text)]
 # Indices of layers and names of modules, each once.
 Names = Annotated[
     list[str], BeforeValidator(_list), AfterValidator(lambda names: list(dict.fromkeys(names)))
-]
-# Values by index of a layer or name of a module, sorted by name.
-ByName = Annotated[
-    dict[str, str], _Mapping, AfterValidator(lambda values: dict(sorted(values.items())))
 ]
 
 

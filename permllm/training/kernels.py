@@ -159,5 +159,4 @@ def chosen_kernels(
     wanted = settings.compile
     if wanted is None:
         wanted = weights * settings.steps_for(len(problem.tokens)) > _COMPILE_FROM
-    fits = all(problem.pattern_of(group).m <= _COMPILE_UP_TO for group in groups)
-    return COMPILED if wanted and fits else EAGER
+    return COMPILED if wanted and problem.pattern.m <= _COMPILE_UP_TO else EAGER

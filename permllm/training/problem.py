@@ -29,7 +29,7 @@ class LearningProblem:
         factors: saliency factors of every linear, by module path.
         target: dense output of the last decoder layer, `(windows, tokens, hidden)` on the host.
         calibration: int64 `(windows, tokens)`, the text of the factors.
-        pattern: N:M of the groups that have no pattern of their own.
+        pattern: N:M of the groups.
         seed: seed of the initial logits and of the order of the windows.
         calibration_batch_size: windows in a forward without gradients.
         directory: folder of the checkpoint; None: no checkpoint.
@@ -51,10 +51,6 @@ class LearningProblem:
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda values: None
     on_resume: Callable[[list[dict[str, Any]]], None] = lambda epochs: None
-
-    def pattern_of(self, group: ChannelGroup) -> NMPattern:
-        """Return the N:M of a channel group."""
-        return group.pattern or self.pattern
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTra
 from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import folder_identity
-from permllm.models.selection import differing_patterns, pruned_groups
+from permllm.models.selection import pruned_groups, recorded_patterns
 from permllm.permutation.foldable import expanded, shared_permutations
 from permllm.runtime.files import file_sha256
 from permllm.settings.config import ModelConfig, NMPattern
@@ -52,22 +52,20 @@ def make_run(
     constraint: str,
     pattern: NMPattern = TWO_OF_FOUR,
     keep_dense: tuple[str, ...] = (),
-    sparsity_of: dict[str, str] | None = None,
 ) -> Path:
     """Write a run directory, and the dense model beside it."""
     dense, run, path = folder / "dense", folder / "run", str(folder / "dense")
     model.save_pretrained(dense)
     ByT5Tokenizer(extra_ids=0).save_pretrained(dense)
     everything = channel_groups(model)
-    groups = pruned_groups(everything, pattern, keep_dense, sparsity_of or {})
+    groups = pruned_groups(everything, keep_dense)
     shared = shared_permutations(groups, constraint)  # type: ignore[arg-type]
     found = {order.name: random_order(order, seed) for seed, order in enumerate(shared)}
     orders, masks = expanded(shared, found), {}
     for group in groups:
         for member in group.members:
             saliency = linear_at(model, member).weight.float().abs()
-            its = group.pattern or pattern
-            masks[member] = permuted_nm_mask(saliency, orders[group.name], its)
+            masks[member] = permuted_nm_mask(saliency, orders[group.name], pattern)
     dtype = str(model.dtype).removeprefix("torch.")
     settings = {"name": "local", "source": "local", "path": path, "dtype": dtype, "device": "cpu"}
     config: dict[str, Any] = {"name": "x", "model": settings, "seed": 0, "sparsity": str(pattern)}
@@ -75,8 +73,8 @@ def make_run(
     write_text(run / "config.yaml", yaml.safe_dump(config))
     sparsity: dict[str, Any] = {"pattern": str(pattern), "of_model": 0.5, "violations": 0}
     sparsity["weights_changed"] = False
-    if keep_dense or sparsity_of:
-        sparsity["patterns"] = differing_patterns(everything, groups)
+    if keep_dense:
+        sparsity["patterns"] = recorded_patterns(everything, groups)
     save_tensors(run / "permutations.safetensors", orders)
     save_masks(run / "masks.safetensors", masks)
     metrics = {"status": "finished", "name": "x", "config_hash": "0", "seconds": {}}

@@ -84,8 +84,8 @@ def served(folder: Path) -> Iterator[tuple[list[str], Tensor]]:
 def test_kernels_multiply_exactly_the_linears_that_are_2_4_as_vllm_joins_them(
     tmp_path: Path,
 ) -> None:
-    dense, other = ("layers.1.mlp", "layers.2.self_attn.v_proj"), {"layers.0.mlp.down_proj": "4:8"}
-    run = qwen3(tmp_path, TWO_OF_FOUR, dense, other)
+    dense = ("layers.1.mlp", "layers.2.self_attn.v_proj", "layers.0.mlp.down_proj")
+    run = qwen3(tmp_path, TWO_OF_FOUR, dense)
     words = [str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16", "--serve", "vllm"]
     assert call("export", words) == 0
     summary = read_json(tmp_path / "out" / SUMMARY)
@@ -231,7 +231,7 @@ REAL = ("llama-2-7b", "mistral-7b", "opt-125m", "qwen3-8b", "smollm2-135m")
 def test_real_models_have_sizes_that_the_kernels_take(name: str) -> None:
     model = meta_model(config(f"model={name}").model)
     groups = channel_groups(model)
-    fitting = groups_on_kernels(model.config.model_type, groups, "2:4", {})
+    fitting = groups_on_kernels(model.config.model_type, groups, groups, TWO_OF_FOUR)
     settings, counts = serving(groups, fitting, set())
     assert counts["sparse"] == counts["all"] > 0
     assert list(settings["_data"]["fqn_to_config"].values()) == [KERNELS]

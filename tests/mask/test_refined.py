@@ -17,7 +17,7 @@ from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
 from tests.mask.test_mask import ordered, pruners
-from tests.permutation.test_patterns import PATTERN, check, mixed
+from tests.permutation.test_keep_dense import PATTERN, check, mixed
 from tests.problems import check_masks, problem, pruned, random, same, tokens
 
 
@@ -85,7 +85,7 @@ def test_only_the_calibration_samples_are_read_and_groups_are_refined_alone_alik
     assert all(linear_at(learning.model, path).weight.all() for path in masks)  # dense still
 
 
-def test_patterns_of_modules_and_dense_layers_in_orders_that_fold() -> None:
+def test_dense_layers_and_members_in_orders_that_fold() -> None:
     model = tiny_model("llama")
     learning = problem(model, pattern=PATTERN)
     learning.groups = mixed(model)

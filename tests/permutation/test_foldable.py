@@ -7,7 +7,6 @@ import torch
 
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
-from permllm.models.selection import pruned_groups
 from permllm.permutation.foldable import (
     RESIDUAL,
     SharedPermutation,
@@ -104,16 +103,11 @@ def test_foldable_orders_of_each_family(family: str) -> None:
         folded_permutations(groups, whole | {first.name: whole[first.name].flip(0)})
 
 
-def test_m_divides_the_heads_and_where_groups_share_an_order_the_other_m() -> None:
-    groups = channel_groups(tiny_model("llama"))
-    own = {"self_attn.qkv_proj": "4:8", "down_proj": "1:2"}
-    mixed = pruned_groups(groups, NMPattern(2, 4), ["0.self_attn.o_proj"], own)
-    residual, *others = shared_permutations(mixed, "foldable")
-    check_segments([residual, *others], NMPattern(2, 4))
+def test_m_divides_the_heads() -> None:
+    shared = shared_permutations(channel_groups(tiny_model("llama")), "foldable")
+    check_segments(shared, NMPattern(4, 8))
     with pytest.raises(ConfigError, match=r"o_proj.*16"):
-        check_segments(shared_permutations(groups, "foldable"), NMPattern(2, 16))
-    with pytest.raises(ConfigError, match=r"mlp\.gate_up_proj.*2:3"):
-        check_segments([residual], NMPattern(2, 3))
+        check_segments(shared, NMPattern(2, 16))
 
 
 def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
@@ -127,9 +121,9 @@ def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
 
     paths = [path for group in shared[RESIDUAL].groups for path in group.members]
     whole = torch.cat([learning.saliency_of(path) for path in paths])
-    (streamed,) = segments_of(shared[RESIDUAL], saliency_of, PATTERN)
+    (streamed,) = segments_of(shared[RESIDUAL], saliency_of)
     assert torch.equal(
-        heuristic_permutation(streamed), heuristic_permutation(lambda: [(whole, PATTERN)])
+        heuristic_permutation(streamed, PATTERN), heuristic_permutation(lambda: [whole], PATTERN)
     )
     assert asked == paths * (PATTERN.m + 3)  # totals, positions, twice to compare
 
@@ -141,7 +135,7 @@ def test_the_heuristic_stays_inside_heads_and_counts_all_their_copies() -> None:
     assert (shared.channels, shared.segment, shared.repeats) == (16, 8, 2)
     scores = torch.rand(20, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     copies = scores.split(8, dim=1)
-    for head, segment in enumerate(segments_of(shared, lambda path: scores, PATTERN)):
+    for head, segment in enumerate(segments_of(shared, lambda path: scores)):
         rows = torch.cat(copies[2 * head : 2 * head + 2])
-        expected = heuristic_permutation(lambda rows=rows: [(rows, PATTERN)])
-        assert torch.equal(heuristic_permutation(segment), expected)
+        expected = heuristic_permutation(lambda rows=rows: [rows], PATTERN)
+        assert torch.equal(heuristic_permutation(segment, PATTERN), expected)

@@ -108,7 +108,7 @@ def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
             "output_error": {"a": 0.25},
             "moved_channels": {"a": 0.5},
             "seconds": {"permute": 90.0},
-            "sparsity": {"pattern": "2:4", "patterns": {"a.b": "4:8"}},
+            "sparsity": {"pattern": "2:4", "patterns": {"a.b": "dense"}},
         }
     )
     assert figures.pop("retained_saliency/mean") == pytest.approx(0.6)

@@ -29,6 +29,6 @@ class RandomMask(FoundMask):
         for group in problem.groups:
             for path, rows in zip(group.members, group.rows, strict=True):
                 score = torch.rand(rows, group.channels, generator=generator)
-                pattern = problem.pattern_of(group)
-                found[path] = permuted_nm_mask(score, permutations[group.name], pattern)
+                permutation = permutations[group.name]
+                found[path] = permuted_nm_mask(score, permutation, problem.pattern)
         return found

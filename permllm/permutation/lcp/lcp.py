@@ -85,13 +85,13 @@ class LCP(LearningSettings, LearnedPermutation):
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         """Raise ConfigError if a permutation cannot fold or be cut into blocks, or none learns."""
-        for pattern in {group.pattern or config.pattern for group in groups}:
-            if self.block_size % pattern.m:
-                raise ConfigError(
-                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
-                    f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
-                )
-        check_segments(shared_permutations(groups, self.constraint), config.pattern)
+        pattern = config.pattern
+        if self.block_size % pattern.m:
+            raise ConfigError(
+                f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
+                f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
+            )
+        check_segments(shared_permutations(groups, self.constraint), pattern)
         if all(group.channels < self.block_size for group in groups):
             log.warning("block_size=%d: no group has so many channels", self.block_size)
         self.check_last_layers("permutation", groups, layers)
@@ -158,7 +158,7 @@ class LCP(LearningSettings, LearnedPermutation):
             saliency = problem.saliency_of(path)
             permutation = shared_of[group.name]
             columns = permutation.expand(permutations[permutation.name]).to(saliency.device)
-            return permuted_nm_mask(saliency, columns, problem.pattern_of(group))
+            return permuted_nm_mask(saliency, columns, problem.pattern)
 
         for stage in schedule.stages(
             lambda span: bool(permutations_within(shared, span)), present_mask
@@ -199,7 +199,7 @@ class LCP(LearningSettings, LearnedPermutation):
             return PermutationLinear(
                 linear,
                 factors,
-                problem.pattern_of(group),
+                problem.pattern,
                 stacks[group],
                 self.straight_through,
                 kernels,

@@ -1,4 +1,4 @@
-"""Linears that stay dense and channel groups with patterns of their own, small and large."""
+"""Linears that stay dense beside pruned ones, in one channel group and in others."""
 
 from __future__ import annotations
 
@@ -26,17 +26,10 @@ PATTERN = NMPattern(6, 8)
 # In the second layer one member alone is pruned of what reads the residual stream, and in the first
 # one group.
 KEEP_DENSE = ("layers.0.self_attn", "v_proj", "layers.1.mlp.up_proj", "k_proj")
-OWN = {
-    "layers.0.mlp.down_proj": (8, 16),
-    "layers.1.mlp.down_proj": (2, 8),
-    "layers.1.self_attn.q_proj": (2, 4),
-    "layers.1.self_attn.o_proj": (1, 4),
-}
 
 
 def mixed(model: nn.Module) -> list[ChannelGroup]:
-    own = {path: f"{n}:{m}" for path, (n, m) in OWN.items()}
-    return pruned_groups(channel_groups(model), PATTERN, KEEP_DENSE, own)
+    return pruned_groups(channel_groups(model), KEEP_DENSE)
 
 
 def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
@@ -46,9 +39,8 @@ def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
     group_of = {path: group.name for group in mixed(model) for path in group.members}
     for path, mask in found.masks.items():
         weight = linear_at(model, path).weight
-        n, m = OWN.get(path.removeprefix("model."), (6, 8))
-        kept = mask[:, found.permutations[group_of[path]]].view(len(weight), -1, m).sum(2)
-        assert bool((kept == n).all())
+        kept = mask[:, found.permutations[group_of[path]]].view(len(weight), -1, PATTERN.m).sum(2)
+        assert bool((kept == PATTERN.n).all())
         assert not bool(weight[~mask].any())
         assert moves or torch.equal(weight, torch.where(mask, before[f"{path}.weight"], 0.0))
     check_others(model, found)
@@ -56,7 +48,7 @@ def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
 
 @pytest.mark.parametrize("pruner", sorted(PRUNERS))
 @pytest.mark.parametrize("permutation", [Identity(), Heuristic()])
-def test_each_linear_has_its_own_pattern_and_the_others_stay_as_they_were(
+def test_some_linears_are_pruned_and_the_others_stay_as_they_were(
     pruner: str, permutation: Any
 ) -> None:
     model = tiny_model("llama")
@@ -89,7 +81,7 @@ def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, way: 
 def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
     told: list[Any] = []
     learning = problem(pattern=PATTERN, on_epoch=told.append)
-    learning.groups = pruned_groups(learning.groups, PATTERN, ["0"], {})
+    learning.groups = pruned_groups(learning.groups, ["0"])
     orders = lcp(layers_per_stage=1, epochs=1).permutations(learning)
     assert orders.keys() == {group.name for group in learning.groups}
     assert [(values["first_layer"], values["last_layer"]) for values in told] == [(1, 1)]
@@ -98,9 +90,8 @@ def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
 @pytest.mark.parametrize("reconstruction", [OBS(), Distill(epochs=1)])
 def test_reconstruction_leaves_dense_linears_alone(reconstruction: Any) -> None:
     model = tiny_model("llama")
-    dense, own = ["0", "layers.1.self_attn"], {"down_proj": "8:16"}
     more: dict[str, Any] = {"pattern": PATTERN, "reconstruction": reconstruction}
-    more["groups"] = pruned_groups(channel_groups(model), PATTERN, dense, own)
+    more["groups"] = pruned_groups(channel_groups(model), ["0", "layers.1.self_attn"])
     result = pruned(model, Wanda(), permutation=Heuristic(), **more)
     before = tiny_model("llama")
     for path, mask in result.masks.items():
