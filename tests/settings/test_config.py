@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 import shlex
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
 from permllm.pruning.methods import METHODS, methods_of
+from permllm.report.read import collect
 from permllm.settings.composition import check_amounts
 from permllm.settings.config import RunConfig, read_config
-from permllm.settings.identity import digest_of
+from permllm.settings.identity import digest_of, identity_of
 from permllm.sparsity.method import instantiate
 from permllm.store.tensors import save_tensors
 from tests.conftest import ROOT
@@ -394,3 +395,15 @@ def test_a_model_of_the_hub_needs_its_name_and_gives_it_to_runs() -> None:
     words = ("model=hub", "model.hub_name=owner/Some-1.5B", "permutation=none")
     assert config(*words).name == "Some-1.5B-wanda-none-2x4"
     assert config("model=local", "model.path=folder/mine/").name == "mine-wanda-lcp-2x4"
+
+
+def test_another_seed_joins_the_rows_of_published_records() -> None:
+    rows = {}
+    for run in collect([ROOT / "experiments" / "sizes" / "records.jsonl"]).runs:
+        row = rows.setdefault((run.config["model"]["name"], run.config["method"]), run)
+        assert run.key("seed") == row.key("seed")
+    for (model, method), run in rows.items():
+        words = [f"model={model}", "model.accept_terms=true", f"method={method}", "seed=7"]
+        job = config("experiment=sizes", *words)
+        assert replace(run, config=job.resolved).key("seed") == run.key("seed")
+        assert identity_of(run.config) | {"seed": 7} == job.identity
