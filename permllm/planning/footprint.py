@@ -26,46 +26,26 @@ from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 from permllm.training.settings import LearningPlan
 
 # The constants below are fitted to the minutes of measured runs, to within a factor of two.
-# Bytes a second at which layers are copied to the device, a checkpoint is loaded, and the host
-# packs and writes results.
+# Bytes a second at which layers are copied to the device, and files are read or written.
 _COPIED_A_SECOND = {"host": 2e10, "sharded": 2e10, "disk": 2e9}
-_LOADED_A_SECOND = 5e8
-_WRITTEN_A_SECOND = 1e9
-# Seconds of a start or of compiling, of a batch of tasks without its products, and of an assignment
-# on one core of this number of groups; the seconds grow with the number to this power.
+_FILES_A_SECOND = 5e8
+# Seconds of a start or of compiling, and of a batch of tasks without its products.
 _START_SECONDS = 20.0
 _BATCH_SECONDS = 0.01
-_ASSIGNMENT_SECONDS = 16.0
-_ASSIGNED_GROUPS = 4736
-_ASSIGNMENT_POWER = 2.5
-# Bytes that the device reads and writes in a search for each pair of a row and a group, and in
-# pruning for each weight.
-_PAIR_BYTES = 12
-_PRUNED_BYTES = 100
-# Bytes that the device reads and writes in a step of learning: for each value kept for backward,
-# logit of the vocabulary, weight under a permutation that learns (and its exchange gradient, which
-# ranks share), weight whose mask learns, parameter of a permutation, and any other parameter.
-_KEPT_BYTES = 4
-_VOCABULARY_BYTES = 128
-_PERMUTED_BYTES = 15
-_EXCHANGED_BYTES = 30
-_MASKED_BYTES = 20
-_PERMUTATION_PARAMETER_BYTES = 1000
-_PARAMETER_BYTES = 28
+# Seconds of an assignment on one core, divided by the number of groups to the power of 2.5.
+_ASSIGNMENT_SECONDS = 1e-8
+# Operations of a search on a CPU for each pair of a row and a group.
+_PAIR_OPERATIONS = 150
+# Seconds of a step of learning, divided by the seconds of its products.
+_STEP = 1.25
 # Number of tokens of WikiText-2's test text, about.
 _TEST_TOKENS = 300_000
-# Items of a task of lm-eval, sequences of an item, and their mean and largest length in tokens.
-# Other tasks get a guess.
-_TASKS = {
-    "hellaswag": (10042, 4, 80, 155),
-    "arc_easy": (2376, 4, 33, 110),
-    "arc_challenge": (1172, 4, 38, 135),
-    "openbookqa": (500, 4, 16, 66),
-    "rte": (277, 2, 81, 280),
-    "piqa": (1838, 2, 37, 245),
-    "sciq": (1000, 4, 108, 572),
-}
-_ANY_TASK = (2000, 3, 150, 1024)
+# A guess for any task of lm-eval: items, sequences of an item, and their mean and largest length in
+# tokens.
+_ITEMS = 2500
+_ANSWERS = 4
+_TOKENS = 70
+_LONGEST = 512
 
 
 class PhaseCost(NamedTuple):
@@ -74,9 +54,18 @@ class PhaseCost(NamedTuple):
     memory: int  # bytes, without the weights
     products: float = 0  # operations in the dtype of products
     single: float = 0  # operations in float32
-    moved: float = 0  # bytes that the device reads and writes
     seconds: float = 0  # of work on the host
     passes: float = 1  # number of times that offloaded layers are copied to the device
+
+    def then(self, later: "PhaseCost") -> "PhaseCost":
+        """Return the cost of this work and of later work, which do not share the memory."""
+        return PhaseCost(
+            max(self.memory, later.memory),
+            self.products + later.products,
+            self.single + later.single,
+            self.seconds + later.seconds,
+            self.passes + later.passes,
+        )
 
 
 class Needs(NamedTuple):
@@ -183,9 +172,8 @@ class Footprint:
         """Return the minutes of each phase in a placement."""
         minutes = {}
         for name, cost in self.phases(placement).items():
-            seconds = cost.seconds + cost.moved / speed.moved
-            seconds += cost.products / speed.rates[self.compute_dtype]
-            seconds += cost.single / speed.rates[torch.float32]
+            seconds = cost.seconds + cost.products / speed[self.compute_dtype]
+            seconds += cost.single / speed[torch.float32]
             if self.streams(placement):
                 copied = cost.passes * self.all_layers * self.item
                 seconds = max(seconds, copied / _COPIED_A_SECOND[placement])
@@ -193,31 +181,37 @@ class Footprint:
         return minutes
 
     def phases(self, placement: str) -> dict[str, PhaseCost]:
-        """Return the phases of the job, from the first to the last."""
+        """Return the phases of the job, by the names under which a run records their seconds."""
         streams = self.streams(placement)
         methods = self.methods
         # All ranks enter a sharded layer together, so that they cannot share such phases.
         sharing = 1 if placement == "sharded" else self.ranks
-        loading = _START_SECONDS + self.parameters * self.item / _LOADED_A_SECOND
-        phases = {"weights": PhaseCost(0, seconds=loading), "calibrate": self._calibrate()}
+        loading = _START_SECONDS + self.parameters * self.item / _FILES_A_SECOND
+        evaluation = self._evaluate(sharing)
+        work = [
+            ("load", PhaseCost(0, seconds=loading)),
+            ("evaluate dense", evaluation),
+            ("calibrate", self._calibrate()),
+        ]
         if methods.allocation.windows:
-            phases["allocate"] = self._allocate(methods.allocation.windows, sharing)
+            work.append(("allocate", self._allocate(methods.allocation.windows, sharing)))
         if methods.permutation.searches:
-            phases["search"] = self._search()
-        if methods.mask.statistics:
-            phases["refine masks"] = self._refine_masks()
+            work.append(("permute", self._search()))
         if self.permutations.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            phases["learn"] = self._learn(methods.permutation, self.permutations, 4, streams)
+            learning = self._learn(methods.permutation, self.permutations, 4, streams)
+            work.append(("permute", learning))
+        if methods.mask.statistics:
+            work.append(("mask", self._refine_masks()))
         if self.masks.spans:
             waiting = self.compute_dtype.itemsize if self.masks.keeps_masked else 0
-            phases["learn masks"] = self._learn(methods.mask, self.masks, waiting, streams)
+            work.append(("mask", self._learn(methods.mask, self.masks, waiting, streams)))
         if methods.reconstruction.learned:
-            phases["learn weights"] = self._learn_weights(streams)
-        phases["prune"] = self._prune()
-        phases["perplexity"] = self._perplexity()
-        if self.config.evaluation.tasks:
-            phases["tasks"] = self._tasks(sharing)
+            work.append(("prune", self._learn_weights(streams)))
+        work += [("prune", self._prune()), ("evaluate sparse", evaluation)]
+        phases: dict[str, PhaseCost] = {}
+        for name, cost in work:
+            phases[name] = phases[name].then(cost) if name in phases else cost
         return phases
 
     def _grams(self, statistics: Statistics) -> float:
@@ -254,17 +248,16 @@ class Footprint:
         """Return the search for permutations; a GPU makes scores while the cores solve others."""
         m = self.config.pattern.m
         seconds = 0.0
-        moved = 0.0
+        pairs = 0
         searched = shared_permutations(self.groups.pruned, self.methods.permutation.constraint)
         for permutation in searched:
             width = permutation.segment // m
             assignments = permutation.channels // permutation.segment * m
             rows = permutation.repeats * sum(sum(group.rows) for group in permutation.groups)
-            relative = (width / _ASSIGNED_GROUPS) ** _ASSIGNMENT_POWER
-            seconds += assignments * _ASSIGNMENT_SECONDS * relative
-            moved += assignments * width**2 * rows * _PAIR_BYTES
+            seconds += assignments * _ASSIGNMENT_SECONDS * width**2.5
+            pairs += assignments * width**2 * rows
         if self.on_a_host:
-            return PhaseCost(4 * self.largest, moved=moved, seconds=seconds)
+            return PhaseCost(4 * self.largest, single=_PAIR_OPERATIONS * pairs, seconds=seconds)
         places = min(16 if self.config.plan_on else cores(), len(searched))
         return PhaseCost(4 * self.largest, seconds=seconds / places)
 
@@ -313,23 +306,15 @@ class Footprint:
         steps = method.steps_for(samples)
         tokens = steps * method.batch_size * self.seqlen / self.ranks
         measured = (1 + method.select_from) * samples * self.seqlen / self.ranks
-        products = (tokens * (4 if recomputes else 3) + measured) * 2 * self.all_layers * share
-        moved = tokens * layer_bytes * self.layers * share * _KEPT_BYTES
+        products = tokens * _STEP * (4 if recomputes else 3) + measured
+        products *= 2 * self.all_layers * share
         if method.loss == "kl":
             # A copy of the head in the dtype of products; four values for each logit of a chunk.
             head = 2 * self.hidden if self.item > 2 else 0
             memory += self.vocabulary * (head + 16 * chunk_of(self.device, self.vocabulary))
-            products += tokens * self.vocabulary * 8 * self.hidden
-            moved += tokens * self.vocabulary * _VOCABULARY_BYTES
-        weight_bytes: float = _MASKED_BYTES
-        parameter_bytes = _PARAMETER_BYTES
-        if method is self.methods.permutation:
-            weight_bytes = _PERMUTED_BYTES + _EXCHANGED_BYTES / self.ranks
-            parameter_bytes = _PERMUTATION_PARAMETER_BYTES
-        moved += steps * self.pruned * share * weight_bytes
-        moved += steps * parameters * len(plan.spans) * parameter_bytes
+            products += tokens * _STEP * self.vocabulary * 8 * self.hidden
         passes = (1 + 2 * steps) * share
-        return PhaseCost(memory, products, moved=moved, seconds=_START_SECONDS, passes=passes)
+        return PhaseCost(memory, products, seconds=_START_SECONDS, passes=passes)
 
     def _prune(self) -> PhaseCost:
         """Return the phase that prunes."""
@@ -356,46 +341,36 @@ class Footprint:
             memory,
             products=forwards * self.forward + targets,
             single=changes,
-            moved=_PRUNED_BYTES * self.pruned,
-            seconds=self.pruned * bytes_a_weight / _WRITTEN_A_SECOND,
+            seconds=self.pruned * bytes_a_weight / _FILES_A_SECOND,
             passes=2,
         )
 
-    def _evaluated(self, tokens: float) -> dict[str, float]:
-        """Return the operations of the dense and the pruned model for tokens of a rank."""
-        operations = 4.0 * (self.all_layers + self.hidden * self.vocabulary) * tokens
-        # Products of float32 models are not rounded.
-        return {"products" if self.item == 2 else "single": operations}
-
-    def _perplexity(self) -> PhaseCost:
-        """Return the measurement of perplexity."""
+    def _evaluate(self, ranks: int) -> PhaseCost:
+        """Return the evaluation of one model, with tasks whose items `ranks` ranks share."""
         texts = self.config.evaluation.perplexity
         # Logits of a batch; of a window float32 logarithms, and float32 logits for another dtype.
         longest = max(texts.batch_tokens, texts.seqlen)
         memory = tokens_at_a_time(self.vocabulary, longest) * self.item
         memory += tokens_at_a_time(self.vocabulary, texts.seqlen) * (4 if self.item == 4 else 8)
-        operations = self._evaluated(self.measured * len(texts.names))
-        return PhaseCost(memory * self.vocabulary, **operations, passes=4)
-
-    def _tasks(self, ranks: int) -> PhaseCost:
-        """Return the zero-shot tasks, whose items `ranks` ranks share."""
-        config = self.config.evaluation
-        batch = config.lm_eval.batch_size
-        sequences = 0
-        tokens = 0
-        longest = 0
-        for name, task in config.tasks.items():
-            items, answers, mean, most = _TASKS.get(name, _ANY_TASK)
+        tokens = self.measured * len(texts.names)
+        batches = 0.0
+        lm_eval = self.config.evaluation.lm_eval
+        for task in self.config.evaluation.tasks.values():
             shots = 1 + (task.num_fewshot or 0)
-            count = min(items, task.limit or config.lm_eval.limit or items) * answers
-            sequences += count
-            tokens += count * mean * shots
-            longest = max(longest, most * shots)
-        # Logits of a batch and their logarithms.
-        memory = batch * longest * self.vocabulary * 2 * self.item
-        batches = 2 * sequences / batch / ranks
-        operations = self._evaluated(tokens / ranks)
-        return PhaseCost(memory, **operations, seconds=_BATCH_SECONDS * batches, passes=batches)
+            sequences = min(_ITEMS, task.limit or lm_eval.limit or _ITEMS) * _ANSWERS / ranks
+            tokens += sequences * _TOKENS * shots
+            batches += sequences / lm_eval.batch_size
+            # Logits of a batch and their logarithms.
+            memory = max(memory, lm_eval.batch_size * _LONGEST * shots * 2 * self.item)
+        operations = 2.0 * (self.all_layers + self.hidden * self.vocabulary) * tokens
+        return PhaseCost(
+            memory * self.vocabulary,
+            # Products of float32 models are not rounded.
+            products=operations if self.item == 2 else 0.0,
+            single=0.0 if self.item == 2 else operations,
+            seconds=_BATCH_SECONDS * batches,
+            passes=2 + batches,
+        )
 
     def _on_the_host(self, placement: str) -> int:
         """Return the bytes on the host, in addition to the device's."""

@@ -3,50 +3,45 @@
 import time
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from permllm.runtime.precision import half_products
 
-# For each card: nominal TFLOP/s of dense products in bfloat16 and float32, GB/s and GB of memory.
+# Operations per second of a device, by dtype.
+Speed = dict[torch.dtype, float]
+
+# For each card: nominal TFLOP/s of dense products in bfloat16 and float32, and GB of memory.
 CARDS = {
-    "l4": (121, 30, 300, 24),
-    "l40s": (362, 92, 864, 48),
-    "rtx4090": (165, 83, 1008, 24),
-    "a100": (312, 19.5, 2039, 80),
-    "h100": (989, 67, 3350, 80),
-    "h200": (989, 67, 4800, 141),
-    "b200": (2250, 75, 8000, 180),
+    "l4": (121, 30, 24),
+    "l40s": (362, 92, 48),
+    "rtx4090": (165, 83, 24),
+    "a100": (312, 19.5, 80),
+    "h100": (989, 67, 80),
+    "h200": (989, 67, 141),
+    "b200": (2250, 75, 180),
 }
 # Share of the nominal speed that we expect.
 _SHARE = 0.6
 
 
-class Speed(NamedTuple):
-    """Speed of a device: operations per second by dtype, and bytes that are moved per second."""
-
-    rates: dict[torch.dtype, float]
-    moved: float
-
-
 def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dtype]) -> Speed:
     """Return the expected speed of a card for products in each dtype; None: measure the device."""
+    speed = {}
     if card:
-        half, single, moved, _ = CARDS[card]
-        rates = {}
+        half, single, _ = CARDS[card]
         for dtype in dtypes:
-            rates[dtype] = _SHARE * 1e12 * (half if dtype.itemsize == 2 else single)
-        return Speed(rates, _SHARE * 1e9 * moved)
+            speed[dtype] = _SHARE * 1e12 * (half if dtype.itemsize == 2 else single)
+        return speed
     size = 1024 if device.type == "cpu" else 8192
     square = torch.ones(size, size, device=device)
-    rates = {}
     with half_products(torch.bfloat16, device):
         for dtype in dtypes:
             product = partial(nn.functional.linear, square.to(dtype), square.to(dtype))
-            rates[dtype] = 2 * size**3 / _least_seconds(product, device)
-    return Speed(rates, 2 * square.nbytes / _least_seconds(square.clone, device))
+            speed[dtype] = 2 * size**3 / _least_seconds(product, device)
+    return speed
 
 
 def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from permllm.models.load import meta_model
 from permllm.planning import placement as places
 from permllm.planning.footprint import Footprint
 from permllm.planning.placement import placement_for
-from permllm.planning.speed import Speed
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.runtime import parallel
 from permllm.training.losses import chunk_of
@@ -69,7 +67,7 @@ def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def learns(size: int) -> int:
         job = planned("model=llama-2-7b", f"permutation.batch_size={size}")
-        return job.needs("device").phases["learn"]
+        return job.needs("device").phases["permute"]
 
     alone, one = learns(8), learns(1)
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
@@ -80,19 +78,21 @@ def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # So slow that the time of a start does not count.
-    speed = Speed({torch.bfloat16: 1e9, torch.float32: 1e9}, math.inf)
+    speed = {torch.bfloat16: 1e9, torch.float32: 1e9}
 
-    def minutes(placement: str) -> dict[str, float]:
-        words = ("model=llama-2-7b", "permutation=none", "evaluation.tasks=[rte]")
+    def minutes(placement: str, *more: str) -> dict[str, float]:
+        words = ("model=llama-2-7b", "permutation=none", "evaluation.tasks=[rte]", *more)
         return planned(*words).minutes(placement, speed)
 
     alone = minutes("device")
+    tasks = minutes("device", "evaluation.perplexity.limit=1")["evaluate sparse"]
     monkeypatch.setattr(parallel, "world_size", lambda: 4)
     together = minutes("device")
-    for phase in ("calibrate", "prune", "perplexity", "tasks"):
+    for phase in ("calibrate", "prune", "evaluate sparse"):
         assert together[phase] == pytest.approx(alone[phase] / 4, rel=1e-2)
     # A forward of the whole model joins the parts of each layer, so that all ranks have all items.
-    assert minutes("sharded")["tasks"] == pytest.approx(alone["tasks"], rel=1e-2)
+    together = minutes("sharded", "evaluation.perplexity.limit=1")
+    assert together["evaluate sparse"] == pytest.approx(tasks, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,14 @@ def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
     [
         ("permutation=lcp permutation.samples=300", "calibrate", 172),
         ("permutation=none mask=score mask.samples=300", "calibrate", 172),
-        # The windows of distillation are read anew if there are further ones.
-        ("permutation=none reconstruction=distill reconstruction.samples=300", "prune", 300),
+        # The windows of distillation are read anew if there are further ones. The loss of the
+        # further ones is measured.
+        (
+            "permutation=none reconstruction=distill reconstruction.steps=1 "
+            "reconstruction.samples=300",
+            "prune",
+            300 + 172,
+        ),
     ],
 )
 def test_the_targets_of_further_windows_are_forwards(words: str, phase: str, further: int) -> None:
@@ -139,7 +145,7 @@ def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
 
 def beside_weights(phase: str, *words: str) -> int:
     phases = planned(*words).needs("device").phases
-    return phases[phase] - phases["weights"]
+    return phases[phase] - phases["load"]
 
 
 def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
@@ -150,26 +156,28 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
     # keep of a batch, with a copy of what they read for two of q, k and v and for one of gate and
     # up.
     activations = 4 * 1024 * ((11 + 3) * hidden + 4 * inner) * 2 * 2
-    held = beside_weights("learn masks", model, "mask=score", "mask.layers_per_stage=2")
+    held = beside_weights("mask", model, "mask=score", "mask.layers_per_stage=2")
     learned = (4 * 4 + 2) * 2 * a_layer
     assert held == pytest.approx(learned + activations + a_group, abs=2e7)
     # The Gram matrix of the widest input and its copies; weights, masks and what they take away of
     # the widest group.
     words = (model, "permutation=none", "mask=refined")
-    refined = beside_weights("refine masks", *words) - beside_weights("calibrate", *words)
+    refined = beside_weights("mask", *words) - beside_weights("calibrate", *words)
     assert refined == pytest.approx(5 * 4 * inner**2 + 6 * 4 * hidden * 2 * inner, abs=2e7)
     # Values, gradients and two moments in float32, and places; of all layers the states alone, as
     # they are recomputed.
     states = 4 * 1024 * (hidden * layers + 8 * hidden + 4 * 2 * inner) * 2
     head = 4 * 4 * chunk_of(torch.device("cuda"), 152064) * 152064  # four numbers a logit
-    held = beside_weights("learn weights", model, "reconstruction=distill", "permutation=none")
+    held = beside_weights("prune", model, "reconstruction=distill", "permutation=none")
     assert held == pytest.approx(5 * 4 * layers * a_layer // 2 + states + a_group + head, abs=2e7)
-    # Logits of eight sequences of the longest task, and their logarithms.
-    assert beside_weights("tasks", model, "permutation=none") == 8 * 280 * 152064 * 2 * 2
+    # Logits of eight sequences of a task, and their logarithms.
+    words = (model, "permutation=none", "evaluation.perplexity.seqlen=256")
+    words += ("evaluation.tasks=[rte]", "evaluation.perplexity.batch_tokens=256")
+    assert beside_weights("evaluate sparse", *words) == 8 * 512 * 152064 * 2 * 2
     # Logits of a batch, and those of a window in float32 with their logarithms.
     words = ("model=tiny", "permutation=none", "model.dtype=bfloat16")
     words += ("evaluation.perplexity.batch_tokens=2048", "evaluation.perplexity.seqlen=1024")
-    assert beside_weights("perplexity", *words) == (2048 * 2 + 1024 * 8) * 259
+    assert beside_weights("evaluate sparse", *words) == (2048 * 2 + 1024 * 8) * 259
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
