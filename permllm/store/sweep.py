@@ -19,11 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from permllm.command import is_first_rank, terminal
+from permllm.command import is_first_rank
 from permllm.errors import ConfigError, DataError
 from permllm.settings.composition import ONE_PLACE, SWEEP_VARIABLE
 from permllm.settings.identity import digest_of
-from permllm.store.files import read_json, read_yaml, write_json
+from permllm.store.files import read_json, write_json
 
 # Variable with the folder of the sweep's outcomes. The processes of launchers get it.
 FOLDER_VARIABLE = "PERMLLM_SWEEP_FOLDER"
@@ -70,14 +70,6 @@ class SweepFolder(Callback):  # type: ignore[misc]
         if chosen_by_user:
             folder = folder / "sweeps" / name
         os.environ[FOLDER_VARIABLE] = str(folder.absolute())
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the best trial of a search, which Optuna's sweeper writes into a file."""
-        if "optuna" in config.hydra.sweeper["_target_"] and is_first_rank():
-            best = read_yaml(Path(config.hydra.sweep.dir) / "optimization_results.yaml")
-            words = " ".join(f"{name}={value}" for name, value in best["best_params"].items())
-            text = f"best trial: {words} (objective {best['best_value']:g})"
-            terminal().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def sweep_name(hydra_config: Any) -> str:
