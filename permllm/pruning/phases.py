@@ -91,16 +91,18 @@ def _calibration_of_dense(job: Job, windows: Tensor) -> DenseCalibration:
             norm_tokens=norm_tokens,
         )
 
-    if _is_ours(pruner):
-        key = {"pruner": dict(job.config.pruner), "norm_tokens": norm_tokens}
-        packed = _cached_values(
-            job, tokens, "saliency", lambda: packed_factors(calibrated().factors), **key
-        )
-        factors = unpacked_factors(packed)
-    else:
-        factors = calibrated().factors
+    packed = _cached_values(
+        job,
+        tokens,
+        "saliency",
+        lambda: packed_factors(calibrated().factors),
+        pruner,
+        pruner=dict(job.config.pruner),
+        norm_tokens=norm_tokens,
+    )
     target = _cached_values(job, tokens, "target", lambda: {"target": calibrated().target})
-    return DenseCalibration(factors, _with_further_targets(job, windows, target["target"]))
+    targets = _with_further_targets(job, windows, target["target"])
+    return DenseCalibration(unpacked_factors(packed), targets)
 
 
 def dense_factors(
@@ -110,12 +112,6 @@ def dense_factors(
     if calibration is None or job.config.calibration.statistics == "sequential":
         return None
     return calibration.factors
-
-
-def _is_ours(*methods: Method) -> bool:
-    """Tell if all methods are of this package, whose version is part of the keys of the cache."""
-    packages = {type(method).__module__.partition(".")[0] for method in methods}
-    return packages == {__name__.partition(".")[0]}
 
 
 def _dense_problem(
@@ -158,17 +154,15 @@ def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
             return method.sensitivity(problem)
 
     def compute() -> dict[str, Any]:
-        if _is_ours(method, job.methods.pruner):
-            key = {
-                "method": type(method).__name__,
-                "windows": method.windows,
-                "pruner": dict(config.pruner),
-                "patterns": recorded_patterns(every, job.groups.pruned),
-                "pattern": config.sparsity,
-            }
-            sensitivity = _cached_values(job, tokens, "sensitivity", measured, **key)
-        else:
-            sensitivity = measured()
+        key = {
+            "method": type(method).__name__,
+            "windows": method.windows,
+            "pruner": dict(config.pruner),
+            "patterns": recorded_patterns(every, job.groups.pruned),
+            "pattern": config.sparsity,
+        }
+        methods = (method, job.methods.pruner)
+        sensitivity = _cached_values(job, tokens, "sensitivity", measured, *methods, **key)
         dense = method.dense_linears(problem, every, sensitivity)
         return {"sensitivity": sensitivity, "dense": sorted(dense)}
 
@@ -288,15 +282,22 @@ def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
 
 
 def _cached_values(
-    job: Job, tokens: Tensor, kind: str, compute: Callable[[], dict[str, Any]], **key: Any
+    job: Job,
+    tokens: Tensor,
+    kind: str,
+    compute: Callable[[], dict[str, Any]],
+    *methods: Method,
+    **key: Any,
 ) -> dict[str, Any]:
     """Return tensors or numbers by name, from the cache if possible.
 
-    They depend on model, text and `key`. Results of a model without an identity are not cached.
+    They depend on model, text, `methods` and `key`. Results of a model without an identity, and of
+    methods of another package, whose commit no key has, are not cached.
     The record gets `cached`: by kind whether the cache had the result. A process that continues
     a run leaves it, because the seconds of the run have those of its first process.
     """
-    if not job.loaded.identity:
+    ours = all(type(method).__module__.startswith("permllm.") for method in methods)
+    if not (job.loaded.identity and ours):
         return compute()
     identity = {
         "model": job.loaded.identity,
