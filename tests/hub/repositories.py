@@ -9,79 +9,50 @@ from pathlib import Path
 import torch
 import zstandard
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from permllm.data.texts import TEXTS
-from tests.conftest import FAMILY_SETTINGS, tiny_config
-
-GLUE, WIKITEXT = "nyu-mll/glue", "wikitext-2-raw-v1"
+from tests.conftest import tiny_config
 
 
-def model_name(family: str) -> str:
-    return f"small/{family.replace('_', '-')}"
-
-
-def write_repositories(root: Path) -> None:
-    """Write a model of each family, the texts of the hub, and the data of the task rte."""
-    for family in FAMILY_SETTINGS:
-        write_model(root / "models" / model_name(family), family)
+def write_data(data: Path) -> None:
+    """Write the texts of the hub, and the data of the task rte, into a folder of data sets."""
     paragraphs = [line for line in TEXTS["builtin"].evaluation().splitlines() if line]
-    # Some shorter than a window, most longer.
-    documents = ["short", *("\n".join(paragraphs[n : n + 3]) for n in range(len(paragraphs)))]
-    rows = [{"text": text, "timestamp": "2019-04-25T12:57:54Z"} for text in documents]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    data = root / "datasets"
-    c4, wikitext = data / "allenai" / "c4", data / "Salesforce" / "wikitext"
-    pile, glue = data / "mit-han-lab" / "pile-val-backup", data / GLUE
-    for folder in (c4 / "en", wikitext / WIKITEXT, pile, glue / "rte"):
-        folder.mkdir(parents=True)
-    for file in ("train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008"):
-        content = lines[::2] if "validation" in file else lines
-        (c4 / "en" / f"c4-{file}.json.gz").write_bytes(gzip.compress("".join(content).encode()))
-    (pile / "val.jsonl.zst").write_bytes(zstandard.compress("".join(lines).encode()))
-    card = "---\nconfigs:\n- config_name: rte\n  data_files:\n"
+    lines = [json.dumps({"text": "\n".join(paragraphs[n : n + 3])}) + "\n" for n in range(20)]
+    content = "".join(lines).encode()
+    for name, compressed in {
+        "allenai/c4/en/c4-train.00000-of-01024.json.gz": gzip.compress(content),
+        "allenai/c4/en/c4-train.00001-of-01024.json.gz": gzip.compress(content),
+        "mit-han-lab/pile-val-backup/val.jsonl.zst": zstandard.compress(content),
+    }.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(compressed)
     pairs = [{"sentence1": one, "sentence2": one, "label": 1, "idx": 0} for one in paragraphs]
+    card = "---\nconfigs:\n- config_name: rte\n  data_files:\n"
     for split in ("train", "test", "validation"):
-        name, texts = f"{split}-00000-of-00001.parquet", [f" = {split} = \n", "", *paragraphs]
-        Dataset.from_dict({"text": texts}).to_parquet(wikitext / WIKITEXT / name)
-        Dataset.from_list(pairs).to_parquet(glue / "rte" / name)
+        file = f"{split}-00000-of-00001.parquet"
+        wikitext = Dataset.from_dict({"text": [f" = {split} = \n", "", *paragraphs]})
+        wikitext.to_parquet(data / "Salesforce/wikitext/wikitext-2-raw-v1" / file)
+        Dataset.from_list(pairs).to_parquet(data / "nyu-mll/glue/rte" / file)
         card += f"  - split: {split}\n    path: rte/{split}-*\n"
-    (glue / "README.md").write_text(f"{card}---\n")
+    (data / "nyu-mll/glue/README.md").write_text(f"{card}---\n")
 
 
-def write_model(folder: Path, family: str, seed: int = 0) -> None:
-    """Write a random model in shards, with a tokenizer of bytes that puts BOS before a text.
-
-    OPT has its weights as .bin alone and no tokenizer.json, as on the hub.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def write_model(folder: Path, family: str) -> None:
+    """Write a random model in shards, with a tokenizer of bytes that puts BOS before a text."""
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     ids = {f"{name}_id": number for number, name in enumerate(special)}
-    settings = tiny_config(family) | ids
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**tiny_config(family) | ids)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="20KB")
     alphabet = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary = {token: number for number, token in enumerate(alphabet)}
-    named: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"} | special
-    if family == "opt":
-        for file in folder.glob("model*"):
-            file.unlink()
-        torch.save(model.state_dict(), folder / "pytorch_model.bin")
-        (folder / "vocab.json").write_text(json.dumps(vocabulary))
-        (folder / "merges.txt").write_text("#version: 0.2\n")
-        named |= {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
-    else:
-        tokenizer = Tokenizer(models.BPE(vocabulary, []))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        bos = ("<s>", vocabulary["<s>"])
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
-        tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bos = ("<s>", ids["bos_token_id"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast"} | special
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    # The makers' own files, which nobody needs.
-    (folder / "consolidated.safetensors").write_bytes(bytes(5000))
-    (folder / "original").mkdir(exist_ok=True)
-    (folder / "original" / "params.json").write_text("{}")
+    (folder / "consolidated.safetensors").write_bytes(bytes(5000))  # which nobody needs

@@ -1,143 +1,94 @@
-"""The hub with its real clients, end to end: once, again offline, and what goes wrong."""
+"""The user's command with models, texts and a task of the hub: online, offline, and failures."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from permllm.store.cache import tensor_digest
-from tests.conftest import FAMILY_SETTINGS, ROOT
-from tests.hub.repositories import GLUE, WIKITEXT, model_name, write_repositories
-from tests.hub.server import Hub, Repository
+from permllm.store.files import read_json
+from permllm.store.sweep import Outcome, read_outcomes
+from tests.conftest import run_command
+from tests.hub.repositories import write_data, write_model
+from tests.hub.server import GRANTED, Hub, commit
+
+FEW = ("calibration.samples=4", "calibration.seqlen=48", "evaluation.perplexity.seqlen=48")
+FEW += ("evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2", "permutation=none", "logger=none")
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     root = tmp_path_factory.mktemp("hub") / "root"
-    write_repositories(root)
+    write_data(root / "datasets")
+    for name in ("small", "gated", "breaks", "lacks"):
+        write_model(root / "models" / "some" / name, "qwen2")
     return Hub(root)
 
 
-@pytest.fixture(scope="module")
-def play(hub: Hub) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """Play a story of `tests.hub.client` and return its outcomes."""
+def run(hub: Hub, *words: str, **variables: str) -> list[Outcome]:
+    """Run a sweep over what is on the hub, and return the outcomes of its jobs."""
     folder = hub.root.parent
-    ours = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    ours |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(folder / "hf")}
-    ours |= {"NO_PROXY": "127.0.0.1", "PERMLLM_CACHE": str(folder), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.hub.client", str(hub.root)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=folder, env=ours, stdin=pipe, stdout=pipe, text=True
-    ) as user:
-        assert user.stdin
-        assert user.stdout
-
-        def played(story: str) -> dict[str, Any]:
-            print(story, file=user.stdin, flush=True)
-            line = next(line for line in user.stdout if line.startswith("{"))
-            return json.loads(line)
-
-        yield played
-        user.stdin.close()
+    variables = {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HOME": str(folder)} | variables
+    variables["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.server_port}"
+    done = run_command("-m", "model=hub", *FEW, *words, cwd=folder, fresh=True, **variables)
+    assert "Traceback" not in done.stderr, done.stderr
+    sweeps = sorted((folder / "runs" / "sweeps").iterdir(), key=lambda one: one.stat().st_mtime)
+    return read_outcomes(sweeps[-1])
 
 
-@pytest.fixture(scope="module")
-def online(play: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    return play("online")
+def metrics(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.directory, outcome
+    return read_json(Path(outcome.directory) / "metrics.json")
 
 
-def commit(hub: Hub, kind: str, name: str) -> str:
-    return Repository(hub.root / kind / name).commit
-
-
-@pytest.mark.parametrize("family", FAMILY_SETTINGS)
-def test_a_model_in_shards_is_loaded_whole(family: str, hub: Hub, online: dict[str, Any]) -> None:
-    name, folder = model_name(family), hub.root / "models" / model_name(family)
-    weight = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
-    identity = f"hub:{name}:{commit(hub, 'models', name)}:float32"
-    assert online[family][:2] == [identity, tensor_digest(weight.detach().float())]
-    assert (online[family][2][0], len(online[family][2])) == (1, 4)
-
-
-def test_texts_and_tasks_have_commits_and_each_file_comes_once(
-    hub: Hub, online: dict[str, Any]
-) -> None:
-    for step, name, file in (
-        ("calibration c4", "allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
-        ("perplexity c4", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
-        ("calibration pile", "mit-han-lab/pile-val-backup", "val.jsonl.zst"),
-        ("perplexity wikitext2", "Salesforce/wikitext", f"{WIKITEXT}/test-00000-of-00001.parquet"),
-    ):
-        assert online[step][0] == f"{name}@{commit(hub, 'datasets', name)}/{file}"
-    assert online["task"] == [f"{GLUE}@{commit(hub, 'datasets', GLUE)}", 2]
-    files = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
-    assert len(files) == len(set(files))
-    assert not [file for file in files if "consolidated" in file or "original" in file]
-    assert len([file for file in files if "/c4-" in file]) == 2
-
-
-def test_windows_of_the_pile_are_those_of_the_released_code(
-    hub: Hub, online: dict[str, Any]
-) -> None:
-    file = hub.root / "datasets" / "mit-han-lab" / "pile-val-backup" / "val.jsonl.zst"
-    lines = zstandard.decompress(file.read_bytes()).decode().splitlines()
-    rows = Dataset.from_list([json.loads(line) for line in lines]).shuffle(seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(hub.root / "models" / model_name("llama"))
-    random.seed(0)
-    for window in online["calibration pile"][1]:
-        tokens: list[int] = []
-        while len(tokens) <= 48:
-            tokens = tokenizer(rows[random.randint(0, len(rows) - 1)]["text"])["input_ids"]
-        start = random.randint(0, len(tokens) - 48 - 1)
-        assert window == tokens[start : start + 48]
-
-
-def test_offline_everything_is_there_again_and_nobody_is_asked(
-    hub: Hub, online: dict[str, Any], play: Callable[[str], dict[str, Any]]
-) -> None:
+def test_models_texts_and_tasks_have_commits_come_once_and_are_there_offline(hub: Hub) -> None:
+    words = ("model.hub_name=some/small", "calibration=c4,pile")
+    online = [metrics(outcome) for outcome in run(hub, *words)]
+    model = f"hub:some/small:{commit(hub.root / 'models' / 'some' / 'small')}:bfloat16"
+    files = ("allenai/c4/en/c4-train.00000-of-01024.json.gz", "mit-han-lab/pile-val-backup/val")
+    for found, file in zip(online, files, strict=True):
+        assert found["model"] == model
+        owner, name, path = file.split("/", 2)
+        of_data = commit(hub.root / "datasets" / owner / name)
+        assert found["texts"]["calibration"].startswith(f"{owner}/{name}@{of_data}/{path}")
+        glue = commit(hub.root / "datasets" / "nyu-mll" / "glue")
+        assert found["tasks"]["sparse"]["rte"]["data"] == f"nyu-mll/glue@{glue}"
+    read = [one for one in hub.requests if one.startswith("GET") and "/resolve/" in one]
+    assert len(read) == len(set(read))
+    assert not [one for one in read if "consolidated" in one or "00001-of-01024" in one]
     before = len(hub.requests)
-    found = play("offline")
+    words = ("model.hub_name=some/small,some/other", "calibration=c4,pile", "force=true")
+    *again, other, _ = run(hub, *words, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
-    refused = found.pop("not cached")
-    assert refused.startswith("error: model small/other cannot be read from the hub")
-    assert "HF_HUB_OFFLINE" in refused
-    assert "protocol=offline" in refused
-    assert found == online
+    for found, outcome in zip(online, again, strict=True):
+        for key in ("model", "texts", "perplexity", "tasks"):
+            assert found[key] == metrics(outcome)[key]
+    for part in ("model some/other", "HF_HUB_OFFLINE is set", "protocol=offline"):
+        assert part in other.reason
 
 
-def test_each_failure_is_one_line_that_names_the_thing_and_the_reason(
-    hub: Hub, online: dict[str, Any], play: Callable[[str], dict[str, Any]]
-) -> None:
-    found = play("failures")
-    hub.shutdown()
-    hub.server_close()
-    found |= play("down")
-    for step, (thing, reason) in {
-        "gated": ("model big/gated", "Access to big/gated is restricted"),
-        "missing": ("model big/nothing", "Repository Not Found"),
-        "wrong revision": ("model big/moves", "Revision Not Found"),
-        "refused token": ("model big/moves", "Invalid credentials"),
-        "breaks": ("model big/breaks", "peer closed connection"),
-        "task missing": ("the data of task rte", "Repository Not Found"),
-        "text gated": ("data set nyu-mll/glue", "Access to nyu-mll/glue is restricted"),
-        "down, not cached": ("model big/later", "check your internet connection"),
+def test_each_failure_is_one_line_that_names_the_thing_and_the_reason(hub: Hub) -> None:
+    models = hub.root / "models" / "some"
+    (models / "gated" / ".gated").touch()
+    (models / "breaks" / ".limit").write_text("4000")
+    shard = max(models.glob("lacks/model-*"))
+    shard.rename(models / "shard")
+    names = ("some/gated", "some/breaks", "some/lacks", "some/nothing")
+    words = f"model.hub_name={','.join(names)}"
+    found = dict(zip(names, run(hub, words), strict=True))
+    for name, reason in {
+        "some/gated": "Access to some/gated is restricted",
+        "some/breaks": "peer closed connection",
+        "some/lacks": "has no weights on the hub",
+        "some/nothing": "Repository Not Found",
     }.items():
-        assert found[step].startswith(f"error: {thing} cannot be read from the hub")
-        assert reason in found[step]
-        assert ("protocol=offline" in found[step]) == (step == "down, not cached")
-        assert "\n" not in found[step]
-    assert " began with model hub:big/moves:" in found["moved"]
-    assert found["anew"] == "finished"
-    for step in ("gated, granted", "continues", "down, cached"):
-        assert found[step][0].startswith("hub:big/")
+        assert name in found[name].reason
+        assert reason in found[name].reason
+        assert "\n" not in found[name].reason
+
+    # Mended, and with a token.
+    (models / "breaks" / ".limit").unlink()
+    (models / "shard").rename(shard)
+    outcomes = run(hub, words, HF_TOKEN=GRANTED)
+    assert [one.outcome for one in outcomes] == ["ran", "ran", "ran", "failed"]
