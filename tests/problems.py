@@ -19,17 +19,15 @@ from permllm.models.layers import LayerStream
 from permllm.models.load import LoadedModel
 from permllm.permutation.base import Identity
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.temperature import Linear
 from permllm.pruner.base import Pruner
-from permllm.pruner.magnitude import Magnitude
-from permllm.pruner.ria import RIA
-from permllm.pruner.sparsegpt import SparseGPT
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel, prune_layers
 from permllm.pruning.methods import Job, Methods, ModelGroups
 from permllm.pruning.phases import calibrate_dense
 from permllm.reconstruction.base import NoReconstruction
+from permllm.settings import composition
 from permllm.settings.config import NMPattern, RunConfig, read_config
+from permllm.sparsity.method import instantiate
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
 from permllm.training.losses import cosine_loss
@@ -37,8 +35,7 @@ from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.settings.test_config import composed
 
-PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA}
-PRUNERS["sparsegpt"] = SparseGPT
+PRUNERS = ("magnitude", "wanda", "ria", "sparsegpt")
 PATTERN = NMPattern(2, 4)
 CPU = torch.device("cpu")
 
@@ -74,9 +71,21 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard.detach() + soft - soft.detach()
 
 
+@functools.cache
+def _of_option(option: str) -> dict[str, Any]:
+    config = read_config(composition.composed(["model=tiny", option]))
+    return dict(getattr(config, option.partition("=")[0]))
+
+
+def method(option: str, **settings: Any) -> Any:
+    """Return the method of `GROUP=OPTION`, with some other settings than its YAML's."""
+    return instantiate(option.partition("=")[0], _of_option(option) | settings)
+
+
 def lcp(**settings: Any) -> LCP:
-    defaults: dict[str, Any] = {"block_size": 24, "epochs": 2, "batch_size": 4, "loss": "cosine"}
-    return LCP(**defaults | {"temperature": Linear(), **settings})
+    usual = {"block_size": 24, "epochs": 2, "batch_size": 4, "loss": "cosine"}
+    made: LCP = method("permutation=lcp", **usual | settings)
+    return made
 
 
 def problem(

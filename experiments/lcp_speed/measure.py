@@ -36,6 +36,7 @@ from permllm.planning.speed import clock
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.settings.config import NMPattern, RunConfig
+from permllm.sparsity.method import instantiate
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.store.environment import hardware
 from permllm.store.files import LCP_CHECKPOINT
@@ -311,7 +312,7 @@ def _row(
     target = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     problem = _problem(model, tokens, target)
     everything = torch.arange(len(tokens))
-    settings: dict[str, Any] = {
+    settings = config.permutation | {
         "block_size": block_size,
         "temperature": Constant(0.5),
         "loss": "cosine",
@@ -323,7 +324,8 @@ def _row(
     }
     dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     compute = compute_dtype(config.compute_dtype, dtype, device)
-    kernels = chosen_kernels(LCP(**settings, compile=True), problem, problem.groups)
+    compiled = instantiate("permutation", settings | {"compile": True})
+    kernels = chosen_kernels(compiled, problem, problem.groups)
     shared = shared_permutations(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
     stage = Stage(0, range(1), None, problem.target)
@@ -331,7 +333,7 @@ def _row(
     # The logits of both change from step to step, as in a run, because the assignment of constant
     # logits is faster.
     logits = {
-        name: LCP(**settings).start_logits(problem, shared, orders)
+        name: instantiate("permutation", settings).start_logits(problem, shared, orders)
         for name in ("lcp", "checkpoint")
     }
     peak = 0
@@ -339,7 +341,9 @@ def _row(
         with products_in(compute, device):
             found = {"plain": clock(plain, device)}
             for name, recompute in (("lcp", False), ("checkpoint", True)):
-                lcp = LCP(**settings, activation_checkpointing=recompute)
+                lcp: LCP = instantiate(
+                    "permutation", settings | {"activation_checkpointing": recompute}
+                )
                 with lcp.masked_linears(problem, shared, stage, kernels) as linears:
                     learner = lcp.learner(shared, orders, logits[name], linears)
                     objective = Objective(lcp, problem, stage, learner)

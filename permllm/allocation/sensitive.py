@@ -33,8 +33,8 @@ from permllm.training.problem import LearningProblem
 class Sensitive(FoundAllocation):
     """Allocation that keeps the groups dense whose pruning hurts most for each weight."""
 
-    share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    windows: Count = 16
+    share: Annotated[float, Field(ge=0, lt=1)]
+    windows: Count
 
     @override
     @torch.no_grad()

@@ -67,7 +67,7 @@ class LowRankScores(Scores):
 class LowRankMask(ScoreMask):
     """Masks by the log saliency, a term for each channel and a product of low rank."""
 
-    rank: Whole = 8
+    rank: Whole
     kind = LowRankScores
 
     @override

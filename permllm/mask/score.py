@@ -15,7 +15,7 @@ from permllm.mask.score_linear import ScoreLinear, Scores, log_saliency_t
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.settings.config import RunConfig
-from permllm.settings.values import SETTINGS, Count, Whole
+from permllm.settings.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.files import MASK_CHECKPOINT
@@ -61,8 +61,6 @@ class ScoreMask(LearningSettings, LearnedMask):
     The scores start at the logarithm of the pruner's saliency.
     """
 
-    epochs: Count = 1
-    select_from: Whole = 0
     kind: ClassVar[type[Scores]] = FreeScores
 
     @override

@@ -56,7 +56,7 @@ class Heuristic(LocalPermutation):
     """RIA's channel reallocation, for each shared permutation of the constraint."""
 
     searches = True
-    constraint: Constraint = "free"
+    constraint: Constraint
 
     @property
     def local(self) -> bool:  # type: ignore[override]

@@ -18,7 +18,7 @@ class RIA(Pruner):
     Here `a_j = norm(x_j)^exponent`, and the sums are of magnitudes.
     """
 
-    exponent: Amount = 0.5
+    exponent: Amount
     statistics = (Norm,)
 
     @override

@@ -20,7 +20,7 @@ _COLUMNS_AT_A_TIME = 128
 class SparseGPT(Pruner):
     """Pruner by `S[i, j] = W[i, j]^2 / [H^-1]_jj`, `H = X^T X + lambda I`, that updates weights."""
 
-    damping: Positive = 0.01
+    damping: Positive
     statistics = (Gram,)
     updates_weights = True
 

@@ -22,7 +22,7 @@ _ADMM_ITERATIONS = 4
 _LEAST_GAIN = 1e-3
 
 
-@dataclass(frozen=True, config=SETTINGS)
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class ADMM(Reconstruction):
     """Minimum of `||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`.
 
@@ -31,8 +31,8 @@ class ADMM(Reconstruction):
     pruned weights have at the start.
     """
 
-    iterations: Count = 12
-    damping: Positive = 0.01
+    iterations: Count
+    damping: Positive
     statistics = (Gram,)
 
     @override

@@ -20,15 +20,19 @@ from permllm.reconstruction.base import (
     Reconstruction,
 )
 from permllm.reconstruction.obs import OBS
-from permllm.settings.values import SETTINGS, Count, Positive, Whole
+from permllm.settings.values import SETTINGS, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.store.files import DISTILL_CHECKPOINT
 from permllm.training.learner import Learner, Progress, Stage
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 from permllm.training.trainer import StageSchedule
 
-# Reconstructions of single linears before learning.
-_STARTS = {"masked": NoReconstruction(), "obs": OBS(), "admm": ADMM()}
+# Reconstructions of single linears before learning, with the usual settings.
+_STARTS = {
+    "masked": NoReconstruction(),
+    "obs": OBS(damping=0.01),
+    "admm": ADMM(iterations=12, damping=0.01),
+}
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -36,11 +40,9 @@ class Distill(DescentSettings, Reconstruction):
     """Gradient descent of all kept weights to the dense model's next-token distributions."""
 
     learned = True
-    learning_rate: Positive = 1e-4
-    relative: bool = False
-    epochs: Count = 2
-    skip: Whole = 0
-    start: Literal["masked", "obs", "admm"] = "masked"
+    relative: bool
+    skip: Whole
+    start: Literal["masked", "obs", "admm"]
     loss: ClassVar[Loss] = "kl"  # type: ignore[misc]
 
     @property
@@ -63,7 +65,15 @@ class Distill(DescentSettings, Reconstruction):
         """Train the weights in place, from the last checkpoint on."""
         problem = pruned.problem
         mine = {field.name: getattr(self, field.name) for field in fields(DescentSettings)}
-        settings = LearningSettings(**mine, loss=self.loss, select_from=0)
+        settings = LearningSettings(
+            **mine,
+            weight_decay=0.0,
+            loss=self.loss,
+            layers_per_stage="all",
+            last_layers=None,
+            select_from=0,
+            compile=None,
+        )
         weights = KeptWeights(pruned.linears, pruned.masks, self.relative)
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
         with weights.gradients():

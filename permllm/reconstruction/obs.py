@@ -13,7 +13,7 @@ from permllm.settings.values import SETTINGS, Positive
 class OBS(Reconstruction):
     """Optimal brain surgeon, SparseGPT's update of the kept weights under given masks."""
 
-    damping: Positive = 0.01
+    damping: Positive
     statistics = SparseGPT.statistics
 
     @override

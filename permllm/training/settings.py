@@ -44,13 +44,13 @@ class LearningPlan(NamedTuple):
 class DescentSettings:
     """Settings of gradient descent through the whole model; see `conf/_descent.yaml`."""
 
-    learning_rate: Positive = 1e-2
-    epochs: Count = 3
-    steps: Count | None = None
-    samples: Count | None = None
-    batch_size: Count = 4
-    micro_batch_size: Count | None = None
-    activation_checkpointing: bool | None = None
+    learning_rate: Positive
+    epochs: Count
+    steps: Count | None
+    samples: Count | None
+    batch_size: Count
+    micro_batch_size: Count | None
+    activation_checkpointing: bool | None
 
     def steps_for(self, samples: int) -> int:
         """Return the number of steps in a stage that learns from `samples` windows."""
@@ -61,12 +61,12 @@ class DescentSettings:
 class LearningSettings(DescentSettings):
     """Settings of gradient descent, for all layers or in stages; see `conf/_learning.yaml`."""
 
-    weight_decay: Amount = 0.0
-    loss: Loss | None = None
-    layers_per_stage: Literal["all"] | Count = "all"
-    last_layers: Count | None = None
-    select_from: Whole | None = None
-    compile: bool | None = None
+    weight_decay: Amount
+    loss: Loss | None
+    layers_per_stage: Literal["all"] | Count
+    last_layers: Count | None
+    select_from: Whole | None
+    compile: bool | None
 
     def __post_init__(self) -> None:
         if self.loss is None:

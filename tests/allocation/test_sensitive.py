@@ -57,7 +57,7 @@ def divergence_by_hand(learning: LearningProblem, group: ChannelGroup, windows: 
 def test_the_sensitivity_is_the_divergence_of_the_model_with_one_pruned_group(family: str) -> None:
     learning = problem(tiny_model(family), Wanda())
     before = copy.deepcopy(learning.model.state_dict())
-    found = Sensitive(windows=5).sensitivity(learning)
+    found = Sensitive(share=0.1, windows=5).sensitivity(learning)
     assert list(found) == [group.name for group in learning.groups]
     for group in learning.groups:
         expected = divergence_by_hand(learning, group, tokens()[:5])
@@ -72,7 +72,8 @@ def test_the_most_sensitive_weights_stay_dense_up_to_the_share(share: float) -> 
     every = channel_groups(learning.model)
     learning.groups = [group for group in every if group.name != every[3].name]  # one is kept
     sensitivity = {group.name: float(place) for place, group in enumerate(learning.groups, 1)}
-    found = Sensitive(share=share).dense_linears(learning, every, sensitivity)
+    allocation = Sensitive(share=share, windows=16)
+    found = allocation.dense_linears(learning, every, sensitivity)
     total = sum(group.weights for group in every)
     chosen = [group for group in learning.groups if group.members[0] in found]
     assert found == {path for group in chosen for path in group.members}
@@ -203,7 +204,7 @@ def test_a_divergence_that_is_not_finite_decides_nothing() -> None:
     learning = problem(tiny_model("llama"), Wanda())
     learning.target[:] = float("nan")
     with pytest.raises(TrainingError, match="not finite"):
-        Sensitive(windows=5).sensitivity(learning)
+        Sensitive(share=0.1, windows=5).sensitivity(learning)
 
 
 def test_nothing_dense_is_what_a_uniform_allocation_prunes(cache: Path, tmp_path: Path) -> None:
@@ -239,6 +240,7 @@ def test_what_a_method_needs_is_checked_again_with_the_linears_that_are_left(
 
 def test_the_sensitivity_depends_on_the_pattern() -> None:
     learning = problem(tiny_model("llama"), pattern=NMPattern(4, 8))
-    found = Sensitive(windows=2).sensitivity(learning)
+    allocation = Sensitive(share=0.1, windows=2)
+    found = allocation.sensitivity(learning)
     assert all(value > 0 for value in found.values())
-    assert found != Sensitive(windows=2).sensitivity(problem(tiny_model("llama"), pattern=PATTERN))
+    assert found != allocation.sensitivity(problem(tiny_model("llama"), pattern=PATTERN))

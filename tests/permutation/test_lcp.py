@@ -314,7 +314,7 @@ def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
 def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
     orders = learned(last_layers=1, init="random", epochs=2, learning_rate=0.1)
     learning = problem()
-    searched = Heuristic().permutations(learning)
+    searched = Heuristic("free").permutations(learning)
     for group in learning.groups:
         assert torch.equal(orders[group.name], searched[group.name]) == (group.layer == 0)
 
@@ -392,7 +392,7 @@ def test_the_temperature_falls_from_step_to_step() -> None:
     seen: list[float] = []
     learning = problem(on_step=lambda _, values: seen.append(values["temperature"]))
     lcp(epochs=3, learning_rate=1e-9).permutations(learning)
-    assert seen == pytest.approx([Linear()(step / 5) for step in range(6)])
+    assert seen == pytest.approx([Linear(1.0, 0.1)(step / 5) for step in range(6)])
 
 
 def test_each_epoch_and_each_seed_has_its_own_order_of_the_windows(

@@ -28,6 +28,9 @@ from tests.problems import CPU, PATTERN, channel_groups, lcp
 ctypes.CDLL(None).mallopt(-3, {THRESHOLD})  # M_MMAP_THRESHOLD
 import torch._dynamo  # which learning imports, and Triton with it where it is installed
 tiny_model("llama")
+layers = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+learning = lcp(block_size={BLOCK}, init="random", epochs=1, batch_size={SAMPLES}, loss=None,
+               layers_per_stage=layers, activation_checkpointing=True, compile=False)
 before = host_memory()
 reset_peak_memory(CPU)
 model = tiny_model("llama", hidden_size={HIDDEN}, intermediate_size={INTERMEDIATE},
@@ -40,9 +43,7 @@ tokens = torch.zeros({SAMPLES}, {LENGTH}, dtype=torch.int64)
 target = torch.randn({SAMPLES}, {LENGTH}, {HIDDEN})
 given = LearningProblem(model, groups, tokens, factors, target, tokens, PATTERN, seed=0,
                         calibration_batch_size={SAMPLES})
-layers = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
-lcp(block_size={BLOCK}, init="random", epochs=1, batch_size={SAMPLES}, loss=None,
-    layers_per_stage=layers, activation_checkpointing=True, compile=False).permutations(given)
+learning.permutations(given)
 print(peak_host_memory() - before)
 """
 

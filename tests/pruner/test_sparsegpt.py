@@ -70,7 +70,7 @@ def test_weights_of_dead_channels_become_zero_first_as_in_the_official_code() ->
     dead = torch.tensor([1, 2, 3, 8, 30])  # more than two of the first group
     inputs[:, dead] = 0.0
     perm = shuffled(32)
-    updated, mask = SparseGPT().update(weight, gram_of(inputs), perm, PATTERN)
+    updated, mask = SparseGPT(0.01).update(weight, gram_of(inputs), perm, PATTERN)
     assert not updated[:, dead].any()
     zeroed = weight.double().clone()
     zeroed[:, dead] = 0.0
@@ -83,9 +83,9 @@ def test_weights_of_dead_channels_become_zero_first_as_in_the_official_code() ->
 def test_columns_are_visited_and_n_m_holds_in_the_permuted_order() -> None:
     weight, inputs, statistics = layer()
     perm = shuffled(32)
-    updated, mask = SparseGPT().update(weight, statistics, perm, PATTERN)
+    updated, mask = SparseGPT(0.01).update(weight, statistics, perm, PATTERN)
     permuted, order = gram_of(inputs[:, perm]), torch.arange(32)
-    expected, expected_mask = SparseGPT().update(weight[:, perm], permuted, order, PATTERN)
+    expected, expected_mask = SparseGPT(0.01).update(weight[:, perm], permuted, order, PATTERN)
     assert torch.equal(mask[:, perm], expected_mask)
     torch.testing.assert_close(updated[:, perm], expected, rtol=1e-4, atol=1e-4)
     assert violations(updated, perm, PATTERN) == 0
@@ -94,7 +94,7 @@ def test_columns_are_visited_and_n_m_holds_in_the_permuted_order() -> None:
     # Better than no update, and than the masks of the saliency.
     reference = inputs @ weight.T
     error = (inputs @ updated.T - reference).square().sum()
-    scores = saliency(weight, SparseGPT().factors(weight, statistics))
+    scores = saliency(weight, SparseGPT(0.01).factors(weight, statistics))
     for kept in (mask, permuted_nm_mask(scores, perm, PATTERN)):
         assert error < (inputs @ (weight * kept).T - reference).square().sum()
 
@@ -103,28 +103,28 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     weight, inputs, _ = layer()
     inputs[:, 3] = 0
     statistics, order = gram_of(inputs), torch.arange(32)
-    updated, mask = SparseGPT().update(weight, statistics, order, PATTERN)
+    updated, mask = SparseGPT(0.01).update(weight, statistics, order, PATTERN)
     assert updated.isfinite().all()
     # All that is known of such a channel is lambda, which follows the scale of the inputs: so do no
     # masks.
-    column = SparseGPT().factors(weight, statistics).column[0]
+    column = SparseGPT(0.01).factors(weight, statistics).column[0]
     diagonal = inputs.double().square().mean(0)
     assert float(column[3]) == pytest.approx(0.01 * float(diagonal.mean()), rel=1e-4)
     assert column.argmin() == 3
     small = gram_of(inputs * 0.01)
-    assert torch.equal(SparseGPT().update(weight, small, order, PATTERN)[1], mask)
+    assert torch.equal(SparseGPT(0.01).update(weight, small, order, PATTERN)[1], mask)
 
 
 def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
     weight, _, statistics = layer()
     statistics[Gram].value[0, 0] = -1e6
     with pytest.raises(TrainingError):
-        SparseGPT().factors(weight, statistics)
+        SparseGPT(0.01).factors(weight, statistics)
 
 
 def test_without_inputs_the_kept_weights_stay() -> None:
     weight, inputs, _ = layer()
     whole = torch.ones(16, 32, dtype=torch.bool)
     statistics = gram_of(torch.zeros_like(inputs))
-    updated, _ = SparseGPT().update(weight, statistics, torch.arange(32), PATTERN, whole)
+    updated, _ = SparseGPT(0.01).update(weight, statistics, torch.arange(32), PATTERN, whole)
     assert torch.equal(updated, weight)

@@ -19,7 +19,7 @@ from permllm.pruning.phases import calibrate_dense
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from tests.conftest import tiny_model
-from tests.problems import PATTERN, PRUNERS, check_others, lcp, problem, pruned, tokens
+from tests.problems import PATTERN, PRUNERS, check_others, lcp, method, problem, pruned, tokens
 
 # Every pruner with every permutation on one family, and each other family with one of each.
 COMBINATIONS = [*itertools.product(["llama"], PRUNERS, ["none", "heuristic", "lcp"])]
@@ -34,15 +34,16 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
 ) -> None:
     model = tiny_model(family)
     dense_model = copy.deepcopy(model)
-    pruner = PRUNERS[pruner_name]()
+    pruner = method(f"pruner={pruner_name}")
     groups = channel_groups(model)
     learning = problem(model, pruner)
-    method: Any = {"none": Identity(), "heuristic": Heuristic(), "lcp": lcp(epochs=1)}[permutation]
+    made: Any = {"none": Identity(), "heuristic": Heuristic("free"), "lcp": lcp(epochs=1)}
+    permuting = made[permutation]
     factors = learning.factors if statistics == "dense" else None
     orders = (
-        method.permutations(learning) if statistics == "dense" or permutation == "lcp" else None
+        permuting.permutations(learning) if statistics == "dense" or permutation == "lcp" else None
     )
-    result = pruned(model, pruner, method, factors=factors, permutations=orders)
+    result = pruned(model, pruner, permuting, factors=factors, permutations=orders)
     assert result.violations == 0
     for group in groups:
         perm = result.permutations[group.name]
@@ -73,7 +74,7 @@ def test_output_error_is_the_relative_squared_error_on_the_dense_inputs() -> Non
     for path in (path for group in groups for path in group.members):
         linear_at(dense_model, path).register_forward_pre_hook(note)
     dense_model(input_ids=tokens())
-    result = pruned(model, Wanda(), permutation=Heuristic())
+    result = pruned(model, Wanda(), permutation=Heuristic("free"))
     for group in groups:
         error = norm = 0.0
         for path in group.members:
@@ -108,8 +109,9 @@ def test_sequential_statistics_come_from_the_pruned_layers_before() -> None:
 def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -> None:
     model, last, columns = tiny_model("llama"), "model.layers.1.mlp.down_proj", []
     for dtype in (None, torch.bfloat16):
-        dense = calibrate_dense(model, channel_groups(model), tokens(), SparseGPT(), 4, dtype)
-        result = pruned(copy.deepcopy(model), SparseGPT(), factors=dense.factors, products=dtype)
+        pruner = SparseGPT(0.01)
+        dense = calibrate_dense(model, channel_groups(model), tokens(), pruner, 4, dtype)
+        result = pruned(copy.deepcopy(model), pruner, factors=dense.factors, products=dtype)
         assert result.violations == 0
         columns.append(dense.factors[last].column)
     assert not torch.equal(*columns)
@@ -135,7 +137,7 @@ def test_the_measures_of_a_group_are_those_of_the_formulas() -> None:
         for group in learning.groups
         for path in group.members
     }
-    result = pruned(model, Wanda(), Heuristic(), factors=learning.factors)
+    result = pruned(model, Wanda(), Heuristic("free"), factors=learning.factors)
     for group in learning.groups:
         channels = result.permutations[group.name].tolist()
         moved = sum(channel != place for place, channel in enumerate(channels))

@@ -43,21 +43,21 @@ class Orders(LocalPermutation):
         if self._stop is not None and self._stop in name:
             raise Interrupt
         self.asked.append(name)
-        return Heuristic().permutation(name, saliency, pattern)
+        return Heuristic("free").permutation(name, saliency, pattern)
 
 
 def attempt(
     directory: Path | None, method: str, orders: Orders, model: torch.nn.Module | None = None
 ) -> Attempt:
     model = model or tiny_model("llama", num_hidden_layers=3)
-    pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
+    pruner: Any = SparseGPT(0.01) if method == "sparsegpt" else Wanda()
     factors, record = None, Record()
     if method == "dense":
         factors = calibrate_dense(model, channel_groups(model), tokens(), pruner, 4).factors
     if directory is not None:
         record = RunDirectory(directory, config("model=tiny"))
     record.metrics["status"] = "running"
-    reconstruction = OBS() if method == "obs" else None
+    reconstruction = OBS(0.01) if method == "obs" else None
     more = {"reconstruction": reconstruction, "record": record}
     return model, pruned(model, pruner, orders, factors=factors, **more)
 

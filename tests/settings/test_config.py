@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from permllm.errors import ConfigError
@@ -23,7 +24,6 @@ from permllm.report.read import collect
 from permllm.settings.composition import check_amounts
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of, identity_of
-from permllm.sparsity.method import instantiate
 from permllm.store.tensors import save_tensors
 from tests.conftest import ROOT
 
@@ -124,25 +124,16 @@ def defaults_of(kind: type) -> dict[str, Any]:
     return found
 
 
-OF_CLASSES = [
-    (group, option)
-    for group in (*METHODS, "temperature")
-    for option in sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
-    if option not in ("from_file", "lcp-paper")
-]
-
-
-@pytest.mark.parametrize(("group", "option"), OF_CLASSES)
-def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_class(
-    group: str, option: str
-) -> None:
-    settings = dict(getattr(config("model=tiny", f"{group}={option}"), group))
-    kind = type(instantiate(group, settings))
-    others = ("name", "_target_", "block_size", "temperature")
-    written = {key: value for key, value in settings.items() if key not in others}
-    usual = defaults_of(kind) if is_dataclass(kind) else {}
-    usual.pop("norm_tokens", None)  # lcp-paper alone has it
-    assert written == usual
+@pytest.mark.parametrize("group", [*METHODS, "temperature"])
+def test_the_yaml_of_a_method_has_all_settings_of_its_class(group: str) -> None:
+    for option in (file.stem for file in (CONF / group).glob("[!_]*.yaml")):
+        words = ("permutation.path=x",) if option == "from_file" else ()
+        settings = getattr(config("model=tiny", f"{group}={option}", *words), group)
+        kind = get_class(settings["_target_"])
+        names = {one.name for one in fields(kind)} if is_dataclass(kind) else set()
+        if option == "lcp":  # lcp-paper alone has it
+            names.remove("norm_tokens")
+        assert settings.keys() - {"name", "_target_"} == names
 
 
 def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> None:

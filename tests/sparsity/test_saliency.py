@@ -111,7 +111,7 @@ def test_factors_can_be_permuted_scaled_and_transposed(
 ) -> None:
     perm, score = shuffled(CHANNELS), random(ROWS, CHANNELS, seed=2).abs().float()
     dense = [SaliencyFactors(power, score) for power in (1, 2)]
-    pruners = (Magnitude(), Wanda(), RIA(), SparseGPT())
+    pruners = (Magnitude(), Wanda(), RIA(0.5), SparseGPT(0.01))
     for factors in (*(pruner.factors(weight, statistics) for pruner in pruners), *dense):
         full = saliency(weight, factors)
         torch.testing.assert_close(saliency(weight[:, perm], factors.permuted(perm)), full[:, perm])

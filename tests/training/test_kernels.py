@@ -18,8 +18,7 @@ from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import COMPILED, EAGER, ON_GPU, GPUKernels, Kernels, chosen_kernels
-from permllm.training.settings import LearningSettings
-from tests.problems import problem, random, shuffled
+from tests.problems import method, problem, random, shuffled
 
 PATTERNS = [(2, 4), (1, 4), (6, 8), (12, 24)]
 slow = pytest.mark.slow
@@ -148,7 +147,7 @@ def test_a_cpu_compiles_where_that_pays(
     asked: bool | None, steps: int, m: int, expected: Kernels
 ) -> None:
     learning = problem(pattern=NMPattern(m // 2, m))
-    settings = LearningSettings(compile=asked, steps=steps)
+    settings = method("mask=score", compile=asked, steps=steps)
     assert chosen_kernels(settings, learning, learning.groups) is expected
     on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     assert chosen_kernels(settings, on_a_gpu, learning.groups) is ON_GPU

@@ -8,14 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.mask.score import ScoreMask
 from permllm.models.families import channel_groups
 from permllm.permutation.base import Identity
 from permllm.training.learner import Learner, Stage
 from permllm.training.objective import Objective, kept_a_token
-from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
-from tests.problems import lcp, model_with_scales, outputs_of_layers, problem, random, tokens
+from tests.problems import (
+    lcp,
+    method,
+    model_with_scales,
+    outputs_of_layers,
+    problem,
+    random,
+    tokens,
+)
 
 # In the proportion of LLaMA's.
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}
@@ -40,7 +46,7 @@ def saved_bytes(learns: str, dtype: torch.dtype, layers: int, length: int) -> in
         if learns == "orders":
             lcp(**settings).permutations(learning)
         else:
-            ScoreMask(**settings).masks(learning, orders)
+            method("mask=score", **settings).masks(learning, orders)
     return sum(found.values())
 
 
@@ -75,7 +81,7 @@ def test_the_loss_is_that_of_the_whole_model_if_arguments_depend_on_the_tokens()
     model = model_with_scales()
     learning = problem(model, samples=tokens(5))
     learning.calibration_batch_size = 2
-    settings = LearningSettings(batch_size=2, layers_per_stage=1)
+    settings = method("mask=score", batch_size=2, layers_per_stage=1)
     states = outputs_of_layers(model, tokens(5))
     target = random(*states[1].shape).float()
     objective = Objective(

@@ -54,14 +54,14 @@ class LCP(LearningSettings, LearnedPermutation):
 
     block_size: Count
     temperature: Callable[[float], float]
-    constraint: Constraint = "free"
-    init: Literal["heuristic", "random"] = "heuristic"
-    conventions: Literal["ours", "paper"] = "ours"
+    constraint: Constraint
+    init: Literal["heuristic", "random"]
+    conventions: Literal["ours", "paper"]
     norm_tokens: Count | None = None
-    sinkhorn_iterations: Whole = 5
-    straight_through: StraightThrough = "swap"
-    margin: Amount = 0.05
-    noise: Amount = 0.02
+    sinkhorn_iterations: Whole
+    straight_through: StraightThrough
+    margin: Amount
+    noise: Amount
 
     def __post_init__(self) -> None:
         super().__post_init__()

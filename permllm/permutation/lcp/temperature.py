@@ -19,8 +19,8 @@ class _Range:
         end: temperature at the last step.
     """
 
-    start: Positive = 1.0
-    end: Positive = 0.1
+    start: Positive
+    end: Positive
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -58,7 +58,7 @@ class Constant:
         start: the temperature.
     """
 
-    start: Positive = 0.3
+    start: Positive
 
     def __call__(self, progress: float) -> float:
         """Return the temperature."""
