@@ -134,7 +134,7 @@ def prune(
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(model.device)
         products = compute_dtype(config.compute_dtype, model.dtype, model.device)
-        record.keep_compute_dtype(products)
+        record.set_compute_dtype(products)
         warn_if_pruned(model, groups.pruned, config.pattern)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
         # After an error some layers may be pruned and others not, which `save` must not write.

@@ -169,7 +169,7 @@ def _run_hydra() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from permllm.settings.composition import HYDRA_MAIN, refusal, register_resolvers
+    from permllm.settings.composition import HYDRA_MAIN, message_of, register_resolvers
     from permllm.settings.options import conf_directory
     from permllm.store import sweep
 
@@ -184,7 +184,7 @@ def _run_hydra() -> int:
         with ending_signals():
             start()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(refusal(error)) from error
+        raise ConfigError(message_of(error)) from error
     except Exception as error:
         module = _module_that_raised(error)
         if isinstance(error, ValueError) and module.startswith("hydra."):  # GROUP=null

@@ -169,7 +169,7 @@ def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, footprint: F
         DataError: the model cannot read the text, or an earlier process had another text.
     """
     config = job.config
-    record.keep_compute_dtype(job.compute_dtype)
+    record.set_compute_dtype(job.compute_dtype)
     record.metrics["placement"] = config.model.placement
     record.metrics["planned_memory_bytes"] = footprint.needs(config.model.placement).peak
     warn_if_pruned(job.loaded.model, job.groups.pruned, config.pattern)
@@ -204,9 +204,9 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     with job.record.phase("prune", job.device):
         pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
         if permutations is None:
-            job.record.keep(PERMUTATIONS, pruned.permutations, save_tensors)
+            job.record.write(PERMUTATIONS, pruned.permutations, save_tensors)
         if masks is None:
-            job.record.keep(MASKS, pruned.masks, save_masks)
+            job.record.write(MASKS, pruned.masks, save_masks)
         record_pruning(job, pruned)
     return pruned
 

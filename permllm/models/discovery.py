@@ -64,17 +64,17 @@ def structure_of(model: PreTrainedModel) -> Structure:
     linears = [name for name, module in modules if isinstance(module, nn.Linear)]
     for name, parameter in stack.named_parameters(prefix=layers):
         if parameter.dim() > 1 and name.removesuffix(".weight") not in linears:
-            raise _refused(model, f"{name} belongs to no linear")
+            raise _refusal(model, f"{name} belongs to no linear")
     calls = _traced(model, children)
     groups = [_groups(calls, f"{layers}.{index}.") for index in range(len(children))]
     for name in linears:
         if calls.order.count(name) != 1:
-            raise _refused(model, f"a forward calls {name} more or less than once")
+            raise _refusal(model, f"a forward calls {name} more or less than once")
     for name, (_, output, version) in calls.linears.items():
         if output._version != version:
-            raise _refused(model, f"the output of {name} is changed in place")
+            raise _refusal(model, f"the output of {name} is changed in place")
     if any(of_layer != groups[0] for of_layer in groups):
-        raise _refused(model, f"the linears of the layers in {layers} differ from layer to layer")
+        raise _refusal(model, f"the linears of the layers in {layers} differ from layer to layer")
     outside = [name for name in calls.order if not name.startswith(f"{layers}.")]
     last = max(index for index, name in enumerate(calls.order) if name.startswith(f"{layers}."))
     head = model.get_output_embeddings()
@@ -87,7 +87,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
     )
 
 
-def _refused(model: nn.Module, reason: str) -> ConfigError:
+def _refusal(model: nn.Module, reason: str) -> ConfigError:
     only = "only causal decoders of attention and dense linears can be pruned"
     return ConfigError(f"{type(model).__name__}: {reason}; {only}")
 
@@ -97,13 +97,13 @@ def _layers_path(model: PreTrainedModel) -> str:
     paths: list[str] = []
     for name, module in model.named_modules():
         if getattr(module, "is_causal", True) is False:
-            raise _refused(model, f"{name} attends to later tokens")
+            raise _refusal(model, f"{name} attends to later tokens")
         inside = any(name.startswith(f"{path}.") for path in paths)
         linears = any(isinstance(child, nn.Linear) for child in module.modules())
         if isinstance(module, nn.ModuleList) and linears and not inside:
             paths.append(name)
     if len(paths) != 1:
-        raise _refused(model, f"expected one list of layers with nn.Linear, got {len(paths)}")
+        raise _refusal(model, f"expected one list of layers with nn.Linear, got {len(paths)}")
     return paths[0]
 
 
@@ -135,7 +135,7 @@ def _traced(model: PreTrainedModel, layers: list[nn.Module]) -> _Calls:
             inputs = {"input_ids": torch.zeros(1, _TOKENS, dtype=torch.long), "use_cache": False}
             functional_call(model, values, kwargs=inputs)
     except Exception as error:  # any class may raise any error
-        raise _refused(model, f"its forward cannot be traced: {first_line(error)}") from error
+        raise _refusal(model, f"its forward cannot be traced: {first_line(error)}") from error
     finally:
         log.disabled = False
         for hook in hooks:

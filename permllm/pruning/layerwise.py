@@ -169,7 +169,7 @@ class _Layers:
         """Prune a layer that is on the device, or read its kept result; advance the states."""
         record = self.job.record
         name = layer_file(PRUNED_LAYERS, index)
-        layer = record.loaded(name, load_layer) if groups else PrunedLayer()
+        layer = record.read(name, load_layer) if groups else PrunedLayer()
         is_new = layer is None
         if layer is None:
             layer = self._new(index, groups)
@@ -184,7 +184,7 @@ class _Layers:
         if self.pruned is not None:
             self.pruned.advance(index)
         if is_new:
-            record.keep(name, layer, save_layer)
+            record.write(name, layer, save_layer)
         if groups and self.placement.reads_files and record.directory is not None:
             self._read_from_file(record.directory / name, layer)
 
@@ -322,7 +322,7 @@ def _keep_weights(job: Job) -> None:
         paths = [path for group in groups for path in group.members]
         if paths:
             weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
-            job.record.keep(layer_file(WEIGHTS, index), weights, save_tensors)
+            job.record.write(layer_file(WEIGHTS, index), weights, save_tensors)
 
 
 def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:

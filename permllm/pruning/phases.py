@@ -166,7 +166,7 @@ def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
         dense = method.dense_linears(problem, every, sensitivity)
         return {"sensitivity": sensitivity, "dense": sorted(dense)}
 
-    allocation = job.record.kept(ALLOCATION, compute, write_json, read_json)
+    allocation = job.record.get_or_compute(ALLOCATION, compute, write_json, read_json)
     pruned = without_dense(job.groups.pruned, allocation["dense"])
     if not pruned:
         raise ConfigError(
@@ -199,7 +199,7 @@ def find_permutations(
         return {group.name: permutations[group.name].cpu() for group in job.groups.pruned}
 
     with job.record.phase("permute", job.device):
-        return job.record.kept(PERMUTATIONS, compute, save_tensors, load_permutations)
+        return job.record.get_or_compute(PERMUTATIONS, compute, save_tensors, load_permutations)
 
 
 def find_masks(
@@ -227,7 +227,7 @@ def find_masks(
         return masks
 
     with job.record.phase("mask", job.device):
-        return job.record.kept(MASKS, compute, save_masks, load_masks)
+        return job.record.get_or_compute(MASKS, compute, save_masks, load_masks)
 
 
 def calibrate_dense(

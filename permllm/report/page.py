@@ -136,11 +136,12 @@ def _details(table: Table, row: int, name: str) -> str:
     text = ""
     for place in table.members(row).index:
         run = table.runs[place]
-        environment = {"git": None, "command": "unknown", "started": ""} | run.environment
+        environment = {"git": None, "command": "", "started": ""} | run.environment
         git = {"commit": "unknown", "dirty": False} | (environment["git"] or {})
         commit = git["commit"] + " with uncommitted changes" * git["dirty"]
         about = f"commit {commit}, seed {run.config['seed']}, {environment['started']}"
-        text += f"<pre>{escape(environment['command'])}</pre>"
+        if environment["command"]:  # records have none
+            text += f"<pre>{escape(environment['command'])}</pre>"
         text += f"<p>{escape(f'{about}, {run.directory}')}</p>"
     inside = f'<div id="row-{row}">{text}</div>'
     return f"<details><summary>{escape(name)}</summary>{inside}</details>"

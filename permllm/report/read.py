@@ -1,8 +1,6 @@
 """Reader of finished runs, in folders and in files of records, which have a run in each line."""
 
 import json
-import re
-import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,7 @@ from permllm.report.measures import (
     setting_text,
 )
 from permllm.settings.config import flatten
-from permllm.settings.identity import PATHS, identity_of, is_task_file, with_names
+from permllm.settings.identity import identity_of, is_task_file, with_names
 from permllm.settings.options import set_by_method
 from permllm.store.files import (
     CONFIG,
@@ -40,10 +38,6 @@ from permllm.store.files import (
 _NO_SETTING = ("name", "save_weights")
 # Settings that are paths of the machine.
 _OF_MACHINE = ("runs_dir", "run_dir", "paths")
-# Beginning of a word of a command that names a folder of the machine.
-_FOLDER = r"[\w.]*_?dir=|--config-dir=|\+*hydra\.searchpath=(?!\W*pkg:)"
-# Options whose next word names one.
-_BEFORE_A_FOLDER = ("--config-dir", "-cd")
 
 
 @dataclass
@@ -263,8 +257,8 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     lines = []
     for run in collection.runs:
         config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
-        environment = dict(run.environment)
-        environment["command"] = _published(environment.get("command", ""))
+        # The settings say what the command said, without folders of the machine.
+        environment = {key: run.environment[key] for key in run.environment if key != "command"}
         name = run.directory.absolute().name  # Path(".").name is empty
         record = {
             "run": name,
@@ -281,21 +275,3 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     lines.sort()
     write_text(file, "".join(f"{line}\n" for _, line in lines))
     return [name for name, _ in lines]
-
-
-def _published(command: str) -> str:
-    """Return a command without the folders of the machine, and with names of files for paths."""
-    words = iter(shlex.split(command))
-    kept = []
-    for word in words:
-        if word in _BEFORE_A_FOLDER:
-            next(words, None)
-        elif not re.match(_FOLDER, word):
-            kept.append(_last_name(word))
-    return shlex.join(kept)
-
-
-def _last_name(word: str) -> str:
-    """Return an override of `PATHS` with the last name of its path; other words as they are."""
-    key, _, value = word.partition("=")
-    return f"{key}={Path(value).name}" if tuple(key.split(".")) in PATHS else word

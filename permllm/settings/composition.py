@@ -142,10 +142,10 @@ def composed(words: Sequence[str]) -> DictConfig:
             return compose("config", overrides=list(words))
     # Hydra raises ValueError for a group whose option is no name.
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(refusal(error)) from error
+        raise ConfigError(message_of(error)) from error
 
 
-def refusal(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Return the message of an error of Hydra or OmegaConf, in one line."""
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):

@@ -48,7 +48,7 @@ def validated(kind: type[T], settings: Mapping[str, Any], prefix: str = "") -> T
     Args:
         kind: the class, a dataclass of pydantic.
         settings: values of its fields.
-        prefix: as in `refused`.
+        prefix: as in `refusal`.
 
     Raises:
         ConfigError: pydantic refuses a value.
@@ -56,10 +56,10 @@ def validated(kind: type[T], settings: Mapping[str, Any], prefix: str = "") -> T
     try:
         return kind(**settings)
     except ValidationError as error:
-        raise refused(error, settings, prefix) from error
+        raise refusal(error, settings, prefix) from error
 
 
-def refused(error: ValidationError, settings: Mapping[str, Any], prefix: str = "") -> ConfigError:
+def refusal(error: ValidationError, settings: Mapping[str, Any], prefix: str = "") -> ConfigError:
     """Return the error `key=value: reason` for the first setting that pydantic refuses.
 
     Args:
@@ -67,17 +67,17 @@ def refused(error: ValidationError, settings: Mapping[str, Any], prefix: str = "
         settings: settings that pydantic got.
         prefix: key of the group of these settings; empty: the top level.
     """
-    refusals = [
-        (_place(settings, refusal["loc"]), refusal) for refusal in error.errors(include_url=False)
+    details = [
+        (_place(settings, detail["loc"]), detail) for detail in error.errors(include_url=False)
     ]
-    place, first = refusals[0]
+    place, first = details[0]
     key = ".".join([prefix, *place] if prefix else place)
     if first["type"] == "missing":
         return ConfigError(f"{key} must be given")
     if first["type"] == "unexpected_keyword_argument":
         return ConfigError(f"{key} is no setting")
     # A value may be valid in several ways, and is then refused for several reasons.
-    reasons = {_reason(refusal["msg"]): None for other, refusal in refusals if other == place}
+    reasons = {_reason(detail["msg"]): None for other, detail in details if other == place}
     value = f"={first['input']!r}" if place else ""
     return ConfigError(f"{key}{value}: {' or '.join(reasons)}")
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from permllm.errors import ConfigError, first_line
 from permllm.settings.config import RunConfig
-from permllm.settings.values import refused
+from permllm.settings.values import refusal
 from permllm.sparsity.statistics import Statistics
 
 
@@ -92,7 +92,7 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
     try:
         return kind(**arguments)
     except ValidationError as error:
-        raise refused(error, arguments, key) from error
+        raise refusal(error, arguments, key) from error
     except TypeError as error:
         for name, value in arguments.items():
             if name not in signature(kind).parameters:

@@ -75,14 +75,14 @@ class Record:
     def save(self) -> None:
         """Write the metrics."""
 
-    def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
+    def read(self, name: str, load: Callable[[Path], Value]) -> Value | None:
         """Read a file of an earlier process; None: there is no such file."""
         return None
 
-    def keep(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
+    def write(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
         """Write a file."""
 
-    def kept(
+    def get_or_compute(
         self,
         name: str,
         compute: Callable[[], Value],
@@ -93,17 +93,17 @@ class Record:
 
         All ranks get the value of rank 0.
         """
-        value = self.loaded(name, load)
+        value = self.read(name, load)
         if value is None:
             value = parallel.broadcast(compute())
-            self.keep(name, value, save)
+            self.write(name, value, save)
         return value
 
     def write_history(self, lines: list[dict[str, Any]]) -> None:
         """Replace the history by these lines."""
         self.history = lines
 
-    def keep_compute_dtype(self, dtype: torch.dtype) -> None:
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Record the dtype of matrix products, which a run keeps to its end.
 
         Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
@@ -366,13 +366,13 @@ class RunDirectory(Record):
             self._write_config()
             self._remove(*removed)
 
-    def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
+    def read(self, name: str, load: Callable[[Path], Value]) -> Value | None:
         """Read a file of an earlier process; None: there is no such file.
 
         Raises DataError if the file has changed since it was written.
         """
 
-        def read() -> Value | None:
+        def read_here() -> Value | None:
             path = self.directory / name
             if not path.exists():
                 return None
@@ -384,17 +384,17 @@ class RunDirectory(Record):
             noted.info("continuing with %s", name)
             return load(path)
 
-        return parallel.on_main(read)
+        return parallel.on_main(read_here)
 
-    def keep(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
+    def write(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
         """Write a file, and its sha256 into `metrics.json`."""
 
-        def write() -> None:
+        def write_here() -> None:
             save(self.directory / name, value)
             self.metrics["sha256"][name] = file_sha256(self.directory / name)
             self.save()
 
-        parallel.on_main(write)
+        parallel.on_main(write_here)
 
     def write_history(self, lines: list[dict[str, Any]]) -> None:
         """Replace the history, and `history.jsonl`, by these lines."""
