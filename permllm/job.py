@@ -118,19 +118,20 @@ def _work(
     footprint = _footprint(config, methods, device)
     parallel.on_main(lambda: _download(config, texts, record.pruned))
     config = _placed(config, footprint, device)
+    planned = footprint.needs(config.model.placement).peak  # before the model takes memory
     dtype = getattr(torch, config.model.dtype)
     with ExitStack() as logs, half_products(dtype, device):
         if parallel.rank() == 0:
             logs.enter_context(job_log(record.directory / LOG))
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
+        products = compute_dtype(config.compute_dtype, dtype, device)
         with record.phase("load", device):
             loaded = load_model(config.model, config.seed)
             _check_same(record, "model", loaded.identity)
             measured = _perplexity_windows(config, texts, loaded)
-        products = compute_dtype(config.compute_dtype, dtype, device)
-        job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, products)
-        windows = None if record.pruned else _begin_pruning(job, record, texts, footprint)
+            job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, products)
+            windows = None if record.pruned else _begin_pruning(job, record, texts, planned)
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
         if parallel.rank() == 0:
@@ -159,10 +160,11 @@ def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> Ru
     return replace(config, model=replace(config.model, placement=placement))
 
 
-def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, footprint: Footprint) -> Tensor:
+def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int) -> Tensor:
     """Return the windows of the calibration text, and begin the record of a run that prunes.
 
-    Files of an earlier run are replaced here, when the job has all that it needs.
+    Files of an earlier run are replaced here, when the job has all that it needs. `planned` is the
+    memory in bytes that the job needs by its plan.
 
     Raises:
         ConfigError: an earlier process of the run used products of another dtype.
@@ -171,7 +173,7 @@ def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, footprint: F
     config = job.config
     record.set_compute_dtype(job.compute_dtype)
     record.metrics["placement"] = config.model.placement
-    record.metrics["planned_memory_bytes"] = footprint.needs(config.model.placement).peak
+    record.metrics["planned_memory_bytes"] = planned
     warn_if_pruned(job.loaded.model, job.groups.pruned, config.pattern)
     windows = _calibration_windows(config, job.methods, texts, job.loaded)
     digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))

@@ -60,16 +60,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_copies_keep_zeros(pruned: PreTrainedModel, tmp_path: Path) -> None:
+def test_copies_keep_zeros(pruned: PreTrainedModel) -> None:
     before = weights(pruned)
     permllm.keep_zeros(pruned)
     train(pruned, torch.optim.AdamW(pruned.parameters(), lr=1e-2))
-    torch.save(pruned, tmp_path / "model.pt")
-    for model in (copy.deepcopy(pruned), torch.load(tmp_path / "model.pt", weights_only=False)):
-        for _ in range(2):  # a copy of a copy too
-            trained = copy.deepcopy(model)
-            train(trained, torch.optim.AdamW(trained.parameters(), lr=1e-2))
-            check_tuned(trained, before)
+    for model in (pruned, copy.deepcopy(pruned)):  # a copy of a copy too
+        trained = copy.deepcopy(model)
+        train(trained, torch.optim.AdamW(trained.parameters(), lr=1e-2))
+        check_tuned(trained, before)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -196,7 +196,7 @@ def test_a_single_epoch_is_not_measured_because_there_is_none_to_select_from() -
 def test_the_norms_of_our_recipe_have_no_number_of_tokens() -> None:
     assert lcp().norm_tokens == 1
     assert lcp(conventions="paper").norm_tokens is None
-    with pytest.raises(ValueError, match="norm_tokens"):
+    with pytest.raises(ConfigError, match="norm_tokens"):
         lcp(norm_tokens=8)
     with pytest.raises(ConfigError, match=r"permutation\.norm_tokens: permutation=lcp "):
         composed(["model=tiny", "permutation=lcp", "permutation.norm_tokens=8"])
@@ -204,7 +204,7 @@ def test_the_norms_of_our_recipe_have_no_number_of_tokens() -> None:
 
 def test_more_epochs_than_there_are_cannot_be_selected_from() -> None:
     for settings in ({"epochs": 1, "select_from": 2}, {"epochs": 3, "select_from": 4}):
-        with pytest.raises(ValueError, match="select_from"):
+        with pytest.raises(ConfigError, match="select_from"):
             lcp(**settings)
     assert lcp(epochs=3, select_from=3).select_from == 3
     assert lcp(steps=1, epochs=1, select_from=2).select_from == 2  # epochs do not count
