@@ -47,7 +47,7 @@ _SWITCH = """<label>Measure <select onchange="document.querySelectorAll('.measur
  (part, place) => part.hidden = place != this.selectedIndex)">{options}</select></label>
 {pictures}"""
 # Width and height of pictures in inches, for a wide and a narrow screen.
-_SIZES = {"wide": (12.5, 6.5), "narrow": (4.2, 6.0)}
+_SIZES = {"wide": (12.5, 6.5), "narrow": (4.2, 4.0)}
 # Cells such as "56.16% ± 2.00%" are sorted by their first number. Cells without one come last.
 _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.labels import place_labels
 from permllm.report.measures import DENSE, number
 from permllm.report.table import Table, shared_value
 
-MINUTES = "minutes: calibrate + allocate + permute + mask + prune"
+MINUTES = "minutes, from calibration to pruning"
+# Inches: smallest width of a picture with names on its right side, and height of a name.
+_WIDE = 6.0
+_LINE = 0.2
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def plot_cost(
         table: table of the runs.
         file: file of the picture.
         name: a measure of the table.
-        size: width and height in inches.
+        size: width and height in inches, without names that stand below a narrow picture.
 
     Raises:
         ConfigError: no row has a point, or the picture cannot be written.
@@ -152,14 +154,19 @@ def plot_cost(
     front = frame[frame["front"]]
     frame["area"] = 30 + 90 * frame["memory"] / frame["memory"].max()
     with picture(file) as pyplot:
-        _, axis = pyplot.subplots(figsize=size)
+        width, height = size
+        is_narrow = width < _WIDE
+        if is_narrow:  # the names stand below
+            height += _LINE * len(frame)
+        figure, axis = pyplot.subplots(figsize=(width, height))
         for _, best in front.groupby("model"):
             axis.step(best["minutes"], best["value"], ":", where="post", color="grey", zorder=1)
         for style, (row, point) in zip(_styles(), frame.iterrows(), strict=False):
             at = (point["minutes"], point["value"])
             axis.errorbar(*at, point["error"], color=style["color"], linewidth=1)
             names = {"gid": f"point-{row}", "urls": [f"#row-{row}"]}
-            axis.scatter(*at, point["area"], alpha=0.8, **names, **style)
+            label = point["name"] + "*" * point["cached"]
+            axis.scatter(*at, point["area"], alpha=0.8, label=label, **names, **style)
         axis.margins(x=0.12, y=0.12)
         _set_logarithmic(axis.xaxis, "x", frame["minutes"])
         dense = dense_lines(table, name, frame.index)
@@ -176,11 +183,8 @@ def plot_cost(
         axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front{star}")
         axis.set_ylabel(table.heading(name))
         axis.grid(alpha=0.3)
-        place_labels(
-            axis,
-            frame["name"] + frame["cached"].map({True: "*", False: ""}),
-            frame[["minutes", "value"]].to_numpy(),
-        )
+        side = "outside lower left" if is_narrow else "outside right upper"
+        figure.legend(loc=side, fontsize="small", markerscale=0.8, frameon=False)
 
 
 def _styles() -> Iterator[dict[str, Any]]:

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from permllm.cli import call
-from permllm.report.labels import place_labels
 from permllm.report.plots import dense_lines, drawn_measure, points, undrawn
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
@@ -131,21 +130,6 @@ def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
     make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
     table = table_below(tmp_path)
     assert [*dense_lines(table, PERPLEXITY, table.labels.index)] == ["dense, a"]
-
-
-def test_labels_hide_neither_points_nor_each_other() -> None:
-    from matplotlib import pyplot
-    from matplotlib.text import Text
-
-    _, axis = pyplot.subplots()
-    crowd = [(1.0, 1.0), (1.0, 1.0), (1.01, 1.0), (1.0, 1.01), (2.0, 2.0)]
-    axis.plot(*zip(*crowd, strict=True))
-    place_labels(axis, ["a long label"] * len(crowd), crowd)
-    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their lines
-    pyplot.close("all")
-    for place, box in enumerate(boxes):
-        assert box.count_overlaps(boxes[place + 1 :]) == 0
-        assert not any(box.contains(*point) for point in axis.transData.transform(crowd))
 
 
 def test_pictures_have_the_format_of_a_suffix(
