@@ -23,7 +23,7 @@ from permllm.errors import ConfigError, DataError, first_line
 from permllm.report.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.files import choose_cache
-from permllm.settings.composition import composed, refusal
+from permllm.settings.composition import composed, message_of
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
 from permllm.store.environment import environment
@@ -117,7 +117,7 @@ def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
     try:
         return config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), own))
     except OmegaConfBaseException as error:
-        raise ConfigError(refusal(error)) from error
+        raise ConfigError(message_of(error)) from error
 
 
 def add_record(file: Path, line: dict[str, Any]) -> None:
