@@ -219,43 +219,63 @@ class _Layers:
 
     def _add(self, group: ChannelGroup, statistics: InputStatistics, layer: PrunedLayer) -> None:
         """Prune a group, and add its permutation, masks, weights and measures to the layer."""
-        pruner = self.job.methods.pruner
-        reconstruction = self.job.methods.reconstruction
-        pattern = self.job.config.pattern
         factors = self.factors
         if factors is None:
-            factors = member_factors(self.model, group, pruner, statistics)
+            factors = member_factors(self.model, group, self.job.methods.pruner, statistics)
         permutation = self._permutation(group, factors)
         layer.permutations[group.name] = permutation
         layer.moved[group.name] = float(
             (permutation != torch.arange(group.channels)).float().mean()
         )
-        config = self.job.config
-        by = f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}"
         retained = 0.0
         total = 0.0
         for path in group.members:
             dense = linear_at(self.model, path).weight
-            columns = permutation.to(dense.device)
             scores = saliency(dense, factors[path].to(dense.device))
-            mask = None
-            new = None
-            if self.masks is not None:
-                mask = self.masks[path].to(dense.device)
-            if pruner.updates_weights:
-                new, mask = pruner.update(dense, statistics, columns, pattern, mask)
-            elif mask is None:
-                mask = permuted_nm_mask(scores, columns, pattern)
+            columns = permutation.to(dense.device)
+            mask, weight = self._pruned(path, dense, scores, columns, statistics)
             layer.masks[path] = parallel.broadcast(mask).cpu()
             if self.changes:
-                new = masked(mask, dense) if new is None else new
-                pruned = PrunedLinear(dense, new, mask, columns, pattern, statistics)
-                new = reconstruction.linear(pruned).to(dense.dtype)
-                check_result(f"{by}: {path}", dense.shape, mask, columns, pattern, new)
-                layer.weights[path] = parallel.broadcast(new)
+                layer.weights[path] = parallel.broadcast(weight)
             retained += saliency_sum(scores, mask)
             total += saliency_sum(scores)
         layer.retained[group.name] = retained / max(total, 1e-300)
+
+    def _pruned(
+        self,
+        path: str,
+        dense: Tensor,
+        scores: Tensor,
+        columns: Tensor,
+        statistics: InputStatistics,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mask and the pruned weight of a linear, both `(C_out, C_in)`.
+
+        Args:
+            path: module path of the linear.
+            dense: its weight, `(C_out, C_in)`.
+            scores: its saliency, same shape.
+            columns: permutation of its channels, int64 `(C_in,)`.
+            statistics: statistics of its inputs.
+        """
+        config = self.job.config
+        pruner = self.job.methods.pruner
+        mask = None if self.masks is None else self.masks[path].to(dense.device)
+        if pruner.updates_weights:
+            weight, mask = pruner.update(dense, statistics, columns, config.pattern, mask)
+        else:
+            if mask is None:
+                mask = permuted_nm_mask(scores, columns, config.pattern)
+            weight = masked(mask, dense)
+        if self.changes:
+            pruned = PrunedLinear(dense, weight, mask, columns, config.pattern, statistics)
+            weight = self.job.methods.reconstruction.linear(pruned).to(dense.dtype)
+            where = (
+                f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}: "
+                f"{path}"
+            )
+            check_result(where, dense.shape, mask, columns, config.pattern, weight)
+        return mask, weight
 
     def _permutation(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
         """Return the permutation of a group."""
