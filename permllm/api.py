@@ -1,5 +1,6 @@
 """Functions of `permllm` itself: prune a model in memory, measure it, write it, and read runs."""
 
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from permllm.report.read import collect
 from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
-from permllm.runtime.precision import compute_dtype, half_products
+from permllm.runtime.precision import compute_dtype, working_dtype
 from permllm.settings.composition import check_amounts, composed, unknown_key
 from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
 from permllm.settings.options import groups
@@ -44,6 +45,8 @@ from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
 from permllm.store.loggers import NO_LOGGER
+
+log = logging.getLogger(__name__)
 
 Texts = str | Sequence[str] | Tensor
 
@@ -128,7 +131,6 @@ def prune(
         torch.enable_grad(),  # the caller may have switched gradients off
         _as_loaded(model),
         _global_state_kept(),
-        half_products(model.dtype, model.device),
     ):
         check_layers("model", model)
         seed_everything(config.seed, config.deterministic)
@@ -204,7 +206,7 @@ def perplexity(
         text = Documents(texts) if dataset is None else text_named(PERPLEXITY, dataset, "evaluates")
         loaded = LoadedModel(model, tokenizer, "", bos)  # type: ignore[arg-type]
         windows = perplexity_windows(loaded, text, config, "texts")
-    with _as_loaded(model), half_products(model.dtype, model.device):
+    with _as_loaded(model):
         return float(measure_perplexity(model, windows, batch_tokens)["value"])
 
 
@@ -324,7 +326,10 @@ def _dtype(model: PreTrainedModel) -> str:
 
 
 def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
-    """Raise ConfigError for a model, tokenizer or texts that `prune` and `perplexity` refuse."""
+    """Raise ConfigError for a model, tokenizer or texts that `prune` and `perplexity` refuse.
+
+    A warning names a dtype in which this CPU is slow.
+    """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ConfigError(
             f"model: expected a model of AutoModelForCausalLM, got a {type(model).__name__}"
@@ -347,6 +352,8 @@ def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
         raise ConfigError("texts: expected a list of at least one document, a str each, or a name")
     elif isinstance(texts, str) and len(texts.split()) > 1:
         raise ConfigError("texts: expected a list of documents, or the name of a text")
+    if working_dtype(model.dtype, model.device) != model.dtype:
+        log.warning("model: this CPU is slow in %s; model.float() is faster", _dtype(model))
 
 
 def _composed(

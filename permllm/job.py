@@ -45,7 +45,6 @@ from permllm.runtime.memory import (
     reset_peak_memory,
     return_freed_memory,
 )
-from permllm.runtime.precision import compute_dtype, half_products
 from permllm.settings.composition import sweeping
 from permllm.settings.config import ExportConfig, RunConfig
 from permllm.store.directory import RunDirectory, run_directory
@@ -119,15 +118,14 @@ def _work(
     parallel.on_main(lambda: _download(config, texts, record.pruned))
     config = _placed(config, footprint, device)
     planned = footprint.needs(config.model.placement).peak  # before the model takes memory
-    dtype = getattr(torch, config.model.dtype)
-    with ExitStack() as logs, half_products(dtype, device):
+    with ExitStack() as logs:
         if parallel.rank() == 0:
             logs.enter_context(job_log(record.directory / LOG))
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
-        products = compute_dtype(config.compute_dtype, dtype, device)
+        products = footprint.compute_dtype
         with record.phase("load", device):
-            loaded = load_model(config.model, config.seed)
+            loaded = load_model(config.model, config.seed, footprint.dtype)
             _check_same(record, "model", loaded.identity)
             measured = _perplexity_windows(config, texts, loaded)
             job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, products)

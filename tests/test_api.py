@@ -384,6 +384,15 @@ def test_perplexity_is_that_of_the_formula(bos: bool, tokenizer: ByT5Tokenizer) 
     assert permllm.perplexity(model, None, windows) == expected
 
 
+def test_a_dtype_that_is_slow_here_gets_a_line(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact = permllm.perplexity(model, None, WINDOWS)
+    assert not caplog.text
+    assert permllm.perplexity(model.half(), None, WINDOWS) == pytest.approx(exact, rel=0.01)
+    assert "this CPU is slow in float16; model.float() is faster" in caplog.text
+
+
 def test_a_broken_model_has_no_perplexity(model: PreTrainedModel) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
 
 from permllm import job
 from permllm.data.texts import TEXTS
@@ -21,15 +23,18 @@ from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.verify import verify
+from permllm.models.checkpoint import read_weights
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model, meta_model
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.measures import flat_figures
+from permllm.runtime import precision
 from permllm.runtime.signals import Terminated
 from permllm.settings.config import read_config
 from permllm.sparsity.nm import violations
 from permllm.store.files import read_json, read_lines
 from permllm.store.tensors import load_masks
+from tests.conftest import tiny_model
 from tests.settings.test_config import composed
 
 BUILTIN = TEXTS["builtin"]
@@ -263,3 +268,41 @@ def test_parts_of_a_model_stay_dense(cache: Path, tmp_path: Path) -> None:
     # What was pruned is rebuilt from the record, to be evaluated in another way.
     again, _ = run(tmp_path, *words, "evaluation.perplexity.limit=1")
     assert again["sparsity"] == metrics["sparsity"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.placement=device", "reconstruction=distill", "reconstruction.epochs=1"),
+        ("model.placement=disk", "pruner=sparsegpt"),
+    ],
+)
+def test_a_model_in_a_dtype_that_is_slow_here_is_computed_in_float32_and_written_in_its_own(
+    cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
+    tiny_model("llama").save_pretrained(tmp_path / "model")  # in float32
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    common = ["model=local", f"model.path={tmp_path}/model", "model.dtype=bfloat16"]
+    common += ["calibration=builtin", "calibration.samples=4", "calibration.seqlen=32"]
+    common += ["evaluation=builtin", "permutation=none", "export=simulate"]
+    with caplog.at_level(logging.INFO):
+        metrics, directory = run(tmp_path, *common, *words)
+    assert caplog.text.count("computed in float32, because this CPU is slow in bfloat16") == 1
+    assert metrics["model"].endswith(":bfloat16")
+    assert metrics["compute_dtype"] == "float32"
+    for file in (*directory.glob("weights/*"), directory / "export" / "model.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
+    # What was measured is what was written.
+    config = read_config(composed(*common))
+    loaded = load_model(config.model, config.seed)
+    windows = perplexity_windows(loaded, BUILTIN, config.evaluation.perplexity, "builtin")
+    found = {"dense": loaded.model.float()}
+    found["sparse"] = read_weights(directory / "export", torch.float32, torch.device("cpu"))
+    for which, model in found.items():
+        value = metrics["perplexity"][which]["builtin"]["value"]
+        assert measure_perplexity(model, windows, 2048)["value"] == pytest.approx(value, rel=1e-6)

@@ -104,6 +104,7 @@ def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) ->
         return parallel.broadcast(run(which))
     key_of_cache = {
         "model": loaded.identity,
+        "dtype": str(loaded.model.dtype),
         # Results of a GPU and of a CPU differ by rounding.
         "device": loaded.model.device.type,
         "measure": key,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.runtime.precision import product, product_dtype
+from permllm.runtime.precision import product_dtype
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency, saliency_t
@@ -144,7 +144,7 @@ class _ScoreProduct(torch.autograd.Function):
         ctx.module = module
         ctx.score_dtype = parameters[0].dtype
         ctx.input_dtype = x.dtype
-        y = product(states, masked_t)
+        y = states @ masked_t
         return y if module.linear.bias is None else y.add_(module.linear.bias)
 
     @staticmethod
@@ -157,9 +157,9 @@ class _ScoreProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if masked_t is None:
                 masked_t = module.masked_weight_t(weight, grad_y.dtype)
-            grad_x = _columns_at(product(grad_y, masked_t.t()), module.inverse, ctx.input_dtype)
+            grad_x = _columns_at(grad_y @ masked_t.t(), module.inverse, ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
-        grad_masked_t = product(states.t(), grad_y)
+        grad_masked_t = states.t() @ grad_y
         score_gradient = score_gradients(
             grad_masked_t, weight.t(), module.pattern.m, ctx.score_dtype
         )

@@ -74,12 +74,16 @@ class LoadedModel:
     bos: bool = False
 
 
-def load_model(config: ModelConfig, seed: int) -> LoadedModel:
+def load_model(
+    config: ModelConfig, seed: int, computes_in: torch.dtype | None = None
+) -> LoadedModel:
     """Load the model that the settings name, after `meta_model` has checked its config.
 
     Args:
         config: the model's settings; `placement=auto` means `device`.
         seed: seed of the random weights of `source=random`.
+        computes_in: dtype to which the weights are converted after they are read in `model.dtype`;
+            None: none.
 
     Raises:
         DataError: the model cannot be downloaded or found (licence, token, name, network, wheel),
@@ -114,6 +118,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         # if the config says so.
         model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
+    if computes_in is not None and model.dtype != computes_in:
+        model.to(computes_in)  # type: ignore[arg-type]
+        name = str(computes_in).removeprefix("torch.")
+        log.info("%s: computed in %s, because this CPU is slow in %s", called, name, config.dtype)
     if placement == "host":
         set_placement(model, Offloaded(model, device))
     elif placement == "sharded":
@@ -309,7 +317,7 @@ def _without_layers(
     """Load a folder; the parameters of its decoder layers stay on the meta device.
 
     Returns:
-        The model, and the reader of the folder's tensors.
+        The model, and the reader of the folder's tensors, in the model's dtype.
     """
     read = tensor_reader(folder, check_checkpoint(folder))
     if read is None:
@@ -319,17 +327,21 @@ def _without_layers(
         )
     with init_empty_weights(include_buffers=False):
         model = _built(config, checkpoint_config(folder))
-    state = model.state_dict()
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+
+    def read_rounded(name: str) -> Tensor:
+        return read(name).to(dtypes[name])
+
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
     for name in parameter_names(model):
-        value = read(name).to(state[name].dtype, copy=True)
+        value = read(name).to(dtypes[name], copy=True)
         check_values(folder, [(name, value)])
         if name in buffers or not name.startswith(layers):
             set_module_tensor_to_device(model, name, device, value)
     model.tie_weights()
     model.generation_config = generation_of(folder)
-    return model, read
+    return model, read_rounded
 
 
 def _hub_folder(config: ModelConfig) -> Path:

@@ -18,7 +18,7 @@ from permllm.pruning.methods import Methods, ModelGroups, windows_for
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
-from permllm.runtime.precision import compute_dtype
+from permllm.runtime.precision import compute_dtype, working_dtype
 from permllm.settings.config import RunConfig
 from permllm.sparsity.statistics import Gram, Statistics
 from permllm.training.losses import chunk_of
@@ -122,7 +122,7 @@ class Footprint:
         self.parameters = model.num_parameters()
         self.hidden = model.config.hidden_size
         self.vocabulary = model.config.vocab_size
-        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self.dtype = working_dtype(getattr(torch, config.model.dtype), device)
         self.item = self.dtype.itemsize
         self.compute_dtype = compute_dtype(config.compute_dtype, self.dtype, device)
         self.groups = groups

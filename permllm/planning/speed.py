@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from permllm.runtime.precision import half_products
-
 # Operations per second of a device, by dtype.
 Speed = dict[torch.dtype, float]
 
@@ -37,10 +35,9 @@ def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dt
         return speed
     size = 1024 if device.type == "cpu" else 8192
     square = torch.ones(size, size, device=device)
-    with half_products(torch.bfloat16, device):
-        for dtype in dtypes:
-            product = partial(nn.functional.linear, square.to(dtype), square.to(dtype))
-            speed[dtype] = 2 * size**3 / _least_seconds(product, device)
+    for dtype in dtypes:
+        product = partial(nn.functional.linear, square.to(dtype), square.to(dtype))
+        speed[dtype] = 2 * size**3 / _least_seconds(product, device)
     return speed
 
 

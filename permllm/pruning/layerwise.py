@@ -109,6 +109,8 @@ def prune_layers(
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.compute_dtype, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
+        for linear in linears:
+            linear.weight.data.copy_(job.rounded(linear.weight.data))
     result.violations = _violations(job, result.permutations)
     return result
 
@@ -269,7 +271,7 @@ class _Layers:
             weight = masked(mask, dense)
         if self.changes:
             pruned = PrunedLinear(dense, weight, mask, columns, config.pattern, statistics)
-            weight = self.job.methods.reconstruction.linear(pruned).to(dense.dtype)
+            weight = self.job.rounded(self.job.methods.reconstruction.linear(pruned))
             where = (
                 f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}: "
                 f"{path}"
@@ -341,7 +343,9 @@ def _keep_weights(job: Job) -> None:
     for index, groups in by_layer(job.loaded.model, job.groups.pruned, "keep"):
         paths = [path for group in groups for path in group.members]
         if paths:
-            weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
+            weights = {
+                path: job.rounded(linear_at(job.loaded.model, path).weight.data) for path in paths
+            }
             job.record.write(layer_file(WEIGHTS, index), weights, save_tensors)
 
 

@@ -134,6 +134,10 @@ class Job:
         """Return the device of the model."""
         return self.loaded.model.device
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Return a changed weight, rounded to the dtype of the record (`model.dtype`)."""
+        return weight.to(getattr(torch, self.config.model.dtype))
+
 
 def methods_of(config: RunConfig) -> Methods:
     """Return the methods that the settings name.

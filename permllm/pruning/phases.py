@@ -303,6 +303,7 @@ def _cached_values(
         "model": job.loaded.identity,
         "tokens": tensor_digest(tokens),
         "batch_size": job.config.calibration.batch_size,
+        "dtype": str(job.loaded.model.dtype),
         "compute_dtype": str(job.compute_dtype),
         "device": job.device.type,
     }

@@ -2,20 +2,13 @@
 
 Only matrix products are rounded. Weights, logits, optimizer, norms, softmax and loss keep their
 dtype. On a CPU with bfloat16 instructions products take a quarter of the time of float32. On other
-CPUs the products of a half-precision model use float32 (`half_products`).
+CPUs a run computes with a half-precision model in float32 (`working_dtype`).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self, TypeVar
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
-
-Result = TypeVar("Result")
+from torch import Tensor
 
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
@@ -39,111 +32,20 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Return a context with faster half-precision linears on CPUs without instructions for them.
+def working_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which a model computes on a device: float32 where its own is slow.
 
-    They multiply in float32 and round the result once, several times faster than torch's own
-    half-precision linears.
+    torch multiplies half-precision matrices many times slower than float32 ones on a CPU without
+    instructions for them.
 
     Args:
-        dtype: dtype of the model's weights.
+        weights: dtype of the model.
         device: device of the model.
     """
-    needed = device.type == "cpu" and (
-        dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16(device))
+    slow = device.type == "cpu" and (
+        weights == torch.float16 or (weights == torch.bfloat16 and not multiplies_bfloat16(device))
     )
-    return ThroughFloat32() if needed else nullcontext()
-
-
-class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """Mode that computes half-precision `linear` and `product`, and their gradients, in float32."""
-
-    entered = 0  # number of active modes, because backward does not see a mode
-
-    def __enter__(self) -> Self:
-        ThroughFloat32.entered += 1
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        ThroughFloat32.entered -= 1
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is nn.functional.linear and not kwargs and _both_half(args[0], args[1]):
-            bias = args[2] if len(args) > 2 else None
-            return _LinearThroughFloat32.apply(args[0], args[1], bias)
-        return func(*args, **(kwargs or {}))
-
-
-def recomputed(function: Callable[..., Result], *args: Any) -> Result:
-    """Call a function, and call it again in backward instead of keeping its activations."""
-    return checkpoint(function, *args, use_reentrant=False, context_fn=_modes)
-
-
-def _modes() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """Return the contexts of the first call, and of the call in backward, which sees no mode."""
-    return nullcontext(), ThroughFloat32() if ThroughFloat32.entered else nullcontext()
-
-
-_HALF = (torch.bfloat16, torch.float16)
-# Numbers in the part of a weight that has a float32 copy at a time.
-_PIECE = 1 << 24
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b` of two matrices, without gradients, in float32 under the mode."""
-    if ThroughFloat32.entered and _both_half(a, b):
-        return _through_float32(a, b.t(), None)
-    return a @ b
-
-
-def _both_half(a: Tensor, b: Tensor) -> bool:
-    """Tell if two tensors have the same half-precision dtype."""
-    return a.dtype == b.dtype and a.dtype in _HALF
-
-
-def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `linear` with float32 copies of parts of the weight."""
-    wide = states.float()
-    output = states.new_empty(*states.shape[:-1], len(weight))
-    with products_as_they_are(states):
-        for rows in _pieces(weight, states.numel() // states.shape[-1]):
-            of_rows = None if bias is None else bias[rows].float()
-            # The assignment rounds to the dtype of the output.
-            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows)
-    return output
-
-
-class _LinearThroughFloat32(torch.autograd.Function):
-    """Autograd function of `_through_float32` that keeps half-precision tensors for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(states if weight.requires_grad else None, weight)
-        return _through_float32(states, weight, bias)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        states, weight = ctx.saved_tensors
-        wide = gradient.float()
-        dtype = gradient.dtype
-        tokens = wide.flatten(0, -2)
-        of_states = of_weight = None
-        with products_as_they_are(gradient):
-            if ctx.needs_input_grad[0]:
-                parts = (wide[..., rows] @ weight[rows].float() for rows in _pieces(weight))
-                of_states = sum(parts).to(dtype)
-            if ctx.needs_input_grad[1]:
-                of_weight = (tokens.t() @ states.flatten(0, -2).float()).to(dtype)
-        return of_states, of_weight, tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None
+    return torch.float32 if slow else weights
 
 
 def products_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
@@ -151,15 +53,9 @@ def products_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:
-    """Split the rows of a weight so that a part and its outputs have at most `_PIECE` numbers."""
-    count = max(1, _PIECE // max(weight.shape[1], tokens))
-    return [slice(first, first + count) for first in range(0, len(weight), count)]
-
-
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Return a context that computes matrix products in `dtype`, if it is a half-precision one."""
-    if dtype not in _HALF:
+    if dtype not in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, enabled=False)
     # A cache would keep the rounded copy of a weight after the optimizer has changed the weight.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from permllm.models.families import ChannelGroup
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, to_device
-from permllm.runtime.precision import product_dtype, recomputed
+from permllm.runtime.precision import product_dtype
 from permllm.training.learner import Learner, Stage
 from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
@@ -106,7 +107,7 @@ class Objective:
         hidden, arguments = self._inputs(windows)
         layer = self._layer
         if torch.is_grad_enabled() and self._recompute(hidden):
-            layer = partial(recomputed, self._layer)
+            layer = partial(checkpoint, self._layer, use_reentrant=False)
         for index in self.stage.layers:
             hidden = layer(index, hidden, arguments[index])
         return self._distance(hidden, to_device(self.stage.target[windows], self.device))

@@ -178,8 +178,8 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
 def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recomputed = Mock(wraps=objective.recomputed)
-    monkeypatch.setattr(objective, "recomputed", recomputed)
+    recomputed = Mock(wraps=objective.checkpoint)
+    monkeypatch.setattr(objective, "checkpoint", recomputed)
     kept = distilled(epochs=1)
     assert not recomputed.called  # a tiny model needs little
     monkeypatch.setattr(objective, "KEPT_ON_A_HOST", 0.0)

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from permllm.models.head import Head
 from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.runtime import precision
-from permllm.runtime.precision import (
-    ThroughFloat32,
-    compute_dtype,
-    half_products,
-    products_in,
-    recomputed,
-)
+from permllm.runtime.precision import compute_dtype, products_in, working_dtype
 from permllm.settings.config import NMPattern
 from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.nm import permuted_nm_mask
@@ -117,101 +108,15 @@ def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
     assert torch.cosine_similarity(grad.flatten(), exact_grad.flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("piece", [1, 50, 1 << 24])
-def test_half_precision_through_float32_rounds_once(
-    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "_PIECE", piece)
-    torch.manual_seed(0)
-    linear = nn.Linear(24, 10).to(dtype)
-    x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
-    gradient = torch.randn(2, 3, 10, dtype=dtype)
-    with ThroughFloat32():
-        y = linear(x)
-        y.backward(gradient)
-    wide_x, wide_w, wide_g = x.detach().double(), linear.weight.detach().double(), gradient.double()
-    expected = {
-        "output": wide_x @ wide_w.T + linear.bias.detach().double(),
-        "x": wide_g @ wide_w,
-        "weight": torch.einsum("bto,bti->oi", wide_g, wide_x),
-        "bias": wide_g.sum((0, 1)),
-    }
-    found = {"output": y.detach(), "x": x.grad}
-    found |= {"weight": linear.weight.grad, "bias": linear.bias.grad}
-    for name, value in expected.items():
-        actual = found[name]
-        assert actual is not None
-        assert actual.dtype == dtype
-        # Half a unit in the last place of what float64 gives, and what a sum in float32 is off by.
-        bound = torch.finfo(dtype).eps / 2 * value.abs() + 1e-5
-        assert bool(((actual.double() - value).abs() <= bound).all()), name
-
-
-class Formats(TorchDispatchMode):
-    """Recorder of the formats of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.found += [value.dtype for value in args if isinstance(value, torch.Tensor)]
-        return func(*args, **(kwargs or {}))
-
-
-# bfloat16 is autocast, as around calibration.
-@pytest.mark.parametrize("rounds", [torch.float32, torch.bfloat16])
-def test_no_product_of_a_half_precision_model_is_made_in_half_precision(
-    rounds: torch.dtype,
-) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(32, 24).bfloat16()
-    module, logits = masked(linear)
-    x = torch.randn(5, 32).bfloat16().requires_grad_()
-    with ThroughFloat32(), products_in(rounds, CPU), Formats() as formats:
-        follow(module, logits)
-        y, plain = module(x), linear(x)
-        (y + plain).sum().backward()
-        model = tiny_model("llama", dtype=torch.bfloat16)
-        states = [torch.randn(2, 3, 32).bfloat16() for _ in range(2)]
-        head_divergence(Head(model), states[0].requires_grad_(), states[1]).backward()
-    assert y.dtype == plain.dtype == torch.bfloat16
-    assert len(formats.found) > 8
-    assert not {torch.bfloat16, torch.float16} & set(formats.found)
-
-
-def test_what_is_recomputed_in_backward_goes_through_float32_again() -> None:
-    torch.manual_seed(0)
-    linears = [nn.Linear(16, 16).half() for _ in range(2)]
-    x = torch.randn(4, 16).half()
-
-    def both(states: torch.Tensor) -> torch.Tensor:
-        return linears[1](torch.tanh(linears[0](states)))
-
-    gradients = []
-    for call in (both, lambda states: recomputed(both, states)):
-        states = x.clone().requires_grad_()
-        with ThroughFloat32(), Formats() as formats:
-            call(states).sum().backward()
-        gradients.append([states.grad, *(linear.weight.grad for linear in linears)])
-        assert set(formats.found) == {torch.float32}
-        for linear in linears:
-            linear.weight.grad = linear.bias.grad = None
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    assert ThroughFloat32.entered == 0
-
-
 @pytest.mark.parametrize("native", [True, False])
-def test_products_go_through_float32_where_a_cpu_cannot_do_without(
+def test_a_model_computes_in_float32_where_a_cpu_is_slow_in_its_dtype(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: native)
-    without = {torch.float32: True, torch.bfloat16: native, torch.float16: False}
-    for dtype, found in without.items():
-        assert isinstance(half_products(dtype, CPU), ThroughFloat32) != found
-        assert not isinstance(half_products(dtype, torch.device("cuda")), ThroughFloat32)
+    own = {torch.float32: True, torch.bfloat16: native, torch.float16: False}
+    for dtype, stays in own.items():
+        assert working_dtype(dtype, CPU) == (dtype if stays else torch.float32)
+        assert working_dtype(dtype, torch.device("cuda")) == dtype
 
 
 def test_other_products_stay_as_they_are() -> None:
@@ -220,13 +125,5 @@ def test_other_products_stay_as_they_are() -> None:
         with products_in(dtype, CPU):
             assert torch.equal(nn.functional.linear(a, weight), a @ weight.T)
             assert (a @ a.T).dtype == torch.float32
-    with ThroughFloat32():
-        assert torch.equal(nn.functional.linear(a, weight), a @ weight.T)
-        assert nn.functional.linear(a.double(), weight.double()).dtype == torch.float64
-        with products_in(torch.bfloat16, CPU):
-            assert nn.functional.linear(a, weight).dtype == torch.bfloat16
-        half = nn.Linear(8, 6, bias=False).bfloat16().requires_grad_(False)
-        states = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
-        half(states).sum().backward()
-    assert states.grad is not None
-    assert half.weight.grad is None
+    with products_in(torch.bfloat16, CPU):
+        assert nn.functional.linear(a, weight).dtype == torch.bfloat16

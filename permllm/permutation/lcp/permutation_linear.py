@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.runtime import parallel
-from permllm.runtime.precision import product, product_dtype, products_as_they_are
+from permllm.runtime.precision import product_dtype, products_as_they_are
 from permllm.settings.config import NMPattern
 from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.saliency import SaliencyFactors
@@ -214,7 +214,7 @@ class _PermutationProduct(torch.autograd.Function):
         ctx.save_for_backward(states if soft else None, weight, permutation, hard)
         ctx.module = module
         ctx.soft_dtype = soft[0].dtype if soft else None
-        y = product(states, masked_t)
+        y = states @ masked_t
         return y if module.linear.bias is None else y.add_(module.linear.bias)
 
     @staticmethod
@@ -227,9 +227,9 @@ class _PermutationProduct(torch.autograd.Function):
         if states is None:
             masked_t = module.masked_weight_t(weight, permutation, grad_y.dtype)
         else:
-            grad_masked_t = product(states.t(), grad_y)
+            grad_masked_t = states.t() @ grad_y
             masked_t, grad_soft = module.gradients(
                 weight, permutation, hard, grad_masked_t, ctx.soft_dtype
             )
-        grad_states = product(grad_y, masked_t.t()) if ctx.needs_input_grad[0] else None
+        grad_states = grad_y @ masked_t.t() if ctx.needs_input_grad[0] else None
         return grad_states, None, None, None, *grad_soft
