@@ -1,8 +1,7 @@
 """Command `permllm`. Hydra parses `permllm run`; argparse parses every other command.
 
 The module of a command is imported on demand. It has `work(options) -> Answer`, and also
-`arguments(parser)` if its import is fast. Only this file turns errors into exit codes and answers
-into JSON. Exit codes:
+`arguments(parser)` if its import is fast. `run_tool` turns errors into lines and exit codes:
 
 - 0: success;
 - 1: an error that the user can fix, as one line on stderr, or an answer that is no;
@@ -32,12 +31,12 @@ from permllm.errors import (
     ConfigError,
     DataError,
     InUseError,
-    PermLLMError,
     TrainingError,
+    is_told,
     one_line,
     tracebacks_wanted,
 )
-from permllm.runtime.signals import CONTINUES, ending_signals, what_happened
+from permllm.runtime.signals import CONTINUES, ending_signals
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -99,8 +98,8 @@ def _answered(name: str, words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     try:
         answer: Answer = import_module(COMMANDS[name][1]).work(options)
-    except (PermLLMError, OSError) as error:
-        if options.json:
+    except Exception as error:
+        if options.json and is_told(error):
             print(json.dumps({"error": one_line(error)}))
         raise
     if options.json:
@@ -153,18 +152,15 @@ _ARGUMENTS = {"export": _export, "verify": _verify}
 
 def run_command() -> int:
     """Run the job or the sweep of the command line (`sys.argv`) and return the exit code."""
-    if sys.platform == "win32":
-        print("error: a job needs Linux or macOS; on Windows use WSL", file=sys.stderr)
-        return 1
-    if tracebacks_wanted():
-        return _run_hydra()
-    # With the variable Hydra raises its errors instead of printing them.
-    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
+    if not tracebacks_wanted():  # with the variable Hydra raises its errors and does not print them
+        os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
     return run_tool(_run_hydra, advice=f": {CONTINUES}")
 
 
 def _run_hydra() -> int:
     """Start Hydra, which calls `job`, and return the exit code. Print the table of a sweep."""
+    if sys.platform == "win32":
+        raise ConfigError("a job needs Linux or macOS; on Windows use WSL")
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -253,8 +249,8 @@ def job(composed: DictConfig) -> float:
             return _job_of_sweep(composed)
         try:
             return _job(composed)[0]
-        except (PermLLMError, OSError) as error:
-            if tracebacks_wanted():
+        except Exception as error:
+            if not is_told(error):
                 raise
             raise SystemExit(f"error: {one_line(error)}" if is_first_rank() else 1) from error
 
@@ -311,21 +307,17 @@ def _write_failure(error: BaseException) -> None:
 
     if not is_first_rank():
         return
-    outcome = "failed"
+    in_use = isinstance(error, InUseError)
     reason = one_line(error)
     if isinstance(error, KeyboardInterrupt):
-        reason = f"{what_happened(error)}: {CONTINUES}"
-    elif isinstance(error, SystemExit):  # from `failing_together`
-        reason = f"one rank failed alone: {CONTINUES}"
-    elif isinstance(error, InUseError):
-        outcome = "skipped"
-    elif isinstance(error, PermLLMError | OSError) and not tracebacks_wanted():
+        reason += f": {CONTINUES}"
+    elif is_told(error) and not in_use:
         print(f"error: {reason}", file=sys.stderr)
-    else:  # a defect needs its traceback
+    elif isinstance(error, Exception) and not in_use:  # a defect needs its traceback
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {reason}"
     try:
-        sweep.write_outcome(outcome, reason)
+        sweep.write_outcome("skipped" if in_use else "failed", reason)
     except DataError as write_error:  # the other jobs go on although the disk is full
         print(f"error: {write_error}", file=sys.stderr)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from permllm.errors import ConfigError, PermLLMError, one_line
-from permllm.runtime.signals import exit_code, what_happened
+from permllm.errors import ConfigError, is_told, one_line
+from permllm.runtime.signals import exit_code
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,12 +66,14 @@ def run_tool(work: Callable[[], int], failed: int = 1, advice: str = "") -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        _print_error(what_happened(error) + advice)
+        _print_error(one_line(error) + advice)
         return exit_code(error)
     except BrokenPipeError:
         silence()
         return 141  # a shell's exit code for SIGPIPE
-    except (PermLLMError, OSError) as error:
+    except Exception as error:
+        if not is_told(error):
+            raise
         _print_error(f"error: {one_line(error)}")
         silence()
         return failed

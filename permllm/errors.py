@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from permllm.runtime.signals import what_happened
+
 # Variable that this package sets together with `HYDRA_FULL_ERROR`. It tells that the package, not
 # the user, asked Hydra to raise its errors.
 SHORT_ERRORS = "PERMLLM_SHORT_ERRORS"
@@ -36,7 +38,9 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the line that the user sees for an error."""
+    """Return the line that the user sees for an error or an interruption."""
+    if isinstance(error, KeyboardInterrupt):
+        return what_happened(error)
     if type(error).__name__ == "OutOfMemoryError":  # from torch, whose import takes long
         return (
             "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or "
@@ -55,6 +59,11 @@ def printable(name: str) -> str:
 def tracebacks_wanted() -> bool:
     """Tell if the user asks for tracebacks by `HYDRA_FULL_ERROR=1`."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1" and SHORT_ERRORS not in os.environ
+
+
+def is_told(error: BaseException) -> bool:
+    """Tell if an error is told in one line: the user can fix it, and wants no tracebacks."""
+    return isinstance(error, PermLLMError | OSError) and not tracebacks_wanted()
 
 
 def check_positive(key: str, value: Any) -> None:

@@ -15,7 +15,6 @@ from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from filelock import FileLock
 
 from permllm.errors import ConfigError, first_line, one_line
-from permllm.runtime.signals import what_happened
 from permllm.settings.composition import SWEEP_VARIABLE
 from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig, flatten
 from permllm.store import sweep
@@ -59,8 +58,7 @@ def job_log(file: Path) -> Iterator[None]:
         yield
         noted.info("finished")
     except BaseException as error:
-        reason = what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error)
-        noted.error("ended: %s", reason or type(error).__name__)
+        noted.error("ended: %s", one_line(error) or type(error).__name__)
         raise
     finally:
         for logger in loggers:
