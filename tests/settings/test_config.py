@@ -360,6 +360,12 @@ def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> Non
     assert len({digest_of(evaluation) for evaluation in found}) == len(found)
 
 
+def test_pins_of_wheels_are_in_no_record() -> None:
+    words = ("model=gemma3-270m", "model.accept_terms=true")
+    assert len(composed(*words).model.pins.wheels) == 4
+    assert "pins" not in config(*words).resolved["model"]
+
+
 def test_terms_must_be_accepted_and_change_no_run() -> None:
     with pytest.raises(ConfigError, match=r"^model=gemma3-270m .* model\.accept_terms=true"):
         config("model=gemma3-270m")
