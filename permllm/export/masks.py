@@ -18,7 +18,7 @@ from permllm.export.rebuild import apply_record
 from permllm.export.write import MASKS_ALONE, dense_model, finished_record, new_export, read_record
 from permllm.models.checkpoint import read_weights
 from permllm.models.load import dense_folder, folder_identity, load_model
-from permllm.settings.identity import identity_of
+from permllm.settings.config import identity_of
 from permllm.store.files import MASKS, PERMUTATIONS, SUMMARY, write_json, write_text
 from permllm.store.tensors import PrunedTensors
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from permllm.models.families import ChannelGroup
+from permllm.settings.learning import LearningPlan
 from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningPlan
 
 
 class Mask(Method):

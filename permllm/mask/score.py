@@ -15,6 +15,7 @@ from permllm.mask.score_linear import ScoreLinear, Scores, log_saliency_t
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.settings.config import RunConfig
+from permllm.settings.learning import LearningPlan, LearningSettings
 from permllm.settings.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
@@ -23,7 +24,6 @@ from permllm.store.tensors import PackedMasks, packed_mask, unpacked_mask
 from permllm.training.kernels import chosen_kernels
 from permllm.training.learner import Learner, Progress, Stage
 from permllm.training.problem import LearningProblem, replaced_linears
-from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.trainer import StageSchedule
 
 

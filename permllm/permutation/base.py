@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
 from permllm.settings.config import NMPattern
+from permllm.settings.learning import LearningPlan
 from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningPlan
 
 Constraint = Literal["free", "foldable"]
 

@@ -20,10 +20,10 @@ from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype, working_dtype
 from permllm.settings.config import RunConfig
+from permllm.settings.learning import LearningPlan
 from permllm.sparsity.statistics import Gram, Statistics
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
-from permllm.training.settings import LearningPlan
 
 # The constants below are fitted to the minutes of measured runs, to within a factor of two.
 # Bytes a second at which layers are copied to the device, and files are read or written.

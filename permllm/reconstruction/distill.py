@@ -20,11 +20,11 @@ from permllm.reconstruction.base import (
     Reconstruction,
 )
 from permllm.reconstruction.obs import OBS
+from permllm.settings.learning import DescentSettings, LearningSettings, Loss
 from permllm.settings.values import SETTINGS, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.store.files import DISTILL_CHECKPOINT
 from permllm.training.learner import Learner, Progress, Stage
-from permllm.training.settings import DescentSettings, LearningSettings, Loss
 from permllm.training.trainer import StageSchedule
 
 # Reconstructions of single linears before learning, with the usual settings.

@@ -16,8 +16,8 @@ from permllm.report.measures import (
     run_measures,
     setting_text,
 )
-from permllm.settings.config import flatten
-from permllm.settings.identity import identity_of, is_task_file, with_names
+from permllm.settings.config import flatten, identity_of
+from permllm.settings.identity import is_task_file, with_names
 from permllm.settings.options import set_by_method
 from permllm.store.files import (
     CONFIG,

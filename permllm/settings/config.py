@@ -11,7 +11,8 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from dataclasses import field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,11 +26,14 @@ from permllm.settings.identity import (
     PATHS,
     digest_of,
     evaluation_of,
-    identity_of,
+    identity_by_fields,
     input_digest,
     is_task_file,
     task_digest,
+    with_names,
+    without_classes,
 )
+from permllm.settings.learning import LearningSettings
 from permllm.settings.values import (
     SETTINGS,
     Arguments,
@@ -49,6 +53,8 @@ PLACEMENTS = get_args(Placement)  # the fastest first
 METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction")
 # Options of these groups that do nothing.
 IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
+# Metadata of settings that do not determine the pruned model; see `identity_by_fields`.
+_NO_IDENTITY = {"identity": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +97,11 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     return flat
 
 
+def _kind_of_device(device: object) -> str:
+    """Return a device without the number of a GPU."""
+    return "cuda" if str(device).startswith("cuda:") else str(device)
+
+
 @dataclass(config=SETTINGS)
 class ModelConfig:
     """Group `model`."""
@@ -102,16 +113,16 @@ class ModelConfig:
     revision: str | None = None
     wheel: str | None = None
     dtype: Dtype | Literal["auto"] = "float32"
-    device: str = "auto"
-    placement: Placement | Literal["auto"] = "auto"
+    device: str = field(default="auto", metadata={"identity": _kind_of_device})
+    placement: Placement | Literal["auto"] = field(default="auto", metadata=_NO_IDENTITY)
     architecture: Arguments = dataclasses.field(default_factory=dict)
     bos: bool = False
-    accept_terms: bool = False
-    terms: str | None = None
-    licence: str | None = None
-    base_model: str | None = None
-    lcp_epochs: Count = 3
-    notice: str | None = None
+    accept_terms: bool = field(default=False, metadata=_NO_IDENTITY)
+    terms: str | None = field(default=None, metadata=_NO_IDENTITY)
+    licence: str | None = field(default=None, metadata=_NO_IDENTITY)
+    base_model: str | None = field(default=None, metadata=_NO_IDENTITY)
+    lcp_epochs: Count = field(default=3, metadata=_NO_IDENTITY)
+    notice: str | None = field(default=None, metadata=_NO_IDENTITY)
 
     def __post_init__(self) -> None:
         if self.source == "hub" and not self.hub_name:
@@ -245,38 +256,45 @@ class PathsConfig:
     wandb_dir: str | None = None
 
 
+def _of_learning(**further: Any) -> dict[str, Any]:
+    """Return the metadata of a group whose methods may learn; see `identity_by_fields`."""
+    return {"identity": partial(identity_by_fields, LearningSettings, further)}
+
+
 @dataclass(config=SETTINGS)
 class RunConfig:
     """Settings of one job: one model, one method, one run directory."""
 
     name: str
-    model: ModelConfig
+    model: ModelConfig = field(metadata={"identity": partial(identity_by_fields, ModelConfig, {})})
     calibration: CalibrationConfig
-    evaluation: EvaluationConfig
-    logger: LoggerConfig
+    evaluation: EvaluationConfig = field(metadata=_NO_IDENTITY)
+    logger: LoggerConfig = field(metadata=_NO_IDENTITY)
     pruner: dict[str, Any]
-    allocation: dict[str, Any]
-    permutation: dict[str, Any]
-    temperature: dict[str, Any]
-    mask: dict[str, Any]
-    reconstruction: dict[str, Any]
+    allocation: dict[str, Any] = field(metadata={"former": [{"name": "uniform"}]})
+    permutation: dict[str, Any] = field(metadata=_of_learning(norm_tokens={"former": [None]}))
+    temperature: dict[str, Any] = field(metadata=_NO_IDENTITY)  # a permutation may have a copy
+    mask: dict[str, Any] = field(metadata=_of_learning())
+    reconstruction: dict[str, Any] = field(metadata=_of_learning(relative={"former": [False]}))
     sparsity: str
-    keep_dense: Names
-    block_size: Count
+    keep_dense: Names = field(metadata={"identity": sorted})
+    block_size: Count = field(metadata=_NO_IDENTITY)  # a permutation may have a copy
     compute_dtype: Literal["auto", "float32", "bfloat16"]
     seed: Annotated[Whole, Field(le=2**32 - 1)]  # numpy accepts no larger seed
-    runs_dir: str
-    run_dir: str | None
-    force: bool
-    deterministic: bool
-    plan: bool
+    runs_dir: str = field(metadata=_NO_IDENTITY)
+    run_dir: str | None = field(metadata=_NO_IDENTITY)
+    force: bool = field(metadata=_NO_IDENTITY)
+    deterministic: bool = field(metadata=_NO_IDENTITY)
+    plan: bool = field(metadata=_NO_IDENTITY)
     save_weights: bool
-    export: ExportConfig
-    protocol: str | None
-    method: str | None
-    budget: dict[str, Count | None]
-    paths: PathsConfig
-    plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
+    export: ExportConfig = field(metadata=_NO_IDENTITY)
+    protocol: str | None = field(metadata=_NO_IDENTITY)
+    method: str | None = field(metadata=_NO_IDENTITY)
+    budget: dict[str, Count | None] = field(metadata=_NO_IDENTITY)
+    paths: PathsConfig = field(metadata=_NO_IDENTITY)
+    plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = field(
+        default=None, metadata=_NO_IDENTITY
+    )
 
     def __post_init__(self) -> None:
         NMPattern.parse(self.sparsity)
@@ -320,6 +338,26 @@ class RunConfig:
     def evaluation_identity(self) -> dict[str, Any]:
         """Settings that determine how a model is evaluated, as plain values."""
         return evaluation_of(self.resolved)
+
+
+def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resolved settings that determine the pruned model, as the fields of classes say.
+
+    Class names of this package are left out. Paths are replaced by the names of their files, which
+    have digests among the inputs.
+    """
+    settings = without_classes(with_names(resolved))
+    in_2_0_0: dict[str, Any] = {"sparsity_of": {"former": [{}]}}  # records of that version have it
+    identity = identity_by_fields(RunConfig, in_2_0_0, settings)
+    permutation = identity["permutation"]
+    for key in ("block_size", "temperature"):
+        if key in permutation:
+            identity[key] = permutation.pop(key)
+    inputs = settings.get("inputs", {})
+    identity["inputs"] = {
+        key: digest for key, digest in inputs.items() if not key.startswith("evaluation.")
+    }
+    return identity
 
 
 def read_config(composed: DictConfig) -> RunConfig:

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,80 +25,34 @@ PATHS = (
 # Keys of a task's definition whose values are files.
 _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
-# Settings that do not change the pruned model.
-_NOT_PART_OF_A_RUN = (
-    "force",
-    "plan",
-    "plan_on",
-    "logger",
-    "runs_dir",
-    "run_dir",
-    "export",
-    "evaluation",
-    "paths",
-    "protocol",
-    "budget",
-    "method",
-    "deterministic",
-)
-# Settings of the model that do not change the pruned model.
-_NOT_OF_THE_MODEL = (
-    "lcp_epochs",
-    "accept_terms",
-    "terms",
-    "licence",
-    "base_model",
-    "notice",
-    "placement",
-)
-# Settings of a method that learns which only change its memory and time.
-_OF_THE_MACHINE = ("micro_batch_size", "activation_checkpointing", "compile")
-# Values of settings of a method which mean the same as before there was the setting.
-_AS_BEFORE = (("relative", False), ("norm_tokens", None))
-# Settings of the top level that only permutations read. A permutation has a copy of them.
-_OF_A_PERMUTATION = ("block_size", "temperature")
 
+def identity_by_fields(
+    kind: type, further: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the part of some settings that determines the pruned model.
 
-def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the resolved settings that determine the pruned model.
+    The metadata of a field say what the setting does: `identity` is False if it does not determine
+    the model, or a function of the value, whose result does. `former` has values that mean the
+    behaviour before there was the setting, and do not count. Anything else counts as it is.
 
-    Class names of this package are left out, because classes may move. `block_size` and
-    `temperature` come from the permutation; a permutation without them does not use them.
+    Args:
+        kind: dataclass of the settings.
+        further: such metadata of settings that are no fields of `kind`.
+        settings: values by the names of the fields.
     """
-    resolved = with_names(resolved)  # files have their digests among the inputs
-    identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
-    inputs = resolved.get("inputs", {})
-    identity["inputs"] = _without(inputs, [key for key in inputs if key.startswith("evaluation.")])
-    model = _without(resolved["model"], _NOT_OF_THE_MODEL)
-    if str(model.get("device")).startswith("cuda:"):  # the GPU does not matter
-        model["device"] = "cuda"
-    identity["model"] = model
-    if "keep_dense" in identity:  # the order of the names does not matter
-        identity["keep_dense"] = sorted(identity["keep_dense"])
-    if identity.get("allocation", {}).get("name") == "uniform":  # as before there were others
-        del identity["allocation"]
-    if identity.get("sparsity_of") == {}:  # records of version 2.0.0 have it
-        del identity["sparsity_of"]
-    permutation = resolved["permutation"]
-    identity["permutation"] = _without(permutation, _OF_A_PERMUTATION)
-    identity |= {key: permutation[key] for key in _OF_A_PERMUTATION if key in permutation}
-    for group in ("permutation", "mask", "reconstruction"):
-        method = dict(identity.get(group, {}))
-        method |= dict.fromkeys(method.keys() & _OF_THE_MACHINE)
-        if method.get("select_from", 0) is None:
-            method["select_from"] = 2  # the value that null stands for, as before there was null
-        identity[group] = {
-            key: value for key, value in method.items() if (key, value) not in _AS_BEFORE
-        }
-    return _without_classes(identity)
+    metadata = {**{field.name: field.metadata for field in fields(kind)}, **further}
+    identity = {}
+    for key, value in settings.items():
+        rules = metadata.get(key, {})
+        determines = rules.get("identity", True)
+        counted = determines(value) if callable(determines) else value
+        if determines and counted not in rules.get("former", []):
+            identity[key] = counted
+    return identity
 
 
-def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
-
-
-def _without_classes(value: Any) -> Any:
-    """Remove each `_target_` with a class of this package.
+def without_classes(value: Any) -> Any:
+    """Remove each `_target_` with a class of this package, because such classes may move.
 
     A class of another package stays, because no other setting identifies it.
     """
@@ -105,7 +60,11 @@ def _without_classes(value: Any) -> Any:
         return value
     ours = str(value.get("_target_")).startswith("permllm.")
     settings = _without(value, ["_target_"] if ours else [])
-    return {key: _without_classes(part) for key, part in settings.items()}
+    return {key: without_classes(part) for key, part in settings.items()}
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:

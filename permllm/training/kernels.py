@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
 from permllm.runtime.compiling import attempted, compiled
+from permllm.settings.learning import LearningSettings
 from permllm.training.elementwise import (
     ChannelChunk,
     masked_chunk,
@@ -18,7 +19,6 @@ from permllm.training.elementwise import (
     with_own,
 )
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningSettings
 
 # Weights times steps from which compiling saves time on a CPU: it takes 10 to 20 s, and saves about
 # 100 ns for each weight in each step.

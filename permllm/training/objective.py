@@ -14,10 +14,10 @@ from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, to_device
 from permllm.runtime.precision import product_dtype
+from permllm.settings.learning import LearningSettings
 from permllm.training.learner import Learner, Stage
 from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningSettings
 
 # Limit of the activations that layers keep for backward: a share of a GPU's free memory, or bytes
 # on a CPU, where other programs need memory too.

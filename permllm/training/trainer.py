@@ -18,11 +18,11 @@ from permllm.models.offload import masked, placement_of
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_memory
 from permllm.runtime.signals import raise_if_interrupted
+from permllm.settings.learning import LearningSettings
 from permllm.store.tensors import load_state, save_state
 from permllm.training.learner import Learner, Progress, Stage
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
-from permllm.training.settings import LearningSettings
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from permllm.models.load import meta_model
 from permllm.pruning.methods import METHODS, methods_of
 from permllm.report.read import collect
 from permllm.settings.composition import check_amounts
-from permllm.settings.config import RunConfig, read_config
-from permllm.settings.identity import digest_of, identity_of
+from permllm.settings.config import RunConfig, identity_of, read_config
+from permllm.settings.identity import digest_of
 from permllm.store.tensors import save_tensors
 from tests.conftest import ROOT
 

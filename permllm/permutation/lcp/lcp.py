@@ -32,6 +32,7 @@ from permllm.permutation.lcp.permutation_learner import PermutationLearner, memb
 from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import RunConfig
+from permllm.settings.learning import LearningPlan, LearningSettings
 from permllm.settings.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import permuted_nm_mask
@@ -39,7 +40,6 @@ from permllm.store.files import LCP_CHECKPOINT
 from permllm.training.kernels import Kernels, chosen_kernels
 from permllm.training.learner import Progress, Stage
 from permllm.training.problem import LearningProblem, replaced_linears
-from permllm.training.settings import LearningPlan, LearningSettings
 from permllm.training.trainer import StageSchedule
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
@@ -10,6 +11,8 @@ from permllm.errors import ConfigError
 from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
+# Metadata of settings that only change memory and time.
+_OF_THE_MACHINE = {"identity": lambda value: None}
 
 
 class LearningPlan(NamedTuple):
@@ -49,8 +52,8 @@ class DescentSettings:
     steps: Count | None
     samples: Count | None
     batch_size: Count
-    micro_batch_size: Count | None
-    activation_checkpointing: bool | None
+    micro_batch_size: Count | None = field(metadata=_OF_THE_MACHINE)
+    activation_checkpointing: bool | None = field(metadata=_OF_THE_MACHINE)
 
     def steps_for(self, samples: int) -> int:
         """Return the number of steps in a stage that learns from `samples` windows."""
@@ -65,8 +68,11 @@ class LearningSettings(DescentSettings):
     loss: Loss | None
     layers_per_stage: Literal["all"] | Count
     last_layers: Count | None
-    select_from: Whole | None
-    compile: bool | None
+    # In the identity null is 2, as before there was null.
+    select_from: Whole | None = field(
+        metadata={"identity": lambda value: 2 if value is None else value}
+    )
+    compile: bool | None = field(metadata=_OF_THE_MACHINE)
 
     def __post_init__(self) -> None:
         if self.loss is None:
