@@ -20,12 +20,12 @@ from permllm.permutation.base import Permutation
 from permllm.pruner.base import Pruner
 from permllm.reconstruction.base import Reconstruction
 from permllm.runtime import parallel
-from permllm.settings.config import RunConfig, check_divides
+from permllm.settings.config import LEARNING, RunConfig, check_divides
 from permllm.settings.learning import LearningSettings
 from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.directory import Record
-from permllm.store.loggers import LEARNING, RunLogger
+from permllm.store.loggers import RunLogger
 from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)

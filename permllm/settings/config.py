@@ -49,8 +49,10 @@ from permllm.settings.values import (
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Placement = Literal["device", "sharded", "host", "disk"]
 PLACEMENTS = get_args(Placement)  # the fastest first
-# Groups of `conf/` whose options are methods, in the order in which a job reads them.
-METHOD_GROUPS = ("pruner", "allocation", "permutation", "mask", "reconstruction")
+# Groups of `conf/` whose methods may train, in the order in which they do.
+LEARNING = ("permutation", "mask", "reconstruction")
+# All groups whose options are methods, in the order in which a job reads them.
+METHOD_GROUPS = ("pruner", "allocation", *LEARNING)
 # Options of these groups that do nothing.
 IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 # Metadata of settings that do not determine the pruned model; see `identity_by_fields`.
@@ -97,9 +99,9 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     return flat
 
 
-def _kind_of_device(device: object) -> str:
+def _kind_of_device(device: str) -> str:
     """Return a device without the number of a GPU."""
-    return "cuda" if str(device).startswith("cuda:") else str(device)
+    return "cuda" if device.startswith("cuda:") else device
 
 
 @dataclass(config=SETTINGS)

@@ -10,18 +10,10 @@ from typing import Any
 
 import yaml
 
-from permllm.settings.config import flatten
+from permllm.settings.config import METHOD_GROUPS, flatten
 
 # Groups whose options are methods. The help has a line for each of these.
-EXPLAINED = (
-    "method",
-    "method/frontier",
-    "pruner",
-    "allocation",
-    "permutation",
-    "mask",
-    "reconstruction",
-)
+EXPLAINED = ("method", "method/frontier", *METHOD_GROUPS)
 _COMMANDS = ("# python run.py ", "# permllm run ")
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.settings.composition import SWEEP_VARIABLE
-from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig, flatten
+from permllm.settings.config import IDLE, LEARNING, METHOD_GROUPS, RunConfig, flatten
 from permllm.store import sweep
 from permllm.store.directory import noted
 from permllm.store.environment import command_line
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 # Overrides that name the sweep, or do not concern the result.
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
-# Groups of the settings whose methods may train, in the order in which they do.
-LEARNING = ("permutation", "mask", "reconstruction")
 _EPOCH = "epoch/"  # prefix of the measures of an epoch
 # Numbers that are no measures.
 _NO_MEASURES = ("epoch", "round", "first_layer", "last_layer", "schema_version")
