@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from permllm.runtime.signals import what_happened
-
 # Variable that this package sets together with `HYDRA_FULL_ERROR`. It tells that the package, not
 # the user, asked Hydra to raise its errors.
 SHORT_ERRORS = "PERMLLM_SHORT_ERRORS"
@@ -40,7 +38,7 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Return the line that the user sees for an error or an interruption."""
     if isinstance(error, KeyboardInterrupt):
-        return what_happened(error)
+        return str(error) or "interrupted"
     if type(error).__name__ == "OutOfMemoryError":  # from torch, whose import takes long
         return (
             "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or "

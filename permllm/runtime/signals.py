@@ -12,17 +12,13 @@ CONTINUES = "the same command continues where it stopped"
 class Terminated(KeyboardInterrupt):
     """Interruption by another signal than that of Ctrl-C. The argument is its number."""
 
+    def __str__(self) -> str:
+        return f"terminated by {signal.Signals(self.args[0]).name}"
+
 
 def exit_code(error: KeyboardInterrupt) -> int:
     """Return a shell's exit code for a signal: Ctrl-C 130, SIGTERM 143, SIGHUP 129."""
     return 128 + (error.args[0] if isinstance(error, Terminated) else signal.SIGINT)
-
-
-def what_happened(error: KeyboardInterrupt) -> str:
-    """Return the message for an interruption."""
-    if isinstance(error, Terminated):
-        return f"terminated by {signal.Signals(error.args[0]).name}"
-    return "interrupted"
 
 
 # The interruption of this process. Python drops an exception that a handler raises in a callback of
