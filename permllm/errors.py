@@ -60,7 +60,7 @@ def tracebacks_wanted() -> bool:
 
 
 def is_told(error: BaseException) -> bool:
-    """Tell if an error is told in one line: the user can fix it, and wants no tracebacks."""
+    """Return True for an error that the user can fix, unless the user wants tracebacks."""
     return isinstance(error, PermLLMError | OSError) and not tracebacks_wanted()
 
 

@@ -1,4 +1,4 @@
-"""Which linears a job prunes: names of layers and modules, and what they cannot be."""
+"""Selection of the linears that a job prunes: valid names of layers and modules, and errors."""
 
 from __future__ import annotations
 
