@@ -98,14 +98,7 @@ def prune_layers(
         if target is None:
             target = layers.dense.states()[learned_from]
         del layers  # frees the states of all windows
-        problem = learning_problem(
-            job,
-            "reconstruction",
-            tokens=windows[learned_from],
-            calibration=windows[:samples],
-            factors=factors or {},
-            target=target,
-        )
+        problem = learning_problem(job, "reconstruction", windows, factors or {}, target)
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.compute_dtype, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from permllm.permutation.base import Permutation
 from permllm.pruner.base import Pruner
 from permllm.reconstruction.base import Reconstruction
 from permllm.runtime import parallel
-from permllm.settings.config import LEARNING, RunConfig, check_divides
+from permllm.settings.config import LEARNING, METHOD_GROUPS, RunConfig, check_divides
 from permllm.settings.learning import LearningSettings
 from permllm.sparsity.method import Method, instantiate
 from permllm.sparsity.saliency import SaliencyFactors
@@ -214,32 +214,10 @@ def windows_for(method: Method, calibration: int) -> slice:
     return slice(start, start + (method.samples or calibration))
 
 
-def problem_of(
-    job: Job,
-    tokens: Tensor,
-    calibration: Tensor,
-    factors: Mapping[str, SaliencyFactors],
-    target: Tensor,
-) -> LearningProblem:
-    """Return a problem without records of learning; the arguments are as in `learning_problem`."""
-    return LearningProblem(
-        model=job.loaded.model,
-        groups=job.groups.pruned,
-        tokens=tokens,
-        factors=dict(factors),
-        target=target,
-        calibration=calibration,
-        pattern=job.config.pattern,
-        seed=job.config.seed,
-        calibration_batch_size=job.config.calibration.batch_size,
-    )
-
-
 def learning_problem(
     job: Job,
     group: str,
-    tokens: Tensor,
-    calibration: Tensor,
+    windows: Tensor,
     factors: Mapping[str, SaliencyFactors],
     target: Tensor,
 ) -> LearningProblem:
@@ -247,14 +225,15 @@ def learning_problem(
 
     Args:
         job: job of the method.
-        group: group of the method: `permutation`, `mask` or `reconstruction`.
-        tokens: windows to learn from, int64 `(windows, tokens)`.
-        calibration: windows of the factors, int64 `(windows, tokens)`.
-        factors: saliency factors of the linears.
-        target: dense output of the last layer for `tokens`, `(windows, tokens, hidden)`.
+        group: group of the method.
+        windows: all windows of the text, int64 `(windows, tokens)`.
+        factors: saliency factors of the linears, from the calibration windows.
+        target: dense output of the last layer for the windows that the method learns from,
+            `(windows, tokens, hidden)`.
     """
-    record, logger = job.record, job.logger
-    steps = sum(_steps_of(job, before) for before in LEARNING[: LEARNING.index(group)])
+    config, record, logger = job.config, job.record, job.logger
+    samples = config.calibration.samples
+    steps = sum(_steps_of(job, before) for before in METHOD_GROUPS[: METHOD_GROUPS.index(group)])
     earlier = [line for line in record.history if line.get("group") != group]
 
     def on_epoch(values: dict[str, Any]) -> None:
@@ -266,9 +245,16 @@ def learning_problem(
         lines = [{"group": group, **values} for values in epochs]
         record.write_history([*earlier, *lines])
 
-    problem = problem_of(job, tokens, calibration, factors, target)
-    return replace(
-        problem,
+    return LearningProblem(
+        model=job.loaded.model,
+        groups=job.groups.pruned,
+        tokens=windows[windows_for(getattr(job.methods, group), samples)],
+        factors=dict(factors),
+        target=target,
+        calibration=windows[:samples],
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
         directory=record.directory,
         on_step=lambda step, values: logger.log(group, values, steps + step),
         on_epoch=on_epoch,

@@ -25,7 +25,6 @@ from permllm.pruning.methods import (
     ModelGroups,
     check_pruned,
     learning_problem,
-    problem_of,
     windows_for,
 )
 from permllm.runtime.precision import products_in
@@ -117,17 +116,10 @@ def dense_factors(
 def _dense_problem(
     job: Job, group: str, windows: Tensor, calibration: DenseCalibration
 ) -> LearningProblem:
-    """Return the problem of a method that learns before the model is pruned."""
-    samples = job.config.calibration.samples
-    learned_from = windows_for(getattr(job.methods, group), samples)
-    return learning_problem(
-        job,
-        group,
-        tokens=windows[learned_from],
-        calibration=windows[:samples],
-        factors=calibration.factors,
-        target=calibration.target[learned_from],
-    )
+    """Return the problem of a method that works on the dense model."""
+    learned_from = windows_for(getattr(job.methods, group), job.config.calibration.samples)
+    target = calibration.target[learned_from]
+    return learning_problem(job, group, windows, calibration.factors, target)
 
 
 def allocate(job: Job, windows: Tensor, calibration: DenseCalibration | None) -> Job:
@@ -147,7 +139,7 @@ def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
     config = job.config
     every = job.groups.every
     tokens = windows[: config.calibration.samples]
-    problem = problem_of(job, tokens, tokens, calibration.factors, calibration.target)
+    problem = _dense_problem(job, "allocation", windows, calibration)
 
     def measured() -> dict[str, float]:
         with products_in(job.compute_dtype, job.device):

@@ -43,7 +43,7 @@ def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     groups = ModelGroups(channel_groups(model), channel_groups(model))
     job = Job(settings, methods_of(settings), Record(), NO_LOGGER, loaded, groups, model.dtype)
     dense = calibrate(job, tokens())
-    return learning_problem(job, "permutation", tokens(), tokens(), dense.factors, dense.target)
+    return learning_problem(job, "permutation", tokens(), dense.factors, dense.target)
 
 
 def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
