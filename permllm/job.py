@@ -162,11 +162,7 @@ def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int
     """Return the windows of the calibration text, and begin the record of a run that prunes.
 
     Files of an earlier run are replaced here, when the job has all that it needs. `planned` is the
-    memory in bytes that the job needs by its plan.
-
-    Raises:
-        ConfigError: an earlier process of the run used products of another dtype.
-        DataError: the model cannot read the text, or an earlier process had another text.
+    memory of the plan in bytes.
     """
     config = job.config
     record.set_compute_dtype(job.compute_dtype)
@@ -194,8 +190,8 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
             from which methods learn.
     """
     calibration = calibrate(job, windows)
-    job = allocate(job, windows, calibration)
-    if not job.methods.allocation.uniform:
+    if job.methods.allocation is not None:
+        job = allocate(job, windows, calibration)
         _check_kernels(job.config, job.loaded.model, job.groups)
     permutations = find_permutations(job, windows, calibration)
     masks = find_masks(job, windows, calibration, permutations)
@@ -223,7 +219,7 @@ def _prepared_device(config: RunConfig) -> torch.device:
 
 
 def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
-    """Return the sizes of a job. Raises ConfigError if a method cannot work on its model."""
+    """Return the sizes of a job whose methods can work on its model."""
     model = meta_model(config.model)
     groups = checked_groups(config, methods, model)
     _check_kernels(config, model, groups)
@@ -237,12 +233,8 @@ def _check_kernels(config: RunConfig, model: PreTrainedModel, groups: ModelGroup
 
 
 def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
-    """Download texts and tasks before the weights, so that a missing one ends the job early.
-
-    Raises DataError if the model, a text or a task is not available. Without the hub it names the
-    model.
-    """
-    if config.model.source == "hub":
+    """Download texts and tasks before the weights, so that a missing one ends the job early."""
+    if config.model.source == "hub":  # without the hub the error names the model
         hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
     texts.download(calibration=not pruned)
     download_tasks(config.evaluation)
@@ -264,7 +256,8 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
         return None
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
-    if export.form == "folded" and methods.permutation.constraint == "free":
+    permutation = methods.permutation
+    if export.form == "folded" and permutation and permutation.constraint == "free":
         raise ConfigError(
             "export=folded cannot fold free permutations: set permutation.constraint=foldable, or "
             "export=gathered, which keeps any permutation"
@@ -273,13 +266,7 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
 
 
 def _check_same(record: RunDirectory, key: str, identity: Any) -> None:
-    """Raise DataError if an earlier process of the run had another model or other texts.
-
-    Args:
-        record: record of the run.
-        key: key of the identity in the metrics.
-        identity: identity of the model or of the texts now.
-    """
+    """Raise DataError if an earlier process of the run had another model or other texts."""
     before = record.metrics.setdefault(key, parallel.broadcast(identity))
     if before != identity:
         raise DataError(
@@ -291,7 +278,7 @@ def _check_same(record: RunDirectory, key: str, identity: Any) -> None:
 def _perplexity_windows(
     config: RunConfig, texts: JobTexts, loaded: LoadedModel
 ) -> dict[str, Tensor]:
-    """Return the windows of each text for perplexity. Raises DataError as `perplexity_windows`."""
+    """Return the windows of each text for perplexity."""
     settings = config.evaluation.perplexity
     return {
         name: perplexity_windows(loaded, text, settings, f"evaluation.perplexity: {name}")
@@ -302,7 +289,7 @@ def _perplexity_windows(
 def _calibration_windows(
     config: RunConfig, methods: Methods, texts: JobTexts, loaded: LoadedModel
 ) -> Tensor:
-    """Return the windows of the calibration text. Raises DataError if the model cannot read it."""
+    """Return the windows of the calibration text."""
     windows = calibration_windows(
         loaded.tokenizer,
         texts.calibration,

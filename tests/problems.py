@@ -12,19 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from permllm.allocation.uniform import Uniform
-from permllm.mask.base import Mask
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.layers import LayerStream
 from permllm.models.load import LoadedModel
-from permllm.permutation.base import Identity
 from permllm.permutation.lcp.lcp import LCP
 from permllm.pruner.base import Pruner
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel, prune_layers
 from permllm.pruning.methods import Job, Methods, ModelGroups
 from permllm.pruning.phases import calibrate_dense
-from permllm.reconstruction.base import NoReconstruction
 from permllm.settings import composition
 from permllm.settings.config import NMPattern, RunConfig, read_config
 from permllm.sparsity.method import instantiate
@@ -103,6 +99,11 @@ def problem(
     return LearningProblem(model, groups, windows, *given, pattern, seed=0, **extra)
 
 
+def identities(groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """Return the permutation of each group that moves nothing."""
+    return {group.name: torch.arange(group.channels) for group in groups}
+
+
 @functools.cache
 def _settings() -> RunConfig:
     return read_config(composed("model=tiny", "calibration.samples=6", "calibration.batch_size=4"))
@@ -119,14 +120,15 @@ def pruned(model: Any, pruner: Pruner, permutation: Any = None, **more: Any) -> 
             `factors`, `permutations` and `masks` of the phases before.
     """
     config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)))
-    reconstruction = more.get("reconstruction") or NoReconstruction()
-    methods = Methods(pruner, Uniform(), permutation or Identity(), Mask(), reconstruction)
+    methods = Methods(pruner, None, permutation, None, more.get("reconstruction"))
     groups, record = more.get("groups") or channel_groups(model), more.get("record") or Record()
     loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
     products = more.get("products") or model.dtype
     model_groups = ModelGroups(channel_groups(model), groups)
     job = Job(config, methods, record, NO_LOGGER, loaded, model_groups, products)
     before = {key: more.get(key) for key in ("factors", "permutations", "masks")}
+    if permutation is None and before["permutations"] is None:
+        before["permutations"] = identities(groups)
     return prune_layers(job, more.get("windows", tokens()), **before)
 
 

@@ -8,23 +8,14 @@ from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
 
 
-class Allocation(Method):
-    """Base of all methods, which choose the linears to prune.
+class Allocation(Method, ABC):
+    """Base of the methods that keep linears dense after calibration, besides `keep_dense`.
 
     Attributes:
-        uniform: True: `keep_dense` decides alone. False: a `FoundAllocation` keeps more linears
-            dense after calibration.
         windows: number of calibration windows whose forward is repeated for each channel group.
     """
 
-    uniform: bool = True
     windows: int = 0
-
-
-class FoundAllocation(Allocation, ABC):
-    """Base of the methods that find linears to keep dense, from the dense model."""
-
-    uniform = False
     needs_dense_statistics = True
 
     def sensitivity(self, problem: LearningProblem) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.allocation.base import FoundAllocation
+from permllm.allocation.base import Allocation
 from permllm.errors import TrainingError
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream, replaced_forwards
@@ -30,7 +30,7 @@ from permllm.training.problem import LearningProblem
 
 
 @dataclass(kw_only=True, config=SETTINGS)
-class Sensitive(FoundAllocation):
+class Sensitive(Allocation):
     """Allocation that keeps the groups dense whose pruning hurts most for each weight."""
 
     share: Annotated[float, Field(ge=0, lt=1)]

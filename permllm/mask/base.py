@@ -1,4 +1,4 @@
-"""Base classes of the mask methods, and the method that leaves masks to the pruner."""
+"""Base classes of the mask methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,24 +11,12 @@ from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
 
 
-class Mask(Method):
-    """Base of all methods, and the method `mask=pruner`, which finds no masks.
-
-    Attributes:
-        local: True: the pruner chooses the mask of each linear while it prunes. False: a
-            `FoundMask` finds all masks before.
-    """
-
-    local: bool = True
-
-
-class FoundMask(Mask, ABC):
+class Mask(Method, ABC):
     """Base of the methods that find the masks of all linears together, in all ranks.
 
     Their `statistics`, sums over the calibration text, are for `plan=true`; they collect them.
     """
 
-    local = False
     needs_dense_statistics = True
 
     @abstractmethod
@@ -43,7 +31,7 @@ class FoundMask(Mask, ABC):
         """
 
 
-class LearnedMask(FoundMask):
+class LearnedMask(Mask):
     """Base of the methods that train, in all ranks together."""
 
     learned = True

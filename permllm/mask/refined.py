@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.mask.base import FoundMask
+from permllm.mask.base import Mask
 from permllm.models.families import linear_at
 from permllm.models.layers import LayerStream
 from permllm.runtime.precision import products_in
@@ -31,7 +31,7 @@ _BLOCK = 64
 _SWEEPS = 3
 
 
-class RefinedMask(FoundMask):
+class RefinedMask(Mask):
     """Refinement of the pruner's masks by the inputs of the linears in the dense model.
 
     Nothing is trained, and no weight changes.

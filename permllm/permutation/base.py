@@ -1,4 +1,4 @@
-"""Base classes of the permutation methods, and the method that permutes nothing."""
+"""Base classes of the permutation methods."""
 
 from abc import ABC, abstractmethod
 from typing import Literal
@@ -62,22 +62,6 @@ class LocalPermutation(Permutation):
             scores = torch.cat([problem.saliency_of(path) for path in group.members])
             permutations[group.name] = self.permutation(group.name, scores, problem.pattern)
         return permutations
-
-
-class Identity(LocalPermutation):
-    """Identity permutation for every channel group."""
-
-    constraint = "foldable"  # the identity always folds
-
-    @override
-    def permutation(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """Return the identity."""
-        return torch.arange(saliency.shape[1])
-
-    @override
-    def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """Return identities, without computing a saliency."""
-        return {group.name: torch.arange(group.channels) for group in problem.groups}
 
 
 class LearnedPermutation(Permutation):

@@ -140,7 +140,7 @@ class Footprint:
 
     def _plan_of(self, method: Any) -> LearningPlan:
         """Return the plan of a permutation or mask; without stages if the method does not learn."""
-        if method.learned:
+        if method is not None and method.learned:
             return method.plan(self.groups.pruned, self.layers)
         return LearningPlan([], 0)
 
@@ -193,20 +193,20 @@ class Footprint:
             ("evaluate dense", evaluation),
             ("calibrate", self._calibrate()),
         ]
-        if methods.allocation.windows:
+        if methods.allocation is not None:
             work.append(("allocate", self._allocate(methods.allocation.windows, sharing)))
-        if methods.permutation.searches:
-            work.append(("permute", self._search()))
+        if methods.permutation is not None and methods.permutation.searches:
+            work.append(("permute", self._search(methods.permutation.constraint)))
         if self.permutations.spans:
             # The gradients of soft permutations stay in memory until the end of backward.
             learning = self._learn(methods.permutation, self.permutations, 4, streams)
             work.append(("permute", learning))
-        if methods.mask.statistics:
-            work.append(("mask", self._refine_masks()))
+        if methods.mask is not None and methods.mask.statistics:
+            work.append(("mask", self._refine_masks(methods.mask.statistics)))
         if self.masks.spans:
             waiting = self.compute_dtype.itemsize if self.masks.keeps_masked else 0
             work.append(("mask", self._learn(methods.mask, self.masks, waiting, streams)))
-        if methods.reconstruction.learned:
+        if "reconstruction" in methods.learned:
             work.append(("prune", self._learn_weights(streams)))
         work += [("prune", self._prune()), ("evaluate sparse", evaluation)]
         phases: dict[str, PhaseCost] = {}
@@ -231,7 +231,9 @@ class Footprint:
         """Return the calibration; without a forward if a local method needs no dense statistics."""
         statistics = self.methods.pruner.statistics
         cost = PhaseCost(self._forward_memory(statistics), seconds=_START_SECONDS)
-        if self.config.calibration.statistics != "dense" and self.methods.permutation.local:
+        permutation = self.methods.permutation
+        is_local = permutation is None or permutation.local
+        if self.config.calibration.statistics != "dense" and is_local:
             return cost
         products = self._forward_of(self.samples + self.methods.further_targets(self.samples))
         return cost._replace(products=products, single=self._grams(statistics))
@@ -244,12 +246,12 @@ class Footprint:
         products = 2 * tokens * (self.all_layers * passes + head)
         return PhaseCost(self._forward_memory(()), products, passes=passes)
 
-    def _search(self) -> PhaseCost:
+    def _search(self, constraint: Any) -> PhaseCost:
         """Return the search for permutations; a GPU makes scores while the cores solve others."""
         m = self.config.pattern.m
         seconds = 0.0
         pairs = 0
-        searched = shared_permutations(self.groups.pruned, self.methods.permutation.constraint)
+        searched = shared_permutations(self.groups.pruned, constraint)
         for permutation in searched:
             width = permutation.segment // m
             assignments = permutation.channels // permutation.segment * m
@@ -261,9 +263,8 @@ class Footprint:
         places = min(16 if self.config.plan_on else cores(), len(searched))
         return PhaseCost(4 * self.largest, seconds=seconds / places)
 
-    def _refine_masks(self) -> PhaseCost:
+    def _refine_masks(self, statistics: Statistics) -> PhaseCost:
         """Return the exchanges of a mask; each rank searches for itself."""
-        statistics = self.methods.mask.statistics
         # The search takes as long as three Grams of the whole text.
         products = (1 + 3 * self.ranks) * self._grams(statistics)
         memory = self._forward_memory(statistics) + 6 * 4 * self.largest
@@ -319,21 +320,25 @@ class Footprint:
     def _prune(self) -> PhaseCost:
         """Return the phase that prunes."""
         reconstruction = self.methods.reconstruction
-        statistics = (*self.methods.pruner.statistics, *reconstruction.statistics)
+        statistics = self.methods.pruner.statistics
+        iterations = 0
+        targets = 0.0
+        if reconstruction is not None:
+            statistics = (*statistics, *reconstruction.statistics)
+            iterations = reconstruction.iterations
+            learned_from = windows_for(reconstruction, self.samples)
+            if learned_from.start or learned_from.stop > self.samples:
+                targets = self._forward_of(learned_from.stop - learned_from.start)
         # New weights of a layer, in addition to its old weights, and their saliency.
         memory = self._forward_memory(statistics) + self.largest_layer * self.item
         memory += 8 * self.largest
         forwards = 2 if self.config.calibration.statistics == "dense" else 4
-        learned_from = windows_for(reconstruction, self.samples)
-        targets = 0.0
-        if learned_from.start or learned_from.stop > self.samples:
-            targets = self._forward_of(learned_from.stop - learned_from.start)
         changes = 0.0
         bytes_a_weight = 2
         if self.methods.change_weights:
             forwards = 4
             bytes_a_weight += 2 * self.item
-            products = 2 + 4 * reconstruction.iterations
+            products = 2 + 4 * iterations
             changes = self._grams(statistics)
             for group in self.groups.pruned:
                 changes += group.channels * (3 * group.channels**2 + products * group.weights)
@@ -385,7 +390,7 @@ class Footprint:
         if self.on_a_host and not streams and learns and self.config.model.source != "random":
             # Pages of mapped files, in addition to the weights in the layout for learning.
             size += self.all_layers * self.item
-        if placement != "disk" or not self.methods.mask.local:
+        if placement != "disk" or self.methods.mask is not None:
             size += self.pruned // 8  # masks, a bit for each weight
         if placement == "host" and streams:
             # Pinned memory, of which torch allocates a power of two for each tensor.

@@ -33,7 +33,7 @@ def print_plan(of: Footprint) -> None:
         f"The model has {of.parameters} parameters. Pruned weights: {of.pruned} to {pattern}. "
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
-    if not of.methods.allocation.uniform:
+    if of.methods.allocation is not None:
         console.print(
             "After calibration the allocation decides which other linears stay dense. Here none."
         )

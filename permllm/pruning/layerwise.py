@@ -84,17 +84,18 @@ def prune_layers(
     """
     model = job.loaded.model
     samples = job.config.calibration.samples
-    reconstruction = job.methods.reconstruction
-    learned_from = windows_for(reconstruction, samples)
+    reconstruction = job.methods.learned.get("reconstruction")
     target = None
-    if learned_from.start or learned_from.stop > samples:
-        batch_size = job.config.calibration.batch_size
-        target = last_states(model, windows[learned_from], batch_size, job.compute_dtype)
+    if reconstruction is not None:
+        learned_from = windows_for(reconstruction, samples)
+        if learned_from.start or learned_from.stop > samples:
+            batch_size = job.config.calibration.batch_size
+            target = last_states(model, windows[learned_from], batch_size, job.compute_dtype)
     layers = _Layers(job, windows[:samples], factors, permutations, masks)
     for index, members in by_layer(model, job.groups.pruned, "prune"):
         layers.prune(index, members)
     result = layers.result
-    if reconstruction.learned:
+    if reconstruction is not None:
         if target is None:
             target = layers.dense.states()[learned_from]
         del layers  # frees the states of all windows
@@ -121,12 +122,7 @@ def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:
 
 
 class _Layers:
-    """Loop over the decoder layers of a job.
-
-    Args:
-        job: job with the dense model.
-        tokens: windows of the calibration, int64 `(windows, tokens)`.
-        factors, permutations, masks: as in `prune_layers`.
+    """Loop over the decoder layers of a job; the arguments are as in `prune_layers`.
 
     Attributes:
         result: result of the layers so far.
@@ -151,7 +147,8 @@ class _Layers:
         self.placement = placement_of(self.model)
         self.changes = job.methods.change_weights
         pruner = job.methods.pruner
-        self.statistics = job.methods.reconstruction.statistics
+        self.reconstruction = job.methods.reconstruction
+        self.statistics = self.reconstruction.statistics if self.reconstruction else ()
         if factors is None or pruner.updates_weights:
             self.statistics = (*pruner.statistics, *self.statistics)
         batch_size = job.config.calibration.batch_size
@@ -230,7 +227,7 @@ class _Layers:
             columns = permutation.to(dense.device)
             mask, weight = self._pruned(path, dense, scores, columns, statistics)
             layer.masks[path] = parallel.broadcast(mask).cpu()
-            if self.changes:
+            if weight is not None:
                 layer.weights[path] = parallel.broadcast(weight)
             retained += saliency_sum(scores, mask)
             total += saliency_sum(scores)
@@ -243,33 +240,29 @@ class _Layers:
         scores: Tensor,
         columns: Tensor,
         statistics: InputStatistics,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mask and the pruned weight of a linear, both `(C_out, C_in)`.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mask and the changed weight of a linear, both `(C_out, C_in)`.
 
-        Args:
-            path: module path of the linear.
-            dense: its weight, `(C_out, C_in)`.
-            scores: its saliency, same shape.
-            columns: permutation of its channels, int64 `(C_in,)`.
-            statistics: statistics of its inputs.
+        The weight is None if the mask alone changes the dense weight. `columns` is the permutation
+        of the channels, int64 `(C_in,)`, `scores` the saliency.
         """
         config = self.job.config
         pruner = self.job.methods.pruner
         mask = None if self.masks is None else self.masks[path].to(dense.device)
+        weight = None
         if pruner.updates_weights:
             weight, mask = pruner.update(dense, statistics, columns, config.pattern, mask)
-        else:
-            if mask is None:
-                mask = permuted_nm_mask(scores, columns, config.pattern)
-            weight = masked(mask, dense)
-        if self.changes:
-            pruned = PrunedLinear(dense, weight, mask, columns, config.pattern, statistics)
-            weight = self.job.rounded(self.job.methods.reconstruction.linear(pruned))
-            where = (
-                f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}: "
-                f"{path}"
-            )
-            check_result(where, dense.shape, mask, columns, config.pattern, weight)
+        elif mask is None:
+            mask = permuted_nm_mask(scores, columns, config.pattern)
+        if self.reconstruction is not None:
+            start = masked(mask, dense) if weight is None else weight
+            pruned = PrunedLinear(dense, start, mask, columns, config.pattern, statistics)
+            weight = self.reconstruction.linear(pruned)
+        if weight is None:
+            return mask, None
+        weight = self.job.rounded(weight)
+        names = f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}"
+        check_result(f"{names}: {path}", dense.shape, mask, columns, config.pattern, weight)
         return mask, weight
 
     def _permutation(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
@@ -277,12 +270,12 @@ class _Layers:
         if self.permutations is not None:
             return self.permutations[group.name]
         job = self.job
+        method: Any = job.methods.permutation  # a LocalPermutation
         scores = []
         with job.record.phase("permute", job.device):
             for path in group.members:
                 weight = linear_at(self.model, path).weight
                 scores.append(saliency(weight, factors[path].to(weight.device)))
-            method = job.methods.permutation
             value = method.permutation(group.name, torch.cat(scores), job.config.pattern)
             return parallel.broadcast(value).cpu()
 
@@ -293,10 +286,7 @@ def _comparing(
     groups: list[ChannelGroup],
     weights: dict[str, Tensor],
 ) -> Iterator[dict[str, float]]:
-    """Measure the output error of each group with the new weights while the dense layer runs.
-
-    Yields the errors by group, which are there after the context.
-    """
+    """Measure the output error of each group while the dense layer runs; yield it by group."""
     device = next(model.parameters()).device
     sums = {group.name: torch.zeros(2, dtype=torch.float64, device=device) for group in groups}
 

@@ -46,33 +46,34 @@ class Methods:
 
     Attributes:
         pruner: the base pruner.
-        allocation: method that chooses the linears to prune.
-        permutation: method that finds the permutation of each channel group.
-        mask: method that finds the masks, or leaves them to the pruner.
-        reconstruction: method that changes the kept weights.
+        allocation: method that keeps more linears dense than `keep_dense`; None: nothing does.
+        permutation: method that finds the permutation of each channel group; None: the identity.
+        mask: method that finds the masks; None: the pruner chooses them.
+        reconstruction: method that changes the kept weights; None: nothing does.
     """
 
     pruner: Pruner
-    allocation: Any
-    permutation: Any
-    mask: Any
-    reconstruction: Reconstruction
+    allocation: Allocation | None = None
+    permutation: Permutation | None = None
+    mask: Mask | None = None
+    reconstruction: Reconstruction | None = None
 
     @property
-    def all(self) -> tuple[Method, ...]:
-        """All methods, in the order of the attributes."""
-        return self.pruner, self.allocation, self.permutation, self.mask, self.reconstruction
+    def all(self) -> list[Method]:
+        """All methods that there are, in the order of the attributes."""
+        groups = (self.pruner, self.allocation, self.permutation, self.mask, self.reconstruction)
+        return [method for method in groups if method is not None]
 
     @property
     def change_weights(self) -> bool:
         """Tell whether the kept weights differ from the dense model's."""
-        return self.pruner.updates_weights or self.reconstruction.changes_weights
+        return self.pruner.updates_weights or self.reconstruction is not None
 
     @property
     def learned(self) -> dict[str, Any]:
         """Return the methods that train, by group."""
         methods = {group: getattr(self, group) for group in LEARNING}
-        return {group: method for group, method in methods.items() if method.learned}
+        return {group: method for group, method in methods.items() if method and method.learned}
 
     def further(self, calibration: int) -> int:
         """Return the number of windows after the `calibration` first ones that methods learn from.
@@ -84,8 +85,8 @@ class Methods:
 
     def further_targets(self, calibration: int) -> int:
         """Return the number of those windows that permutations and masks learn from."""
-        learned = [method for method in (self.permutation, self.mask) if method.learned]
-        stops = [windows_for(method, calibration).stop for method in learned]
+        before_pruning = [self.learned.get("permutation"), self.learned.get("mask")]
+        stops = [windows_for(method, calibration).stop for method in before_pruning if method]
         return max([calibration, *stops]) - calibration
 
     @property
@@ -149,6 +150,8 @@ def methods_of(config: RunConfig) -> Methods:
     methods_by_group: dict[str, Any] = {}
     for group, base in METHODS.items():
         settings = getattr(config, group)
+        if settings.get("_target_", "") is None:
+            continue
         method = instantiate(group, settings)
         if not isinstance(method, base):
             kind = f"{base.__module__}.{base.__name__}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permllm.allocation.base import Allocation
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
@@ -56,8 +57,9 @@ class DenseCalibration:
 def calibrate(job: Job, windows: Tensor) -> DenseCalibration | None:
     """Calibrate the dense model; None: the job takes all statistics while it prunes."""
     with job.record.phase("calibrate", job.device):
-        sequential = job.config.calibration.statistics == "sequential"
-        if sequential and job.methods.permutation.local:
+        permutation = job.methods.permutation
+        is_local = permutation is None or permutation.local
+        if job.config.calibration.statistics == "sequential" and is_local:
             return None
         return _calibration_of_dense(job, windows)
 
@@ -65,18 +67,14 @@ def calibrate(job: Job, windows: Tensor) -> DenseCalibration | None:
 def _calibration_of_dense(job: Job, windows: Tensor) -> DenseCalibration:
     """Calibrate all linears of the dense model, or read the result from the cache.
 
-    All linears, so that jobs with other `keep_dense` can reuse the result. The targets depend only
-    on model and text, so jobs with another pruner find them in the cache.
-
-    Args:
-        job: job with the dense model.
-        windows: int64 `(windows, tokens)`, the calibration windows first. The result also has the
-            targets of those windows after them from which permutations and masks learn.
+    Factors and targets are apart in the cache, and of all linears, so that jobs with another pruner
+    or `keep_dense` can use them.
     """
     samples = job.config.calibration.samples
     tokens = windows[:samples]
     pruner = job.methods.pruner
-    norm_tokens = job.methods.permutation.norm_tokens or windows.shape[1]
+    permutation = job.methods.permutation
+    norm_tokens = (permutation.norm_tokens if permutation else 1) or windows.shape[1]
 
     @cache  # one pass gives factors and target
     def calibrated() -> DenseCalibration:
@@ -123,55 +121,60 @@ def _dense_problem(
 
 
 def allocate(job: Job, windows: Tensor, calibration: DenseCalibration | None) -> Job:
-    """Return the job with the channel groups that its allocation prunes."""
-    if calibration is None or job.methods.allocation.uniform:
-        return job
-    with job.record.phase("allocate", job.device):
-        return _allocated(job, windows, calibration)
-
-
-def _allocated(job: Job, windows: Tensor, calibration: DenseCalibration) -> Job:
-    """Return the job with the channel groups that a found allocation prunes.
+    """Return the job with the channel groups that its allocation prunes.
 
     Raises ConfigError if it prunes none, or one that a method cannot work on.
     """
     method = job.methods.allocation
-    config = job.config
+    if method is None or calibration is None:
+        return job
+    with job.record.phase("allocate", job.device):
+        allocation = job.record.get_or_compute(
+            ALLOCATION,
+            lambda: _found_allocation(job, method, windows, calibration),
+            write_json,
+            read_json,
+        )
+    if allocation["sensitivity"]:
+        job.record.metrics["sensitivity"] = allocation["sensitivity"]
     every = job.groups.every
-    tokens = windows[: config.calibration.samples]
+    pruned = without_dense(job.groups.pruned, allocation["dense"])
+    if not pruned:
+        raise ConfigError(
+            f"allocation={job.config.allocation['name']} keeps every linear dense: nothing is left "
+            "to prune"
+        )
+    check_pruned(job.config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
+    sparse = sum(group.weights for group in pruned)
+    share = 1 - sparse / sum(group.weights for group in every)
+    log.info("%.1f %% of the linears' weights stay dense", 100 * share)
+    return replace(job, groups=ModelGroups(every, pruned))
+
+
+def _found_allocation(
+    job: Job, method: Allocation, windows: Tensor, calibration: DenseCalibration
+) -> dict[str, Any]:
+    """Return `sensitivity` by channel group, and the paths of the linears to keep `dense`."""
     problem = _dense_problem(job, "allocation", windows, calibration)
 
     def measured() -> dict[str, float]:
         with products_in(job.compute_dtype, job.device):
             return method.sensitivity(problem)
 
-    def compute() -> dict[str, Any]:
-        key = {
-            "method": type(method).__name__,
-            "windows": method.windows,
-            "pruner": dict(config.pruner),
-            "patterns": recorded_patterns(every, job.groups.pruned),
-            "pattern": config.sparsity,
-        }
-        methods = (method, job.methods.pruner)
-        sensitivity = _cached_values(job, tokens, "sensitivity", measured, *methods, **key)
-        dense = method.dense_linears(problem, every, sensitivity)
-        return {"sensitivity": sensitivity, "dense": sorted(dense)}
-
-    allocation = job.record.get_or_compute(ALLOCATION, compute, write_json, read_json)
-    pruned = without_dense(job.groups.pruned, allocation["dense"])
-    if not pruned:
-        raise ConfigError(
-            f"allocation={config.allocation['name']} keeps every linear dense: nothing is left to "
-            "prune"
-        )
-    check_pruned(config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
-    sparse = sum(group.weights for group in pruned)
-    share = 1 - sparse / sum(group.weights for group in every)
-    log.info("%.1f %% of the linears' weights stay dense", 100 * share)
-    if allocation["sensitivity"]:
-        job.record.metrics["sensitivity"] = allocation["sensitivity"]
-    return replace(job, groups=ModelGroups(every, pruned))
+    sensitivity = _cached_values(
+        job,
+        problem.tokens,
+        "sensitivity",
+        measured,
+        *(method, job.methods.pruner),
+        method=type(method).__name__,
+        windows=method.windows,
+        pruner=dict(job.config.pruner),
+        patterns=recorded_patterns(job.groups.every, job.groups.pruned),
+        pattern=job.config.sparsity,
+    )
+    dense = method.dense_linears(problem, job.groups.every, sensitivity)
+    return {"sensitivity": sensitivity, "dense": sorted(dense)}
 
 
 def find_permutations(
@@ -181,15 +184,18 @@ def find_permutations(
 
     None: each is found while its layer is pruned.
     """
-    if calibration is None:
-        return None
+    method = job.methods.permutation
 
     def compute() -> dict[str, Tensor]:
+        if method is None or calibration is None:
+            return {group.name: torch.arange(group.channels) for group in job.groups.pruned}
         problem = _dense_problem(job, "permutation", windows, calibration)
         with products_in(job.compute_dtype, job.device):
-            permutations = job.methods.permutation.permutations(problem)
+            permutations = method.permutations(problem)
         return {group.name: permutations[group.name].cpu() for group in job.groups.pruned}
 
+    if method is not None and calibration is None:
+        return None
     with job.record.phase("permute", job.device):
         return job.record.get_or_compute(PERMUTATIONS, compute, save_tensors, load_permutations)
 
@@ -204,13 +210,14 @@ def find_masks(
 
     None: the pruner chooses each mask.
     """
-    if calibration is None or permutations is None or job.methods.mask.local:
+    method = job.methods.mask
+    if method is None or calibration is None or permutations is None:
         return None
 
     def compute() -> Mapping[str, Tensor]:
         problem = _dense_problem(job, "mask", windows, calibration)
         with products_in(job.compute_dtype, job.device):
-            masks = job.methods.mask.masks(problem, permutations)
+            masks = method.masks(problem, permutations)
         for group in job.groups.pruned:
             for path, rows in zip(group.members, group.rows, strict=True):
                 where = f"mask={job.config.mask['name']}: {path}"
@@ -255,10 +262,7 @@ def calibrate_dense(
 
 
 def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
-    """Return the targets of the calibration windows and of the further windows.
-
-    The further windows are those that permutations and masks learn from.
-    """
+    """Return the targets of all windows from which permutations and masks learn."""
     samples = len(target)
     further = windows[samples : samples + job.methods.further_targets(samples)]
     if not len(further):
@@ -281,12 +285,10 @@ def _cached_values(
     *methods: Method,
     **key: Any,
 ) -> dict[str, Any]:
-    """Return tensors or numbers by name, from the cache if possible.
+    """Return tensors or numbers by name, which depend on model, text, `methods` and `key`.
 
-    They depend on model, text, `methods` and `key`. Results of a model without an identity, and of
-    methods of another package, whose commit no key has, are not cached.
-    The record gets `cached`: by kind whether the cache had the result. A process that continues
-    a run leaves it, because the seconds of the run have those of its first process.
+    Results of a model without an identity, and of methods of another package, whose commit no key
+    has, are not cached. The record gets `cached`: by kind, whether the cache had the result.
     """
     ours = all(type(method).__module__.startswith("permllm.") for method in methods)
     if not (job.loaded.identity and ours):

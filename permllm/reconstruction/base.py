@@ -54,11 +54,9 @@ class Reconstruction(Method):
 
     Attributes:
         learned: True: `network` trains the kept weights of all layers together, in all ranks.
-        changes_weights: False: the reconstruction changes nothing.
         iterations: number of iterations over a linear, each with two products with its Hessian.
     """
 
-    changes_weights: bool = True
     iterations: int = 0
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
@@ -74,9 +72,3 @@ class Reconstruction(Method):
         if not self.learned:
             return None
         return f"reconstruction: {type(self).__name__} trains all kept weights together"
-
-
-class NoReconstruction(Reconstruction):
-    """Reconstruction that keeps the weights of the pruner."""
-
-    changes_weights = False

@@ -13,12 +13,7 @@ from typing_extensions import override
 
 from permllm.models.families import decoder_layers
 from permllm.reconstruction.admm import ADMM
-from permllm.reconstruction.base import (
-    NoReconstruction,
-    PrunedLinear,
-    PrunedNetwork,
-    Reconstruction,
-)
+from permllm.reconstruction.base import PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.reconstruction.obs import OBS
 from permllm.settings.learning import DescentSettings, LearningSettings, Loss
 from permllm.settings.values import SETTINGS, Whole
@@ -29,7 +24,7 @@ from permllm.training.trainer import StageSchedule
 
 # Reconstructions of single linears before learning, with the usual settings.
 _STARTS = {
-    "masked": NoReconstruction(),
+    "masked": Reconstruction(),
     "obs": OBS(damping=0.01),
     "admm": ADMM(iterations=12, damping=0.01),
 }

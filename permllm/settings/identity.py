@@ -52,13 +52,14 @@ def identity_by_fields(
 
 
 def without_classes(value: Any) -> Any:
-    """Remove each `_target_` with a class of this package, because such classes may move.
+    """Remove each `_target_` without a class, or of this package, whose classes may move.
 
     A class of another package stays, because no other setting identifies it.
     """
     if not isinstance(value, Mapping):
         return value
-    ours = str(value.get("_target_")).startswith("permllm.")
+    target = value.get("_target_")
+    ours = target is None or str(target).startswith("permllm.")
     settings = _without(value, ["_target_"] if ours else [])
     return {key: without_classes(part) for key, part in settings.items()}
 

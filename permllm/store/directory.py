@@ -151,6 +151,13 @@ class Record:
 class RunDirectory(Record):
     """Record of a run in its directory, which is made if it is missing.
 
+    The states of a run are
+
+        running --record_pruning--> pruned --finish--> finished --another evaluation--> pruned
+
+    `metrics.json` has the `status` `running`, from the first `finish` on `finished`, and once the
+    model is pruned `sparsity`. `evaluations/HASH.json` has `finished` once that evaluation is done.
+
     Attributes:
         finished: True: every phase and the evaluation were finished when the directory was opened.
     """
@@ -278,20 +285,14 @@ class RunDirectory(Record):
         earlier = read_yaml(path) if path.exists() else {}
         config = self.config
         if earlier and self.pruned:
-            inputs = {
-                key: value
-                for key, value in earlier.get("inputs", {}).items()
-                if not key.startswith("evaluation.")
-            }
-            for key, value in config["inputs"].items():
-                if key.startswith("evaluation."):
-                    inputs[key] = value
+            inputs = earlier.get("inputs", {}) | config["inputs"]
             config = earlier | {"evaluation": config["evaluation"], "inputs": inputs}
         # The same settings without a name do not take the run its name.
         labels = {key: self.config.get(key) or earlier.get(key) for key in _LABELS}
         write_text(path, yaml.safe_dump(config | labels, sort_keys=False))
 
     def _read(self) -> None:
+        """Read the results of earlier processes; show their evaluation if it is finished."""
         file = self.directory / METRICS
         if file.exists():
             metrics = read_json(file)
@@ -304,24 +305,16 @@ class RunDirectory(Record):
             self.evaluation = read_json(self._evaluation_file)
         if self.metrics["status"] == "finished":
             self._remove(*UNFINISHED)  # the process may have ended before it removed them
-            shown = self.metrics.get("evaluation") == self.evaluation["evaluation"]
-            if self.evaluation.get("finished") and not shown:
+            if self.evaluation.get("finished"):
                 self._show_evaluation()
                 self.save()
-            if self._is_evaluated:
                 self._write_config()
-
-    @property
-    def _is_evaluated(self) -> bool:
-        """True: an earlier process has finished the evaluation that is asked for."""
-        shown = self.metrics.get("evaluation")
-        return bool(self.evaluation.get("finished")) or shown == self.evaluation["evaluation"]
 
     def _is_finished(self) -> bool:
         """Tell if every phase and the evaluation are finished, and each tensor file is there."""
         files = [self.directory / name for name in self.metrics["sha256"]]
         is_complete = self.metrics["status"] == "finished" and all(map(Path.is_file, files))
-        return is_complete and self._is_evaluated
+        return is_complete and "finished" in self.evaluation
 
     @property
     def pruned(self) -> bool:
@@ -337,11 +330,12 @@ class RunDirectory(Record):
         if self.metrics["status"] != "finished":
             self._show_evaluation()
         if parallel.rank() == 0 and self._has_begun:
-            if self.evaluation.keys() & {"perplexity", "tasks"}:
+            if "seconds" in self.evaluation:
                 write_json(self._evaluation_file, self.evaluation)
             write_json(self.directory / METRICS, self.metrics)
 
     def _show_evaluation(self) -> None:
+        """Copy the evaluation to the metrics, which have the last one."""
         for key in _COPIED:
             self.metrics.pop(key, None)
         self.metrics |= {key: self.evaluation[key] for key in _COPIED if key in self.evaluation}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from permllm.mask.score import MaskLearner, ScoreMask
 from permllm.models.families import linear_at
-from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.sparsegpt import SparseGPT
 from permllm.sparsity.nm import permuted_nm_mask
@@ -25,6 +24,7 @@ from tests.problems import (
     PATTERN,
     Interrupt,
     check_masks,
+    identities,
     method,
     output_loss,
     problem,
@@ -41,7 +41,9 @@ def mask(name: str, **settings: Any) -> Any:
 
 
 def ordered(learning: LearningProblem, permutation: str) -> dict[str, Tensor]:
-    return (Identity() if permutation == "none" else Heuristic("free")).permutations(learning)
+    if permutation == "none":
+        return identities(learning.groups)
+    return Heuristic("free").permutations(learning)
 
 
 def pruners(learning: LearningProblem, orders: dict[str, Tensor]) -> dict[str, Tensor]:

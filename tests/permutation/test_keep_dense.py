@@ -10,7 +10,6 @@ from torch import nn
 
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.selection import pruned_groups
-from permllm.permutation.base import Identity
 from permllm.permutation.foldable import folded_permutations
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
@@ -45,7 +44,7 @@ def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
 
 
 @pytest.mark.parametrize("pruner", sorted(PRUNERS))
-@pytest.mark.parametrize("permutation", [Identity(), Heuristic("free")])
+@pytest.mark.parametrize("permutation", [None, Heuristic("free")])
 def test_some_linears_are_pruned_and_the_others_stay_as_they_were(
     pruner: str, permutation: Any
 ) -> None:

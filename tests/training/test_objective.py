@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from permllm.models.families import channel_groups
-from permllm.permutation.base import Identity
 from permllm.training.learner import Learner, Stage
 from permllm.training.objective import Objective, kept_a_token
 from tests.conftest import tiny_model
 from tests.problems import (
+    identities,
     lcp,
     method,
     model_with_scales,
@@ -33,7 +33,7 @@ def saved_bytes(learns: str, dtype: torch.dtype, layers: int, length: int) -> in
     learning = problem(model, samples=tokens(4, length))
     settings: dict[str, Any] = {"steps": 1, "select_from": 0, "batch_size": 4, "loss": "cosine"}
     settings |= {"activation_checkpointing": False, "compile": False}
-    orders = Identity().permutations(learning)
+    orders = identities(learning.groups)
     found: dict[int, int] = {}
     held: list[Tensor] = []
 

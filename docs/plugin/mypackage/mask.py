@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from permllm.mask.base import FoundMask
+from permllm.mask.base import Mask
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.problem import LearningProblem
 
 
-class RandomMask(FoundMask):
+class RandomMask(Mask):
     """Random N:M masks: the baseline that every pruner should beat."""
 
     def masks(
