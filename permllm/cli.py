@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import logging
 import math
 import os
@@ -25,17 +24,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permllm.command import Answer, as_json, is_first_rank, run_tool
-from permllm.errors import (
-    SHORT_ERRORS,
-    ConfigError,
-    DataError,
-    InUseError,
-    TrainingError,
-    is_told,
-    one_line,
-    tracebacks_wanted,
-)
+from permllm.command import Answer, as_json, exit_on_error, is_first_rank, run_tool, tell
+from permllm.errors import SHORT_ERRORS, ConfigError, InUseError, one_line, tracebacks_wanted
 from permllm.runtime.signals import CONTINUES, ending_signals
 from permllm.runtime.version import __version__
 
@@ -84,10 +74,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def call(name: str, words: Sequence[str]) -> int:
     """Run a command other than `run` with its words and return its exit code."""
-    return run_tool(lambda: _answered(name, words), failed=2 if name == "verify" else 1)
-
-
-def _answered(name: str, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"permllm {name}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,17 +82,16 @@ def _answered(name: str, words: Sequence[str]) -> int:
     (module.arguments if module else _ARGUMENTS[name])(parser)
     parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
     options = parser.parse_args(words)
-    try:
+
+    def work() -> int:
         answer: Answer = import_module(COMMANDS[name][1]).work(options)
-    except Exception as error:
-        if options.json and is_told(error):
-            print(json.dumps({"error": one_line(error)}))
-        raise
-    if options.json:
-        print(as_json(answer.value))
-    else:
-        answer.show()
-    return answer.code
+        if options.json:
+            print(as_json(answer.value))
+        else:
+            answer.show()
+        return answer.code
+
+    return run_tool(work, failed=2 if name == "verify" else 1, in_json=options.json)
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -154,13 +139,12 @@ def run_command() -> int:
     """Run the job or the sweep of the command line (`sys.argv`) and return the exit code."""
     if not tracebacks_wanted():  # with the variable Hydra raises its errors and does not print them
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
-    return run_tool(_run_hydra, advice=f": {CONTINUES}")
+    with ending_signals():
+        return run_tool(_run_hydra)
 
 
 def _run_hydra() -> int:
     """Start Hydra, which calls `job`, and return the exit code. Print the table of a sweep."""
-    if sys.platform == "win32":
-        raise ConfigError("a job needs Linux or macOS; on Windows use WSL")
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -173,23 +157,22 @@ def _run_hydra() -> int:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
     os.environ.pop(sweep.FOLDER_VARIABLE, None)
     register_resolvers()
-    sys.argv[1:] = _arranged(sys.argv[1:])
+    sys.argv[1:] = sorted(sys.argv[1:], key=_is_option)  # argparse asks for the settings first
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
     failed = False
     try:
-        with ending_signals():
-            start()
+        start()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(message_of(error)) from error
     except Exception as error:
-        module = _module_that_raised(error)
-        if isinstance(error, ValueError) and module.startswith("hydra."):  # GROUP=null
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        package = frame.f_globals["__name__"].partition(".")[0]
+        if isinstance(error, ValueError) and package == "hydra":  # GROUP=null
             raise ConfigError(f"{' '.join(sys.argv[1:])}: {error}") from error
-        if tracebacks_wanted() or module.partition(".")[0] not in _LAUNCHERS:
+        if tracebacks_wanted() or package not in _LAUNCHERS:
             raise
         # A launcher's process was killed or ran out of time. Its last lines may say why.
-        print(f"error: {type(error).__name__}: {str(error).strip()}", file=sys.stderr)
-        print(CONTINUES, file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error}\n{CONTINUES}", file=sys.stderr)
         failed = True
     finally:
         if sweep.FOLDER_VARIABLE in os.environ and is_first_rank():
@@ -204,31 +187,9 @@ def _run_hydra() -> int:
     return int(failed)
 
 
-def _arranged(words: Sequence[str]) -> list[str]:
-    """Return the words of `permllm run` with the settings first, because argparse asks for that.
-
-    Raises:
-        ConfigError: a setting is typed as an option.
-    """
-    from permllm.settings.options import groups
-
-    settings: list[str] = []
-    options: list[str] = []
-    for word in words:
-        name, has_value, _ = word.partition("=")
-        if name.startswith("--") and name.removeprefix("--") in groups():
-            raise ConfigError(f"{word} is no option; settings are KEY=VALUE: {name[2:]}=NAME")
-        is_setting = not word.startswith("-") and (has_value or word.startswith("~"))
-        (settings if is_setting else options).append(word)
-    return [*settings, *options]
-
-
-def _module_that_raised(error: Exception) -> str:
-    """Return the name of the module that defines an error of a launcher, or else that raises it."""
-    if type(error).__module__.partition(".")[0] in _LAUNCHERS:
-        return type(error).__module__
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__"))
+def _is_option(word: str) -> bool:
+    """Tell if a word of `permllm run` is no setting: an option of Hydra or its value."""
+    return word.startswith("-") or not ("=" in word or word.startswith("~"))
 
 
 def job(composed: DictConfig) -> float:
@@ -238,8 +199,7 @@ def job(composed: DictConfig) -> float:
     all ranks run each job together.
 
     Raises:
-        SystemExit: a single job failed by an error that the user can fix. Hydra would print a line
-            of its own for other errors.
+        SystemExit: a single job failed by an error that the user can fix, or was interrupted.
     """
     from permllm.settings.composition import register_resolvers, sweeping
 
@@ -247,18 +207,17 @@ def job(composed: DictConfig) -> float:
     with ending_signals():  # in a launcher's process too
         if sweeping():
             return _job_of_sweep(composed)
-        try:
-            return _job(composed)[0]
-        except Exception as error:
-            if not is_told(error):
-                raise
-            raise SystemExit(f"error: {one_line(error)}" if is_first_rank() else 1) from error
+
+        def single() -> None:
+            _job(composed)
+
+        exit_on_error(single)
+        return math.nan  # nothing reads it
 
 
-def _job(composed: DictConfig) -> tuple[float, JobResult | None]:
-    """Run one job; return its objective and its result, None after plan=true."""
+def _job(composed: DictConfig) -> JobResult | None:
+    """Run one job; return its result, None after plan=true."""
     import datasets
-    import torch
     import transformers
 
     from permllm.job import run as run_job
@@ -273,53 +232,32 @@ def _job(composed: DictConfig) -> tuple[float, JobResult | None]:
     if not is_first_rank():
         logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages
     parallel.start()
-    try:
-        with parallel.failing_together():
-            result = run_job(parallel.on_main(lambda: job_config(composed)))
-            value = math.inf if result is None else parallel.broadcast(objective(result.metrics))
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(one_line(error)) from error
-    return value, result
+    with parallel.failing_together():
+        return run_job(parallel.on_main(lambda: job_config(composed)))
 
 
 def _job_of_sweep(composed: DictConfig) -> float:
-    """Run a job of a sweep and write its outcome, in rank 0."""
+    """Run a job of a sweep, write its outcome, and return its objective."""
+    from permllm.runtime import parallel
     from permllm.store import sweep
 
     sweep.take_gpu()  # before anything uses a GPU
-    if is_first_rank():
-        sweep.remove_outcome()  # the same sweep may have run before
+    sweep.remove_outcome()  # the same sweep may have run before
     try:
-        value, result = _job(composed)
-    except BaseException as error:
-        _write_failure(error)
-        if not isinstance(error, Exception):  # an interruption, or one rank that failed alone
-            raise
-        return math.inf
-    if result is not None and is_first_rank():
-        sweep.write_outcome("skipped" if result.skipped else "ran", directory=result.directory)
-    return value
-
-
-def _write_failure(error: BaseException) -> None:
-    """Print why a job of a sweep ended, and write it as its outcome, in rank 0."""
-    from permllm.store import sweep
-
-    if not is_first_rank():
-        return
-    in_use = isinstance(error, InUseError)
-    reason = one_line(error)
-    if isinstance(error, KeyboardInterrupt):
-        reason += f": {CONTINUES}"
-    elif is_told(error) and not in_use:
-        print(f"error: {reason}", file=sys.stderr)
-    elif isinstance(error, Exception) and not in_use:  # a defect needs its traceback
-        traceback.print_exception(error)
-        reason = f"{type(error).__name__}: {reason}"
-    try:
-        sweep.write_outcome("skipped" if in_use else "failed", reason)
-    except DataError as write_error:  # the other jobs go on although the disk is full
-        print(f"error: {write_error}", file=sys.stderr)
+        result = _job(composed)
+    except InUseError as error:
+        sweep.write_outcome("skipped", one_line(error))
+    except Exception as error:
+        sweep.write_outcome("failed", tell(error))
+    except BaseException as error:  # an interruption, or one rank that failed alone
+        sweep.write_outcome("failed", one_line(error))
+        raise
+    else:
+        if result is not None:
+            outcome = "skipped" if result.skipped else "ran"
+            sweep.write_outcome(outcome, directory=result.directory)
+            return parallel.broadcast(objective(result.metrics))
+    return math.inf
 
 
 def objective(metrics: dict[str, Any]) -> float:

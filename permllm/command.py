@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,35 +55,55 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run_tool(work: Callable[[], int], failed: int = 1, advice: str = "") -> int:
-    """Run a command and return its exit code. Under torchrun only rank 0 prints an error.
+def run_tool(work: Callable[[], int | None], failed: int = 1, in_json: bool = False) -> int:
+    """Run a command and return its exit code. A defect is raised.
 
     Args:
-        work: function that prints the result and returns the exit code.
+        work: function that prints the result and may return an exit code.
         failed: exit code after an error that the user can fix.
-        advice: words after the message of an interruption.
+        in_json: print such an error as JSON too.
     """
     try:
-        code = work()
+        code = work() or 0
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt as error:
-        _print_error(one_line(error) + advice)
-        return exit_code(error)
     except BrokenPipeError:
         silence()
         return 141  # a shell's exit code for SIGPIPE
+    except KeyboardInterrupt as error:
+        tell(error)
+        return exit_code(error)
     except Exception as error:
         if not is_told(error):
             raise
-        _print_error(f"error: {one_line(error)}")
+        line = tell(error)
+        if in_json:
+            print(json.dumps({"error": line}))
         silence()
         return failed
 
 
-def _print_error(message: str) -> None:
-    if is_first_rank():
-        print(message, file=sys.stderr)
+def exit_on_error(work: Callable[[], None]) -> None:
+    """Run a part of a command, inside of Hydra, which would print other errors in its own way.
+
+    Raises SystemExit after an error that the user can fix or an interruption, which are told.
+    """
+    if code := run_tool(work):
+        raise SystemExit(code)
+
+
+def tell(error: BaseException) -> str:
+    """Print an error in rank 0, a defect with its traceback, and return it as one line."""
+    line = one_line(error)
+    if not is_first_rank():
+        return line
+    if isinstance(error, KeyboardInterrupt):
+        print(line, file=sys.stderr)
+    elif is_told(error):
+        print(f"error: {line}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return line
 
 
 def silence() -> None:

@@ -1,9 +1,6 @@
 """Errors that the user can fix. Each is one line: the key or file, its value, what is expected."""
 
-import math
 import os
-from collections.abc import Sequence
-from typing import Any
 
 # Variable that this package sets together with `HYDRA_FULL_ERROR`. It tells that the package, not
 # the user, asked Hydra to raise its errors.
@@ -37,16 +34,23 @@ def first_line(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return the line that the user sees for an error or an interruption."""
-    if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted"
-    if type(error).__name__ == "OutOfMemoryError":  # from torch, whose import takes long
+    if _lacks_memory(error):
         return (
             "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or "
             "reconstruction's) computes a step window by window, with the same result; "
             "model.placement=host moves layers to the GPU one by one; plan=true lists the memory "
             "of each placement"
         )
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return line or "interrupted"
+    if isinstance(error, PermLLMError | OSError | SystemExit):
+        return line
+    return f"{type(error).__name__}: {line}"
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # from torch, whose import takes long
 
 
 def printable(name: str) -> str:
@@ -61,16 +65,5 @@ def tracebacks_wanted() -> bool:
 
 def is_told(error: BaseException) -> bool:
     """Return True for an error that the user can fix, unless the user wants tracebacks."""
-    return isinstance(error, PermLLMError | OSError) and not tracebacks_wanted()
-
-
-def check_positive(key: str, value: Any) -> None:
-    """Raise ConfigError unless `value` is a finite number above zero."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{key}={value!r}: expected a positive number")
-
-
-def check_one_of(key: str, value: Any, valid: Sequence[str]) -> None:
-    """Raise ConfigError unless `value` is one of `valid`."""
-    if value not in valid:
-        raise ConfigError(f"{key}={value!r} is not valid; valid are: {', '.join(valid)}")
+    fixable = isinstance(error, PermLLMError | OSError) or _lacks_memory(error)
+    return fixable and not tracebacks_wanted()

@@ -29,7 +29,7 @@ from permllm.models.load import load_model, meta_model
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.measures import flat_figures
 from permllm.runtime import precision
-from permllm.runtime.signals import Terminated
+from permllm.runtime.signals import CONTINUES, Terminated
 from permllm.settings.config import read_config
 from permllm.sparsity.nm import violations
 from permllm.store.files import read_json, read_lines
@@ -240,7 +240,7 @@ def test_the_log_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptur
     assert all(re.fullmatch(stamp, f"{day} {time}") for day, time, *_ in lines)
     said = [rest for *_, rest in lines]
     assert sum(line.startswith("command: ") for line in said) == 2
-    assert "ended: terminated by SIGTERM" in said
+    assert f"ended: interrupted by SIGTERM: {CONTINUES}" in said
     assert said[-1] == "finished"
     assert any(line.startswith("prune: ") for line in said)
     before = (directory / "run.log").read_bytes()

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Literal
 
 from permllm.data.texts import TEXTS, Text, TextFile
-from permllm.errors import ConfigError, check_one_of, first_line
+from permllm.errors import ConfigError, first_line
 from permllm.settings.config import CalibrationConfig, PerplexityConfig
 
 # Name in the settings for a file of the user, and key of the texts for perplexity.
@@ -98,7 +98,9 @@ def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
 def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> Text:
     """Return a text by its name in `TEXTS`, or by the dotted name of a module with a `TEXT`."""
     if "." not in name:
-        check_one_of(key, name, [valid for valid, text in TEXTS.items() if getattr(text, use)])
+        valid = [valid for valid, text in TEXTS.items() if getattr(text, use)]
+        if name not in valid:
+            raise ConfigError(f"{key}={name!r} is not valid; valid are: {', '.join(valid)}")
         return TEXTS[name]
     try:
         text = getattr(import_module(name), "TEXT", None)

@@ -68,9 +68,8 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
         samples: indices of the batch's windows, int64 `(windows,)`, at least one.
         at_once: largest number of windows in a portion; None: all windows of a rank.
 
-    Returns:
-        Each portion with the number of its windows that count: all, or 0 if the batch has no more
-        windows for this rank.
+    Each portion comes with the number of its windows that count: all, or 0 if the batch has no more
+    windows for this rank.
     """
     largest = math.ceil(len(samples) / world_size())
     at_once = at_once or largest
@@ -119,9 +118,7 @@ def all_gather(value: Value) -> list[Value]:
 def broadcast(value: Value) -> Value:
     """Return the value of rank 0 in all ranks. They wait long for an object.
 
-    Args:
-        value: a tensor, with the same shape in all ranks and on any device, or an object that can
-            be pickled.
+    The value can be pickled, or is a tensor on any device with the same shape in all ranks.
     """
     if world_size() == 1:
         return value
@@ -151,11 +148,9 @@ def on_main(compute: Callable[[], Value]) -> Value:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise an error inside if all ranks have one, or else end this process.
+    """Raise an error inside if all ranks have one, or else end this process by SystemExit.
 
-    Raises:
-        SystemExit: other ranks have no error within `_ALL_FAIL`. They may wait for this rank, and
-            torchrun ends them when this process has ended.
+    The other ranks may wait for this one, and torchrun ends them when this process has ended.
     """
     try:
         yield
@@ -164,8 +159,7 @@ def failing_together() -> Iterator[None]:
             raise
         if tracebacks_wanted():
             traceback.print_exc()
-        message = one_line(error) or type(error).__name__
-        raise SystemExit(f"error: rank {rank()}: {message}: {CONTINUES}") from error
+        raise SystemExit(f"error: rank {rank()}: {one_line(error)}: {CONTINUES}") from error
 
 
 def _all_fail() -> bool:

@@ -10,10 +10,10 @@ CONTINUES = "the same command continues where it stopped"
 
 
 class Terminated(KeyboardInterrupt):
-    """Interruption by another signal than that of Ctrl-C. The argument is its number."""
+    """Interruption of a job by a signal. The argument is its number."""
 
     def __str__(self) -> str:
-        return f"terminated by {signal.Signals(self.args[0]).name}"
+        return f"interrupted by {signal.Signals(self.args[0]).name}: {CONTINUES}"
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
@@ -34,7 +34,7 @@ def raise_if_interrupted() -> None:
 
 @contextmanager
 def ending_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT, and `Terminated` on SIGTERM and SIGHUP.
+    """Raise `Terminated` on SIGINT, SIGTERM and SIGHUP.
 
     Signals that a launcher handles, or nohup ignores, stay as they are.
     """
@@ -50,13 +50,10 @@ def ending_signals() -> Iterator[None]:
 
     def end(number: int, _: Any) -> None:
         global _interruption
-        if number == signal.SIGINT:
-            _interruption = KeyboardInterrupt()
-        else:
-            for other in mine:  # schedulers repeat signals, which must not stop the last writes
-                if other != signal.SIGINT:
-                    signal.signal(other, signal.SIG_IGN)
-            _interruption = Terminated(number)
+        for other in mine:  # schedulers repeat signals, which must not stop the last writes
+            if signal.SIGINT not in (number, other):
+                signal.signal(other, signal.SIG_IGN)
+        _interruption = Terminated(number)
         raise _interruption
 
     for number in mine:

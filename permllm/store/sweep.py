@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -11,15 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra
 from filelock import FileLock, Timeout
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from permllm.command import is_first_rank
+from permllm.command import exit_on_error, is_first_rank
 from permllm.errors import ConfigError, DataError
 from permllm.settings.composition import ONE_PLACE, SWEEP_VARIABLE
 from permllm.settings.identity import digest_of
@@ -59,15 +55,14 @@ class SweepFolder(Callback):  # type: ignore[misc]
         name = sweep_name(config.hydra)
         os.environ[SWEEP_VARIABLE] = name  # hydra.sweep.dir reads it
         folder = Path(config.hydra.sweep.dir)
-        chosen_by_user = folder.name != name
-        try:
-            if chosen_by_user and config.runs_dir != config.paths.runs_dir:
+
+        def check() -> None:
+            if folder.name != name and config.runs_dir != config.paths.runs_dir:
                 raise ConfigError(f"runs_dir and hydra.sweep.dir {ONE_PLACE}")
-            _check_texts(config.hydra)
             share_gpus(config.hydra.launcher, config.model.device)
-        except ConfigError as error:  # Hydra turns other errors of a callback into warnings
-            raise SystemExit(f"error: {error}" if is_first_rank() else 1) from error
-        if chosen_by_user:
+
+        exit_on_error(check)  # Hydra turns other errors of a callback into warnings
+        if folder.name != name:  # the user chose it
             folder = folder / "sweeps" / name
         os.environ[FOLDER_VARIABLE] = str(folder.absolute())
 
@@ -92,18 +87,20 @@ def _outcome_file() -> Path:
 
 
 def remove_outcome() -> None:
-    """Remove the outcome of this job from an earlier start of the same sweep."""
-    _outcome_file().unlink(missing_ok=True)
+    """Remove the outcome of this job from an earlier start of the same sweep, in rank 0."""
+    if is_first_rank():
+        _outcome_file().unlink(missing_ok=True)
 
 
 def write_outcome(outcome: str, reason: str = "", directory: Path | None = None) -> None:
-    """Write the outcome of this job.
+    """Write the outcome of this job, in rank 0.
 
     The path of the run is relative, so that the sweep and its runs can be moved together.
     """
-    file = _outcome_file()
-    relative = None if directory is None else os.path.relpath(directory, file.parents[1])
-    write_json(file, asdict(Outcome(overrides(), outcome, reason, relative)))
+    if is_first_rank():
+        file = _outcome_file()
+        relative = None if directory is None else os.path.relpath(directory, file.parents[1])
+        write_json(file, asdict(Outcome(overrides(), outcome, reason, relative)))
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
@@ -118,46 +115,10 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     return outcomes
 
 
-def _check_texts(hydra_config: Any) -> None:
-    """Raise ConfigError if the models of a sweep have different texts and so cannot be compared.
-
-    Other settings that the sweep varies have their first value here.
-    """
-    typed: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-    swept = [f"{key}={value}" for key, value in (hydra_config.sweeper.get("params") or {}).items()]
-    loader = GlobalHydra.instance().config_loader()  # for globs of options
-    models: list[str] = []
-    others: list[str] = []
-    for override in OverridesParser.create(loader).parse_overrides([*swept, *typed]):
-        if not override.is_sweep_override():
-            others.append(str(override.input_line))
-        elif override.is_discrete_sweep():
-            key = override.get_key_element()
-            words = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            if key == "model":
-                models = words
-            else:
-                others.append(words[0])
-    texts = {}
-    for model in models:
-        config = hydra.compose("config", [*others, model])
-        texts[model] = " and ".join(
-            str(part.data_files or part.dataset)
-            for part in (config.calibration, config.evaluation.perplexity)
-        )
-    if len(set(texts.values())) > 1:
-        listed = "; ".join(f"{model} {text}" for model, text in texts.items())
-        raise ConfigError(
-            f"the models of this sweep have different texts ({listed}): "
-            "give protocol=offline or protocol=paper, or calibration= and evaluation="
-        )
-
-
 def share_gpus(launcher: Any, device: str) -> None:
     """Make the locks of the GPUs for joblib's processes. Joblib itself shares the cores.
 
-    Raises:
-        ConfigError: the launcher does not work under torchrun, or has more jobs than GPUs.
+    Raises ConfigError if the launcher does not work under torchrun, or has more jobs than GPUs.
     """
     os.environ.pop(GPUS_VARIABLE, None)
     target = launcher["_target_"]
@@ -177,12 +138,12 @@ def share_gpus(launcher: Any, device: str) -> None:
         raise ConfigError(
             f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one per GPU"
         )
-    folder = tempfile.mkdtemp(prefix="permllm-gpus-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[GPUS_VARIABLE] = folder
+    folder = tempfile.TemporaryDirectory(prefix="permllm-gpus-")
+    atexit.register(folder.cleanup)
+    os.environ[GPUS_VARIABLE] = folder.name
     every = ",".join(map(str, range(count)))
     for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(","):
-        Path(folder, name).touch()
+        Path(folder.name, name).touch()
 
 
 @cache  # the lock is held until the process ends

@@ -70,40 +70,26 @@ def test_a_sweep_is_named_by_its_jobs() -> None:
 
 
 @pytest.mark.usefixtures("_nothing_started")
-@pytest.mark.parametrize(
-    ("words", "given", "named"),
-    [
-        ("seed=0,1", "runs_dir=a hydra.sweep.dir=b", "are the same setting: give one of them"),
-        (
-            "model=tiny,smollm2-135m",
-            "",
-            "model=tiny builtin and builtin; model=smollm2-135m boolq-passages",
-        ),
-    ],
-)
-def test_a_sweep_that_cannot_be_is_refused_at_once(words: str, given: str, named: str) -> None:
-    with pytest.raises(SystemExit, match=f"^error: .*{named}"):
-        before_its_jobs(words, given=tuple(given.split()))
+def test_a_sweep_that_cannot_be_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        before_its_jobs("seed=0,1", given=("runs_dir=a", "hydra.sweep.dir=b"))
+    assert "error: runs_dir and hydra.sweep.dir" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "module", ["submitit.core.utils", "joblib.externals.loky.process_executor", "somewhere"]
-)
+@pytest.mark.parametrize("module", ["submitit.core.core", "joblib.externals.loky._base", "other"])
 def test_a_launcher_whose_process_is_gone_ends_in_a_line(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = type("Gone", (Exception,), {"__module__": module})
-
-    def launch() -> None:
-        raise error("job 7 was killed\nfor its memory\n")
-
-    monkeypatch.setattr("hydra.main", lambda **_: lambda job: launch)
+    code = "def launch():\n    raise EOFError('job 7 was killed\\nfor its memory')"
+    of_launcher: dict[str, Any] = {"__name__": module}
+    exec(code, of_launcher)
+    monkeypatch.setattr("hydra.main", lambda **_: lambda job: of_launcher["launch"])
     for variable in ("HYDRA_FULL_ERROR", SHORT_ERRORS):  # which the command sets
         monkeypatch.setenv(variable, "1")
-    with suppress(error):  # one of ours is seen whole
+    with suppress(EOFError):  # a defect is raised
         assert cli.run_command() == 1
     said = capsys.readouterr().err
-    assert ("error: Gone: job 7 was killed\nfor its memory\n" in said) == (module != "somewhere")
+    assert ("error: EOFError: job 7 was killed\nfor its memory\n" in said) == (module != "other")
 
 
 def test_outcomes_move_with_their_folder_and_what_cannot_be_read_is_left_out(

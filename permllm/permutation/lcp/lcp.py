@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.errors import ConfigError, check_positive
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.permutation.foldable import (
@@ -80,7 +80,9 @@ class LCP(LearningSettings, LearnedPermutation):
         """Raise ConfigError if a temperature is not positive."""
         super().validate(config)
         for progress in (0.0, 0.5, 1.0):
-            check_positive(f"temperature: at progress={progress}", self.temperature(progress))
+            value = self.temperature(progress)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"temperature: {value} at progress={progress} is not positive")
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
