@@ -1,5 +1,6 @@
 """Functions of `permllm` itself: prune a model in memory, measure it, write it, and read runs."""
 
+import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,15 +20,13 @@ import permllm.export  # noqa: F401 - lets transformers load gathered checkpoint
 from permllm.data.lookup import PERPLEXITY, calibration_text, text_named
 from permllm.data.texts import Documents
 from permllm.data.windows import calibration_windows
-from permllm.errors import ConfigError, first_line
+from permllm.errors import ConfigError
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.keep_zeros import keep_zeros  # noqa: F401 - part of `permllm`
 from permllm.export.masks import load_masked
 from permllm.export.write import PrunedSource, has_masks, read_summary, write_checkpoint
 from permllm.job import prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
-from permllm.models.families import linear_at
-from permllm.models.head import head_path
 from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
 from permllm.models.source import DenseSource
 from permllm.pruning.checks import warn_if_pruned
@@ -38,9 +36,8 @@ from permllm.report.table import table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, working_dtype
-from permllm.settings.composition import check_amounts, composed, unknown_key
+from permllm.settings.composition import check_amounts, composed
 from permllm.settings.config import ExportConfig, PerplexityConfig, RunConfig, read_config
-from permllm.settings.options import groups
 from permllm.settings.options import options as options_of
 from permllm.settings.values import validated
 from permllm.store.directory import Record
@@ -54,7 +51,7 @@ Texts = str | Sequence[str] | Tensor
 _PRUNED = "_permllm_pruned"
 # Groups and settings of the command that do not concern pruning.
 _NOT_HERE = {
-    *("evaluation", "export", "logger", "paths", "experiment", "save_weights"),
+    *("evaluation", "export", "logger", "paths", "experiment", "save_weights", "model.placement"),
     *("name", "runs_dir", "run_dir", "force", "plan", "plan_on"),
 }
 
@@ -89,37 +86,23 @@ def prune(
     Args:
         model: decoder with its head, on one device, with its weights in memory. Afterwards its
             linears hold `weight * mask` or the updated weight, in the original channel order.
-        tokenizer: tokenizer of the model. None is valid if `texts` are tokens; a checkpoint then
-            has no tokenizer.
+        tokenizer: tokenizer of the model; None is valid if `texts` are tokens.
         texts: text to calibrate on: documents, the name of an option of the group `calibration`
-            (`"c4"`), or windows of tokens, int64 `(windows, seqlen)`. All windows calibrate; with
-            `calibration__samples=N` the first N do, and methods learn from those after them if
-            their own `samples` ask for more. Windows are taken as they are, without another BOS.
-        searchpath: places with options of other packages, as in `hydra.searchpath`:
-            `["pkg://mypackage.conf"]`.
+            (`"c4"`), or windows of tokens, int64 `(windows, seqlen)`, taken without another BOS.
+            With `calibration__samples=N` the first N windows calibrate, and methods whose own
+            `samples` ask for more learn from those after them.
+        searchpath: places with options of other packages: `["pkg://mypackage.conf"]`.
         settings: settings of the command line, with two underscores for a dot: `method="masks"`,
-            `pruner="ria"`, `permutation="lcp"`, `sparsity="2:4"`, `permutation__epochs=2`,
-            `calibration__seqlen=512`, `block_size=128`; `model__bos=True` for Gemma.
+            `sparsity="2:4"`, `permutation__epochs=2`; `model__bos=True` for Gemma.
 
     Raises:
-        ConfigError: a setting is unknown or cannot work, or the model cannot be pruned, or is so
-            already.
+        ConfigError: a setting is unknown or cannot work, or the model cannot be pruned.
         DataError: the text is not available or too short.
         TrainingError: learning cannot continue.
     """
     _check(model, tokenizer, texts)
-    config = read_config(_composed(model, texts, searchpath, settings))
+    config = _config(model, texts, searchpath, settings)
     methods = methods_of(config)
-    further = methods.further(config.calibration.samples)
-    needed = config.calibration.samples + further
-    if isinstance(texts, Tensor):
-        if len(texts) < needed:
-            raise ConfigError(
-                f"texts: got {len(texts)} windows of tokens, expected {needed}: "
-                f"{config.calibration.samples} to calibrate on (calibration__samples) and "
-                f"{further} further ones to learn from"
-            )
-        texts = texts[:needed]
     groups = checked_groups(config, methods, model)
     # Nothing asks for the tokenizer if texts are tokens.
     loaded = LoadedModel(model, tokenizer, "", config.model.bos)  # type: ignore[arg-type]
@@ -139,15 +122,12 @@ def prune(
         record.set_compute_dtype(products)
         warn_if_pruned(model, groups.pruned, config.pattern)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
+        windows = _windows(texts, loaded, config, methods.further(config.calibration.samples))
         # After an error some layers may be pruned and others not, which `save` must not write.
         setattr(model, _PRUNED, None)
-        pruned = prune_model(job, _windows(texts, loaded, config, further))
-    report = {
-        "name": config.name,
-        "config_hash": config.hash,
-        **record.metrics,
-        "history": record.history,
-    }
+        pruned = prune_model(job, windows)
+    named = {"name": config.name, "config_hash": config.hash}
+    report = named | record.metrics | {"history": record.history}
     result = Pruned(pruned.permutations, pruned.masks, report)
     setattr(model, _PRUNED, (result, tokenizer, config.resolved))
     return result
@@ -157,7 +137,13 @@ def _windows(texts: Texts, loaded: LoadedModel, config: RunConfig, further: int)
     """Return the windows to calibrate on and `further` windows, int64 `(windows, seqlen)`."""
     settings = config.calibration
     if isinstance(texts, Tensor):
-        windows = texts.cpu().clone()  # a tensor of inference mode cannot have gradients
+        needed = settings.samples + further
+        if len(texts) < needed:
+            raise ConfigError(
+                f"texts: got {len(texts)} windows of tokens, expected {needed}: "
+                f"{settings.samples} to calibrate on, and {further} to learn from"
+            )
+        windows = texts[:needed].cpu().clone()  # a tensor of inference mode has no gradients
     else:
         text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
         windows = calibration_windows(
@@ -183,17 +169,15 @@ def perplexity(
         model: decoder with its head, dense or pruned.
         tokenizer: tokenizer of the model; None is valid if `texts` are tokens.
         texts: documents, which are joined by a blank line; the name of a text for perplexity
-            (`"wikitext2"`); or windows of tokens, int64 `(windows, seqlen)`.
-        seqlen: tokens in a window. Windows of tokens keep their own length.
+            (`"wikitext2"`); or windows of tokens, int64 `(windows, seqlen)`, taken as they are.
+        seqlen: tokens in a window.
         limit: number of windows that are measured; None: all.
         batch_tokens: tokens in a forward, at least one window.
-        bos: True: the first token of each window is the tokenizer's BOS, as Gemma needs it. Windows
-            of tokens are taken as they are.
+        bos: True: the first token of each window is the tokenizer's BOS, as Gemma needs it.
 
     Raises:
         ConfigError: the name is no text for perplexity, or the model is no decoder.
-        DataError: the text is not available, is shorter than a window, or has tokens that the
-            model does not know.
+        DataError: the text is not available, too short, or has tokens that the model lacks.
     """
     _check(model, tokenizer, texts)
     dataset = texts if isinstance(texts, str) else None
@@ -221,18 +205,16 @@ def save(
     """Write a pruned model as a checkpoint, as `permllm export` does.
 
     Args:
-        model: model that `prune` has pruned. Its present weights are written, with zeros where the
-            masks are False.
+        model: model that `prune` has pruned. Its present weights are written, with its masks.
         folder: new or empty folder. It appears when it is complete.
-        form: `folded` (stock transformers loads it, and it is N:M as stored; needs
-            `permutation__constraint="foldable"`), `gathered` (any permutation; `permllm.load` opens
-            it) or `simulate` (original channel order). None: the first that the permutations allow.
+        form: `folded` (for stock transformers; needs `permutation__constraint="foldable"`),
+            `gathered` (any permutation; `permllm.load` opens it) or `simulate` (original channel
+            order). None: the first that the permutations allow.
         dtype: dtype of the weights; None: that of the model.
         shard_gb: largest size of a file, in 10^9 bytes.
         serve: `vllm` also writes vLLM's settings for FP8 and 2:4; None: no such settings.
 
-    Returns:
-        The summary that is written beside the model: form, pattern, size in bytes, seconds.
+    Returns the summary that is written beside the model: form, pattern, size in bytes, seconds.
 
     Raises:
         ConfigError: `prune` has not pruned this model, its permutations do not fold, the folder is
@@ -245,6 +227,8 @@ def save(
     if len(dtypes) > 1 and dtype is None:
         raise ConfigError(f"dtype: the model's weights are in {sorted(map(str, dtypes))}; name one")
     result, tokenizer, config = getattr(model, _PRUNED)
+    dtype = dtype or _dtype(model)
+    settings = {"form": form or "none", "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
     state = model.state_dict()
 
     def weight(path: str, dense: Tensor) -> Tensor:
@@ -257,10 +241,7 @@ def save(
         "",
         lambda name: state[name].detach().cpu(),
     )
-    # Training may have changed the dtype since.
-    config = config | {"model": config["model"] | {"dtype": _dtype(model)}}
     pruned = PrunedSource(source, config, result.report, result.permutations, weight)
-    settings = {"form": form or "none", "dtype": dtype, "shard_gb": shard_gb, "serve": serve}
     return write_checkpoint(pruned, validated(ExportConfig, settings, "export"), Path(folder))
 
 
@@ -269,6 +250,7 @@ def load(
     *,
     dense: str | Path | PreTrainedModel | None = None,
     accept_terms: bool = False,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a dense model by its name, or a checkpoint in any form of an export, for evaluation.
@@ -276,46 +258,35 @@ def load(
     The tokenizer is `AutoTokenizer.from_pretrained(model.name_or_path)`.
 
     Args:
-        place: folder of the checkpoint, or of masks, whose dense model is fetched; or an option of
-            the group `model` (`"smollm2-135m"`), whose files are downloaded.
-        dense: for a folder of masks, the dense model: a loaded one, to which the masks are applied
-            in place, or the folder or GGUF file of a local one; None: it is fetched.
+        place: folder of the checkpoint, or of masks; or an option of the group `model`
+            (`"smollm2-135m"`), whose files are downloaded.
+        dense: for masks, their dense model: a loaded one, to which they are applied in place, or
+            the folder or GGUF file of a local one; None: it is fetched.
         accept_terms: as `model.accept_terms`, for a dense model that is fetched.
-        options: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype` or
-            `device_map`.
+        dtype: dtype of the weights, or its name; None: that of the files, or of the run for masks.
+        options: further arguments of `AutoModelForCausalLM.from_pretrained`, such as `device_map`.
 
     Raises:
-        ConfigError: the option has no files, or terms that are not accepted, or masks belong to a
-            local model, which `dense` does not give.
+        ConfigError: terms are not accepted, or masks of a local model come without `dense`.
         DataError: the model cannot be downloaded, the masks belong to another model, or the
-            checkpoint is damaged; the message names the file or the tensor.
+            checkpoint is damaged.
     """
     folder = Path(place)
-    dtype = options.pop("dtype", options.pop("torch_dtype", None))  # its name in transformers 4
-    for name in ("trust_remote_code", "output_loading_info", "local_files_only"):
-        if name in options:
-            raise ConfigError(f"{name}: permllm.load sets it itself")
     if has_masks(read_summary(folder)):
         return load_masked(folder, dtype, dense, accept_terms, **options).eval()
     if dense is not None:
         raise ConfigError(f"dense: {place} is no folder of masks")
     if not folder.is_dir() and str(place) in options_of("model"):
         words = [f"model={place}", f"model.accept_terms={accept_terms}"]
-        dense = dense_folder(read_config(_composed_apart(words)).model)
-        if dense is None:
-            raise ConfigError(f"model={place} is random: expected a model with files")
-        folder = dense
+        folder = dense_folder(read_config(_composed_apart(words)).model) or folder
     return read_weights(folder, dtype, torch.device("cpu"), **options).eval()
 
 
 def results(*places: str | Path) -> pd.DataFrame:
     """Return a row for each finished run: its settings, measures, minutes and folder.
 
-    Args:
-        places: run directories, folders with run directories, or files of records.
-
-    Raises:
-        ConfigError: a place does not exist, or none holds a finished run.
+    The places are run directories, folders with run directories, or files of records.
+    Raises ConfigError if a place does not exist, or none holds a finished run.
     """
     return table_of(collect(map(Path, places)).runs).frame
 
@@ -326,77 +297,59 @@ def _dtype(model: PreTrainedModel) -> str:
 
 
 def _check(model: PreTrainedModel, tokenizer: object, texts: Texts) -> None:
-    """Raise ConfigError for a model, tokenizer or texts that `prune` and `perplexity` refuse.
-
-    A warning names a dtype in which this CPU is slow.
-    """
+    """Raise ConfigError for what `prune` and `perplexity` refuse; warn of a slow dtype."""
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ConfigError(
             f"model: expected a model of AutoModelForCausalLM, got a {type(model).__name__}"
         )
-    linear_at(model, head_path(model))
-    places = {str(parameter.device) for parameter in model.parameters()}
-    if len(places) > 1 or places == {"meta"}:
-        raise ConfigError(f"model: expected weights on one device, got {sorted(places)}")
     if isinstance(texts, Tensor):
         are_windows = texts.dim() == 2 and len(texts) > 0 and texts.shape[1] > 1
-        if texts.dtype != torch.int64 or not are_windows or texts.min() < 0:
-            raise ConfigError(
-                "texts: expected documents, a name, or int64 (windows, seqlen) with seqlen > 1"
-            )
-    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+        is_valid = texts.dtype == torch.int64 and are_windows and bool(texts.min() >= 0)
+    else:
+        is_sequence = isinstance(texts, Sequence) and len(texts) > 0
+        is_valid = is_sequence and all(isinstance(document, str) for document in texts)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError("tokenizer: expected a tokenizer of AutoTokenizer")
+    if not is_valid:
         raise ConfigError(
-            "tokenizer: expected a tokenizer of AutoTokenizer; None needs texts that are tokens"
+            "texts: expected a list of documents, the name of a text, or windows of tokens, int64 "
+            "(windows, seqlen) with seqlen > 1"
         )
-    elif not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
-        raise ConfigError("texts: expected a list of at least one document, a str each, or a name")
-    elif isinstance(texts, str) and len(texts.split()) > 1:
-        raise ConfigError("texts: expected a list of documents, or the name of a text")
     if working_dtype(model.dtype, model.device) != model.dtype:
         log.warning("model: this CPU is slow in %s; model.float() is faster", _dtype(model))
 
 
-def _composed(
+def _config(
     model: PreTrainedModel, texts: Texts, searchpath: Sequence[str], settings: dict[str, Any]
-) -> DictConfig:
-    """Compose the settings as the command line would, with the model and the text as given."""
-    if isinstance(searchpath, str):
-        raise ConfigError(f"searchpath={searchpath!r}: expected a list of places")
+) -> RunConfig:
+    """Return the settings as the command line would, with the model and the text as given."""
     path = str(model.config._name_or_path or model.config.model_type)
-    calibration = texts if isinstance(texts, str) else "text"
-    options = {"model": "local", "logger": "none", "calibration": calibration}
     values: dict[str, Any] = {
-        "model.name": path.rstrip("/").rsplit("/", 1)[-1],
+        "model": "local",
+        "model.name": Path(path).name,
         "model.path": path,
         "model.dtype": _dtype(model),
         "model.device": str(model.device),
+        "logger": "none",
+        "calibration": texts if isinstance(texts, str) else "text",
+        "hydra.searchpath": list(searchpath),
     }
+    if not isinstance(texts, str):
+        values["calibration.data_files"] = None
     if isinstance(texts, Tensor):
-        samples, seqlen = texts.shape
-        settings = {"calibration__samples": samples} | settings
-        values["calibration.seqlen"] = seqlen
+        values["calibration.seqlen"] = texts.shape[1]
+        settings = {"calibration__samples": len(texts)} | settings
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
-    unused = {*values, *options, "model.placement"}
-    if calibration == "text" and not isinstance(texts, str):
-        unused.add("calibration.data_files")
     for key in overrides:
-        if key in unused or key.split(".")[0] in _NOT_HERE:
+        if key in values or not _NOT_HERE.isdisjoint({key, key.split(".")[0]}):
             raise ConfigError(f"{key}: permllm.prune does not use it, or sets it itself")
-    choices = {key: overrides.pop(key) for key in groups() if key in overrides}
-    for key, name in choices.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"{key}: expected the name of an option, got a {type(name).__name__}")
-    options |= choices | {"hydra.searchpath": f"[{','.join(searchpath)}]"}
-    words = [f"{key}={name}" for key, name in options.items()]
-    config = _composed_apart(words)
-    for key, value in (values | overrides).items():
-        try:
-            OmegaConf.update(config, key, value)
-        except (ConfigAttributeError, ConfigKeyError) as error:
-            raise ConfigError(unknown_key(error)) from error
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}={value}: {first_line(error)}") from error
-    check_amounts(overrides, config, read_config(config))
+    words = [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+        for key, value in (values | overrides).items()
+    ]
+    composed_settings = _composed_apart(words)
+    config = read_config(composed_settings)
+    check_amounts(overrides, composed_settings, config)
     return config
 
 
@@ -413,19 +366,18 @@ def _composed_apart(words: Sequence[str]) -> DictConfig:
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore its state at the end."""
-    training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    modules = [(module, module.training) for module in model.modules()]
+    parameters = [(each, each.requires_grad, each.grad) for each in model.parameters()]
     model.eval().requires_grad_(False)
     model.zero_grad()  # learning would add to gradients
     try:
         yield
     finally:
-        for module, trains in training.items():
+        for module, trains in modules:
             module.training = trains
-        for parameter, requires_grad in required.items():
+        for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
-            parameter.grad = gradients[parameter]
+            parameter.grad = gradient
 
 
 @contextmanager
