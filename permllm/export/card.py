@@ -29,16 +29,11 @@ With a checkout of PermLLM, beside a folder `masks` with these files:
     import permllm
     model = permllm.load("masks")  # fetches the dense model; a local one: dense=DIR
 
-    permllm export masks --to my-model  # the same (--dense DIR) as a folded or gathered checkpoint
-"""
+    permllm export masks --to my-model  # the same (--dense DIR), folded or gathered"""
 
 
 def model_notice(config: dict[str, Any]) -> str | None:
-    """Return the notice that the dense model's terms demand for copies; None: they demand none.
-
-    Args:
-        config: resolved settings of the run.
-    """
+    """Return the notice that the dense model's terms demand for copies; None: they demand none."""
     model = config["model"]
     if model.get("notice") is None:
         return None
@@ -49,10 +44,7 @@ def model_notice(config: dict[str, Any]) -> str | None:
 def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[str, Any]) -> str:
     """Return the model card: Markdown with the metadata that the hub reads.
 
-    Args:
-        config: resolved settings of the run.
-        metrics: metrics of the run.
-        summary: summary of the export.
+    The settings and metrics are those of the run, and the summary that of the export.
     """
     model = config["model"]
     metadata = ModelCardData(
@@ -62,53 +54,39 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         base_model=model.get("base_model") or model.get("hub_name"),
         tags=["sparse", summary["sparsity"], "permllm"],
     )
-    methods = ", ".join(
-        f"{group} {config[group]['name']}" for group in METHOD_GROUPS if group in config
-    )
-    lines = [
+    methods = [f"{group} {config[group]['name']}" for group in METHOD_GROUPS if group in config]
+    size = f"{summary['bytes'] / 1e6:.1f} MB"
+    paragraphs = [
         f"# {model['name']}, {summary['sparsity']} sparse",
-        "",
-        f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {methods}.",
-        "",
+        f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {', '.join(methods)}.",
         _FORMS[summary["form"]],
-        "",
     ]
     if summary["form"] == "masks":
-        lines += [f"Dense model: {metadata.base_model or model['name']}, `{metrics['model']}`."]
-        lines += [f"Its terms: {model['terms']}"] if model.get("terms") else []
-        lines += ["", _APPLY]
-    elif notice := model_notice(config):
-        lines += [f"{notice} The terms: {model['terms']}", ""]
+        paragraphs.append(
+            f"Dense model: {metadata.base_model or model['name']}, `{metrics['model']}`."
+        )
+        if model.get("terms"):
+            paragraphs.append(f"Its terms: {model['terms']}")
+        paragraphs += [_APPLY, f"Masks and permutations: {size}."]
+    else:
+        if notice := model_notice(config):
+            paragraphs.append(f"{notice} The terms: {model['terms']}")
+        paragraphs.append(f"Weights: {size}, {summary['dtype']}.")
     if summary.get("patterns"):
-        lines += [f"Pattern of its linears: {sparsity_text(metrics['sparsity'])}.", ""]
+        paragraphs.append(f"Pattern of its linears: {sparsity_text(metrics['sparsity'])}.")
     if served := summary.get("served"):
-        lines += [
+        paragraphs += [
             f"vLLM runs {served['sparse']} of its {served['all']} linears, as vLLM joins them, on "
             "FP8 kernels for 2:4, and the others on dense kernels, in FP8 where their size fits. "
             "On an H100 or H200 (compute capability 9; torchao 0.18 has no kernel for a B200), in "
             "this folder:",
-            "",
             f"    {COMMAND}",
-            "",
             f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
-            "",
         ]
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in result_rows(metrics)]
-    lines += [
-        "| measure | dense | sparse |",
-        "| --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        _size(summary),
-        f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.",
-    ]
+    rows = [("measure", "dense", "sparse"), ("---", "---", "---"), *result_rows(metrics)]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    paragraphs.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+    paragraphs.append(f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.")
     # Names may come from the record of a stranger.
-    text = html.escape("\n".join(lines), quote=False)
+    text = html.escape("\n\n".join(paragraphs), quote=False)
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
-
-
-def _size(summary: dict[str, Any]) -> str:
-    size = f"{summary['bytes'] / 1e6:.1f} MB"
-    if summary["form"] == "masks":
-        return f"Masks and permutations: {size}."
-    return f"Weights: {size}, {summary['dtype']}."

@@ -17,21 +17,15 @@ def work(options: argparse.Namespace) -> Answer:
     """Run the command `permllm export`."""
     set_verbosity_error()  # warnings of transformers are errors here
     if options.form == MASKS_ALONE:
-        return _masks(options)
-    values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
-    settings = validated(ExportConfig, values, "export")
-    summary = export_run(options.run, settings, options.to, dense=options.dense)
-    report = (
-        f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
-        f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"
-    )
+        refuse(options, ["dtype", "serve", "dense"], "--form masks has no weights")
+        summary = write_masks(options.run, options.to)
+        content = "masks and permutations, no weights"
+    else:
+        values = {field.name: getattr(options, field.name) for field in fields(ExportConfig)}
+        settings = validated(ExportConfig, values, "export")
+        summary = export_run(options.run, settings, options.to, dense=options.dense)
+        content = "{form}, {dtype}, {gathers} gathers".format(**summary)
+    lines = [f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({content})"]
     if options.serve:
-        report += f"\nserve it in {options.to} by: {COMMAND}"
-    return Answer(summary, lambda: print(report))
-
-
-def _masks(options: argparse.Namespace) -> Answer:
-    refuse(options, ["dtype", "serve", "dense"], "--form masks has no weights")
-    summary = write_masks(options.run, options.to)
-    report = f"{options.to}: {summary['bytes'] / 1e6:.1f} MB (masks and permutations, no weights)"
-    return Answer(summary, lambda: print(report))
+        lines.append(f"serve it in {options.to} by: {COMMAND}")
+    return Answer(summary, lambda: print("\n".join(lines)))

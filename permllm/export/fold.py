@@ -28,11 +28,13 @@ class StoredOrder:
     """Index vectors that turn tensors in original order into stored tensors.
 
     Attributes:
+        form: `simulate`, `folded` or `gathered`.
         rows: int64 index along the first dimension, by parameter name.
         columns: int64 index along the last dimension, by parameter name.
         gathers: int64 permutation of a module's input, by module path.
     """
 
+    form: Literal["folded", "gathered", "simulate"]
     rows: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     gathers: dict[str, Tensor] = field(default_factory=dict)
@@ -46,24 +48,16 @@ class StoredOrder:
         return tensor
 
 
-def first_form(
-    groups: list[ChannelGroup], permutations: dict[str, Tensor]
-) -> Literal["folded", "gathered"]:
-    """Return `folded` if all permutations fold, else `gathered`."""
-    try:
-        folded_permutations([group for group in groups if group.name in permutations], permutations)
-    except ConfigError:
-        return "gathered"
-    return "folded"
-
-
 def stored_order(
-    form: str, model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
+    form: Literal["none", "folded", "gathered", "simulate"],
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    permutations: dict[str, Tensor],
 ) -> StoredOrder:
     """Return the stored order of a model.
 
     Args:
-        form: `simulate`, `folded` or `gathered`.
+        form: `simulate`, `folded` or `gathered`; `none`: `folded` if it is possible, or `gathered`.
         model: the model; may be on the meta device.
         groups: all channel groups of the model, whether pruned or not.
         permutations: permutations of the pruned groups, int64 `(C_in,)`, by group. Other groups
@@ -72,26 +66,32 @@ def stored_order(
     Raises:
         ConfigError: the form is `folded`, and a permutation does not fold.
     """
-    if form == "simulate":
-        return StoredOrder()
-    return (
-        _folded(model, groups, permutations)
-        if form == "folded"
-        else _gathered(model, groups, permutations)
-    )
-
-
-def _folded(
-    model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
-) -> StoredOrder:
-    shared = folded_permutations(
-        [group for group in groups if group.name in permutations], permutations
-    )
-    stored = StoredOrder()
+    if form == "none":
+        try:
+            return stored_order("folded", model, groups, permutations)
+        except ConfigError:
+            return stored_order("gathered", model, groups, permutations)
+    stored = StoredOrder(form)
     parameters = dict(model.named_parameters())
+    if form == "folded":
+        _fold(stored, parameters, model, groups, permutations)
+    elif form == "gathered":
+        _gather(stored, parameters, groups, permutations)
+    return stored
+
+
+def _fold(
+    stored: StoredOrder,
+    parameters: dict[str, nn.Parameter],
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    permutations: dict[str, Tensor],
+) -> None:
+    permuted = [group for group in groups if group.name in permutations]
+    shared = folded_permutations(permuted, permutations)
     stream = shared.get(RESIDUAL)
     for group in groups:
-        if not group.table.folds:  # `foldable` has checked that it has no permutation
+        if not group.table.folds:  # `folded_permutations` has checked that it has no permutation
             continue
         permutation = permutations.get(group.name) if group.table.producers else stream
         if permutation is not None:
@@ -99,7 +99,6 @@ def _folded(
             _put_producers(stored, parameters, group, shared.get(group.name, permutation))
     if stream is not None:
         _put_stream(stored, parameters, model, stream)
-    return stored
 
 
 def _put_stream(
@@ -137,19 +136,20 @@ def _put_producers(
                 stored.rows[name] = stored.rows[name][rows] if name in stored.rows else rows
 
 
-def _gathered(
-    model: nn.Module, groups: list[ChannelGroup], permutations: dict[str, Tensor]
-) -> StoredOrder:
-    stored = StoredOrder()
-    parameters = dict(model.named_parameters())
-    for group in (group for group in groups if group.name in permutations):
-        permutation = permutations[group.name]
+def _gather(
+    stored: StoredOrder,
+    parameters: dict[str, nn.Parameter],
+    groups: list[ChannelGroup],
+    permutations: dict[str, Tensor],
+) -> None:
+    for group in groups:
+        permutation = permutations.get(group.name)
+        if permutation is None:
+            continue
         stored.columns |= {f"{path}.weight": permutation for path in group.members}
-        absorbed = (
-            produced_permutation(group).contract(permutation) if group.table.producers else None
-        )
+        producers = group.table.producers
+        absorbed = produced_permutation(group).contract(permutation) if producers else None
         if absorbed is not None:
             _put_producers(stored, parameters, group, absorbed)
         elif not torch.equal(permutation, torch.arange(len(permutation))):
             stored.gathers |= {group.prefix + path: permutation for path in group.table.readers}
-    return stored

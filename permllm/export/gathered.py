@@ -59,8 +59,7 @@ class GatheredForCausalLM:
     ) -> Any:
         """Load the dense model and attach the permutations; arguments as in transformers.
 
-        Raises:
-            DataError: the permutations do not belong to `config.json` or to this model.
+        Raises DataError if the permutations do not belong to `config.json` or to this model.
         """
         dense: Any = CONFIG_MAPPING[config.dense_config["dense_type"]]
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
@@ -74,19 +73,33 @@ class GatheredForCausalLM:
         )
         place = {key: options.get(key) for key in _PLACE}
         file = Path(str(cached_file(checkpoint, GATHERS, **place)))
-        stored = load_permutations(file)
         permutations = {
             name.removesuffix(f".{_INPUT_ORDER}"): permutation
-            for name, permutation in stored.items()
+            for name, permutation in load_permutations(file).items()
         }
-        if other := sorted(permutations.keys() ^ set(config.gathers or ())):
-            raise DataError(
-                f"{file} and config.json do not both name the input of {printable(other[0])}"
-            )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.__class__ = _reads_gathered(dense)
-        _attach(model, permutations, file)
+        _check_inputs(file, model, config.gathers or (), permutations)
+        _attach(model, permutations)
         return loaded
+
+
+def _check_inputs(
+    file: Path, model: nn.Module, gathers: Iterable[str], permutations: Mapping[str, Tensor]
+) -> None:
+    """Raise DataError unless a file has the permutations of the inputs that config.json names."""
+    inputs = {
+        group.prefix + reader: group.channels
+        for group in channel_groups(model)
+        for reader in group.table.readers
+    }
+    expected = {path: inputs.get(path) for path in gathers}
+    sizes = {path: len(permutation) for path, permutation in permutations.items()}
+    if wrong := sorted(path for path, _ in sizes.items() ^ expected.items()):
+        raise DataError(
+            f"{file}: the permutation of {printable(wrong[0])} does not fit config.json and the "
+            "model"
+        )
 
 
 @cache
@@ -110,9 +123,7 @@ def _reads_gathered(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 def permuted_names(groups: Iterable[ChannelGroup], gathers: Collection[str]) -> dict[str, str]:
     """Return the stored names of weights whose linears read gathered inputs, by weight name.
 
-    Args:
-        groups: all channel groups of the model.
-        gathers: paths of the modules whose input is gathered.
+    The channel groups are all of the model, and `gathers` the modules whose input is gathered.
     """
     return {
         f"{path}.{_WEIGHT}": f"{path}.{_PERMUTED}"
@@ -125,12 +136,9 @@ def permuted_names(groups: Iterable[ChannelGroup], gathers: Collection[str]) -> 
 def write_gathered(
     folder: Path, config: PreTrainedConfig, permutations: Mapping[str, Tensor]
 ) -> None:
-    """Turn a dense model's checkpoint into a gathered one.
+    """Turn a dense model's checkpoint, with its config, into a gathered one.
 
-    Args:
-        folder: folder of the checkpoint; its `config.json` is replaced.
-        config: config of the dense model.
-        permutations: permutations `(channels,)` of modules' inputs, by path of the module.
+    The permutations `(channels,)` of modules' inputs are by path of the module.
     """
     dense = json.loads(config.to_json_string())
     # Renamed, because a class of transformers accepts a nested config with its own `model_type`.
@@ -144,42 +152,30 @@ def write_gathered(
     save_tensors(folder / GATHERS, stored)
 
 
-def gathered_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose input is gathered, by path."""
-    return {
-        path: module for path, module in model.named_modules() if _INPUT_ORDER in module._buffers
-    }
-
-
-def _attach(model: PreTrainedModel, permutations: Mapping[str, Tensor], file: Path) -> None:
+def _attach(model: PreTrainedModel, permutations: Mapping[str, Tensor]) -> None:
     """Add a gather to each module, and let `save_pretrained` write a gathered checkpoint."""
-    groups = channel_groups(model)
-    readers = {
-        group.prefix + path: group.channels for group in groups for path in group.table.readers
-    }
     for path, permutation in permutations.items():
-        if readers.get(path) != len(permutation):
-            raise DataError(
-                f"{file}: {printable(path)} has no input of {len(permutation)} channels to gather"
-            )
         module = model.get_submodule(path)
         device = next(module.parameters()).device
         module.register_buffer(_INPUT_ORDER, permutation.to(device, torch.int32), persistent=False)
         module.register_forward_pre_hook(_gather, with_kwargs=True)
     model.save_pretrained = partial(_save, model)  # type: ignore[method-assign]
-    names = permuted_names(groups, permutations)
+    names = permuted_names(channel_groups(model), permutations)
     model.register_load_state_dict_pre_hook(partial(_rename, names))
 
 
 def _save(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
-    modules = gathered_modules(model)
-    names = permuted_names(channel_groups(model), modules.keys())
+    permutations = {
+        path: module.get_buffer(_INPUT_ORDER)
+        for path, module in model.named_modules()
+        if _INPUT_ORDER in module._buffers
+    }
+    names = permuted_names(channel_groups(model), permutations)
     state = options.pop("state_dict", None) or model.state_dict()
     renamed = {names.get(name, name): tensor for name, tensor in state.items()}
     # transformers would apply `_NAMES` backwards, to every weight.
     options |= {"state_dict": renamed, "save_original_format": False}
     type(model).save_pretrained(model, folder, **options)
-    permutations = {path: module.get_buffer(_INPUT_ORDER) for path, module in modules.items()}
     write_gathered(Path(folder), model.config, permutations)
 
 

@@ -20,12 +20,8 @@ _IS_MASKED = "_permllm_is_masked"
 def keep_zeros(model: Any) -> None:
     """Let fine-tuning keep the zeros of a pruned model, in every linear but the head.
 
-    Args:
-        model: pruned model of transformers, or a model of peft with LoRA, after all its adapters
-            were added.
-
-    Raises:
-        ConfigError: no linear has zeros, or an adapter is no plain LoRA.
+    The model is one of transformers, or of peft with LoRA, after all its adapters were added.
+    Raises ConfigError if no linear has zeros, or an adapter is no plain LoRA.
     """
     others = {model.get_output_embeddings()}  # the head, and factors of LoRA
     has_zeros = False

@@ -5,7 +5,6 @@ files of masks and permutations of the run, its settings and results, and a card
 """
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from permllm.export.card import model_card
 from permllm.export.rebuild import apply_record
 from permllm.export.write import MASKS_ALONE, dense_model, finished_record, new_export, read_record
 from permllm.models.checkpoint import read_weights
-from permllm.models.load import dense_folder, folder_identity, load_model
+from permllm.models.load import dense_folder, folder_identity
 from permllm.settings.config import identity_of
 from permllm.store.files import MASKS, PERMUTATIONS, SUMMARY, write_json, write_text
 from permllm.store.tensors import PrunedTensors
@@ -33,14 +32,7 @@ _ANYWHERE = {"path": None, "device": "auto", "placement": "auto", "accept_terms"
 
 
 def write_masks(directory: Path, target: Path) -> dict[str, Any]:
-    """Write the masks and permutations of a run.
-
-    Args:
-        directory: directory of a finished run.
-        target: folder to write, new or empty.
-
-    Returns:
-        The summary, which is also written into the target.
+    """Write the masks and permutations of a run into a new or empty folder, and return its summary.
 
     Raises:
         ConfigError: the run is not finished or has changed weights, or the target is not empty.
@@ -80,40 +72,17 @@ def load_masked(
     accept_terms: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """Apply the masks of a folder to their dense model.
-
-    Args:
-        folder: folder with masks.
-        dtype: dtype of the weights, or its name; None or "auto": that of the run.
-        dense: the dense model, which is pruned in place, or the folder or GGUF file of a local one;
-            None: it is fetched.
-        accept_terms: as `model.accept_terms`.
-        options: further options for transformers, if the model has files.
-
-    Raises:
-        ConfigError: a local model is not given, a loaded one is given with a dtype or options, or
-            the dense model has terms that must be accepted.
-        DataError: the dense model cannot be fetched or is another one, or a file is damaged.
-    """
+    """Apply the masks of a folder to their dense model; arguments and errors as `permllm.load`."""
     metrics, config = read_record(folder)
     if isinstance(dense, PreTrainedModel):
         if dtype or options:
             raise ConfigError("dense: a loaded model keeps its dtype and takes no options")
         apply_record(dense, metrics["model"], folder)
         return dense
-    settings = dense_model(config, dense)
-    settings = replace(settings, accept_terms=accept_terms or settings.accept_terms)
-    settings.check_terms()
-    if dtype is None or dtype == "auto":
-        dtype = settings.dtype
+    settings = dense_model(config, dense, accept_terms)
     source = dense_folder(settings)
-    if source is None:  # a random model
-        on_cpu = replace(settings, device="cpu", placement="device")
-        model: Any = load_model(on_cpu, config["seed"]).model.requires_grad_(True)
-        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        identity = metrics["model"]
-    else:
-        model = read_weights(source, dtype, torch.device("cpu"), **options)
-        identity = folder_identity(settings, source)
-    apply_record(model, identity, folder)
+    if source is None:
+        raise ConfigError(f"{folder} has masks of a random model: expected a model with files")
+    model = read_weights(source, dtype or settings.dtype, torch.device("cpu"), **options)
+    apply_record(model, folder_identity(settings, source), folder)
     return model

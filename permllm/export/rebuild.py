@@ -14,15 +14,10 @@ from permllm.store.tensors import PrunedTensors
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
-    """Turn the dense model into the pruned model of a run, in place.
+    """Turn the dense model into the pruned model of a run, or of a folder with its masks, in place.
 
-    Args:
-        model: the dense model.
-        identity: identity of the dense model (`LoadedModel.identity`).
-        directory: directory of a run that has pruned its model, or a folder with its masks.
-
-    Raises:
-        DataError: as `PrunedTensors`, or the model has other linears.
+    The identity is that of the dense model (`LoadedModel.identity`).
+    Raises DataError as `PrunedTensors`, or if the model has other linears.
     """
     metrics, _ = read_record(directory)
     groups = recorded_groups(channel_groups(model), metrics["sparsity"].get("patterns", {}))

@@ -86,8 +86,7 @@ def groups_on_kernels(
     Args:
         model_type: type of the model in its config.
         groups: all its channel groups.
-        pruned: the pruned groups; some members of a group may be missing.
-        pattern: N:M of the pruned groups.
+        pruned: the groups pruned to `pattern`; some members of a group may be missing.
 
     Raises:
         ConfigError: vLLM cannot run this kind of model on the kernels, or no group fits them.
@@ -99,14 +98,11 @@ def groups_on_kernels(
         )
     # Of some other patterns too, such as 1:4, all weights are 2:4.
     is_two_of_four = 4 % pattern.m == 0 and 2 * pattern.n <= pattern.m
-    fitting: list[ChannelGroup] = []
-    unfit: list[ChannelGroup] = []
-    for group in groups:
-        if is_two_of_four and group in pruned:
-            if sum(group.rows) % _ROWS == 0 and group.channels % _CHANNELS == 0:
-                fitting.append(group)
-            else:
-                unfit.append(group)
+    whole = [group for group in groups if is_two_of_four and group in pruned]
+    fitting = [
+        group for group in whole if sum(group.rows) % _ROWS == 0 and group.channels % _CHANNELS == 0
+    ]
+    unfit = [group.name for group in whole if group not in fitting]
     sizes = f"rows divisible by {_ROWS} and channels divisible by {_CHANNELS}"
     if not fitting:
         raise ConfigError(
@@ -120,7 +116,7 @@ def groups_on_kernels(
             len(unfit),
             len(groups),
             sizes,
-            ",".join(group.name for group in unfit),
+            ",".join(unfit),
         )
     return fitting
 
@@ -136,8 +132,7 @@ def serving(
         zero_rows: linears whose weight has a row of zeros, which stay in bfloat16. The scale of
             such a row is 0, and its product with any input NaN.
 
-    Returns:
-        The content, and the numbers: `sparse`, on the kernels, and `all`.
+    The numbers are `sparse`, on the kernels, and `all`.
     """
     without_scale = [group.name for group in groups if not zero_rows.isdisjoint(group.members)]
     if without_scale:

@@ -1,12 +1,12 @@
 """Command `permllm verify`: reload a checkpoint, check N:M in stored order, compare logits."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.command import Answer
@@ -38,10 +38,9 @@ def verify(
     Returns:
         Plain values:
 
-        - `passed`: every linear has its expected N:M, and the difference of logits is finite. An
-          export in the form `simulate` is N:M in the permuted order of its run, not as stored. Its
-          rows must have the zeros of N:M instead, unless `pattern` is given;
-        - `by_row`: True: the zeros of rows were checked, as described under `passed`;
+        - `passed`: every linear has its expected N:M in stored order;
+        - `by_row`: True: the export has the form `simulate`, which is N:M in the permuted order of
+          its run. Without `pattern`, its rows must have the zeros of N:M instead;
         - `problems`: a line for each problem;
         - `pattern`: expected N:M;
         - `zeros`: share of zeros in all weights that should be sparse;
@@ -59,63 +58,58 @@ def verify(
     summary = read_summary(folder)
     if summary:
         check_files(folder, summary)
-    weights = _checked_weights(folder, summary, pattern)
-    problems = weights["problems"]
-    difference = logits_difference(folder, against) if against else None
-    if difference and not all(map(math.isfinite, difference.values())):
-        problems.append(f"the difference of its logits from those of {against} is not finite")
+    model = read_weights(folder, None, torch.device("cpu"))
+    check_runs(folder, model)
     return {
-        "passed": not problems,
-        **weights,
+        **_checked(model, summary, pattern),
         "bytes": sum(file.stat().st_size for file in weight_files(folder)),
         "checksums": summary is not None,
-        "difference": difference,
+        "difference": logits_difference(folder, against) if against else None,
     }
 
 
-def _checked_weights(
-    folder: Path, summary: dict[str, Any] | None, pattern: NMPattern | None
+def _checked(
+    model: PreTrainedModel, summary: dict[str, Any] | None, pattern: NMPattern | None
 ) -> dict[str, Any]:
-    """Load a checkpoint and check its weights; the values are those of `verify` until `dense`."""
-    model = read_weights(folder, None, torch.device("cpu"))
-    check_runs(folder, model)
-    by_row = pattern is None and summary is not None and summary.get("form") == "simulate"
+    """Return the values of `verify` that the weights of the linears decide."""
     every = channel_groups(model)
     groups = every
     expected = pattern or _TWO_OF_FOUR
+    by_row = False
     if summary and not pattern:
         expected = NMPattern.parse(summary["sparsity"], f"{SUMMARY}: sparsity")
         groups = recorded_groups(every, summary.get("patterns", {}))
+        by_row = summary.get("form") == "simulate"
     paths = [path for group in groups for path in group.members]
-    layers = []
+    dense = {path for group in every for path in group.members}.difference(paths)
+    weights = {f"{path}.weight": linear_at(model, path).weight for path in paths}
     problems = []
-    zeros = 0
-    size = 0
-    for path in paths:
-        weight = linear_at(model, path).weight
-        check_divides(expected, weight.shape[1], path)
-        nonzero = weight != 0
-        zeros_of_weight = weight.numel() - int(nonzero.sum())
-        zeros += zeros_of_weight
-        size += weight.numel()
-        name = f"{path}.weight"
+    layers = []
+    for name, weight in weights.items():
+        check_divides(expected, weight.shape[1], name)
         count = violations(weight, None, expected)
-        share = zeros_of_weight / weight.numel()
-        layers.append({"name": name, "zeros": share, "violations": count})
-        rows = int((nonzero.sum(1) * expected.m > weight.shape[1] * expected.n).sum())
+        layers.append({"name": name, "zeros": _zeros([weight]), "violations": count})
+        nonzeros = weight.count_nonzero(1)
+        rows = int((nonzeros * expected.m > weight.shape[1] * expected.n).sum())
         if by_row and rows:
             problems.append(f"{name} has {rows} rows with fewer zeros than {expected}")
         elif count and not by_row:
             problems.append(f"{name} has {count} groups that are not {expected}")
-    members = {path for group in every for path in group.members}
     return {
-        "problems": problems,
+        "passed": not problems,
         "by_row": by_row,
+        "problems": problems,
         "pattern": str(expected),
-        "zeros": zeros / size,
+        "zeros": _zeros([*weights.values()]),
         "layers": layers,
-        "dense": sorted(f"{path}.weight" for path in members.difference(paths)),
+        "dense": sorted(f"{path}.weight" for path in dense),
     }
+
+
+def _zeros(weights: list[Tensor]) -> float:
+    """Return the share of zeros in several weights."""
+    nonzeros = sum(int(weight.count_nonzero()) for weight in weights)
+    return 1 - nonzeros / sum(weight.numel() for weight in weights)
 
 
 @torch.no_grad()
@@ -159,21 +153,18 @@ def work(options: argparse.Namespace) -> Answer:
 
 def _show(folder: Path, report: dict[str, Any]) -> None:
     verdict = "passed" if report["passed"] else "FAILED"
-    place = "in stored order"
+    lines = [f"{verdict}: {folder}, {report['pattern']} in stored order"]
     if report["by_row"]:
-        place = (
-            "zeros in every row\n"
-            "export=simulate keeps the dense model's channels, so it is not N:M as stored"
-        )
-    lines = [f"{verdict}: {folder}, {report['pattern']} {place}"]
+        lines = [
+            f"{verdict}: {folder}, {report['pattern']} zeros in every row",
+            "export=simulate keeps the dense model's channels, so it is not N:M as stored",
+        ]
     lines += [f"- {problem}" for problem in report["problems"]]
     groups = sum(layer["violations"] for layer in report["layers"])
     lines.append(
         f"{len(report['layers'])} weights, {report['zeros']:.2%} zeros, {groups} violations, "
-        f"{report['bytes'] / 1e6:.1f} MB on disk"
+        f"{len(report['dense'])} dense weights, {report['bytes'] / 1e6:.1f} MB on disk"
     )
-    if report["dense"]:
-        lines.append(f"{len(report['dense'])} dense weights, as {SUMMARY} states")
     if report["difference"]:
         lines.append(
             "logits: relative difference {relative:.2e}, largest {largest:.2e}, KL {kl:.2e} nats, "

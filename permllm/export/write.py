@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
-from permllm.export.fold import StoredOrder, first_form, stored_order
+from permllm.export.fold import StoredOrder, stored_order
 from permllm.export.gathered import GATHERS, permuted_names, write_gathered
 from permllm.export.legacy import legacy_rope, legacy_tokenizer
 from permllm.export.serve import SETTINGS, check_serve, groups_on_kernels, serving
@@ -49,7 +49,6 @@ class PrunedSource:
     """Pruned model that is read one tensor at a time.
 
     Attributes:
-        dense: the dense model.
         config: resolved settings of the run.
         metrics: metrics of the run, as in `metrics.json`.
         permutations: permutations, int64 `(C_in,)`, by channel group.
@@ -80,8 +79,7 @@ def export_run(
         overwrite: True: replace an earlier checkpoint in the target once the new one is complete.
         dense: folder or GGUF file of the dense model; None: where the run found the model.
 
-    Returns:
-        The summary, which is also written into the target: form, pattern, bytes, seconds and more.
+    Returns the summary, which is also in the target: form, pattern, bytes, seconds and more.
 
     Raises:
         ConfigError: the directory has no finished run, the permutations do not fold, the target is
@@ -89,21 +87,32 @@ def export_run(
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
     metrics, config = finished_record(directory)
-    model = dense_model(config, dense)
-    model.check_terms()
-    original = dense_source(model, config["seed"])
+    original = dense_source(dense_model(config, dense), config["seed"])
     pruned = PrunedTensors(directory, metrics, original.identity)
     source = PrunedSource(original, config, metrics, pruned.permutations, pruned.weight)
     return write_checkpoint(source, settings, target, overwrite)
 
 
-def dense_model(config: dict[str, Any], place: str | Path | None) -> ModelConfig:
-    """Return the settings of a run's dense model, which is in a folder or GGUF file at `place`.
+def dense_model(
+    config: dict[str, Any], place: str | Path | None, accept_terms: bool = False
+) -> ModelConfig:
+    """Return the settings of a run's dense model.
 
-    Raises ConfigError if the place is None, and the settings of a local model have none.
+    Args:
+        config: settings of the run.
+        place: folder or GGUF file of the model; None: where the run found it.
+        accept_terms: True: the user accepts the terms of the model, as the run may have done.
+
+    Raises ConfigError if a local model has no place, or terms are not accepted.
     """
-    local = {"source": "local", "path": str(place)} if place else {}
-    return validated(ModelConfig, config["model"] | local, "model")
+    settings = dict(config["model"])
+    if place:
+        settings |= {"source": "local", "path": str(place)}
+    if accept_terms:
+        settings["accept_terms"] = True
+    model = validated(ModelConfig, settings, "model")
+    model.check_terms()
+    return model
 
 
 def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,8 +148,46 @@ def write_checkpoint(
     source: PrunedSource, settings: ExportConfig, target: Path, overwrite: bool = False
 ) -> dict[str, Any]:
     """Write a pruned model; arguments, result and errors are as in `export_run`."""
+    started = time.perf_counter()
+    model = source.dense.skeleton
+    sparsity = source.metrics["sparsity"]
+    groups = channel_groups(model)
+    pruned = recorded_groups(groups, sparsity.get("patterns", {}))
+    stored = stored_order(settings.form, model, groups, source.permutations)
+    dtype = settings.dtype or source.config["model"]["dtype"]
+    settings = replace(settings, form=stored.form, dtype=dtype)
+    fitting: list[ChannelGroup] = []
+    if settings.serve:
+        check_serve(settings)
+        pattern = NMPattern.parse(sparsity["pattern"])
+        fitting = groups_on_kernels(model.config.model_type, groups, pruned, pattern)
+    tensors = _StoredTensors(source, stored, groups, pruned, getattr(torch, dtype))
+    planned = tensors.planned()
     with new_export(target, overwrite) as folder:
-        return _write(source, settings, folder)
+        _write_settings(source.dense, stored, tensors.dtype, folder)
+        files = write_shards(folder, planned, tensors.read, int(settings.shard_gb * 1e9))
+        if stored.gathers:
+            files.append(GATHERS)
+        summary = {
+            **asdict(settings),
+            "sparsity": sparsity["pattern"],
+            "bytes": sum(tensor.nbytes for tensor in planned.values()),
+            "config_hash": source.metrics["config_hash"],
+            "gathers": len(stored.gathers),
+        }
+        if "patterns" in sparsity:
+            summary["patterns"] = sparsity["patterns"]
+        if settings.serve:
+            content, summary["served"] = serving(groups, fitting, tensors.zero_rows)
+            write_json(folder / SETTINGS, content)
+            files.append(SETTINGS)
+        summary["sha256"] = {name: file_sha256(folder / name) for name in files}
+        summary["seconds"] = time.perf_counter() - started
+        write_json(folder / SUMMARY, summary)
+        write_text(folder / "README.md", model_card(source.config, source.metrics, summary))
+        if notice := model_notice(source.config):
+            write_text(folder / "NOTICE", f"{notice}\n")
+    return summary
 
 
 @contextmanager
@@ -165,29 +212,22 @@ def new_export(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Read the summary of an export; None: the folder is not an export of PermLLM.
 
-    Raises:
-        DataError: the summary cannot be read, or lacks a key.
+    Raises DataError if it cannot be read, or lacks the pattern or the digests.
     """
     file = folder / SUMMARY
     if not file.is_file():
         return None
     summary = read_json(file)
-    needed = {"sparsity", "sha256"}
-    if has_masks(summary):
-        needed |= {"metrics", "settings"}
-    if missing := needed - summary.keys():
-        raise DataError(f"{file} lacks {min(missing)}")
-    digests = summary["sha256"]
-    if not isinstance(digests, dict) or any(Path(name).name != name for name in digests):
-        raise DataError(f"{file}: sha256 must have the names of files of this folder")
+    if lacking := {"sparsity", "sha256"} - summary.keys():
+        raise DataError(f"{file} lacks {min(lacking)}")
     return summary
 
 
 def check_files(folder: Path, summary: dict[str, Any]) -> None:
     """Raise DataError unless the files of an export are those that its summary states."""
     digests = summary["sha256"]
-    for name in sorted({*digests, *(weights.name for weights in folder.glob("*.safetensors"))}):
-        if not (folder / name).is_file() or file_sha256(folder / name) != digests.get(name):
+    for name in sorted(digests.keys() | {file.name for file in folder.glob("*.safetensors")}):
+        if file_sha256(folder / name) != digests.get(name):
             raise DataError(f"{folder / name} was changed after the export (its sha256 differs)")
 
 
@@ -202,51 +242,6 @@ def present_export(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(source: PrunedSource, settings: ExportConfig, folder: Path) -> dict[str, Any]:
-    started = time.perf_counter()
-    model = source.dense.skeleton
-    sparsity = source.metrics["sparsity"]
-    groups = channel_groups(model)
-    pruned = recorded_groups(groups, sparsity.get("patterns", {}))
-    settings = replace(
-        settings,
-        form=first_form(groups, source.permutations) if settings.form == "none" else settings.form,
-        dtype=settings.dtype or source.config["model"]["dtype"],
-    )
-    stored = stored_order(settings.form, model, groups, source.permutations)
-    fitting: list[ChannelGroup] = []
-    if settings.serve:  # before the weights, because it may fail
-        check_serve(settings)
-        pattern = NMPattern.parse(sparsity["pattern"])
-        fitting = groups_on_kernels(model.config.model_type, groups, pruned, pattern)
-    tensors = _StoredTensors(source, stored, groups, pruned, getattr(torch, str(settings.dtype)))
-    _write_settings(source.dense, stored, tensors.dtype, folder)
-    planned = tensors.planned()
-    files = write_shards(folder, planned, tensors.read, int(settings.shard_gb * 1e9))
-    if stored.gathers:
-        files.append(GATHERS)
-    summary = {
-        **asdict(settings),
-        "sparsity": sparsity["pattern"],
-        "bytes": sum(tensor.nbytes for tensor in planned.values()),
-        "config_hash": source.metrics["config_hash"],
-        "gathers": len(stored.gathers),
-    }
-    if "patterns" in sparsity:
-        summary["patterns"] = sparsity["patterns"]
-    if settings.serve:
-        content, summary["served"] = serving(groups, fitting, tensors.zero_rows)
-        write_json(folder / SETTINGS, content)
-        files.append(SETTINGS)
-    summary["sha256"] = {name: file_sha256(folder / name) for name in files}
-    summary["seconds"] = time.perf_counter() - started
-    write_json(folder / SUMMARY, summary)
-    write_text(folder / "README.md", model_card(source.config, source.metrics, summary))
-    if notice := model_notice(source.config):
-        write_text(folder / "NOTICE", f"{notice}\n")
-    return summary
-
-
 def write_card(folder: Path, directory: Path, summary: dict[str, Any]) -> None:
     """Write the model card of an export again, with the present evaluation of its run."""
     metrics, config = read_record(directory)
@@ -258,7 +253,7 @@ class _StoredTensors:
 
     Attributes:
         dtype: dtype of the stored weights.
-        zero_rows: paths of the decoder layers' linears, of those read, with a row of zeros.
+        zero_rows: paths of modules, of those read, whose weight has a row of zeros.
     """
 
     def __init__(
@@ -273,7 +268,6 @@ class _StoredTensors:
         self.zero_rows: set[str] = set()
         self._source = source
         self._stored = stored
-        self._linears = {path for group in groups for path in group.members}
         self._pruned = {path for group in pruned for path in group.members}
         permuted = permuted_names(groups, stored.gathers)
         # Names in the model by stored name.
@@ -300,7 +294,7 @@ class _StoredTensors:
         tensor = tensor.to(self.dtype)
         if not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite in {self.dtype}")
-        if path in self._linears and not tensor.any(-1).all():
+        if not tensor.any(-1).all():
             self.zero_rows.add(path)
         if is_pruned:
             # Turns -0.0 into +0.0, because some sparse kernels give wrong results for -0.0.
@@ -316,12 +310,10 @@ def write_shards(
     Args:
         folder: an existing folder.
         planned: tensors with the right shapes and dtypes, by name; may be on the meta device.
-        tensor_of: function that returns a tensor by its name; the tensors of a file are in memory
-            together.
+        tensor_of: function that returns a tensor by its name; those of a file are held together.
         largest: largest size of a file in bytes, unless a single tensor is larger.
 
-    Returns:
-        The names of the files with tensors.
+    Returns the names of the files with tensors.
     """
     split = split_torch_state_dict_into_shards(
         dict(planned), filename_pattern="model{suffix}.safetensors", max_shard_size=largest

@@ -10,7 +10,6 @@ import torch
 import yaml
 
 import permllm
-from permllm import job
 from permllm.cli import call
 from permllm.errors import ConfigError, DataError
 from permllm.export.masks import write_masks
@@ -26,7 +25,6 @@ from tests.export.pruned import (
     variant_model,
 )
 from tests.models.test_bad_checkpoints import WEIGHTS
-from tests.settings.test_config import config
 
 
 @pytest.mark.parametrize("form", ["folded", "gathered"])
@@ -51,15 +49,6 @@ def test_masks_make_the_model_of_their_run(form: str, exports: Path, tmp_path: P
     assert call("export", words) == 0
     assert read_json(tmp_path / "out" / SUMMARY)["form"] == form
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (exports / form / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("auto", torch.float32)])
-def test_masks_of_a_random_model_load_in_a_dtype_by_name(
-    name: str, dtype: torch.dtype, tmp_path: Path, cache: Path
-) -> None:
-    job.run(config("model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"))
-    write_masks(tmp_path / "run", tmp_path / "masks")
-    assert permllm.load(tmp_path / "masks", dtype=name).dtype == dtype
 
 
 def test_a_folder_of_masks_has_a_card_and_no_weights(tmp_path: Path) -> None:

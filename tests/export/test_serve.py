@@ -25,10 +25,9 @@ from permllm.export.serve import (
     serving,
 )
 from permllm.export.write import export_run, present_export
-from permllm.job import export_of, run
+from permllm.job import run
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
-from permllm.pruning.methods import methods_of
 from permllm.settings.config import ExportConfig, NMPattern, read_config
 from permllm.sparsity.nm import violations
 from permllm.store.files import SUMMARY, read_json
@@ -163,64 +162,45 @@ def test_a_row_of_zeros_keeps_its_linear_off_the_kernels(
 
 
 @pytest.mark.parametrize(
-    ("changed", "request_", "wanted"),
+    ("changed", "request_"),
     [
-        ({"family": "smollm3", "num_hidden_layers": 2}, VLLM, "export.serve"),
-        ({"family": "olmo2"}, VLLM, "export.serve"),
-        ({"pattern": NMPattern(4, 8)}, VLLM, "sparsity=2:4"),
-        (
-            {"constraint": "free"},
-            ExportConfig(dtype="bfloat16", serve="vllm"),
-            "permutation.constraint",
-        ),
-        ({}, ExportConfig("simulate", "bfloat16", serve="vllm"), "export=folded"),
-        ({}, ExportConfig("folded", "float32", serve="vllm"), "export.dtype=bfloat16"),
-        ({"hidden_size": 80, "intermediate_size": 80}, VLLM, "export.serve"),
+        ({"family": "smollm3", "num_hidden_layers": 2}, VLLM),
+        ({"pattern": NMPattern(4, 8)}, VLLM),
+        ({"constraint": "free"}, ExportConfig(dtype="bfloat16", serve="vllm")),
+        ({}, ExportConfig("simulate", "bfloat16", serve="vllm")),
+        ({}, ExportConfig("folded", "float32", serve="vllm")),
+        ({"hidden_size": 80, "intermediate_size": 80}, VLLM),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line_that_says_what_to_change(
-    changed: dict[str, Any], request_: ExportConfig, wanted: str, tmp_path: Path
+def test_a_run_that_cannot_be_served_is_refused(
+    changed: dict[str, Any], request_: ExportConfig, tmp_path: Path
 ) -> None:
     pattern = changed.pop("pattern", TWO_OF_FOUR)
     path = qwen3(tmp_path, pattern, **changed)
-    with pytest.raises(ConfigError, match=re.escape(wanted)) as refused:
+    with pytest.raises(ConfigError, match=r"^export\.serve=vllm: "):
         export_run(path, request_, tmp_path / "out")
-    assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    "changed",
     [
-        ("export=none", "export=folded"),
-        ("export=gathered", "export=folded"),
-        (
-            "export=folded export.dtype=bfloat16 permutation=heuristic",
-            "permutation.constraint=foldable",
-        ),
-        ("export=folded", "export.dtype=bfloat16"),
+        "export=none",
+        "export=gathered",
+        "permutation=heuristic",
+        "export.dtype=float32",
+        "model.architecture.hidden_size=48",
+        "model.architecture.model_type=olmo2",
+        "sparsity=4:8",
     ],
 )
-def test_a_job_that_cannot_be_served_is_refused_before_it_begins(words: str, wanted: str) -> None:
-    config = read_config(
-        composed("model=tiny", "permutation=none", "export.serve=vllm", *words.split())
-    )
-    with pytest.raises(ConfigError, match=re.escape(wanted)):
-        export_of(config, methods_of(config))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    ["model.architecture.hidden_size=48", "model.architecture.model_type=olmo2", "sparsity=4:8"],
-)
-def test_a_model_is_refused_before_its_job_begins(
+def test_a_job_that_cannot_be_served_is_refused_before_it_begins(
     changed: str, cache: Path, tmp_path: Path
 ) -> None:
     words = ["permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm"]
-    words += [changed]
-    config = read_config(composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words))
-    with pytest.raises(ConfigError, match="serve=vllm"):
-        run(config)
+    settings = composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words, changed)
+    with pytest.raises(ConfigError, match="export"):
+        run(read_config(settings))
     assert not (tmp_path / "run").exists()
 
 

@@ -148,7 +148,6 @@ def test_what_is_not_whole_is_one_line(name: str, exports: Path, tmp_path: Path)
     ("file", "content", "named"),
     [
         (SUMMARY, "{", SUMMARY),
-        (SUMMARY, '{"sparsity": "2:4", "sha256": {}, "form": "masks"}', "metrics"),
         (SUMMARY, '{"sparsity": "2:4", "sha256": {"model.safetensors": "0"}}', "sha256"),
         (SUMMARY, None, "sparsity='4:2'"),
         ("config.json", "[]", "config.json"),
@@ -168,31 +167,18 @@ def test_garbage_is_one_line(
         verify(folder)
 
 
-def test_a_checkpoint_that_says_something_else_of_its_linears_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Path) -> None:
     keep_dense = ("0", "down_proj")
     run = make_run(tmp_path, variant_model("llama"), "foldable", keep_dense=keep_dense)
-    export_run(run, ExportConfig("folded"), tmp_path / "out")
-    assert call("verify", [str(tmp_path / "out")]) == 0
-    assert "8 dense weights" in capsys.readouterr().out
+    summary = export_run(run, ExportConfig("folded"), tmp_path / "out")
+    assert len(verify(tmp_path / "out")["dense"]) == 8
     assert not verify(tmp_path / "out", NMPattern(2, 4))["passed"]  # which is of every linear
-    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
     kept = {path: text for path, text in summary["patterns"].items() if "1.mlp" not in path}
     (tmp_path / "out" / SUMMARY).write_text(json.dumps(summary | {"patterns": kept}))
     assert "down_proj.weight" in verify(tmp_path / "out")["problems"][0]
     (tmp_path / "out" / SUMMARY).write_text(json.dumps(summary | {"patterns": {"x": "2:4"}}))
     with pytest.raises(DataError, match=r"patterns.* x,"):
         verify(tmp_path / "out")
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_an_infinite_difference_fails(
-    value: float, exports: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = exports / "folded"
-    monkeypatch.setattr("permllm.export.verify.logits_difference", lambda *_: {"kl": value})
-    assert verify(folder, against=folder)["passed"] == (value == 0)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +226,3 @@ def test_the_difference_of_logits_is_that_of_the_formulas(exports: Path) -> None
 def test_a_model_of_few_positions_compares(tmp_path: Path) -> None:
     tiny_model("opt", max_position_embeddings=16).save_pretrained(tmp_path)
     assert logits_difference(tmp_path, tmp_path)["largest"] == 0.0
-
-
-def test_models_of_two_vocabularies_do_not_compare(tmp_path: Path) -> None:
-    for name, size in (("a", 259), ("b", 260)):
-        tiny_model("llama", vocab_size=size).save_pretrained(tmp_path / name)
-    with pytest.raises(ConfigError):
-        logits_difference(tmp_path / "a", tmp_path / "b")
