@@ -105,29 +105,23 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 @cache
 def git_commit(package: Path = _PACKAGE) -> dict[str, Any] | None:
-    """Return the commit of the project's checkout; None: the package lies outside of one.
+    """Return the commit of the package's checkout; None: the package lies outside of one.
 
     `dirty`: the package has uncommitted changes or untracked files, or git cannot tell.
-    A repository that only contains an installation of the package does not count.
     """
     checkout = package.parent
-    project = checkout / "pyproject.toml"
-    # In a worktree or a submodule `.git` is a file.
-    if not (checkout / ".git").exists() or not project.is_file():
+    if not (checkout / ".git").exists():
         return None
-    if f'name = "{package.name}"' not in project.read_text(encoding="utf-8").splitlines():
-        return None
-
     words = ["git", "-C", str(checkout), "status", "--porcelain=v2", "--branch"]
     words += ["--untracked-files=all", "--", str(package)]
     try:
         status = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        # The first line is `# branch.oid COMMIT`. Changes follow other lines with a number sign.
-        lines = status.splitlines()
-        dirty = any(not line.startswith("#") for line in lines)
-        return {"commit": lines[0].split()[-1], "dirty": dirty}
     except (OSError, subprocess.CalledProcessError):  # git is missing, or distrusts the folder
         return {"commit": "unknown", "dirty": True}
+    # The first line is `# branch.oid COMMIT`. Changes follow other lines with a number sign.
+    lines = status.splitlines()
+    dirty = any(not line.startswith("#") for line in lines)
+    return {"commit": lines[0].split()[-1], "dirty": dirty}
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.settings.composition import SWEEP_VARIABLE
-from permllm.settings.config import IDLE, LEARNING, METHOD_GROUPS, RunConfig, flatten
+from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig, flatten
 from permllm.store import sweep
 from permllm.store.directory import noted
 from permllm.store.environment import command_line
@@ -56,7 +56,7 @@ def job_log(file: Path) -> Iterator[None]:
         yield
         noted.info("finished")
     except BaseException as error:
-        noted.error("ended: %s", one_line(error) or type(error).__name__)
+        noted.error("ended: %s", one_line(error))
         raise
     finally:
         for logger in loggers:
@@ -70,19 +70,14 @@ class RunLogger:
     def log(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Log one training step of a method as `GROUP/NAME`.
 
-        Args:
-            group: group of the method, one of `LEARNING`.
-            values: measures by name.
-            step: number of the step, from 0 over all methods, stages of layers and epochs.
+        The steps count from 0 over all methods, stages of layers and epochs.
         """
         self._send(f"{group}/", values, step)
 
     def log_epoch(self, line: Mapping[str, Any], number: int) -> None:
-        """Log one line of `history.jsonl` as `epoch/GROUP/NAME`.
+        """Log one line of `history.jsonl`, with its number from 1, as `epoch/GROUP/NAME`.
 
-        Args:
-            line: the group of the method, and measures; None is a value without measure.
-            number: number of the line, from 1.
+        The line has the group of the method, and measures; None is a value without measure.
         """
         measured = {key: value for key, value in line.items() if value is not None}
         group = measured.pop("group")
@@ -103,36 +98,26 @@ NO_LOGGER = RunLogger()
 
 
 class _WandB(RunLogger):
-    """Run of Weights & Biases."""
+    """Run of Weights & Biases, with a row for each step, which also has the epoch that it ends."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self._step = -1
-        for axis, prefix in (("step", ""), ("epoch", _EPOCH)):
-            run.define_metric(axis, hidden=True, summary="none")
-            for group in LEARNING:
-                run.define_metric(f"{prefix}{group}/*", step_metric=axis)
-                run.define_metric(f"{prefix}{group}/loss", step_metric=axis, summary="min")
+        self._row = run.starting_step
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
-    def _send(self, prefix: str, values: Mapping[str, Any], number: Any) -> None:
-        if not prefix:
+    def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
+        if number is None:
             self._run.summary.update(dict(values))
             return
-        # W&B numbers its rows. Steps have the even rows, and an epoch the row after its last step.
-        if prefix.startswith(_EPOCH):
-            axis = "epoch"
-            row = max(2 * self._step + 1, number)
-        else:
-            axis = "step"
-            self._step = number
-            row = 2 * number
-        # A resumed run repeats steps. Their rows are known to W&B, which warns about each of them.
-        if row >= self._run.starting_step:
+        ends_row = prefix.startswith(_EPOCH)
+        if not ends_row:
+            self._row = number
+        # A resumed run repeats steps. W&B has their rows and would warn about each of them.
+        if self._row >= self._run.starting_step:
             named = {f"{prefix}{key}": value for key, value in values.items()}
-            self._run.log({axis: number} | named, step=row, commit=True)
+            self._run.log(named, step=self._row, commit=ends_row)
 
 
 class _Tracked(RunLogger):
@@ -165,10 +150,7 @@ class _Tracked(RunLogger):
 def open_logger(config: RunConfig, directory: Path, learns: bool) -> Iterator[RunLogger]:
     """Open the logger of the group `logger`, and close it at the end, also if the run fails.
 
-    Args:
-        config: settings of the run.
-        directory: run directory.
-        learns: a method of the run trains.
+    `learns` tells if a method of the run trains.
     """
     openers = {"mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
     logger = NO_LOGGER

@@ -29,12 +29,6 @@ _NUMBERS = ("retained", "moved", "output_error")
 _FIGURES = "figures"
 
 
-def is_permutation(permutation: Tensor) -> bool:
-    """Tell if a tensor of whole numbers is `(C_in,)` and has each of 0 to `C_in - 1` once."""
-    identity = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
-    return torch.equal(permutation.sort().values, identity)
-
-
 def packed_mask(mask: Tensor) -> Tensor:
     """Pack a CPU mask as uint8 `(bytes,)`, row by row, with the first entry in the highest bit."""
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
@@ -135,13 +129,14 @@ def tensor_formats(path: Path) -> dict[str, str]:
 
 
 def load_permutations(path: Path) -> dict[str, Tensor]:
-    """Read permutations by channel group, int64 `(C_in,)`.
+    """Return the permutations of a file by name, int64 `(C_in,)`.
 
-    Raises DataError if the file cannot be read or has something else.
+    Raises DataError, which names the file and the tensor, if one is no permutation.
     """
     permutations = load_tensors(path)
     for name, permutation in permutations.items():
-        if permutation.dtype not in (torch.int64, torch.int32) or not is_permutation(permutation):
+        is_integer = permutation.dtype in (torch.int64, torch.int32)
+        if not is_integer or permutation.sort().values.tolist() != [*range(permutation.numel())]:
             raise DataError(f"{path}: {name} is no permutation of its channels")
     return {name: permutation.long() for name, permutation in permutations.items()}
 
@@ -183,8 +178,6 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
             if changed := archive.testzip():
                 raise DataError(f"{changed} was changed")
         return torch.load(path, map_location=device, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # zipfile, pickle and torch raise many classes
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
@@ -247,10 +240,7 @@ def load_layer(path: Path) -> PrunedLayer:
 class PrunedTensors:
     """Pruned model of a run directory. Weights are read one by one.
 
-    Args:
-        directory: directory of a run that has pruned its model.
-        metrics: metrics of the run.
-        identity: identity of the dense model (`LoadedModel.identity`).
+    `identity` is that of the dense model (`LoadedModel.identity`).
 
     Attributes:
         permutations: permutations by channel group, int64 `(C_in,)`.

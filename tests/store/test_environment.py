@@ -28,7 +28,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "checkout"
     (folder / "permllm").mkdir(parents=True)
     (folder / "permllm" / "job.py").write_text("a = 1\n")
-    (folder / "pyproject.toml").write_text('[project]\nname = "permllm"\n')
     (folder / ".gitignore").write_text("__pycache__\n")
     git(tmp_path, "init", "--quiet", str(folder))
     git(folder, "add", "--all")
@@ -69,8 +68,6 @@ def test_a_worktree_is_a_checkout_and_a_repository_around_an_installation_is_non
     installed = checkout / ".venv" / "site-packages"
     (installed / "permllm").mkdir(parents=True)
     assert state(installed) is None
-    (checkout / "pyproject.toml").write_text('[project]\nname = "mine"\n')  # of a user
-    assert state(checkout) is None
 
 
 def test_a_checkout_that_git_does_not_read_counts_as_changed(

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 from wandb.errors import AuthenticationError
@@ -21,7 +21,7 @@ from permllm.errors import ConfigError
 from permllm.report.measures import flat_figures
 from permllm.settings.config import read_config
 from permllm.store.files import WANDB_ID, read_json, read_lines
-from permllm.store.loggers import RunLogger, _WandB, described, open_logger
+from permllm.store.loggers import RunLogger, described, open_logger
 from tests.conftest import run_python
 from tests.settings.test_config import composed
 
@@ -78,12 +78,11 @@ def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], 
     assert config["run_directory"] == str(directory)
     assert config["config_hash"] == metrics["config_hash"]
     assert "logger" not in config
-    steps = [row for row in rows(of_run) if "step" in row]
-    assert [row["step"] for row in steps] == list(range(len(steps)))
+    steps = [row for row in rows(of_run) if "permutation/loss" in row]
+    assert [row["_step"] for row in steps] == list(range(len(steps)))
     names = {f"permutation/{name}" for name in ("loss", "temperature", "flips", "seconds")}
     assert all(names <= set(row) for row in steps)
-    epochs = [row for row in rows(of_run) if "epoch" in row]
-    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    epochs = [row for row in rows(of_run) if "epoch/permutation/loss" in row]
     for row, entry in zip(epochs, read_lines(directory / "history.jsonl"), strict=True):
         assert entry.pop("group") == "permutation"
         known = {key: value for key, value in entry.items() if value is not None}
@@ -146,27 +145,16 @@ def test_the_default_is_wandb_where_a_key_is_configured_or_its_mode_is_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started = []
-
-    def log_in(prompt: bool) -> bool:
-        assert not prompt
-        if isinstance(login, Exception):
-            raise login
-        return login
-
-    def init(mode: str, **_: Any) -> SimpleNamespace:
-        started.append(mode)
-        if len(started) < len(modes):
-            raise AuthenticationError("no answer")
-        return SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda exit_code: None)
-
-    monkeypatch.setattr("wandb.login", log_in)
+    answers = [AuthenticationError("no answer")] * (len(modes) - 1) + [MagicMock()]
+    init = Mock(side_effect=answers)
+    effect = {"side_effect" if isinstance(login, Exception) else "return_value": login}
+    monkeypatch.setattr("wandb.login", Mock(**effect))
     monkeypatch.setattr("wandb.init", init)
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
-    with attempt(tmp_path, "logger=auto") as logger:
-        assert isinstance(logger, _WandB) == bool(modes)
-    assert started == modes
+    with attempt(tmp_path, "logger=auto"):
+        pass
+    assert [call.kwargs["mode"] for call in init.call_args_list] == modes
 
 
 def test_a_resumed_run_is_the_same_in_wandb(
@@ -194,19 +182,23 @@ def test_a_resumed_run_is_the_same_in_wandb(
     assert [of_run[-1]["exit"].get("exit_code", 0) for of_run in of_runs] == [1, 0]
     # A step that was done again has the number that it had: W&B keeps one of the two.
     steps = [[row["_step"] for row in rows(of_run)] for of_run in of_runs]
-    assert steps == [[0, 2, 3, 4], [4, 6, 7]]
+    assert steps == [[0, 1, 2], [2, 3]]
+    losses = [[row.get("epoch/mask/loss") for row in rows(of_run)] for of_run in of_runs]
+    assert losses == [[None, 1.5, None], [None, 0.75]]
 
 
-def test_rows_that_wandb_has_are_not_sent_again() -> None:
-    sent: list[int] = []
-    run = SimpleNamespace(starting_step=4, define_metric=lambda *_, **__: None)
-    run.log = lambda values, step, commit: sent.append(step)
-    logger = _WandB(run)
-    for step in range(4):
-        logger.log("mask", {"loss": 1.0}, step)
-        if step % 2:
-            logger.log_epoch({"group": "mask", "loss": 1.0}, step // 2 + 1)
-    assert sent == [4, 6, 7]
+def test_rows_that_wandb_has_are_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MagicMock(starting_step=2)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr("wandb.init", Mock(return_value=run))
+    with attempt(tmp_path) as logger:
+        for step in range(4):
+            logger.log("mask", {"loss": 1.0}, step)
+            if step % 2:
+                logger.log_epoch({"group": "mask", "loss": 1.0}, step // 2 + 1)
+    assert [call.kwargs["step"] for call in run.log.call_args_list] == [2, 3, 3]
 
 
 def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +209,9 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
     assert [described(one, Path("y"), False)["group"] for one in (single, asked)] == [GROUP, "mine"]
     words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
+    deploy = described(read_config(composed("model=tiny", "method=deploy")), Path("y"), True)
+    tags = ["wanda", "sensitive", "heuristic", "distill", "2:4", "tiny"]
+    assert [*deploy["tags"].values()] == tags
     for typed, name in (
         ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),
         (words.split(), "y"),
@@ -224,13 +219,6 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr("permllm.store.sweep.overrides", lambda typed=typed: typed)
         assert described(single, Path("runs/y"), False)["name"] == name
-
-
-def test_tags_name_each_method_that_does_something() -> None:
-    deploy = described(read_config(composed("model=tiny", "method=deploy")), Path("y"), True)
-    tags = ["wanda", "sensitive", "heuristic", "distill", "2:4", "tiny"]
-    assert [*deploy["tags"].values()] == tags
-    assert deploy["job_type"] == "learn"
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
