@@ -125,8 +125,7 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
     for folder in (first, second):
         model = read_weights(folder, torch.float32, torch.device("cpu")).eval()
         generator = torch.Generator().manual_seed(0)
-        length = min(_LENGTH, getattr(model.config, "max_position_embeddings", None) or _LENGTH)
-        tokens = torch.randint(vocabulary_of(model), (_SEQUENCES, length), generator=generator)
+        tokens = torch.randint(vocabulary_of(model), (_SEQUENCES, _LENGTH), generator=generator)
         logits.append(model(input_ids=tokens).logits.double())
     x, y = logits
     if x.shape != y.shape:
