@@ -21,7 +21,8 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
     With `HYDRA_FULL_ERROR=1` the failure is raised, because it may be a defect of `fast`.
 
     Args:
-        fast: function that compiles at its first call, and does not return None.
+        fast: function that compiles at its first call and may then raise any error. Its result is
+            not None.
         otherwise: consequence of a failure, the beginning of the only warning.
     """
     failed = False

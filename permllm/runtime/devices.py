@@ -11,9 +11,13 @@ from permllm.errors import ConfigError
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device of `model.device`: `auto` is a GPU if there is one, or else the CPU.
+    """Return the device of `model.device`.
 
-    Raises ConfigError if there is no such device, or several processes would share it.
+    Args:
+        device: `auto` is a GPU if there is one, or else the CPU; `cuda` is the GPU of this process.
+
+    Raises:
+        ConfigError: there is no such device, or several processes would share it.
     """
     name = device
     if name == "auto":
@@ -44,7 +48,10 @@ def cores() -> int:
 def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed Python's, numpy's and torch's global generators.
 
-    If `deterministic`, GPU kernels give the same bits each time, also the backward of attention.
+    Args:
+        seed: seed of all generators.
+        deterministic: True: use GPU kernels that give the same bits each time. False: the backward
+            of attention adds in any order.
     """
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:

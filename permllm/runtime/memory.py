@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,16 +21,22 @@ _M_MMAP_THRESHOLD = -3
 # other sizes do not fit.
 USUAL = 32 << 20
 SPARING = 1 << 20
-# Control group of this process (version 2), and the folder of all control groups.
+# Control groups of this process, and the folder of all control groups.
 _MINE = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
+# Files of a control group with the limit and the use of memory, in versions 2 and 1.
+_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 def keep_freed_memory(largest: int = USUAL) -> None:
-    """Let the GNU C library keep the freed memory of tensors of up to `largest` bytes.
+    """Let the GNU C library keep freed memory for the next tensor.
 
     Without it the system maps and clears memory for each temporary tensor, which takes a quarter of
     a step's time on a CPU. Variables `MALLOC_...` of the environment have priority.
+
+    Args:
+        largest: bytes of the largest tensor whose memory is kept: `USUAL`, or `SPARING` to use
+            little memory.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         _gnu("mallopt", _M_MMAP_THRESHOLD, largest)
@@ -89,29 +96,31 @@ def available_host_memory() -> int:
     """
     available = psutil.virtual_memory().available
     for folder in _control_groups():
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            available = min(available, limit - used + _cached_pages(folder))
+        for limit, use in _LIMITS:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+                free = int((folder / limit).read_text()) - int((folder / use).read_text())
+                available = min(available, free + _cached_pages(folder))
     return max(0, available)
 
 
-def _control_groups() -> list[Path]:
-    """Return the folder of this process's control group with its parents."""
+def _control_groups() -> Iterator[Path]:
+    """Yield the folders of this process's control groups for memory, each with its parents."""
     with contextlib.suppress(OSError):
         for line in _MINE.read_text().splitlines():
-            if line.startswith("0::/"):
-                # A container may name a group that only its host has; `_GROUPS` is then its own.
-                folder = _GROUPS / line.removeprefix("0::/")
-                parents = [above for above in folder.parents if above.is_relative_to(_GROUPS)]
-                return [folder, *parents]
-    return []
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                top = _GROUPS / "memory" if controllers else _GROUPS
+                # A container may name a group that only its host has; `top` is then its own.
+                folder = top / path.lstrip("/")
+                yield folder
+                yield from (above for above in folder.parents if above.is_relative_to(top))
 
 
 def _cached_pages(folder: Path) -> int:
     """Return the bytes of files in memory, which count as used until the system needs memory."""
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+    kinds = ("active_file", "inactive_file")
+    return sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in kinds)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,10 +12,13 @@ from torch import Tensor
 
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of products with weights of a model. Only float32 weights are rounded.
+    """Return the dtype of products.
 
-    The setting `auto` rounds to bfloat16 on a device with instructions for it, `bfloat16` on any
-    device, `float32` never.
+    Args:
+        setting: `auto` rounds float32 to bfloat16 on a device with bfloat16 instructions,
+            `bfloat16` on any device, `float32` never.
+        weights: dtype of the model. Only float32 is rounded.
+        device: device of the model.
     """
     rounds = setting == "bfloat16" or (setting == "auto" and multiplies_bfloat16(device))
     return torch.bfloat16 if rounds and weights == torch.float32 else weights
@@ -34,6 +37,10 @@ def working_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
 
     torch multiplies half-precision matrices many times slower than float32 ones on a CPU without
     instructions for them.
+
+    Args:
+        weights: dtype of the model.
+        device: device of the model.
     """
     slow = device.type == "cpu" and (
         weights == torch.float16 or (weights == torch.bfloat16 and not multiplies_bfloat16(device))

@@ -42,12 +42,17 @@ def test_what_a_stage_has_freed_is_given_back_before_the_next(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("line", "group"),
-    [("0::/", "."), ("0::/slurm/job_7/step_0", "slurm/job_7"), ("0::/on/another/host", ".")],
-    ids=["container", "slurm", "hidden"],
+    ("line", "group", "limit", "use"),
+    [
+        ("0::/", ".", "memory.max", "memory.current"),
+        ("0::/slurm/job_7/step_0", "slurm/job_7", "memory.max", "memory.current"),
+        ("0::/on/another/host", ".", "memory.max", "memory.current"),
+        ("4:blkio,memory:/slurm", "memory/slurm", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+    ids=["container", "slurm", "hidden", "version-1"],
 )
 def test_a_control_group_bounds_what_the_host_has(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, group: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, group: str, limit: str, use: str
 ) -> None:
     whole = memory.available_host_memory()
     monkeypatch.setattr(memory, "_GROUPS", tmp_path)
@@ -55,11 +60,11 @@ def test_a_control_group_bounds_what_the_host_has(
     (tmp_path / "mine").write_text(f"1:cpu:/\n{line}\n")
     folder = tmp_path / group
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.current").write_text("41000\n")
+    (folder / use).write_text("41000\n")
     # Pages of files that were read count as taken, and go as soon as something else is asked for.
     (folder / "memory.stat").write_text(
         "anon 900\ninactive_file 30000\nactive_file 10000\nfile 5\n"
     )
     for value, expected in (("max", pytest.approx(whole, rel=0.5)), ("51000", 50_000)):
-        (folder / "memory.max").write_text(f"{value}\n")
+        (folder / limit).write_text(f"{value}\n")
         assert memory.available_host_memory() == expected
