@@ -263,8 +263,8 @@ def test_bad_values_get_one_line_that_names_them(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="1"):
         cli.job(composed(*TINY, *words.split()))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
+    lines = capsys.readouterr().err.splitlines()
+    (error,) = [line for line in lines if line.startswith("error: ")]
     assert message in error
     assert not list(tmp_path.rglob("permutations.safetensors"))
 
