@@ -155,3 +155,15 @@ def check_whole(key: str, value: Any, least: int) -> None:
     """Raise ConfigError unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")
+
+
+def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Return the mean seconds of a call over `calls` calls, from an idle to an idle device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / calls

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.measuring import check_whole, main
+from experiments.measuring import check_whole, clock, main
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.layers import layer_inputs, run_layer
@@ -32,7 +32,6 @@ from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.sinkhorn import soft_batches
 from permllm.permutation.lcp.temperature import Constant
-from permllm.planning.speed import clock
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.settings.config import NMPattern, RunConfig

@@ -22,10 +22,9 @@ from torch.sparse import to_sparse_semi_structured
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.measuring import check_whole, main
+from experiments.measuring import check_whole, clock, main
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
-from permllm.planning.speed import clock
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.nm import nm_mask
 

@@ -14,7 +14,7 @@ from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.permutation.foldable import shared_permutations
 from permllm.planning.speed import Speed
-from permllm.pruning.methods import Methods, ModelGroups, windows_for
+from permllm.pruning.methods import Methods, ModelGroups
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -78,14 +78,7 @@ class Needs(NamedTuple):
 
 
 class Footprint:
-    """Sizes of a job on a device.
-
-    Args:
-        config: settings of the job.
-        model: model on the meta device.
-        methods: methods of the settings.
-        groups: channel groups of the model.
-        device: device of the job.
+    """Sizes of a job on a device; its model may be on the meta device.
 
     Attributes:
         layers, all_layers, largest_layer: number of decoder layers, and parameters of all of them
@@ -94,7 +87,7 @@ class Footprint:
         widest: largest number of rows of a channel group, over its members.
         largest: weights of the largest channel group.
         pruned: number of weights in the groups to prune.
-        permutations, masks: plans of learning.
+        plans: plan of a permutation and of a mask that learn, by group.
         text: tokens of the calibration text that a rank reads.
         forward: operations of a rank in their forward through all layers.
         measured: tokens of each evaluated text that a rank reads.
@@ -129,24 +122,16 @@ class Footprint:
         self.widest = max(sum(group.rows) for group in self.groups.every)
         self.largest = max(group.weights for group in self.groups.every)
         self.pruned = sum(group.weights for group in self.groups.pruned)
-        self.permutations = self._plan_of(methods.permutation)
-        self.masks = self._plan_of(methods.mask)
+        self.plans: dict[str, LearningPlan] = {}
+        for group in ("permutation", "mask"):
+            if group in methods.learned:
+                self.plans[group] = methods.learned[group].plan(groups.pruned, self.layers)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
         self.text = self.samples * self.seqlen / self.ranks
-        self.forward = self._forward_of(self.samples)
+        self.forward = 2 * self.all_layers * self.text
         texts = config.evaluation.perplexity
         self.measured = (texts.limit * texts.seqlen if texts.limit else _TEST_TOKENS) / self.ranks
-
-    def _plan_of(self, method: Any) -> LearningPlan:
-        """Return the plan of a permutation or mask; without stages if the method does not learn."""
-        if method is not None and method.learned:
-            return method.plan(self.groups.pruned, self.layers)
-        return LearningPlan([], 0)
-
-    def _forward_of(self, windows: int) -> float:
-        """Return the operations of a rank in a forward of some windows through all layers."""
-        return 2 * self.all_layers * windows * self.seqlen / self.ranks
 
     def streams(self, placement: str) -> bool:
         """Tell whether layers are copied to the device one at a time."""
@@ -184,28 +169,27 @@ class Footprint:
         """Return the phases of the job, by the names under which a run records their seconds."""
         streams = self.streams(placement)
         methods = self.methods
-        # All ranks enter a sharded layer together, so that they cannot share such phases.
-        sharing = 1 if placement == "sharded" else self.ranks
         loading = _START_SECONDS + self.parameters * self.item / _FILES_A_SECOND
-        evaluation = self._evaluate(sharing)
+        evaluation = self._evaluate()
         work = [
             ("load", PhaseCost(0, seconds=loading)),
             ("evaluate dense", evaluation),
             ("calibrate", self._calibrate()),
         ]
         if methods.allocation is not None:
-            work.append(("allocate", self._allocate(methods.allocation.windows, sharing)))
+            work.append(("allocate", self._allocate(methods.allocation.windows)))
         if methods.permutation is not None and methods.permutation.searches:
             work.append(("permute", self._search(methods.permutation.constraint)))
-        if self.permutations.spans:
+        if "permutation" in self.plans:
             # The gradients of soft permutations stay in memory until the end of backward.
-            learning = self._learn(methods.permutation, self.permutations, 4, streams)
+            learning = self._learn(methods.permutation, self.plans["permutation"], 4, streams)
             work.append(("permute", learning))
         if methods.mask is not None and methods.mask.statistics:
             work.append(("mask", self._refine_masks(methods.mask.statistics)))
-        if self.masks.spans:
-            waiting = self.compute_dtype.itemsize if self.masks.keeps_masked else 0
-            work.append(("mask", self._learn(methods.mask, self.masks, waiting, streams)))
+        if "mask" in self.plans:
+            plan = self.plans["mask"]
+            waiting = self.compute_dtype.itemsize if plan.keeps_masked else 0
+            work.append(("mask", self._learn(methods.mask, plan, waiting, streams)))
         if "reconstruction" in methods.learned:
             work.append(("prune", self._learn_weights(streams)))
         work += [("prune", self._prune()), ("evaluate sparse", evaluation)]
@@ -228,23 +212,22 @@ class Footprint:
         return tokens * (6 * self.hidden + 2 * self.widest) * self.item + sums
 
     def _calibrate(self) -> PhaseCost:
-        """Return the calibration; without a forward if a local method needs no dense statistics."""
+        """Return the calibration of the dense model."""
         statistics = self.methods.pruner.statistics
-        cost = PhaseCost(self._forward_memory(statistics), seconds=_START_SECONDS)
-        permutation = self.methods.permutation
-        is_local = permutation is None or permutation.local
-        if self.config.calibration.statistics != "dense" and is_local:
-            return cost
-        products = self._forward_of(self.samples + self.methods.further_targets(self.samples))
-        return cost._replace(products=products, single=self._grams(statistics))
+        return PhaseCost(
+            self._forward_memory(statistics),
+            products=self.forward,
+            single=self._grams(statistics),
+            seconds=_START_SECONDS,
+        )
 
-    def _allocate(self, windows: int, ranks: int) -> PhaseCost:
-        """Return the forwards with one pruned group each, which `ranks` ranks share."""
-        tokens = min(windows, self.samples) * self.seqlen / ranks
-        passes = sum(1 - group.layer / self.layers for group in self.groups.pruned)
-        head = 2 * self.hidden * self.vocabulary * len(self.groups.pruned)
-        products = 2 * tokens * (self.all_layers * passes + head)
-        return PhaseCost(self._forward_memory(()), products, passes=passes)
+    def _allocate(self, windows: int) -> PhaseCost:
+        """Return the forwards with one pruned group each."""
+        tokens = min(windows, self.samples) * self.seqlen / self.ranks
+        # From the layer of the group on; on average half of the layers.
+        passes = len(self.groups.pruned) / 2
+        weights = self.all_layers + 4 * self.hidden * self.vocabulary
+        return PhaseCost(self._forward_memory(()), 2 * tokens * passes * weights, passes=passes)
 
     def _search(self, constraint: Any) -> PhaseCost:
         """Return the search for permutations; a GPU makes scores while the cores solve others."""
@@ -280,14 +263,7 @@ class Footprint:
         return self._learn(self.methods.reconstruction, plan, waiting, streams)
 
     def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> PhaseCost:
-        """Return a phase that learns, with backward recomputing large activations.
-
-        Args:
-            method: method that learns.
-            plan: stages of the method, and number of its parameters.
-            waiting: bytes that stay in memory until backward, for each parameter in a stage.
-            streams: layers are copied to the device one at a time.
-        """
+        """Return a phase that learns; `waiting` bytes a parameter stay until backward."""
         parameters = plan.parameters * plan.depth // plan.layers
         share = plan.layers / self.layers
         of_rank = ceil(method.batch_size / self.ranks)
@@ -322,13 +298,9 @@ class Footprint:
         reconstruction = self.methods.reconstruction
         statistics = self.methods.pruner.statistics
         iterations = 0
-        targets = 0.0
         if reconstruction is not None:
             statistics = (*statistics, *reconstruction.statistics)
             iterations = reconstruction.iterations
-            learned_from = windows_for(reconstruction, self.samples)
-            if learned_from.start or learned_from.stop > self.samples:
-                targets = self._forward_of(learned_from.stop - learned_from.start)
         # New weights of a layer, in addition to its old weights, and their saliency.
         memory = self._forward_memory(statistics) + self.largest_layer * self.item
         memory += 8 * self.largest
@@ -344,14 +316,14 @@ class Footprint:
                 changes += group.channels * (3 * group.channels**2 + products * group.weights)
         return PhaseCost(
             memory,
-            products=forwards * self.forward + targets,
+            products=forwards * self.forward,
             single=changes,
             seconds=self.pruned * bytes_a_weight / _FILES_A_SECOND,
             passes=2,
         )
 
-    def _evaluate(self, ranks: int) -> PhaseCost:
-        """Return the evaluation of one model, with tasks whose items `ranks` ranks share."""
+    def _evaluate(self) -> PhaseCost:
+        """Return the evaluation of one model."""
         texts = self.config.evaluation.perplexity
         # Logits of a batch; of a window float32 logarithms, and float32 logits for another dtype.
         longest = max(texts.batch_tokens, texts.seqlen)
@@ -362,7 +334,8 @@ class Footprint:
         lm_eval = self.config.evaluation.lm_eval
         for task in self.config.evaluation.tasks.values():
             shots = 1 + (task.num_fewshot or 0)
-            sequences = min(_ITEMS, task.limit or lm_eval.limit or _ITEMS) * _ANSWERS / ranks
+            items = task.limit or lm_eval.limit or _ITEMS
+            sequences = items * _ANSWERS / self.ranks
             tokens += sequences * _TOKENS * shots
             batches += sequences / lm_eval.batch_size
             # Logits of a batch and their logarithms.
@@ -386,8 +359,7 @@ class Footprint:
         if placement != "device" and self.config.evaluation.perplexity.names:  # states of a text
             states = max(states, ceil(self.measured))
         size = states * self.hidden * self.item
-        learns = self.permutations.spans or self.masks.spans
-        if self.on_a_host and not streams and learns and self.config.model.source != "random":
+        if self.on_a_host and not streams and self.plans and self.config.model.source != "random":
             # Pages of mapped files, in addition to the weights in the layout for learning.
             size += self.all_layers * self.item
         if placement != "disk" or self.methods.mask is not None:

@@ -1,7 +1,6 @@
 """Placement of a job's weights by the settings or the memory."""
 
 import logging
-import math
 
 from permllm.planning.footprint import Footprint
 from permllm.planning.speed import CARDS
@@ -16,7 +15,10 @@ FITS = 0.85
 
 
 def placements(footprint: Footprint) -> list[Placement]:
-    """Return the placements that a job can have, from the fastest to the slowest."""
+    """Return the placement of the settings, or those that a job can have, the fastest first."""
+    placement = footprint.config.model.placement
+    if placement != "auto":
+        return [placement]
     if footprint.methods.needs_device:
         return ["device"]
     possible = list(PLACEMENTS)
@@ -33,45 +35,25 @@ def placement_for(footprint: Footprint) -> Placement:
     If no placement fits, the job tries the one that needs least memory, because needs are
     estimates. A warning says so.
     """
-    name, reasons = first_that_fits(footprint)
-    if name:
-        if reasons:
-            log.info("model.placement=%s, because %s", name, "; ".join(reasons))
-        return name
-    last = _allowed(footprint)[-1]
-    log.warning("no model.placement fits: %s. Trying %s", "; ".join(reasons), last)
-    return last
+    name = first_that_fits(footprint)
+    if name is None:
+        name = placements(footprint)[-1]
+        log.warning("no model.placement fits. Trying %s: plan=true shows what it needs", name)
+    elif name != placements(footprint)[0]:
+        log.info("model.placement=%s is the first that fits; plan=true shows what each needs", name)
+    return name
 
 
-def _allowed(footprint: Footprint) -> list[Placement]:
-    """Return the placements that the settings allow."""
-    placement = footprint.config.model.placement
-    return placements(footprint) if placement == "auto" else [placement]
+def first_that_fits(footprint: Footprint) -> Placement | None:
+    """Return the first placement that fits; None: none fits."""
+    return next((name for name in placements(footprint) if _fits(footprint, name)), None)
 
 
-def first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
-    """Return the first placement that fits, or None, and why earlier ones do not fit."""
-    device = footprint.device
-    card = footprint.config.plan_on
-    host: float = available_host_memory() // processes_here()
-    if card:
-        on_card = CARDS[card][-1] * 1e9
-        host = math.inf  # unknown
-    reasons: list[str] = []
-    for placement in _allowed(footprint):
-        needs = footprint.needs(placement)
-        if footprint.on_a_host:
-            places = [(needs.device + needs.host, host, str(device))]
-        else:
-            free = on_card if card else free_memory(device)
-            places = [(needs.device, free, str(device)), (needs.host, host, "the host")]
-        lacks = [
-            f"{placement} needs {size / 1e9:.1f} GB, more than {FITS:.0%} of the "
-            f"{free / 1e9:.1f} GB free on {place}"
-            for size, free, place in places
-            if size > FITS * free
-        ]
-        if not lacks:
-            return placement, reasons
-        reasons.append(lacks[0])
-    return None, reasons
+def _fits(footprint: Footprint, placement: Placement) -> bool:
+    needs = footprint.needs(placement)
+    if card := footprint.config.plan_on:  # whose host is unknown
+        return needs.device <= FITS * CARDS[card][-1] * 1e9
+    host = FITS * available_host_memory() // processes_here()
+    if footprint.on_a_host:
+        return needs.device + needs.host <= host
+    return needs.device <= FITS * free_memory(footprint.device) and needs.host <= host

@@ -1,7 +1,6 @@
 """Settings of gradient descent."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
@@ -22,15 +21,11 @@ class LearningPlan(NamedTuple):
         spans: decoder layers of each stage.
         parameters: number of parameters that learn in all stages.
         keeps_masked: masked weights stay in memory until backward.
-        columns: blocks and number of parameters of each channel group, as text.
-        stays: names of the shared permutations that do not learn.
     """
 
     spans: list[range]
     parameters: int
     keeps_masked: bool = False
-    columns: Mapping[str, tuple[str, str]] = {}
-    stays: Sequence[str] = ()
 
     @property
     def layers(self) -> int:

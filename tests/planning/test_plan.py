@@ -22,9 +22,7 @@ QWEN = "model=qwen2.5-7b"
 
 def minutes(*words: str, place: str = "device") -> dict[str, float]:
     of = planned(*words, *PLAN)
-    return of.minutes(
-        place, speed_of("h100", of.device, {of.compute_dtype, of.dtype, torch.float32})
-    )
+    return of.minutes(place, speed_of("h100", of.device, {of.compute_dtype, torch.float32}))
 
 
 def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
@@ -34,11 +32,10 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
     said = capsys.readouterr().out
     for part in ("3584", "18944", "7615616512", "device (chosen)"):
         assert part in said
-    assert "permutations learn 28 layers at a time, 28 in all" in said
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_plan_in_which_nothing_fits_has_no_minutes_and_is_an_error(
+def test_a_plan_in_which_nothing_fits_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config("model=tiny", "plan=true")
@@ -53,8 +50,6 @@ def test_a_plan_in_which_nothing_fits_has_no_minutes_and_is_an_error(
     printed = capsys.readouterr().out
     assert "host (does not fit)" in printed
     assert "│ peak" in printed
-    assert "│ minutes" not in printed
-    assert "minutes, " not in printed.replace("minutes within", "")
 
 
 def test_a_card_is_for_a_plan_alone() -> None:

@@ -115,31 +115,7 @@ class LCP(LearningSettings, LearnedPermutation):
         learned = sum(
             _count_logits(permutation.stacks(self.block_size)) for permutation in learning
         )
-        stays = [
-            permutation.name
-            for permutation in shared
-            if permutation not in learning and len(permutation.groups) > 1
-        ]
-        return LearningPlan(spans, learned, columns=self._plan_columns(shared), stays=stays)
-
-    def _plan_columns(self, shared: list[SharedPermutation]) -> dict[str, tuple[str, str]]:
-        """Return by channel group its blocks and its number of logits, as text for `plan=true`."""
-        columns = {}
-        for permutation in shared:
-            stacks = permutation.stacks(self.block_size)
-            count = sum(stack.count for stack in stacks)
-            largest = max(stack.size for stack in stacks)
-            logits = str(_count_logits(stacks))
-            if len(permutation.groups) > 1:
-                logits += f", shared as {permutation.name}"
-            elif permutation.repeats > 1:
-                heads = (
-                    f"{permutation.channels // permutation.segment} heads of {permutation.segment}"
-                )
-                logits += f", shared as {heads}, each {permutation.repeats} times"
-            for group in permutation.groups:
-                columns[group.name] = f"{count} of at most {largest}", logits
-        return columns
+        return LearningPlan(spans, learned)
 
     @override
     def permutations(self, problem: LearningProblem) -> dict[str, Tensor]:
