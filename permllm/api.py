@@ -14,7 +14,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
 from permllm.data.lookup import PERPLEXITY, calibration_text, text_named
@@ -237,7 +237,6 @@ def save(
     source = DenseSource(
         skeleton_like(model),
         tokenizer.save_pretrained if tokenizer is not None else lambda target: None,
-        model.generation_config or GenerationConfig.from_model_config(model.config),
         "",
         lambda name: state[name].detach().cpu(),
     )

@@ -334,19 +334,3 @@ def test_python_finds_options_of_a_package(package: Path) -> None:
     _, _, report = permllm.prune(loaded.model, loaded.tokenizer, texts=texts, **settings, **few)
     assert report["name"].endswith("-peak-spread-2x4")
     assert report["sparsity"]["violations"] == 0
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("mypackage.nowhere:FAMILY", "cannot be imported from mypackage.nowhere:FAMILY: No module"),
-        ("mypackage.pruner:Peak", "expected a permllm.models.families.Family"),
-    ],
-)
-def test_an_entry_point_that_gives_no_family_is_one_line(
-    package: Path, entry: str, message: str
-) -> None:
-    points = package / "mypackage-0.1.dist-info" / "entry_points.txt"
-    points.write_text(f"[permllm.families]\nstablelm = {entry}\n")
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        families.family_of_a_package("stablelm")

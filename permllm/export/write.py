@@ -336,7 +336,7 @@ def _write_settings(
     config.dtype = dtype
     try:
         config.save_pretrained(folder)
-        dense.generation.save_pretrained(folder)
+        dense.skeleton.generation_config.save_pretrained(folder)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers cannot save the model's settings: {reason}") from error

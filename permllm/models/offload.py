@@ -26,6 +26,7 @@ from permllm.models.families import decoder_layers, family_of
 from permllm.runtime.memory import to_device
 from permllm.store.tensors import load_tensor
 
+ReadTensor = Callable[[str], Tensor]
 ChangeWeight = Callable[[Tensor], Tensor]
 GetTensor = Callable[[], Tensor]
 
@@ -135,21 +136,31 @@ class Stored:
 
 
 class Offloaded(LayerPlacement):
-    """Placement `host`: weights are in host memory, pinned for a GPU, until a layer is entered.
+    """Placements `host` and `disk`: weights are elsewhere until their layer is entered.
 
     A GPU fetches the next layer in the same direction meanwhile. A layer stays on the device until
-    another layer is entered.
+    another layer is entered. With `host` the weights are in host memory, pinned for a GPU.
+
+    With `disk` they are in the checkpoint's safetensors files, which are not written to. A masked
+    weight is read from its file and masked each time. A weight with other changes stays in host
+    memory until `read_from` names a file that has it.
 
     Args:
         model: the model; all but its layers is on the device.
         device: the device that computes.
+        read: function that returns a parameter from the files by its name in the model; None: the
+            parameters are in memory.
     """
 
     streams = True
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, read: ReadTensor | None = None
+    ) -> None:
         super().__init__(model)
         self.device = device
+        self.reads_files = read is not None
+        self._read = read
         self._stored: list[list[Stored]] = [[] for _ in self._layers]
         self._of_linear: dict[nn.Module, Stored] = {}
         self._users: dict[int, int] = {}  # number of users of each layer on the device
@@ -162,8 +173,8 @@ class Offloaded(LayerPlacement):
                 parent, _, name = path.rpartition(".")
                 module = layer.get_submodule(parent)
                 absent = torch.empty_like(parameter, device="meta")
-                read = self.source(f"{self._prefix}.{index}.{path}", parameter)
-                stored = Stored(index, module, name, absent, read)
+                get = self.source(f"{self._prefix}.{index}.{path}", parameter)
+                stored = Stored(index, module, name, absent, get)
                 stored.put(absent)
                 self._stored[index].append(stored)
                 if name == "weight":
@@ -171,7 +182,7 @@ class Offloaded(LayerPlacement):
 
     def source(self, name: str, parameter: nn.Parameter) -> GetTensor:
         """Return a function that reads a parameter, which has this name in the model."""
-        return self.keep(parameter.data)
+        return partial(self._read, name) if self._read else self.keep(parameter.data)
 
     def keep(self, value: Tensor) -> GetTensor:
         """Store the value of a parameter, and return a function that reads it."""
@@ -242,12 +253,25 @@ class Offloaded(LayerPlacement):
 
     @override
     def replace(self, linear: nn.Linear, weight: Tensor, mask: GetTensor | None = None) -> None:
-        """Store a new weight of a linear; the mask is not needed."""
+        """Store a new weight of a linear, or its mask if the weight is read from a file."""
+        if mask is not None and self.reads_files:
+            self.rearrange(linear, lambda present: masked(mask(), present))
+            return
         stored = self._of_linear[linear]
         value = weight.detach().to(self.device, stored.absent.dtype)
         stored.read = self.keep(value)
         stored.changes = []
         self._follow(linear, lambda _: value)
+
+    @override
+    def read_from(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
+        """Read replaced weights from another file, and drop their copies in host memory."""
+        if not self.reads_files:
+            return
+        for linear, name in names.items():
+            stored = self._of_linear[linear]
+            stored.read = partial(load_tensor, file, name)
+            stored.changes = []
 
     @override
     def rearrange(self, linear: nn.Linear, change: ChangeWeight) -> None:
@@ -277,48 +301,6 @@ class Offloaded(LayerPlacement):
                 hook = layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
                 hooks.enter_context(hook)
             yield
-
-
-class OnDisk(Offloaded):
-    """Placement `disk`: the layers' weights are in a checkpoint's safetensors files.
-
-    The files are not written to. A masked weight is read from its file and masked each time. A
-    weight with other changes stays in host memory until `read_from` names a file that has it.
-
-    Args:
-        model: as in `Offloaded`.
-        device: as in `Offloaded`.
-        read: function that returns a parameter from the files by its name in the model.
-    """
-
-    reads_files = True
-
-    def __init__(
-        self, model: nn.Module, device: torch.device, read: Callable[[str], Tensor]
-    ) -> None:
-        self._read = read
-        super().__init__(model, device)
-
-    @override
-    def source(self, name: str, parameter: nn.Parameter) -> GetTensor:
-        """Return a function that reads a parameter from the files."""
-        return partial(self._read, name)
-
-    @override
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: GetTensor | None = None) -> None:
-        """Keep the mask of a new weight, or the weight itself where there is no mask."""
-        if mask is None:
-            super().replace(linear, weight)
-        else:
-            self.rearrange(linear, lambda present: masked(mask(), present))
-
-    @override
-    def read_from(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
-        """Read replaced weights from another file, and drop their copies in host memory."""
-        for linear, name in names.items():
-            stored = self._of_linear[linear]
-            stored.read = partial(load_tensor, file, name)
-            stored.changes = []
 
 
 def masked(mask: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gat
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 
 DENSE = "dense"
@@ -38,23 +38,12 @@ def pruned_groups(groups: list[ChannelGroup], keep_dense: Iterable[str]) -> list
 
 
 def recorded_groups(groups: list[ChannelGroup], patterns: Mapping[str, str]) -> list[ChannelGroup]:
-    """Return the channel groups that were pruned, from `patterns` of a record or an export.
-
-    Raises DataError if the model lacks a linear of `patterns`.
-    """
-    unknown = patterns.keys() - {path for group in groups for path in group.members}
-    if unknown:
-        raise DataError(f"its patterns name {min(unknown)}, but the model has no such linear")
+    """Return the channel groups that were pruned, from `patterns` of a record or an export."""
     return without_dense(groups, {path for path, text in patterns.items() if text == DENSE})
 
 
 def recorded_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
-    """Return `dense` by path for the linears that are not pruned.
-
-    Args:
-        groups: all channel groups of the model.
-        pruned: the pruned groups.
-    """
+    """Return `dense` by path for the linears of `groups` that are not pruned."""
     sparse = {path for group in pruned for path in group.members}
     return {path: DENSE for group in groups for path in group.members if path not in sparse}
 
@@ -82,10 +71,5 @@ def _named(name: str, groups: list[ChannelGroup]) -> set[str]:
             if in_layer or (in_path and not is_index):
                 paths.add(path)
     if not paths:
-        members = {path.rpartition(".")[2] for group in groups for path in group.members}
-        valid = ", ".join(sorted(members))
-        raise ConfigError(
-            f"keep_dense: the model has no {name!r}; expected a layer, 0 to {layers - 1}, or one "
-            f"of {valid}"
-        )
+        raise ConfigError(f"keep_dense: the model has no {name!r}; plan=true lists the linears")
     return paths

@@ -1,16 +1,16 @@
 """Placement `sharded`: the layers' weights in equal parts on the devices of several ranks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from typing_extensions import override
 
-from permllm.models.checkpoint import ReadTensor
-from permllm.models.offload import Offloaded
+from permllm.models.offload import Offloaded, ReadTensor
 
 
 class Sharded(Offloaded):
@@ -35,8 +35,8 @@ class Sharded(Offloaded):
     def __init__(self, model: nn.Module, device: torch.device, read: ReadTensor | None) -> None:
         assert dist.group.WORLD is not None
         self._mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-        self._read = read
-        super().__init__(model, device)
+        super().__init__(model, device, read)
+        self.reads_files = False  # once, in `source`
         self._stream = None  # no fetching ahead, because ranks must join their parts together
 
     @override
@@ -48,16 +48,8 @@ class Sharded(Offloaded):
     @override
     def keep(self, value: Tensor) -> Callable[[], Tensor]:
         """Keep this rank's part of a new value, and return a function that joins the parts."""
-        return _part(value, self._mesh, self.device).full_tensor
-
-
-def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device) -> DTensor:
-    """Return this rank's rows of a matrix; each rank has the whole of a vector."""
-    if tensor.dim() < 2:
-        return DTensor.from_local(tensor.to(device, copy=True), mesh, [Replicate()])
-    rows = tensor.chunk(mesh.size())
-    mine = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else tensor[:0]
-    local = mine.to(device, copy=True).contiguous()
-    return DTensor.from_local(
-        local, mesh, [Shard(0)], shape=tensor.shape, stride=(tensor[0].numel(), 1)
-    )
+        # Rows of a matrix; each rank has the whole of a vector.
+        placement = Shard(0) if value.dim() > 1 else Replicate()
+        whole = value.to(self.device)
+        part: Any = distribute_tensor(whole, self._mesh, [placement], src_data_rank=None)
+        return part.clone().full_tensor  # a copy, because the part would keep the whole in memory

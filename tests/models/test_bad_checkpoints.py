@@ -16,14 +16,12 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertLMHeadModel,
-    BertModel,
     ByT5Tokenizer,
     PreTrainedModel,
 )
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.gathered import write_gathered
-from permllm.models.checkpoint import transformers_reads
 from permllm.models.load import load_model, meta_model
 from permllm.settings.config import ModelConfig
 from permllm.store.files import SUMMARY
@@ -31,7 +29,7 @@ from tests.conftest import tiny_config, tiny_model
 
 Tensors, Settings = dict[str, Any], dict[str, Any]
 WEIGHTS = "model.safetensors"
-UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
+UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
 
 @pytest.fixture
@@ -74,16 +72,12 @@ def poisoned(shape: tuple[int, ...], value: float) -> Tensor:
 
 BROKEN: dict[str, tuple[Any, Settings, str]] = {
     "a linear is missing": ({UP: None}, {}, f"lacks {UP}"),
-    "the head is missing": ({HEAD: None}, {}, f"lacks {HEAD}"),
-    "a linear is renamed": ({UP: None, "up.weight": torch.ones(2)}, {}, f"lacks {UP}"),
     "a tensor too many": ({"x\n": torch.ones(2)}, {}, r"config asks for none, x\\n:"),
     "another shape": ({UP: torch.ones(60, 32)}, {}, f"another shape .* {UP}"),
     "integers": ({UP: torch.ones(64, 32, dtype=torch.int8)}, {}, f"{UP} as I8"),
-    "8-bit floats": ({UP: torch.ones(64, 32).to(torch.float8_e4m3fn)}, {}, f"{UP} as F8_E4M3"),
     "NaN in a norm": ({NORM: poisoned((32,), float("nan"))}, {}, f"{NORM} holds values"),
     "infinity in a linear": ({UP: poisoned((64, 32), -float("inf"))}, {}, f"{UP} holds values"),
     "a layer too many": ({}, {"num_hidden_layers": 1}, r"asks for none, model\.layers\.1\."),
-    "a layer too few": ({}, {"num_hidden_layers": 3}, r"lacks model\.layers\.2\."),
     "quantised": ({}, {"quantization_config": {"quant_method": "x"}}, "quantization_config"),
     "a kernel of the hub": ({}, {"attn_implementation": "a/b"}, "attn_implementation"),
     "weights elsewhere": ({}, {"transformers_weights": "../x.safetensors"}, "transformers_weights"),
@@ -112,9 +106,7 @@ def test_a_broken_checkpoint_is_refused_by_name(folder: Path, name: str) -> None
     refused(folder, named, placement="disk")
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 9999])
 def test_garbage_is_one_line(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
@@ -143,20 +135,13 @@ def test_a_folder_without_a_tokenizer_or_a_decoder_is_refused(folder: Path, tmp_
     for file in folder.glob("*token*"):
         file.unlink()
     refused(folder, f"cannot load {folder}")
-    refused(tmp_path / "nothing", "nothing is no checkpoint: there is no such folder")
+    refused(tmp_path / "nothing", "nothing is no checkpoint")
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    BertModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(tmp_path / "bert")
-    refused(tmp_path / "bert", "attends to later tokens")
-    # Its head has a norm, whose dtype is not that in which heads are compared.
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    # The head has a norm, whose dtype is not that in which heads are compared.
     decoder = BertConfig(hidden_size=8, is_decoder=True, vocab_size=300, **sizes)
     BertLMHeadModel(decoder).save_pretrained(folder)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     refused(folder, "run one at a time")
-
-
-def test_a_gpu_that_is_too_small_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(torch.OutOfMemoryError), transformers_reads(tmp_path):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known type", "a type of its own"])
@@ -193,7 +178,6 @@ PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (Code, "cannot load"),
     "code among tensors": (lambda marker: WHOLE | {"x": Code(marker)}, "cannot load"),
     "a text": (lambda marker: WHOLE | {UP: "x"}, "cannot load"),
-    "integers": (lambda marker: WHOLE | {UP: WHOLE[UP].to(torch.int8)}, f"{UP} as torch.int8"),
     "NaN": (lambda marker: WHOLE | {NORM: WHOLE[NORM] * torch.nan}, f"{NORM} holds values"),
 }
 
@@ -205,7 +189,7 @@ def test_pickled_weights_are_read_but_their_code_never_runs(folder: Path, name: 
     torch.save(make(folder / "ran"), folder / "pytorch_model.bin")
     refused(folder, named)
     assert not (folder / "ran").exists()
-    refused(folder, "cannot load|placement=disk|as torch.int8", placement="disk")
+    refused(folder, "cannot load|placement=disk", placement="disk")
 
 
 @pytest.mark.parametrize("sizes", [{"num_key_value_heads": 3}, {"model_type": "nonsense"}], ids=str)
@@ -233,6 +217,6 @@ def test_names_without_the_prefix_of_the_model_are_no_way_around(folder: Path) -
     tensors = {name.removeprefix("model."): one for name, one in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})  # as OPT's files on the hub have them
     assert load_model(local(folder), seed=0).model is not None
-    bias = "decoder.layers.0.fc1.bias"
-    save_file(tensors | {bias: tensors[bias].to(torch.int8)}, file, {"format": "pt"})
-    refused(folder, f"{bias} as I8")
+    weight = "decoder.layers.0.fc1.weight"
+    save_file(tensors | {weight: tensors[weight].to(torch.int8)}, file, {"format": "pt"})
+    refused(folder, f"{weight} as I8")

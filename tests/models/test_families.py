@@ -134,16 +134,6 @@ def test_layers_one_by_one_give_what_the_model_gives(model_type: str) -> None:
     torch.testing.assert_close(states, hidden)
 
 
-def test_a_stream_takes_the_format_that_a_layer_widens_its_states_to() -> None:
-    model = tiny_model("llama")
-    stream = LayerStream(model, TOKENS, batch_size=2)
-    decoder_layers(model)[0].register_forward_hook(lambda _, __, output: output.double())
-    expected = torch.cat([output.clone() for output in stream.forward(0)])
-    stream.advance(0)
-    assert stream.states().dtype == torch.float64
-    assert torch.equal(stream.states(), expected)
-
-
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_other_decoders_are_pruned_gathered_and_not_folded(model_type: str, tmp_path: Path) -> None:
     model, tokenizer = built(model_type), ByT5Tokenizer(extra_ids=0)
@@ -190,9 +180,3 @@ def test_what_is_no_decoder_of_attention_and_linears_is_refused(
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ConfigError, match=reason):
         channel_groups(model)
-
-
-@pytest.mark.parametrize("key", ["intermediate_size", "num_hidden_layers"])
-def test_a_model_with_nothing_to_prune_is_refused(key: str) -> None:
-    with pytest.raises(ConfigError, match="nothing to prune"):
-        channel_groups(tiny_model("llama", **{key: 0}))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm import job
 from permllm.errors import ConfigError, DataError
@@ -72,13 +71,6 @@ def test_a_folder_keeps_its_dtype(form: str, tmp_path: Path, cache: Path) -> Non
     assert other.directory != result.directory
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_a_run_says_its_dtype(name: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        load_model(local(folder, dtype=name), seed=0)
-    assert [name in line for line in caplog.messages] == [True]
-
-
 def test_a_gguf_file_is_read_as_bfloat16(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     assert with_dtype(local(tmp_path / "model.gguf", dtype="auto")).dtype == "bfloat16"
@@ -136,14 +128,8 @@ def test_windows_with_tokens_that_the_model_lacks_are_refused() -> None:
         check_windows("text", windows, model)
 
 
-def test_windows_beyond_a_buffer_of_positions_are_refused() -> None:
+def test_windows_beyond_an_embedding_of_positions_are_refused() -> None:
     windows = torch.zeros(1, 17, dtype=torch.long)
     check_windows("text", windows, tiny_model("llama", max_position_embeddings=16))  # computes them
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "rotary_dim": 4}
-    gptj = AutoConfig.for_model("gptj", n_positions=16, **sizes)
-    mpt = AutoConfig.for_model("mpt", max_seq_len=16, d_model=32, n_heads=4, n_layers=2)
-    for architecture in (gptj, mpt):
-        model = AutoModelForCausalLM.from_config(architecture)
-        check_windows("text", windows[:, :16], model)
-        with pytest.raises(DataError, match="16 positions"):
-            check_windows("text", windows, model)
+    with pytest.raises(DataError, match="16 positions"):
+        check_windows("text", windows, tiny_model("opt", max_position_embeddings=16))

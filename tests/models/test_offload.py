@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ from permllm import job
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import measure_perplexity
 from permllm.models.families import decoder_layers, linear_at
-from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
-from permllm.models.offload import Offloaded, placement_of
+from permllm.models.offload import placement_of
 from permllm.models.source import dense_source
 from tests.conftest import tiny_model
 from tests.models.test_bad_checkpoints import local
@@ -103,7 +101,7 @@ def test_generation_settings_come_from_the_files(tmp_path: Path) -> None:
         on_device, on_disk = (measure_perplexity(model, windows, 32) for model in models)
         assert on_device == on_disk
         source = dense_source(local(export, placement="device"), 0)
-        generations = [*(model.generation_config for model in models), source.generation]
+        generations = [model.generation_config for model in (*models, source.skeleton)]
         assert {one.repetition_penalty for one in generations if one} == {1.5}
         (export / "generation_config.json").unlink(missing_ok=True)
 
@@ -212,41 +210,6 @@ def test_a_graph_keeps_the_weights_that_it_was_made_with(checkpoint: Path, place
         made.backward()
         gradients.append(states.grad)
     assert torch.equal(*gradients)
-
-
-def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_computes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = saved("llama", tmp_path, num_hidden_layers=4)
-    model = load_model(local(folder, placement="host"), 0).model
-    place, seen = placement_of(model), list[str]()
-    assert isinstance(place, Offloaded)
-    read = place._values
-
-    def noted(index: int) -> list[Tensor]:
-        seen.append(f"read {index}")
-        return read(index)
-
-    monkeypatch.setattr(place, "_values", noted)
-    for name in ("current_stream", "stream", "Event"):  # a GPU's, which are there at once
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(place, "_stream", MagicMock())
-    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
-    stream = LayerStream(model, torch.zeros(4, 8, dtype=torch.long), batch_size=2)
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.register_forward_pre_hook(lambda *_, index=index: seen.append(f"compute {index}"))
-    for index in range(2):
-        stream.advance(index)
-    assert seen == ["read 0", "read 1", *2 * ["compute 0"], "read 2", *2 * ["compute 1"]]
-    seen.clear()
-    for index in (2, 3, 3, 2, 1, 0):
-        with place.layer(index):
-            pass
-    assert seen == [f"read {index}" for index in (3, 2, 1, 0, 1)]
-    linear = linear_at(model, "model.layers.1.mlp.down_proj")
-    place.rearrange(linear, torch.ones_like)  # it is on its way as it was
-    with place.layer(1):
-        assert bool((linear.weight == 1).all())
 
 
 @pytest.mark.parametrize(
