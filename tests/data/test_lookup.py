@@ -95,10 +95,8 @@ def test_documents_of_ones_own_are_for_calibration_or_perplexity_but_not_for_bot
     ("source", "message"),
     [
         (None, "cannot be imported: No module named 'ownpackage"),
-        ("raise ValueError('a reason\\nof two lines')", "cannot be imported: a reason"),
-        ("", "the module needs a TEXT"),
-        (MINE.replace("Mine()", "Mine"), "the module needs a TEXT"),
-        (MINE.replace("= evaluates", ""), "the module needs a TEXT with `evaluates = True`"),
+        ("", "has no attribute 'TEXT'"),
+        (MINE.replace("= evaluates", ""), "its TEXT needs `evaluates = True`"),
     ],
 )
 def test_a_module_that_is_no_text_is_one_line(mine: Path, source: str | None, message: str) -> None:

