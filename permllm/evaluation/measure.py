@@ -1,6 +1,6 @@
 """Evaluation of a model by a list of measures, each with a key that determines its result."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from permllm.evaluation.lm_eval import run_task
 from permllm.evaluation.perplexity import measure_perplexity
 from permllm.models.load import LoadedModel
 from permllm.runtime import parallel
-from permllm.settings.config import EvaluationConfig
+from permllm.settings.config import EvaluationConfig, LMEvalConfig, TaskConfig
 from permllm.settings.identity import digest_of
 from permllm.store.cache import cached, tensor_digest
 from permllm.store.directory import RunDirectory
@@ -21,8 +21,8 @@ from permllm.store.files import EVALUATIONS, read_json
 
 # Values by the name of a text or a task; `scores` are the values of single windows or items.
 Results = dict[str, dict[str, Any]]
-# Function that measures a model; its argument, `dense` or `sparse`, labels the progress bar.
-Run = Callable[[str], Results]
+# Function that measures a model.
+Run = Callable[[], Results]
 
 
 def evaluate(
@@ -44,64 +44,59 @@ def evaluate(
         which: `dense` or `sparse`.
         record: record of the run.
     """
-    evaluation = record.evaluation
-    folder = record.directory / EVALUATIONS
-    others = parallel.on_main(lambda: [read_json(file) for file in sorted(folder.glob("*.json"))])
-    with fp8_products(loaded.model) if settings.weights else nullcontext():
-        for kind, key, run in _measures(loaded, settings, windows, evaluation):
-            measured = _part(evaluation, "measured", which)
-            if key in measured:
-                continue
-            results = _results_of_others(others, kind, key, which)
-            if not results:
-                results = _measured(loaded, kind, key, run, which)
-            for name, values in results.items():
-                scores = values.pop("scores", None)
-                if scores:
-                    _part(evaluation, "scores", kind, which)[name] = scores
-                _part(evaluation, kind, which)[name] = values
-            measured[key] = list(results)
-            record.save()
-
-
-def _measures(
-    loaded: LoadedModel,
-    settings: EvaluationConfig,
-    windows: Mapping[str, Tensor],
-    evaluation: dict[str, Any],
-) -> Iterator[tuple[str, str, Run]]:
-    """Yield the perplexity on each text, and each task.
-
-    Each has a kind (`perplexity` or `tasks`, the key of its results in an evaluation), a text that
-    determines the result together with the model, and its function.
-    """
+    perplexity = settings.perplexity
     rounding = f"/{settings.weights}" if settings.weights else ""
-    for name, of_text in windows.items():
-        key = f"perplexity/{name}/{of_text.shape[1]}/{tensor_digest(of_text)[:16]}{rounding}"
-        yield "perplexity", key, partial(_perplexity, loaded, settings, name, of_text)
-    for name in settings.tasks:
-        file_name = Path(name).name
-        digest = digest_of(evaluation["evaluation"]["tasks"][file_name])
-        key = f"tasks/{file_name}/{digest}{rounding}"
-        yield "tasks", key, partial(_task, loaded, settings, name)
+    with fp8_products(loaded.model) if settings.weights else nullcontext():
+        for name, of_text in windows.items():
+            run = partial(_perplexity, loaded, name, of_text, perplexity.batch_tokens, which)
+            digest = tensor_digest(of_text)[:16]
+            key = f"perplexity/{name}/{of_text.shape[1]}/{digest}{rounding}"
+            _add(record, loaded, "perplexity", key, which, run)
+        for name, config in settings.tasks.items():
+            run = partial(_task, loaded, name, config, settings.lm_eval)
+            file_name = Path(name).name
+            digest = digest_of(record.evaluation["evaluation"]["tasks"][file_name])
+            _add(record, loaded, "tasks", f"tasks/{file_name}/{digest}{rounding}", which, run)
 
 
 def _perplexity(
-    loaded: LoadedModel, settings: EvaluationConfig, name: str, windows: Tensor, which: str
+    loaded: LoadedModel, name: str, windows: Tensor, batch_tokens: int, which: str
 ) -> Results:
-    tokens = settings.perplexity.batch_tokens
-    return {name: measure_perplexity(loaded.model, windows, tokens, f"{which} perplexity")}
+    return {name: measure_perplexity(loaded.model, windows, batch_tokens, f"{which} perplexity")}
 
 
-def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, which: str) -> Results:
-    config = settings.tasks[name]
-    results = run_task(loaded.model, loaded.tokenizer, name, config, settings.lm_eval)
+def _task(loaded: LoadedModel, name: str, config: TaskConfig, shared: LMEvalConfig) -> Results:
+    results = run_task(loaded.model, loaded.tokenizer, name, config, shared)
     return {task: values | {"asked": Path(name).name} for task, values in results.items()}
 
 
-def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) -> Results:
+def _add(
+    record: RunDirectory, loaded: LoadedModel, kind: str, key: str, which: str, run: Run
+) -> None:
+    """Add results of a kind to an evaluation that lacks them.
+
+    The key determines the results together with the model.
+    """
+    evaluation = record.evaluation
+    measured = _part(evaluation, "measured", which)
+    if key in measured:
+        return
+    results = parallel.on_main(lambda: _results_of_others(record, kind, key, which))
+    if not results:
+        results = _measured(loaded, kind, key, which, run)
+    for name, values in results.items():
+        scores = values.pop("scores", None)
+        if scores:
+            _part(evaluation, "scores", kind, which)[name] = scores
+        _part(evaluation, kind, which)[name] = values
+    measured[key] = list(results)
+    record.save()
+
+
+def _measured(loaded: LoadedModel, kind: str, key: str, which: str, run: Run) -> Results:
+    """Measure the model; results of a dense one are in the cache."""
     if which != "dense":
-        return parallel.broadcast(run(which))
+        return parallel.broadcast(run())
     key_of_cache = {
         "model": loaded.identity,
         "dtype": str(loaded.model.dtype),
@@ -109,13 +104,14 @@ def _measured(loaded: LoadedModel, kind: str, key: str, run: Run, which: str) ->
         "device": loaded.model.device.type,
         "measure": key,
     }
-    return cached(kind, key_of_cache, lambda: run(which))
+    return cached(kind, key_of_cache, run)
 
 
-def _results_of_others(others: list[dict[str, Any]], kind: str, key: str, which: str) -> Results:
-    """Return results of other evaluations under a key; empty: there are none."""
+def _results_of_others(record: RunDirectory, kind: str, key: str, which: str) -> Results:
+    """Return results of the run's other evaluations under a key; empty: there are none."""
     results = {}
-    for other in others:
+    for file in sorted((record.directory / EVALUATIONS).glob("*.json")):
+        other = read_json(file)
         for name in _part(other, "measured", which).get(key, []):
             scores = _part(other, "scores", kind, which).get(name)
             results[name] = other[kind][which][name] | {"scores": scores}

@@ -104,26 +104,21 @@ def _nats_of_windows(
 ) -> Iterator[float]:
     """Yield the negative log-likelihood of each window, a sum over its tokens."""
     batches = windows.to(next(model.parameters()).device).split(batch_size)
-    streams = placement_of(model).streams
     tokens = batches[0].numel()
     at_a_time = tokens_at_a_time(vocabulary_of(model), tokens)
-    head = Head(model) if streams or at_a_time < tokens else None
+    head = Head(model)
+    streams = placement_of(model).streams
     states_of = _streamed_states(model, batches, label) if streams else _states(model, batches)
     for batch in tqdm(batches, desc=label, unit="batch", leave=False):
-        if head is None:
-            logits = model(input_ids=batch, use_cache=False).logits
-        elif at_a_time == tokens:
-            logits = head.logits(next(states_of))
-        else:
-            for states, targets in zip(next(states_of), batch, strict=True):
-                state_parts = states[:-1].split(at_a_time)
-                target_parts = targets[1:].split(at_a_time)
-                parts = zip(state_parts, target_parts, strict=True)
-                yield math.fsum(_nats(head.logits(part), ids) for part, ids in parts)
+        states = next(states_of)
+        if at_a_time == tokens:
+            # Window by window, because float32 logits take much memory.
+            for logits, targets in zip(head.logits(states), batch, strict=True):
+                yield _nats(logits[:-1], targets[1:])
             continue
-        # Window by window, because float32 logits take much memory.
-        for window_logits, targets in zip(logits, batch, strict=True):
-            yield _nats(window_logits[:-1], targets[1:])
+        for window, targets in zip(states, batch, strict=True):
+            parts = zip(window[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True)
+            yield math.fsum(_nats(head.logits(part), ids) for part, ids in parts)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:

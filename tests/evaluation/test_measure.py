@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from permllm.data.texts import TEXTS
 from permllm.evaluation import measure
-from permllm.evaluation.lm_eval import name_of_results
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.models.load import LoadedModel, load_model
@@ -35,7 +33,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def task(model: object, tokenizer: object, name: str, *_: object) -> dict[str, Any]:
         names.append(Path(name).stem)
-        return {name_of_results(name): dict(VALUES)}
+        return {Path(name).stem.removeprefix("my-"): dict(VALUES)}
 
     monkeypatch.setattr(measure, "measure_perplexity", counted)
     monkeypatch.setattr(measure, "run_task", task)
@@ -125,15 +123,3 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     assert not measured(colours={})
     (tmp_path / "test.json").write_text("other items")
     assert measured(colours={})
-
-
-def test_a_dense_result_is_that_of_one_device(
-    cache: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load_model(config("model=tiny").model, 0)
-    few = ["evaluation.perplexity.limit=1"]
-    evaluated(tmp_path / "a", few, loaded)
-    ran.clear()
-    monkeypatch.setattr(type(loaded.model), "device", torch.device("cuda"))
-    evaluated(tmp_path / "b", few, loaded)
-    assert ran == ["dense perplexity", "sparse perplexity"]
