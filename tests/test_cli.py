@@ -235,7 +235,7 @@ calibration.samples=100000 -> calibration.samples=100000
 calibration=text -> calibration.data_files=PATH
 calibration.data_files=x.txt -> calibration=text
 calibration.statistics=sequential -> permutation=lcp
-evaluation.perplexity.dataset=[c4,builtin,c4] -> has c4 twice
+evaluation.perplexity.dataset=[c4,builtin,c4] -> evaluation.perplexity.dataset
 evaluation.perplexity.dataset=sciq-support calibration=sciq-support -> not held out
 evaluation.tasks={gsm8k:{shots:1}} -> evaluation.tasks.gsm8k.shots
 permutation=heuristic export=folded -> permutation.constraint=foldable

@@ -79,10 +79,13 @@ def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:
     if config.data_files:
         text = TextFile("evaluation.perplexity.data_files", config.data_files)
         return {config.names[0]: text}
-    return {
+    texts = {
         dataset.rpartition(".")[2]: text_named(PERPLEXITY, dataset, "evaluates")
         for dataset in config.names
     }
+    if len(texts) < len(config.names):
+        raise ConfigError(f"{PERPLEXITY}={config.names}: expected texts of different names")
+    return texts
 
 
 def text_named(key: str, name: str, use: Literal["calibrates", "evaluates"]) -> Text:

@@ -196,12 +196,18 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def check_runs(what: object, model: PreTrainedModel) -> None:
-    """Run a model; raise DataError if it cannot run, or its logits are not finite."""
-    tokens = torch.tensor([[0, vocabulary_of(model) - 1]], device=model.device)
+    """Run a model on two windows of two tokens, which differ in their last token.
+
+    Raises DataError if it cannot run, its logits are not finite, or those of the first token depend
+    on the second one.
+    """
+    tokens = torch.tensor([[0, vocabulary_of(model) - 1], [0, 0]], device=model.device)
     with transformers_reads(what):
         logits = model(input_ids=tokens).logits
     if not all_finite(logits):
         raise DataError(f"{what}: its logits are not finite")
+    if not close(logits[0, 0], logits[1, 0]):
+        raise DataError(f"{what}: its logits depend on later tokens; a causal decoder is expected")
 
 
 def check_dense(what: str, config: PreTrainedConfig) -> None:

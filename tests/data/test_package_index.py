@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -115,3 +116,20 @@ def test_pins_come_from_the_options_of_this_package_alone(name: str) -> None:
     for config in (ModelConfig(name, source="wheel"), ModelConfig("x", "wheel", wheel=name)):
         with pytest.raises(ConfigError, match=rf"^model\.wheel={name}: expected a model of"):
             dense_folder(config)
+
+
+def test_what_a_killed_process_left_goes(
+    cache: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed clears nothing
+        patch.setattr(wheels, "file_sha256", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            wheel_file(wheel, MEMBER)
+    (left,) = (cache / "wheels").iterdir()
+    assert list(left.rglob("*.whl"))
+    file = wheel_file(wheel, MEMBER)
+    assert list((cache / "wheels").iterdir()) == [file.parents[1]]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from permllm.data.texts import TEXTS
 from permllm.evaluation import measure
@@ -123,3 +124,15 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     assert not measured(colours={})
     (tmp_path / "test.json").write_text("other items")
     assert measured(colours={})
+
+
+def test_a_dense_result_is_that_of_one_device(
+    cache: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(config("model=tiny").model, 0)
+    few = ["evaluation.perplexity.limit=1"]
+    evaluated(tmp_path / "a", few, loaded)
+    ran.clear()
+    monkeypatch.setattr(type(loaded.model), "device", torch.device("cuda"))
+    evaluated(tmp_path / "b", few, loaded)
+    assert ran == ["dense perplexity", "sparse perplexity"]

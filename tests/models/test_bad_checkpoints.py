@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertLMHeadModel,
+    BertModel,
     ByT5Tokenizer,
     PreTrainedModel,
 )
@@ -137,6 +138,8 @@ def test_a_folder_without_a_tokenizer_or_a_decoder_is_refused(folder: Path, tmp_
     refused(folder, f"cannot load {folder}")
     refused(tmp_path / "nothing", "nothing is no checkpoint")
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(tmp_path / "bert")
+    refused(tmp_path / "bert", "attends to later tokens")
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     # The head has a norm, whose dtype is not that in which heads are compared.
     decoder = BertConfig(hidden_size=8, is_decoder=True, vocab_size=300, **sizes)

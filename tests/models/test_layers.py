@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,6 +19,7 @@ from permllm.models.layers import (
     layer_inputs,
     run_layer,
 )
+from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from tests.conftest import tiny_model
 from tests.problems import model_with_scales, outputs_of_layers, tokens
@@ -92,3 +94,54 @@ def test_a_layer_that_is_recomputed_in_backward_attends_as_it_did() -> None:
         assert hidden.grad is not None
         found.append(hidden.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("count", [7, 2])
+def test_each_window_goes_through_the_layers_in_one_rank(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, states = tiny_model("llama"), torch.zeros(count, 12, 32)
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    seen = []
+
+    def joined(rows: Tensor, indices: Tensor, total: int) -> Tensor:
+        assert total == count
+        seen.extend(indices.tolist())
+        states[indices] = rows
+        return states
+
+    monkeypatch.setattr(parallel, "joined", joined)
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        stream = LayerStream(model, tokens(count), batch_size=2)
+        stream.to_the_end("states")
+        stream.states()
+    assert sorted(seen) == list(range(count))
+    torch.testing.assert_close(states, outputs_of_layers(model, tokens(count))[-1])
+
+
+def test_attention_in_float32_leaves_other_models_and_functions_as_they_are() -> None:
+    layer, other = (decoder_layers(tiny_model("llama"))[0] for _ in range(2))
+    functions = dict(ALL_ATTENTION_FUNCTIONS)
+    config: Any = layer.self_attn.config
+    with products_in(torch.bfloat16, CPU), attention_in_float32(layer):
+        assert dict(ALL_ATTENTION_FUNCTIONS) == functions
+        assert other.self_attn.config._attn_implementation == "sdpa"
+        assert config._attn_implementation != "sdpa"
+    assert config._attn_implementation == "sdpa"
+
+
+def test_what_is_compiled_before_a_layer_runs_is_not_compiled_again_in_it() -> None:
+    backend = CompileCounter()  # type: ignore[no-untyped-call]
+    doubled = torch.compile(lambda states: states * 2, backend=backend)
+
+    class Layer(nn.Module):
+        def forward(self, hidden: Tensor) -> Any:
+            return doubled(hidden)
+
+    hidden = torch.randn(2, 3, 4)
+    with products_in(torch.bfloat16, CPU):
+        doubled(hidden)
+        output = run_layer(Layer(), hidden, {})
+    assert torch.equal(output, hidden * 2)
+    assert backend.frame_count == 1
