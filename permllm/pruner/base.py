@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from permllm.errors import ConfigError
 from permllm.settings.config import NMPattern
 from permllm.sparsity.method import Method
 from permllm.sparsity.saliency import SaliencyFactors
@@ -34,4 +33,4 @@ class Pruner(Method, ABC):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the updated weight and its mask; `SparseGPT.update` has the arguments."""
-        raise ConfigError(f"{type(self).__qualname__}: updates_weights needs a method `update`")
+        raise NotImplementedError

@@ -26,7 +26,7 @@ from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PLACES, note
 from permllm.report.table import Table, table_of
-from permllm.settings.identity import evaluation_of
+from permllm.settings.config import evaluation_of
 from permllm.store.files import write_text
 
 # W&B writes numbers that JSON does not have as words.

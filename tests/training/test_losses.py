@@ -6,20 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from permllm.models.families import (
-    _LLAMA,
-    FAMILIES,
-    Family,
-    GroupTable,
-    after_layers,
-    decoder_layers,
-)
+from permllm.models.families import FAMILIES, Family, GroupTable, after_layers, decoder_layers
 from permllm.models.head import Head
 from permllm.training import losses
-from permllm.training.losses import cosine_loss, head_divergence
+from permllm.training.losses import cosine_loss, head_divergence, loss_named
 from tests.conftest import tiny_model
 from tests.problems import random, tokens
 
@@ -40,9 +33,9 @@ def test_cosine_loss_against_its_formula() -> None:
     assert float(cosine_loss(a, a)) == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compile_", [False, True])
 def test_head_divergence_and_its_gradient_against_the_plain_formula(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
+    compile_: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 14 tokens: three chunks and a rest
     model = tiny_model("llama", dtype=torch.float64)
@@ -54,34 +47,26 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(
     q = model.lm_head(model.model.norm(reference)).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     expected.backward()
-    form = losses._compiled_divergence if compiled else losses._divergence
-    found = head_divergence(Head(model), output, target, form)
+    loss = loss_named("kl", model, 14, compile_)
+    found = loss(output, target)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
-    same = float(head_divergence(Head(model), target, target, form))
-    assert same == pytest.approx(0.0, abs=1e-12)
+    assert float(loss(target, target)) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
-    sparse, dense = (3e3 * random(3, 96, seed=seed).bfloat16() for seed in (0, 1))
-    p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
-    for form in (losses._compiled_divergence, losses._divergence):
-        total, gradient = form(sparse, dense, True)
-        assert float(total) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
-        assert gradient is not None
-        assert gradient.dtype == torch.bfloat16
-        torch.testing.assert_close(gradient.double(), q.exp() - p.exp(), rtol=2**-8, atol=1e-5)
-
-
-def test_the_divergence_is_compiled_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    seen: list[object] = []
-    monkeypatch.setattr(losses, "_COMPILE_FROM", 10 * model.config.vocab_size)
-    monkeypatch.setattr(losses, "head_divergence", lambda *given: seen.append(given[-1]))
-    for asked, count in ((None, 9), (False, 11), (None, 11), (True, 9)):
-        losses.loss_named("kl", model, count, asked)(torch.zeros(1), torch.zeros(1))
-    assert [form is losses._divergence for form in seen] == [True, True, False, False]
+@pytest.mark.parametrize("compile_", [False, True])
+def test_large_logits_in_half_precision_stay_finite(compile_: bool) -> None:
+    model: Any = tiny_model("llama", dtype=torch.bfloat16, vocab_size=32)
+    model.model.norm, model.lm_head.weight.data = nn.Identity(), torch.eye(32).bfloat16()
+    sparse, dense = (3e3 * random(1, 4, 32, seed=seed).bfloat16() for seed in (0, 1))
+    found = loss_named("kl", model, 4, compile_)(sparse.requires_grad_(), dense)
+    found.backward()
+    p, q = dense.double().log_softmax(-1), sparse.detach().double().log_softmax(-1)
+    assert float(found.detach()) == pytest.approx(float((p.exp() * (p - q)).sum() / 4), rel=1e-5)
+    assert sparse.grad is not None
+    gradient = 4 * sparse.grad.double()  # exact
+    torch.testing.assert_close(gradient, q.exp() - p.exp(), rtol=2**-8, atol=1e-5)
 
 
 # The others cap their logits (Gemma 2) or scale them (Granite).
@@ -109,9 +94,9 @@ _FC1 = GroupTable("mlp.fc1", ("mlp.fc1",), "mlp")
 _PHI = Family("model.layers", (_FC1,), ("model.final_layernorm",), (), (), ())
 # Families that the project does not prune, for what their heads do beside the product.
 HEADS: dict[str, tuple[Family, dict[str, Any]]] = {
-    "gemma2": (_LLAMA, {"final_logit_softcapping": 3.0}),
-    "cohere": (_LLAMA, {"logit_scale": 0.0625}),
-    "granite": (_LLAMA, {"logits_scaling": 1.001}),
+    "gemma2": (FAMILIES["llama"], {"final_logit_softcapping": 3.0}),
+    "cohere": (FAMILIES["llama"], {"logit_scale": 0.0625}),
+    "granite": (FAMILIES["llama"], {"logits_scaling": 1.001}),
     "phi": (_PHI, {}),
 }
 
