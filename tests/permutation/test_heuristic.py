@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -18,12 +18,11 @@ from permllm.permutation.heuristic import (
     assigned,
     heuristic_permutation,
     heuristic_permutations,
-    segments_of,
     snake,
     sums_of_larger,
 )
 from permllm.settings.config import NMPattern
-from tests.problems import PATTERN, problem, random, shuffled
+from tests.problems import PATTERN, problem, random, same, shuffled
 
 
 def retained(parts: Tensor, perm: Tensor, pattern: NMPattern) -> float:
@@ -78,24 +77,15 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
 ) -> None:
     monkeypatch.setattr(heuristic, "cores", lambda: 3)
     monkeypatch.setattr(heuristic, "free_memory", lambda _: free)  # a search takes 16,384 bytes
+    pools = Mock(wraps=heuristic.ThreadPoolExecutor)
+    monkeypatch.setattr(heuristic, "ThreadPoolExecutor", pools)
     learning = problem()
-    shared = shared_permutations(learning.groups, "free")
-    segments = {one.name: segments_of(one, learning.saliency_of)[0] for one in shared}
-    expected = {name: heuristic_permutation(segment, PATTERN) for name, segment in segments.items()}
-    calls, met, threads = itertools.count(), threading.Barrier(together, timeout=20), set()
-
-    def meeting(scores: Tensor) -> Tensor:
-        if next(calls) < together:
-            met.wait()
-        threads.add(threading.get_ident())
-        return assigned(scores)
-
-    monkeypatch.setattr(heuristic, "assigned", meeting)
     on_a_gpu: Any = SimpleNamespace(**vars(learning), saliency_of=learning.saliency_of)
     on_a_gpu.device = torch.device("cuda")
+    shared = shared_permutations(learning.groups, "free")
     found = heuristic_permutations(shared, on_a_gpu, "order")
-    assert all(torch.equal(order, found[name]) for name, order in expected.items())
-    assert len(threads) == together
+    assert same(heuristic_permutations(shared, learning, "order"), found)
+    assert pools.call_args_list == [call(together), call(1)]
 
 
 def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +96,10 @@ def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(sums_of_larger(left, right), expected, rtol=1e-12, atol=0)
 
 
-def test_channels_are_dealt_in_a_snake() -> None:
-    total = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])
-    assert snake(total, 4).view(2, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+def test_channels_are_dealt_in_a_snake_by_the_total_of_all_parts() -> None:
+    parts = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]).expand(2, 3, 8)
+    for start in (snake(parts.sum((0, 1)), 4), Search(lambda: parts, PATTERN).present):
+        assert start.view(2, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -128,9 +119,3 @@ def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.Mon
     worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
     monkeypatch.setattr(Search, "exchange", lambda self, *_: setattr(self, "present", worse))
     assert torch.equal(heuristic_permutation(lambda: parts, PATTERN), torch.arange(8))
-
-
-def test_a_search_starts_at_the_snake_of_all_parts() -> None:
-    parts = random_parts(2, 6, 32)
-    total = parts[0].sum(0) + parts[1].sum(0)
-    assert torch.equal(Search(lambda: parts, PATTERN).present, snake(total, 4))
