@@ -25,7 +25,6 @@ class LowRankScores(Scores):
     with `c (C_in,)`, `left (C_out, K)` and `right (C_in, K)`; `c` and `left` start at zero.
 
     Args:
-        weight: weight of the linear, `(C_out, C_in)`.
         factors: saliency factors of the linear, permuted like the weight.
         rank: K; 0: only the terms of the channels.
         generator: generator of the random start of `right`.

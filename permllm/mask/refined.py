@@ -32,10 +32,7 @@ _SWEEPS = 3
 
 
 class RefinedMask(Mask):
-    """Refinement of the pruner's masks by the inputs of the linears in the dense model.
-
-    Nothing is trained, and no weight changes.
-    """
+    """Refinement of the pruner's masks by the inputs of the linears in the dense model."""
 
     statistics = (Gram,)
 
@@ -86,7 +83,6 @@ def refined_mask(
         weight: `(C_out, C_in)`; groups are M consecutive columns.
         mask: bool, same shape, N:M.
         gram: H, float `(C_in, C_in)`, symmetric.
-        pattern: N:M.
         sweeps: largest number of sweeps over all groups; a sweep without a change ends the search.
 
     Returns:

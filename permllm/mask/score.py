@@ -21,18 +21,13 @@ from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.files import MASK_CHECKPOINT
 from permllm.store.tensors import PackedMasks, packed_mask, unpacked_mask
 from permllm.training.kernels import chosen_kernels
-from permllm.training.learner import Learner, Progress, Stage
+from permllm.training.learner import Learner, Progress, Stage, on_cpu
 from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.trainer import StageSchedule
 
 
 class FreeScores(Scores):
-    """Score for each weight, `(C_in, C_out)`, that starts at the logarithm of the saliency.
-
-    Args:
-        weight: weight of the linear, `(C_out, C_in)`.
-        factors: saliency factors of the linear, permuted like the weight.
-    """
+    """Score for each weight, `(C_in, C_out)`, that starts at the logarithm of the saliency."""
 
     keeps_masked = True
 
@@ -65,13 +60,7 @@ class ScoreMask(LearningSettings, LearnedMask):
     def scores(
         self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
     ) -> Scores:
-        """Return the scores of a linear at the start, which choose the pruner's mask.
-
-        Args:
-            weight: weight of the linear, `(C_out, C_in)`.
-            factors: factors of the pruner's saliency.
-            generator: generator of random starts.
-        """
+        """Return the scores of a linear at the start, which choose the pruner's mask."""
         return FreeScores(weight, factors)
 
     def count(self, group: ChannelGroup) -> int:
@@ -80,10 +69,7 @@ class ScoreMask(LearningSettings, LearnedMask):
 
     @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """Return the plan for a model with these pruned groups and this number of layers.
-
-        Each layer counts as the layer with most parameters.
-        """
+        """Return the plan; each layer counts as the layer with most parameters."""
         of_layers = Counter[int]()
         for group in groups:
             of_layers[group.layer] += self.count(group)
@@ -100,7 +86,7 @@ class ScoreMask(LearningSettings, LearnedMask):
         }
         packed: dict[str, Tensor] = {}
         if schedule.state is not None:
-            packed = _on_cpu(schedule.state["learner"]["earlier"])
+            packed = on_cpu(schedule.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
             if path in packed:
@@ -127,10 +113,7 @@ class ScoreMask(LearningSettings, LearnedMask):
         permutations: Mapping[str, Tensor],
         stage: Stage,
     ) -> AbstractContextManager[dict[str, ScoreLinear]]:
-        """Replace the linears of a stage by masked linears inside the returned context.
-
-        Their weights are stored permuted.
-        """
+        """Replace the linears of a stage by masked linears, with permuted weights, in a context."""
         kernels = chosen_kernels(self, problem, groups)
         generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
 
@@ -157,9 +140,7 @@ class MaskLearner(Learner):
     """Learner of the masks in a stage.
 
     Args:
-        problem: problem with the model.
-        groups: pruned channel groups of the stage.
-        linears: masked linears of these groups by path, whose scores learn.
+        linears: masked linears of the stage by path.
         earlier: masks of the earlier stages, like `best`.
 
     Attributes:
@@ -178,7 +159,7 @@ class MaskLearner(Learner):
         self.linears = linears
         self.earlier = dict(earlier)
         self.best: dict[str, Tensor] = {}
-        self._at_epoch: dict[str, Tensor] = {}
+        self._at_epoch = self.present()  # masks at the end of the last epoch
         self.gathers = any(linear.permutation is not None for linear in linears.values())
         self.masked_weights = sum(
             linear.linear.weight.numel()
@@ -204,10 +185,6 @@ class MaskLearner(Learner):
         return packed
 
     @override
-    def begin_epoch(self) -> None:
-        self._at_epoch = self.present()
-
-    @override
     def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the share of mask entries that changed in the epoch."""
         present = self.present()
@@ -215,6 +192,7 @@ class MaskLearner(Learner):
         for path, before in self._at_epoch.items():
             differing = present[path] ^ before
             changed += int(unpacked_mask(differing, [8 * len(differing)]).sum())
+        self._at_epoch = present
         return {"mask_flips": changed / sum(8 * len(bits) for bits in present.values())}
 
     @override
@@ -229,9 +207,5 @@ class MaskLearner(Learner):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self.scores.load_state_dict(state["scores"])
-        self.best = _on_cpu(state["best"])
-        self._at_epoch = _on_cpu(state["at_epoch"])
-
-
-def _on_cpu(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {path: bits.cpu() for path, bits in masks.items()}
+        self.best = on_cpu(state["best"])
+        self._at_epoch = on_cpu(state["at_epoch"])

@@ -48,14 +48,7 @@ class Scores(nn.Module, ABC):
 
 
 def score_gradients(grad_masked_t: Tensor, weight_t: Tensor, m: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradients of the scores, `(C_in, C_out)`.
-
-    Args:
-        grad_masked_t: gradient of the masked weight, `(C_in, C_out)`.
-        weight_t: `(C_in, C_out)`.
-        m: M, the number of channels in a group.
-        dtype: dtype of the scores.
-    """
+    """Return the gradients of the scores in a dtype, `(C_in, C_out)` as both tensors."""
     # A copy is multiplied in place, because on a CPU another tensor of this size takes several
     # times as long as the product.
     if grad_masked_t.dtype == dtype:
@@ -80,10 +73,8 @@ class ScoreLinear(nn.Module):
     Args:
         linear: the layer; its weight `(C_out, C_in)` is permuted and gets no gradient.
         scores: scores that choose the mask, permuted like the weight.
-        pattern: N:M.
         permutation: int64 `(C_in,)`, of the dense model's columns (`weight[:, permutation]`); None:
             the identity.
-        kernels: kernels of the elementwise work.
     """
 
     def __init__(

@@ -57,11 +57,7 @@ class SharedPermutation:
         return split_blocks(self.channels * repeats, block_size, self.segment)
 
     def expand(self, permutation: Tensor) -> Tensor:
-        """Return the permutation of a group, int64 `(channels * repeats,)`.
-
-        Args:
-            permutation: the shared permutation, int64 `(channels,)`.
-        """
+        """Return a group's permutation, int64 `(channels * repeats,)`, of `(channels,)`."""
         local = permutation.view(-1, 1, self.segment) - self._starts(1, permutation.device)
         return (local + self._starts(self.repeats, permutation.device)).flatten()
 
@@ -83,13 +79,9 @@ class SharedPermutation:
         ]
 
     def collect(self, saliency: Tensor) -> Tensor:
-        """Gather a group's saliency on the shared positions, with the copies as additional rows.
+        """Gather a group's saliency, `(rows, channels * repeats)`, on the shared positions.
 
-        Args:
-            saliency: `(rows, channels * repeats)`.
-
-        Returns:
-            `(rows * repeats, channels)`.
+        The copies become further rows: `(rows * repeats, channels)`.
         """
         copies = saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0)
         return copies.reshape(-1, self.channels)
@@ -166,11 +158,9 @@ def check_segments(shared: list[SharedPermutation], pattern: NMPattern) -> None:
 
 
 def expanded(shared: list[SharedPermutation], permutations: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the permutations of all groups by name; no two share memory.
+    """Return the permutations of all groups, by name and in memory of their own.
 
-    Args:
-        shared: the shared permutations.
-        permutations: their values, int64 `(channels,)`, by their names.
+    `permutations` are the values of the shared ones, by their names.
     """
     return {
         group.name: permutation.expand(permutations[permutation.name])

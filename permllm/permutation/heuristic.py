@@ -87,16 +87,11 @@ def heuristic_permutations(
 
     On a GPU several searches of about equal width run together, and the cores of the host solve
     their assignments. On a CPU one search follows the other, because its scores take all threads.
-    With n ranks, each searches for every n-th permutation. Sharded layers are the exception: all
-    ranks enter a layer together, so each rank searches for all permutations.
-
-    Args:
-        shared: the shared permutations.
-        problem: problem with the dense model and its saliency.
-        label: label of the progress bar.
+    With n ranks, each searches for every n-th permutation; with sharded layers, which all ranks
+    enter together, for all.
 
     Returns:
-        Their values, int64 `(channels,)` on the CPU, by name.
+        The values of `shared`, int64 `(channels,)` on the CPU, by name.
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
     searched = shared if placement_of(problem.model).sharded else mine
@@ -136,10 +131,8 @@ def _searches_at_once(shared: list[SharedPermutation], device: torch.device) -> 
 def segments_of(shared: SharedPermutation, saliency_of: Callable[[str], Tensor]) -> list[Parts]:
     """Return the saliency of each segment of a shared permutation.
 
-    Args:
-        shared: the shared permutation.
-        saliency_of: returns the saliency `(C_out, C_in)` of the linear at a module path. It is
-            called several times for each linear if several groups share the permutation.
+    `saliency_of` returns that of the linear at a path, `(C_out, C_in)`. If several groups share the
+    permutation, it is called several times for each linear.
     """
 
     def on_shared_positions(group: ChannelGroup) -> Tensor:
@@ -149,11 +142,7 @@ def segments_of(shared: SharedPermutation, saliency_of: Callable[[str], Tensor])
         return [lambda: map(on_shared_positions, shared.groups)]
     # The saliency of one group fits into memory, so that its segments can share it.
     segments = on_shared_positions(shared.groups[0]).split(shared.segment, dim=1)
-    return [partial(_in_one_part, segment) for segment in segments]
-
-
-def _in_one_part(saliency: Tensor) -> list[Tensor]:
-    return [saliency]
+    return [partial(iter, [segment]) for segment in segments]
 
 
 def heuristic_permutation(saliency: Parts, pattern: NMPattern) -> Tensor:
@@ -162,7 +151,6 @@ def heuristic_permutation(saliency: Parts, pattern: NMPattern) -> Tensor:
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative, with the rows of all layers that
             share the permutation; M divides C_in.
-        pattern: N:M.
 
     Returns:
         int64 `(C_in,)` on the CPU.
@@ -183,13 +171,10 @@ def _searched(
 
 
 class Search:
-    """Search for one permutation.
+    """Search for one permutation, `present`, int64 `(C_in,)` on the CPU.
 
     Args:
         saliency, pattern: as in `heuristic_permutation`.
-
-    Attributes:
-        present: int64 `(C_in,)` on the CPU, the present permutation.
     """
 
     def __init__(self, saliency: Parts, pattern: NMPattern) -> None:
@@ -228,17 +213,10 @@ class Search:
 
 
 def snake(total: Tensor, m: int) -> Tensor:
-    """Distribute the channels, sorted by total saliency, in a snake.
+    """Distribute the channels, sorted by total saliency `(C_in,)`, in a snake over groups of M.
 
-    They fill the first place of every group, then the second place in backward direction, and so
-    on.
-
-    Args:
-        total: `(C_in,)`, the saliency of each channel, summed over all rows.
-        m: M, the number of channels in a group.
-
-    Returns:
-        int64 `(C_in,)` on the CPU.
+    They fill the first place of every group, then the second in backward direction, and so on. The
+    result is int64 `(C_in,)` on the CPU.
     """
     places = total.argsort(descending=True, stable=True).view(m, -1)
     snake = [row.flip(0) if place % 2 else row for place, row in enumerate(places)]
@@ -254,7 +232,6 @@ def assignment_scores(
         saliency: `(rows, C_in)`.
         permutation: int64 `(C_in,)`; its groups are M consecutive channels.
         position: position in each group whose channels are exchanged, from 0 to M - 1.
-        pattern: N:M.
 
     Returns:
         `(groups, groups)`. Entry (a, b) is the retained saliency of group b if the channel of group
@@ -290,14 +267,10 @@ def sums_of_larger(u: Tensor, v: Tensor) -> Tensor:
 
 
 def assigned(scores: Tensor) -> Tensor:
-    """Return the assignment with the largest total score.
+    """Return the source group of each group's new channel, int64 `(groups,)`, in the best total.
 
     Args:
-        scores: `(groups, groups)` on the CPU; entry (a, b) belongs to the channel of group a in
-            group b.
-
-    Returns:
-        int64 `(groups,)`, the source group of each group's new channel.
+        scores: `(groups, groups)` on the CPU; entry (a, b) is of the channel of group a in group b.
     """
     costs = scores.max().item() - scores.double().numpy()
     # The minima of groups and channels are subtracted, and groups are rows, because the solver then

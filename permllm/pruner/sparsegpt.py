@@ -43,7 +43,7 @@ class SparseGPT(Pruner):
 
         Args:
             weight: `(C_out, C_in)`, in original channel order.
-            statistics: statistics of the linear's inputs, with the Gram matrix.
+            statistics: statistics of the linear's inputs.
             permutation: permutation of the columns, int64 `(C_in,)`.
             pattern: N:M of the permuted mask.
             mask: weights to keep, bool `(C_out, C_in)`, in original order. None: choose the mask
@@ -75,7 +75,6 @@ def prune_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | N
     Args:
         w: `(C_out, C_in)`, updated in place. Pruned weights end about zero, not at zero.
         upper: `(C_in, C_in)`, the upper Cholesky factor of the inverse Hessian.
-        pattern: N:M.
         keep: the mask; None: choose it.
     """
     step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
@@ -93,12 +92,9 @@ def prune_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | N
 def _prune_block(
     w: Tensor, upper: Tensor, pattern: NMPattern, mask: Tensor, choose: bool
 ) -> Tensor:
-    """Prune the columns of a block one after the other, and return their errors.
+    """Prune the columns of a block one after the other; return their errors.
 
-    Args:
-        w, upper, pattern: as in `prune_columns`.
-        mask: the mask.
-        choose: choose the mask of each group from the weights corrected so far, and write it.
+    `choose`: choose the mask of each group from the weights corrected so far, and write it.
     """
     errors = torch.empty_like(w)
     for j in range(w.shape[1]):
@@ -125,10 +121,7 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
 
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
-    """Return the Cholesky factor of a Hessian or its inverse.
-
-    Raises TrainingError if the matrix is not positive definite.
-    """
+    """Return the Cholesky factor; raise TrainingError if the matrix is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
     if info.any():
         raise TrainingError(

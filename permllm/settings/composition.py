@@ -71,8 +71,7 @@ def sweeping() -> bool:
 def job_config(composed: DictConfig) -> RunConfig:
     """Return the checked settings of a job that Hydra started.
 
-    Directories that are given as `hydra.run.dir` or `hydra.sweep.dir` become `run_dir` or
-    `runs_dir`.
+    `hydra.run.dir` becomes `run_dir`, and `hydra.sweep.dir` `runs_dir`.
 
     Raises:
         ConfigError: a setting is not valid, a directory is given twice, or nothing reads a typed
@@ -91,10 +90,7 @@ def job_config(composed: DictConfig) -> RunConfig:
 def check_amounts(words: Iterable[str], composed: DictConfig, config: RunConfig) -> None:
     """Raise ConfigError if an amount of the budget is typed and changes no result.
 
-    Args:
-        words: typed overrides, or their keys.
-        composed: settings of the job, which still refer to the amounts.
-        config: the same, read.
+    `words` are overrides or their keys, `composed` the settings before `config`, with references.
     """
     for word in words:
         if typed := re.match(r"\+*(budget\.\w+)", word):

@@ -227,12 +227,8 @@ class LoggerConfig:
 class ExportConfig:
     """Group `export`.
 
-    Attributes:
-        form: form of the checkpoint; none: a run has no checkpoint, and others are written in the
-            first form that the permutations allow.
-        dtype: dtype of the weights; None: the model's dtype in the run.
-        shard_gb: largest size of a file, in 10^9 bytes.
-        serve: server for which a file of settings is written; None: no such file.
+    With `form=none` a run has no checkpoint, and the command `export` writes the first form that
+    the permutations allow.
     """
 
     form: Literal["none", "folded", "gathered", "simulate"] = "none"
@@ -338,8 +334,7 @@ class RunConfig:
 def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the resolved settings that determine the pruned model, as the fields of classes say.
 
-    Class names of this package are left out. Paths are replaced by the names of their files, which
-    have digests among the inputs.
+    Paths are replaced by the names of their files, which have digests among the inputs.
     """
     settings = without_classes(with_names(resolved))
     # Records of 2.0.0 have `sparsity_of`.
@@ -356,7 +351,7 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the evaluation: `perplexity`, `tasks` and `weights`, if given.
+    """Return the settings that determine an evaluation: `perplexity`, `tasks`, `weights`, if given.
 
     A path is replaced by the name and the digest of its file.
     """
@@ -386,11 +381,7 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(composed: DictConfig) -> RunConfig:
-    """Return the typed settings of settings that Hydra composed.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or its value is not valid.
-    """
+    """Return the typed settings of what Hydra composed; raise ConfigError for a wrong setting."""
     settings = copy.deepcopy(composed)
     try:
         keys = [key for key in settings.budget if not OmegaConf.is_missing(settings.budget, key)]

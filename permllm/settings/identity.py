@@ -103,9 +103,8 @@ def is_task_file(name: str) -> bool:
 def input_digest(path: Path) -> str | None:
     """Return a digest of an input's content; None: it does not exist.
 
-    Args:
-        path: a file, a run directory, whose permutations count, or a folder of a model, whose
-            config, generation settings, tokenizer and weights count.
+    Of a run directory the permutations count, of a model's folder config, generation settings,
+    tokenizer and weights.
     """
     if (path / "permutations.safetensors").is_file():
         path = path / "permutations.safetensors"

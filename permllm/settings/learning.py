@@ -14,17 +14,11 @@ _OF_THE_MACHINE = {"identity": lambda value: None}
 
 
 class LearningPlan(NamedTuple):
-    """Plan of a method that learns permutations or masks, for `plan=true`.
+    """Plan of a method that learns permutations or masks, for `plan=true`."""
 
-    Attributes:
-        spans: decoder layers of each stage.
-        parameters: number of parameters that learn in all stages.
-        keeps_masked: masked weights stay in memory until backward.
-    """
-
-    spans: list[range]
-    parameters: int
-    keeps_masked: bool = False
+    spans: list[range]  # decoder layers of each stage
+    parameters: int  # that learn in all stages
+    keeps_masked: bool = False  # masked weights stay in memory until backward
 
     @property
     def layers(self) -> int:

@@ -30,11 +30,9 @@ def groups() -> list[str]:
 
 
 def options(group: str, places: Sequence[str] = ()) -> dict[str, str]:
-    """Return what each option of a group is, the comment at the head of its YAML, by its name.
+    """Return the comment at the head of each YAML of a group, by the name of the option.
 
-    Args:
-        group: name of the group.
-        places: further places with options, as in `hydra.searchpath`.
+    `places` are further places with options, as in `hydra.searchpath`.
     """
     heads = {}
     for folder in [conf_directory(), *map(_folder, places)]:
@@ -66,11 +64,7 @@ def set_by_method(method: str) -> dict[str, Any]:
 
 
 def help_of_groups(places: Sequence[str] = ()) -> str:
-    """Return the options of all groups for --help; the groups of methods come last.
-
-    Args:
-        places: as in `options`.
-    """
+    """Return the options of all groups for --help; the groups of methods come last."""
     lines = []
     for group in groups():
         if group not in EXPLAINED:

@@ -43,16 +43,7 @@ Names = Annotated[
 
 
 def validated(kind: type[T], settings: Mapping[str, Any], prefix: str = "") -> T:
-    """Return an object of a class of settings.
-
-    Args:
-        kind: the class, a dataclass of pydantic.
-        settings: values of its fields.
-        prefix: as in `refusal`.
-
-    Raises:
-        ConfigError: pydantic refuses a value.
-    """
+    """Return an object of a pydantic dataclass; raise ConfigError, as `refusal`, for its values."""
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -62,10 +53,7 @@ def validated(kind: type[T], settings: Mapping[str, Any], prefix: str = "") -> T
 def refusal(error: ValidationError, settings: Mapping[str, Any], prefix: str = "") -> ConfigError:
     """Return the error `key=value: reason` for the first setting that pydantic refuses.
 
-    Args:
-        error: error of pydantic.
-        settings: settings that pydantic got.
-        prefix: key of the group of these settings; empty: the top level.
+    `prefix` is the key of the group of these settings; empty: the top level.
     """
     details = error.errors(include_url=False)
     first = details[0]

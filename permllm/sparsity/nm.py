@@ -28,13 +28,9 @@ def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
 
 
 def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
-    """Return the ranks of M entries, place by place; rank 0 is the largest entry.
+    """Return the ranks of M entries of one shape, place by place, as integers from 0, the largest.
 
-    Args:
-        entries: M tensors of one shape.
-
-    Returns:
-        M integer tensors of that shape; at each place they are a permutation of 0 to M - 1.
+    The lowest index wins a tie.
     """
     m = len(entries)
     if m > COMPARE_UP_TO:
@@ -64,23 +60,17 @@ def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def permuted_nm_mask(saliency: Tensor, permutation: Tensor, pattern: NMPattern) -> Tensor:
-    """Return the N:M mask of permuted channels in the original order, bool `(C_out, C_in)`.
+    """Return the N:M mask of permuted channels, bool `(C_out, C_in)` in original order.
 
-    Args:
-        saliency: `(C_out, C_in)`, in original order.
-        permutation: int64 `(C_in,)`; `saliency[:, permutation]` is permuted.
-        pattern: N:M.
+    `saliency (C_out, C_in)` is in original order, and `saliency[:, permutation]` is permuted.
     """
     return nm_mask(saliency[:, permutation], pattern)[:, permutation.argsort()]
 
 
 def violations(weight: Tensor, permutation: Tensor | None, pattern: NMPattern) -> int:
-    """Return the number of groups of M weights that have more than N nonzeros.
+    """Return the number of groups of M permuted weights that have more than N nonzeros.
 
-    Args:
-        weight: `(C_out, C_in)`, in the original channel order.
-        permutation: int64 `(C_in,)`, in which the weight should be N:M; None: the original.
-        pattern: N:M.
+    `weight (C_out, C_in)` is in original order; a permutation of None is the identity.
     """
     return int((_kept_in_groups(weight != 0, permutation, pattern) > pattern.n).sum())
 

@@ -59,11 +59,7 @@ def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
 
 
 def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Return the saliency of a transposed weight `(C_in, C_out)`, same shape.
-
-    Learning uses the transposed layout, because a row is a channel there and a permutation gathers
-    rows.
-    """
+    """Return the saliency of a transposed weight `(C_in, C_out)`, same shape."""
     if factors.power == 0:
         return factors.column.t()
     magnitude = weight_t.to(factors.column.dtype).abs()

@@ -18,10 +18,7 @@ from permllm.runtime import parallel
 class InputStatistic(ABC):
     """Base of the statistics: sums over the inputs of a channel group.
 
-    Args:
-        channels: C_in.
-        device: device of the sums.
-        norm_tokens: number of tokens that count as one in a norm, see `InputStatistics`.
+    The arguments are those of `InputStatistics`.
     """
 
     @abstractmethod
@@ -32,11 +29,7 @@ class InputStatistic(ABC):
         """Add activations, `(tokens, C_in)`, float32 or wider."""
 
     def all_reduce(self) -> None:
-        """Combine the statistics of all ranks, which have read different windows.
-
-        The tensors among the attributes are summed. A class whose tensors are no sums overrides
-        this.
-        """
+        """Sum the tensors among the attributes over all ranks; others than sums override it."""
         parallel.all_reduce(value for value in vars(self).values() if isinstance(value, Tensor))
 
     @staticmethod
@@ -103,11 +96,9 @@ class InputStatistics:
 
     Args:
         channels: C_in.
-        device: device of the sums.
         kinds: classes of the statistics.
-        norm_tokens: number of tokens that count as one in a norm. It is 1, or the length of a
-            window for the norm in the released code of Wanda, RIA and PermLLM, `sqrt(sum of squares
-            over all tokens / number of windows)`, or a setting of `lcp-paper`.
+        norm_tokens: number of tokens that count as one in a norm. The released code of Wanda, RIA
+            and PermLLM divides by windows, so that it is the length of a window.
 
     Attributes:
         tokens: number of tokens that were added.

@@ -54,8 +54,8 @@ def softmax_gradients(
         hard: True returns the hard mask; False returns the softmax of each group.
 
     Returns:
-        Five tensors `(k, C_out)`: the chunk times its mask, its saliency, the gradient of the
-        saliency, the gradient of the mask, and the mask (hard or soft).
+        Five `(k, C_out)`: the masked chunk, its saliency, the gradients of saliency and mask, and
+        the mask (hard or soft).
     """
     w = _places(chunk.of(chunk.weight_t), chunk.m)
     s = _saliencies(w, chunk)
@@ -122,16 +122,13 @@ def swap_thresholds(
 def swap_changes(
     s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], share: float
 ) -> Tensor:
-    """Return the change of the loss if a channel replaces a random member of a group.
+    """Return the change of the loss, `(blocks, B, G)`, if a channel replaces a random member.
 
     Args:
         s, d: saliency of each channel, and gradient of its mask, `(blocks, B, C_out)`.
         groups: the four tensors of `swap_thresholds` for G groups of the same block, each
             `(blocks, G, C_out)`.
         share: N / M, the probability that the replaced entry was kept.
-
-    Returns:
-        `(blocks, B, G)`.
     """
     last, next_, last_d, next_d = (part.unsqueeze(1) for part in groups)
     s = s.unsqueeze(2)

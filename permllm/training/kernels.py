@@ -58,9 +58,7 @@ class Kernels:
         _write(out, chunk, self._masked(chunk, out.dtype))
 
     def swap_gradient(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
-        """Do as `mask`, and return how the loss changes when channels change groups.
-
-        The changes are of first order: the loss counts as linear in the mask.
+        """Do as `mask`, and return how the loss, linear in the mask, changes by swaps.
 
         Args:
             out, chunk: as in `mask`.
@@ -68,9 +66,8 @@ class Kernels:
             size: B, the number of channels in a block.
 
         Returns:
-            `(k / B, B, B / M)`, for each channel of a block and each group of the block: the change
-            if the channel replaces a random member. For its own group it is the change if the
-            channel stays, relative to its removal.
+            `(k / B, B, B / M)`, the change if a channel replaces a random member of a group of its
+            block; for its own group, if it stays, relative to its removal.
         """
         masked, saliency, gradient, thresholds, stay = self._swap_thresholds(chunk, grad, out.dtype)
         _write(out, chunk, masked)
@@ -122,7 +119,6 @@ class GPUKernels(Kernels):
 
 
 def _write(out: Tensor, chunk: ChannelChunk, masked: Tensor) -> None:
-    """Write a masked chunk into its rows of `out`, in the dtype of `out`."""
     if chunk.channels is None:
         out.copy_(masked)
     else:

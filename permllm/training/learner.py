@@ -4,6 +4,7 @@ A stage is a number of consecutive decoder layers that learn together.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,11 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage: consecutive decoder layers that learn together, with their inputs and targets.
+    """Consecutive decoder layers that learn together; the numbers of stages begin with 0.
 
     Attributes:
-        number: number of the stage, from 0.
-        layers: indices of the decoder layers.
         inputs: inputs of the first layer, from the pruned layers before it, `(windows, tokens,
             hidden)` on the host; None: the embeddings of the tokens.
         target: dense output of the last layer, shaped and placed like `inputs`.
@@ -29,17 +28,17 @@ class Stage:
 
 
 class Progress(NamedTuple):
-    """Progress of the training of a stage.
-
-    Attributes:
-        step, epoch: the present step and epoch, from 0.
-        steps, epochs: their number in the stage.
-    """
+    """Present step and epoch of a stage, from 0, and their number in the stage."""
 
     step: int
     steps: int
     epoch: int
     epochs: int
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a state on the CPU."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 class Learner(ABC):
@@ -85,9 +84,6 @@ class Learner(ABC):
         """Return the measures of a step, scalars on the device; called once in each step."""
         return {}
 
-    def begin_epoch(self) -> None:  # noqa: B027
-        """Prepare an epoch."""
-
     def epoch_values(self, progress: Progress) -> dict[str, Any]:
-        """Return the measures of an epoch, at its end."""
+        """Return the measures of an epoch; called once, at its end."""
         return {}

@@ -26,8 +26,7 @@ _Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 def chunk_of(device: torch.device, vocabulary: int) -> int:
     """Return the largest number of tokens whose logits are in memory at a time (a chunk).
 
-    A GPU reads the whole head for each chunk, so chunks should be large. A chunk takes four numbers
-    for each logit.
+    A chunk takes four numbers for each logit. A GPU reads the whole head for each chunk.
     """
     on_gpu = max(128, min(1024, _LOGITS // vocabulary))
     return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else on_gpu)
@@ -46,12 +45,10 @@ def loss_named(
     """
     if name == "cosine":
         return cosine_loss
-    if name == "kl":
-        head = Head(model)
-        wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
-        divergence = _compiled_divergence if wanted and head.plain else _divergence
-        return lambda output, target: head_divergence(head, output, target, divergence)
-    raise ValueError(f"no loss has the name {name}")
+    head = Head(model)
+    wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
+    divergence = _compiled_divergence if wanted and head.plain else _divergence
+    return lambda output, target: head_divergence(head, output, target, divergence)
 
 
 def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -99,11 +96,7 @@ def head_divergence(
 
 
 class _HeadDivergence(torch.autograd.Function):
-    """Mean of the chunks' divergences, whose gradient is made in forward.
-
-    No logits stay in memory until backward. This works because the head is frozen and the loss is a
-    mean.
-    """
+    """Mean of the chunks' divergences, whose gradient forward makes, so that no logits stay."""
 
     @staticmethod
     def forward(

@@ -29,14 +29,11 @@ class Objective:
     """Loss of a stage and its gradients.
 
     Args:
-        settings: settings of the gradient descent.
         problem: the text, and the model with the stage's masked linears or trained weights.
-        stage: the stage.
-        learner: the stage's learner.
 
     Attributes:
-        scaler: scaler of the loss. In float16 the gradients of a mean over tokens would vanish. The
-            scaler skips a step whose gradients overflow.
+        scaler: scaler of the loss, because in float16 the gradients of a mean over tokens would
+            vanish. It skips a step whose gradients overflow.
     """
 
     def __init__(
@@ -64,8 +61,7 @@ class Objective:
     def backward(self, batch: Tensor) -> Tensor:
         """Compute the gradients of this rank's portions of a batch; return their part of the loss.
 
-        Args:
-            batch: int64 `(windows,)`; the loss is the mean over all of them.
+        The loss is the mean over the whole batch, int64 `(windows,)`.
         """
         total = torch.zeros((), device=self.device)
         for windows, counted in parallel.portions(batch, self.settings.micro_batch_size):
@@ -158,15 +154,13 @@ def kept_a_token(
 ) -> int:
     """Return the number of values that a decoder layer keeps for backward, for each token.
 
-    They are 11 vectors of the residual stream and 4 of the MLP.
+    They are 11 vectors of the residual stream, `hidden` wide, and 4 of the MLP.
 
     Args:
-        groups: channel groups of the model.
-        hidden: width of the residual stream.
         item: bytes of a value.
         gathers: each linear keeps its own permuted inputs, instead of one tensor for a group. In
-            float32 the 15 vectors include these copies. In half precision they do not, because the
-            norms compute in float32.
+            float32 the 15 vectors include these copies; in half precision the norms take their
+            place, which compute in float32.
     """
     inner = max(
         (group.channels for group in groups if group.table.producers and not group.table.by_head),

@@ -78,8 +78,6 @@ def replaced_linears(
     """Replace every linear of some groups inside the context; yield the masked linears by path.
 
     Args:
-        model: model of a known family.
-        groups: channel groups of the linears.
         replacement: returns the masked linear for the linear at a path; called before `change`.
         change: returns a weight in the layout for learning.
         back: returns such a weight in its original layout.

@@ -38,13 +38,12 @@ class StageSchedule:
     """Sequence of the stages of a method that learns, from its checkpoint on.
 
     Args:
-        settings: settings of the gradient descent.
         problem: problem of the method. Its `on_resume` gets the history of the past epochs.
         name: name of the method, for messages.
         file: name of the checkpoint in the problem's directory.
 
     Attributes:
-        state: the checkpoint to continue from; None: no checkpoint, or a stage has loaded it.
+        state: the checkpoint to continue from; None: there is none, or a stage has loaded it.
     """
 
     def __init__(
@@ -63,12 +62,11 @@ class StageSchedule:
     def stages(self, learns: Callable[[range], bool], mask_of: MaskOf) -> Iterator[Stage]:
         """Yield the stages that are not trained yet.
 
+        If all layers learn together, no layer runs here.
+
         Args:
             learns: tells whether decoder layers have parameters that learn.
             mask_of: returns the mask of each linear before the stage, at the time of the stage.
-
-        If all layers learn together, no layer runs here, because the inputs are the embeddings and
-        the problem has the target.
         """
         problem = self.problem
         layers = len(decoder_layers(problem.model))
@@ -81,12 +79,7 @@ class StageSchedule:
                 yield Stage(number, span, inputs, target)
 
     def train(self, stage: Stage, learner: Learner) -> None:
-        """Train the learner of a stage.
-
-        Raises:
-            TrainingError: the loss is not finite; the message names the first layer whose output is
-                not finite.
-        """
+        """Train the learner of a stage. Raise TrainingError if the loss is not finite."""
         objective = Objective(self.settings, self.problem, stage, learner)
         trainer = Trainer(objective, self.name, self.file, self._history)
         if self.state is not None:
@@ -99,7 +92,6 @@ class LayerOutputs:
     """Outputs of the decoder layers, which run when they are asked for.
 
     Args:
-        problem: problem with the dense model and its text.
         mask_of: returns the mask of each linear; None: the layers are dense.
     """
 
@@ -112,8 +104,7 @@ class LayerOutputs:
     def after(self, layers: int) -> Tensor:
         """Return the output of layer `layers - 1`, `(windows, tokens, hidden)` on the host.
 
-        Args:
-            layers: number of layers, at least as large as in the last call.
+        No call may ask for fewer layers than the last one.
         """
         problem = self._problem
         if self._stream is None:
@@ -145,8 +136,7 @@ class Trainer:
 
     Args:
         objective: loss of the stage, with its learner.
-        name: name of the method, for messages.
-        file: name of the checkpoint in the problem's directory.
+        name, file: as of `StageSchedule`.
         history: entries of all past epochs, of earlier stages too; each new epoch is appended.
     """
 
@@ -192,8 +182,6 @@ class Trainer:
     def _epoch(self, epoch: int, bar: "tqdm[Any]") -> None:
         """Train the steps of an epoch that are not trained yet, and finish the epoch."""
         batches = self._batches(epoch)
-        if not self._losses:
-            self.learner.begin_epoch()
         seconds = []
         for batch in batches[len(self._losses) :]:
             started = time.perf_counter()
@@ -223,15 +211,11 @@ class Trainer:
         return windows.split(self.settings.batch_size)[: self.steps - epoch * self.steps_an_epoch]
 
     def step(self, batch: Tensor, progress: Progress) -> dict[str, float]:
-        """Make one update.
+        """Make one update by the windows of a batch, int64 `(windows,)`.
 
         The host waits for the device twice: when the learner begins, and for the loss after
         backward is launched. Each rank computes its portions of the batch; all ranks make the same
         update.
-
-        Args:
-            batch: int64 `(windows,)`, indices of the windows.
-            progress: progress of the training.
 
         Returns:
             The `loss` before the update, and the learner's measures of the step.
@@ -332,10 +316,9 @@ class Trainer:
 
 
 def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | None:
-    """Read the checkpoint that an interrupted run has left.
+    """Read the checkpoint that an interrupted run has left; None: there is none, or it is damaged.
 
-    Returns:
-        The state; None: there is no checkpoint, or it cannot be read, so that learning starts over.
+    Without a checkpoint learning starts over.
     """
 
     def read() -> dict[str, Any] | None:
@@ -345,10 +328,7 @@ def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | Non
             # All ranks would put the tensors of rank 0 onto its GPU.
             alone = parallel.world_size() == 1
             device = problem.device if alone else torch.device("cpu")
-            state = load_state(problem.directory / file, device)
-            if "stage" not in state:
-                raise DataError(f"{file} is of another version of PermLLM")
-            return state
+            return load_state(problem.directory / file, device)
         except DataError as error:
             log.warning("%s: learning starts over", error)
             return None

@@ -23,14 +23,12 @@ from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
 from permllm.runtime.precision import products_in
-from permllm.store.files import LCP_CHECKPOINT
-from permllm.store.tensors import save_state
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Progress, Stage
 from permllm.training.losses import cosine_loss
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
-from permllm.training.trainer import LayerOutputs, Trainer, read_checkpoint
+from permllm.training.trainer import LayerOutputs, Trainer
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
@@ -320,11 +318,6 @@ def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LCP, "start_logits", broken)
     with pytest.raises(TrainingError, match=f"epoch 1.*{name}"):
         learned()
-
-
-def test_a_checkpoint_of_another_version_is_not_continued(tmp_path: Path) -> None:
-    save_state(tmp_path / LCP_CHECKPOINT, {"epoch": 1})
-    assert read_checkpoint(problem(directory=tmp_path), LCP_CHECKPOINT) is None
 
 
 def test_bfloat16_weights_learn_with_float32_logits() -> None:

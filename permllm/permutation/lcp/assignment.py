@@ -62,12 +62,9 @@ _on_gpu = attempted(_assigned_on_gpu, "the host solves the assignments, because 
 
 
 def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
-    """Solve blocks on the host.
-
-    The sum of the columns' largest entries bounds the objective from above. If these entries form a
-    permutation, as in most blocks at low temperatures, it is the optimum. SciPy solves the other
-    blocks.
-    """
+    """Solve blocks on the host."""
+    # The sum of the columns' largest entries bounds the objective from above. If these entries form
+    # a permutation, as in most blocks at low temperatures, it is the optimum.
     permutations = [soft.argmax(1) for soft in softs]
     unsolved: list[_Block] = []
     for soft, permutation in zip(softs, permutations, strict=True):

@@ -15,14 +15,10 @@ from torch import Tensor
 
 
 def assign(soft: Tensor) -> Tensor:
-    """Return the permutation of each block that maximises `<P, soft>`.
+    """Return the permutation of each block that maximises `<P, soft>`, int64 `(blocks, B)`.
 
     Args:
-        soft: `(blocks, B, B)` on a GPU; row = source channel, column = target position. With
-            entries that are not finite, the result is arbitrary.
-
-    Returns:
-        int64 `(blocks, B)`; entry j of a block is the source channel at position j.
+        soft: as in `harden`, on a GPU. With entries that are not finite, the result is arbitrary.
     """
     soft = soft.contiguous()
     count, size, _ = soft.shape
@@ -35,10 +31,9 @@ def assign(soft: Tensor) -> Tensor:
 
 @triton.jit
 def _start(soft, size, LANES: tl.constexpr):
-    """Give each row to the first column whose largest entry is in that row.
+    """Return the least cost of each column, and its row, or -1 if another column has that row.
 
-    Costs are the negative entries. Return the dual variables of the columns (their least costs),
-    and the row of each column, or -1.
+    Costs are the negative entries.
     """
     column = tl.arange(0, LANES)
     inside = column < size

@@ -37,7 +37,7 @@ from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.store.files import LCP_CHECKPOINT
 from permllm.training.kernels import Kernels, chosen_kernels
-from permllm.training.learner import Progress, Stage
+from permllm.training.learner import Progress, Stage, on_cpu
 from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.trainer import StageSchedule
 
@@ -69,15 +69,6 @@ class LCP(LearningSettings, LearnedPermutation):
     def searches(self) -> bool:  # type: ignore[override]
         """Tell whether a permutation starts at the heuristic's, or stays there."""
         return self.init == "heuristic" or self.last_layers is not None
-
-    @override
-    def validate(self, config: RunConfig) -> None:
-        """Raise ConfigError if a temperature is not positive."""
-        super().validate(config)
-        for progress in (0.0, 0.5, 1.0):
-            value = self.temperature(progress)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"temperature: {value} at progress={progress} is not positive")
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
@@ -118,8 +109,7 @@ class LCP(LearningSettings, LearnedPermutation):
             spans = self.spans(len(decoder_layers(problem.model)))
             permutations = self.start_permutations(problem, shared, spans[0].start)
         else:
-            best = schedule.state["learner"]["best"]
-            permutations = {name: permutation.cpu() for name, permutation in best.items()}
+            permutations = on_cpu(schedule.state["learner"]["best"])
         shared_of = {
             group.name: permutation for permutation in shared for group in permutation.groups
         }

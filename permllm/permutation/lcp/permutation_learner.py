@@ -12,7 +12,7 @@ from permllm.permutation.foldable import SharedPermutation
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, soft_batches
-from permllm.training.learner import Learner, Progress
+from permllm.training.learner import Learner, Progress, on_cpu
 
 
 def members(
@@ -28,14 +28,16 @@ def members(
 class PermutationLearner(Learner):
     """Learner of the shared permutations in a stage.
 
-    In a step `begin` makes the soft permutations (Sinkhorn) and the hard ones (assignment), and
-    replaces the soft ones by placeholders without memory. `set_layer` gives both to the masked
-    linears, whose backward adds the gradients of the soft permutations to the placeholders.
-    `collect` sends these through Sinkhorn to the logits.
+    A step has four parts:
+
+    1. `begin` makes the soft permutations (Sinkhorn) and from them the hard ones (assignment).
+       Nothing reads the values of the soft ones after that, so placeholders replace them.
+    2. `set_layer` gives both to the masked linears before their layer runs.
+    3. Backward of the masked linears adds the gradients of the soft ones to the placeholders.
+    4. `collect` sends these gradients through Sinkhorn to the logits.
 
     Args:
-        shared: all shared permutations of the model.
-        permutations: their values at the start, int64 `(channels,)` by name.
+        permutations: values of all shared permutations at the start, int64 `(channels,)` by name.
         logits: logits of each permutation that learns, by name.
         linears: masked linears of the stage, by path.
         temperature: returns the temperature of the soft permutations in a step.
@@ -68,11 +70,11 @@ class PermutationLearner(Learner):
         self.channels = sum(map(len, bases))
         self.device = bases[0].device
         self.present = self._on_device(permutations)
-        self.best = {name: permutation.cpu() for name, permutation in permutations.items()}
+        self.best = on_cpu(permutations)
         self._hard: dict[str, Tensor] = {}
         self._soft: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
-        # Permutations of the last step, and of the last epoch's end.
+        # Permutations of the last step, and at the end of the last epoch.
         self._at_step = self.present
         self._at_epoch = self.present
 
@@ -95,7 +97,7 @@ class PermutationLearner(Learner):
         hard: dict[tuple[str, int], Tensor] = {}
         soft: dict[tuple[str, int], Tensor] = {}
         for batch, blocks in zip(self._batches, hardened, strict=True):
-            del batch.soft
+            del batch.soft  # only `harden` reads the values; its gradient goes to the placeholders
             hard |= batch.parts(blocks)
             soft |= batch.placeholders
         self.present = dict(self.present)
@@ -143,13 +145,10 @@ class PermutationLearner(Learner):
         return {"temperature": temperature, "flips": moved}
 
     @override
-    def begin_epoch(self) -> None:
-        self._at_epoch = self.present
-
-    @override
     def epoch_values(self, progress: Progress) -> dict[str, Any]:
         """Return the temperature, and the share of channels that moved in the epoch."""
         moved = float(self._moved(self._at_epoch))
+        self._at_epoch = self.present
         return {"temperature": self.temperature(progress), "flips": moved}
 
     def _moved(self, before: dict[str, Tensor]) -> Tensor:
@@ -160,7 +159,7 @@ class PermutationLearner(Learner):
 
     @override
     def keep(self) -> None:
-        self.best = {name: permutation.cpu() for name, permutation in self.present.items()}
+        self.best = on_cpu(self.present)
 
     @override
     def state(self) -> dict[str, Any]:
@@ -175,7 +174,7 @@ class PermutationLearner(Learner):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self._module.load_state_dict(state["logits"])
-        self.best = {name: permutation.cpu() for name, permutation in state["best"].items()}
+        self.best = on_cpu(state["best"])
         self.present = self._on_device(state["present"])
         self._at_step = self._on_device(state["at_step"])
         self._at_epoch = self._on_device(state["at_epoch"])

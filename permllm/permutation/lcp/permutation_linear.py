@@ -55,10 +55,8 @@ class PermutationLinear(nn.Module):
         linear: the layer; its weight `(C_out, C_in)` gets no gradient. A contiguous `weight.t()` is
             fastest, because channels are gathered.
         factors: factors of the saliency that chooses the mask.
-        pattern: N:M.
         stacks: blocks of the permutation; `set_permutation` sets it before each forward.
         straight_through: gradient of the permutation, see above.
-        kernels: kernels of the elementwise work.
     """
 
     def __init__(
@@ -88,8 +86,8 @@ class PermutationLinear(nn.Module):
             permutation: int64 `(C_in,)`, the channel at each permuted position.
             hard: int64 `(C_in,)`, the same channels as rows of their blocks' soft matrices; None:
                 no gradient.
-            soft: the differentiable soft permutations, `(blocks, B, B)` for each stack of blocks.
-                They receive gradients, and their values are not used. Empty: no gradient.
+            soft: placeholders of the soft permutations, `(blocks, B, B)` for each stack, that
+                receive their gradients; empty: no gradient.
         """
         self._present = (permutation, hard, soft)
 
@@ -97,7 +95,10 @@ class PermutationLinear(nn.Module):
         """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
         assert self._present is not None
         permutation, hard, soft = self._present
-        self._present = None  # or the soft permutations would stay in memory until the next step
+        # A decoder layer passes no permutation on, so it waits here from `set_permutation` until
+        # this forward. Kept longer, it would hold the gradients of the soft permutations in memory,
+        # which are as large as the logits, during the next step.
+        self._present = None
         states = x.flatten(0, -2).to(product_dtype(x))
         y: Tensor = _PermutationProduct.apply(states, self, permutation, hard, *soft)
         return y.unflatten(0, x.shape[:-1])
@@ -118,14 +119,11 @@ class PermutationLinear(nn.Module):
         grad_masked_t: Tensor,
         dtype: torch.dtype,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return `(W * M)^T`, and the gradients of the soft permutations.
+        """Return `(W * M)^T (C_in, C_out)`, and the gradients of each stack, `(blocks, B, B)`.
 
         Each rank makes the gradients of some blocks, from the sum of `grad_masked_t` over all
-        ranks, and zeros for the other blocks. The sum over the ranks is the gradient. The ranks
-        wait for each other in backward; all run the same graph, so that they meet in one order.
-
-        Returns:
-            `(C_in, C_out)`, and `(blocks, B, B)` for each stack.
+        ranks, and zeros for the others. The sum over the ranks is the gradient. All ranks run the
+        same graph, so that they meet in one order.
         """
         masked_t = torch.empty(weight.t().shape, dtype=grad_masked_t.dtype, device=weight.device)
         grad_soft = [
@@ -147,11 +145,7 @@ class PermutationLinear(nn.Module):
     def _block_gradients(
         self, masked_t: Tensor, chunk: ChannelChunk, grad_masked_t: Tensor, size: int
     ) -> Tensor:
-        """Mask whole blocks of channels, and return the gradient of their permutation.
-
-        Returns:
-            `(blocks, B, B)`, with permuted rows.
-        """
+        """Mask whole blocks; return their gradient, `(blocks, B, B)` with permuted rows."""
         if self._straight_through == "swap":
             changes = self._kernels.swap_gradient(masked_t, chunk, grad_masked_t, size)
             return changes.repeat_interleave(chunk.m, 2)
@@ -168,11 +162,7 @@ class PermutationLinear(nn.Module):
         return ChannelChunk(weight.t(), channels, factors, self.pattern.n, self.pattern.m)
 
     def _chunks(self, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
-        """Split the positions into chunks of whole blocks.
-
-        Yields:
-            The index of the stack, the blocks in it, and their positions.
-        """
+        """Yield chunks of whole blocks: index of the stack, blocks in it, and their positions."""
         for index, stack in enumerate(self._stacks):
             at_once = self._kernels.chunk_size // (stack.size * len(weight))
             step = max(1, min(at_once, -(-stack.count // parallel.world_size())))
@@ -184,7 +174,7 @@ class PermutationLinear(nn.Module):
 
 
 def _summed(chunk: ChannelChunk, grad_masked_t: Tensor, rank: int) -> bool:
-    """Sum the gradient of a chunk over all ranks, in `rank`; tell whether this is `rank`."""
+    """Sum the gradient of a chunk over all ranks in `rank`; tell whether this is `rank`."""
     if parallel.world_size() == 1:
         return True
     assert chunk.channels is not None

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from permllm.errors import TrainingError
 from permllm.sparsity.blocks import BlockStack
 
 
@@ -67,8 +66,8 @@ class BlockLogits(nn.Module):
 class SoftBatch:
     """Soft permutations of one block size, made together, and the backward to their logits.
 
-    Forward uses the hard permutations and never reads the values of the soft permutations. So
-    placeholders of their shape, zeros that take no memory, collect the gradients.
+    Forward uses the hard permutations, and `logit_gradient` makes the values of the soft ones
+    again. So placeholders collect the gradients: zeros of their shape, without memory of their own.
 
     Args:
         logits: logits of all permutations, by name.
@@ -78,7 +77,7 @@ class SoftBatch:
     Attributes:
         placeholders: leaf tensors, `(blocks, B, B)`, by stack.
         soft: soft permutations of all stacks, concatenated, `(blocks, B, B)`, not differentiable;
-            may be deleted.
+            the learner deletes them when it has the hard ones.
     """
 
     def __init__(
@@ -105,14 +104,10 @@ class SoftBatch:
         return dict(zip(self._stacks, values.split(self._counts), strict=True))
 
     def backward(self) -> None:
-        """Send the gradients of the placeholders on to the logits.
-
-        Raises TrainingError if a placeholder has no gradient.
-        """
+        """Send the gradients of the placeholders on to the logits."""
         gradients = []
-        for (name, _), placeholder in self.placeholders.items():
-            if placeholder.grad is None:
-                raise TrainingError(f"the loss does not depend on the permutation of {name}")
+        for placeholder in self.placeholders.values():
+            assert placeholder.grad is not None
             gradients.append(placeholder.grad)
         effective = self._effective()
         of_logits = logit_gradient(
@@ -127,10 +122,10 @@ class SoftBatch:
 def soft_batches(
     logits: Mapping[str, BlockLogits], temperature: float, half_iterations: int
 ) -> list[SoftBatch]:
-    """Return the soft permutations of several permutations, in batches.
+    """Return the soft permutations of several permutations in batches.
 
     On a GPU all blocks of a size are one batch, because each operator is a launch. On a CPU a batch
-    is one stack, because it fits into the cache.
+    is one stack, which fits into the cache.
     """
     batches: dict[object, list[tuple[str, int]]] = {}
     for name, blocks in logits.items():
@@ -165,9 +160,8 @@ def normalize(
         half_iterations: 2 L, the number of half iterations: rows, columns, rows and so on.
 
     Returns:
-        The soft permutations, `(blocks, B, B)`, positive. For L >= 1 the columns sum to one, and
-        the sums of the rows approach one as L grows. And the potentials of the half iterations,
-        alternately `(blocks, B, 1)` and `(blocks, 1, B)`.
+        The soft permutations, `(blocks, B, B)`, positive, whose columns sum to one for L >= 1; and
+        the potentials, alternately `(blocks, B, 1)` and `(blocks, 1, B)`.
     """
     log_p = logits / temperature
     potentials = []
@@ -188,12 +182,8 @@ def logit_gradient(
     same dimension. The matrices `exp(Y)` are recomputed from the last to the first.
 
     Args:
-        logits, temperature: as in `normalize`.
-        potentials: potentials that `normalize` returned.
+        logits, temperature, potentials: of `normalize`.
         grad_soft: gradient of the soft permutations, `(blocks, B, B)`.
-
-    Returns:
-        `(blocks, B, B)`.
     """
     log_p = logits / temperature
     for potential in potentials:

@@ -12,12 +12,7 @@ from permllm.settings.values import SETTINGS, Positive
 
 @dataclass(frozen=True, config=SETTINGS)
 class _Range:
-    """Range of temperatures.
-
-    Attributes:
-        start: temperature at the first step.
-        end: temperature at the last step.
-    """
+    """Range of temperatures, from the first step to the last."""
 
     start: Positive
     end: Positive
@@ -52,11 +47,7 @@ class Exponential(_Range):
 
 @dataclass(frozen=True, config=SETTINGS)
 class Constant:
-    """Constant temperature.
-
-    Attributes:
-        start: the temperature.
-    """
+    """Constant temperature."""
 
     start: Positive
 
