@@ -16,24 +16,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import ByT5Tokenizer
 
 import permllm
 from permllm import job
-from permllm.data.texts import TEXTS
-from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, TrainingError
 from permllm.export.verify import verify
 from permllm.models import families
 from permllm.models.families import channel_groups
 from permllm.models.load import load_model
-from permllm.pruning.phases import calibrate_dense
 from permllm.reconstruction.base import PrunedLinear
 from permllm.runtime import parallel
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask
-from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import InputStatistics
 from permllm.store.tensors import load_masks
 from tests.conftest import ROOT
@@ -197,8 +192,7 @@ def test_the_base_classes_in_contributing_are_those_of_the_code(module: str, cod
 def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
     words: list[str], package: Path
 ) -> None:
-    dense_score = "SaliencyFactors(1, weight.abs() + statistics[Peak].value)"
-    return_instead(package, "pruner.py", dense_score)
+    return_instead(package, "pruner.py", "SaliencyFactors(1, weight.abs())")
     chosen = ["pruner=peak", "block_size=8", "compute_dtype=float32", *words]
     if not words[0].startswith("permutation="):
         chosen += ["permutation.epochs=1", "permutation.learning_rate=0.05"]
@@ -207,24 +201,17 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
     assert sum(metrics["moved_channels"].values()) > 0
     settings = settings_of(*chosen)
     model = load_model(settings.model, 0).model
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    windows = calibration_windows(tokenizer, TEXTS["builtin"], settings.calibration, seed=0)
-    factors = calibrate_dense(
-        model, channel_groups(model), windows, instantiate("pruner", settings.pruner), 4
-    ).factors
     orders = load_file(directory / "permutations.safetensors")
     masks = load_masks(directory / "masks.safetensors")
-    scores = {
-        path: saliency(model.get_submodule(path).weight, found) for path, found in factors.items()
-    }
     for group in channel_groups(model):
-        for path in group.members:
-            score, order = scores[path], orders[group.name]
+        order = orders[group.name]
+        scores = {path: model.get_submodule(path).weight.square() for path in group.members}
+        for path, score in scores.items():
             assert torch.equal(masks[path], permuted_nm_mask(score, order, settings.pattern))
         if words[0].endswith("spread"):
-            total = sum(scores[path].sum(0) for path in group.members)
+            total = sum(score.sum(0) for score in scores.values())
             ranked = total.argsort(descending=True, stable=True)
-            assert torch.equal(orders[group.name], ranked.view(4, -1).t().flatten())
+            assert torch.equal(order, ranked.view(4, -1).t().flatten())
     assert verify(directory / "export")["passed"]
 
 
