@@ -97,7 +97,7 @@ class PermutationLearner(Learner):
         hard: dict[tuple[str, int], Tensor] = {}
         soft: dict[tuple[str, int], Tensor] = {}
         for batch, blocks in zip(self._batches, hardened, strict=True):
-            del batch.soft  # only `harden` reads the values; its gradient goes to the placeholders
+            del batch.soft  # only `harden` reads the values; placeholders get the gradients
             hard |= batch.parts(blocks)
             soft |= batch.placeholders
         self.present = dict(self.present)
