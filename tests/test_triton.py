@@ -1,11 +1,15 @@
-"""Triton kernels without a GPU, in Triton's interpreter."""
+"""Triton kernels without a GPU: right in Triton's interpreter, and compiled without spills."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
-from typing import NamedTuple
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER
 from tests.conftest import ROOT
 
-pytest.importorskip("triton", reason="no Triton on this platform")
+slow = pytest.mark.slow
+triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
 # Triton decides when it is imported whether it interprets, so this is a process of its own.
 CODE = """
@@ -165,3 +170,83 @@ def test_assignments_of_no_blocks_of_views_and_of_what_is_not_finite(found: Foun
     assert torch.equal(solved["a view"], solved["uniform 8"])
     for value in INFINITE:  # it ends, and leaves the other blocks
         assert torch.equal(solved[str(value)][[0, 2]], solved["uniform 8"][[0, 2]])
+
+
+def spilled_bytes(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, warps: int
+) -> int:
+    """Compile a kernel; return the bytes of a thread's state that have no place in registers.
+
+    Args:
+        kernel: a Triton function.
+        types: of the arguments that are not constants, such as `*bf16`; `i32:16` is divisible by
+            16, as every pointer is.
+        constants: by argument.
+        architecture: compute capability, as in 90.
+        warps: of a program.
+    """
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", architecture, 32)
+    names = kernel.arg_names
+    kinds = {name: kind.partition(":") for name, kind in types.items() if name in names}
+    signature = {name: kinds[name][0] if name in kinds else "constexpr" for name in names}
+    divisible = [name for name, (kind, _, by) in kinds.items() if kind[0] == "*" or by == "16"]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = compiler.ASTSource(kernel, signature, constants, attributes)
+    made = triton.compile(source, target=target, options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.search(r"STACK:(\d+)", said)
+    assert used is not None, said
+    return int(used.group(1))
+
+
+A100, H100, B200 = 80, 90, 100
+PRODUCTS = {"fp32": "bf16", "bf16": "bf16", "fp16": "fp16"}  # formats by that of the weights
+FORMS = [("fp32", 4, 0, False), ("fp16", 4, 0, False), ("bf16", 4, 2, False), ("bf16", 4, 0, True)]
+FORMS += [("bf16", m, 0, False) for m in (4, 8, 16)]
+SHAPES = [(*form, architecture) for form in FORMS for architecture in (A100, H100, B200)]
+QUICK = [("bf16", 16, 0, False, H100), ("fp32", 4, 0, False, H100)]
+no_fusion = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+
+
+def mostly_slow(shapes: list[Any], quick: list[Any]) -> list[Any]:
+    return [shape if shape in quick else pytest.param(*shape, marks=slow) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("weights", "m", "terms", "dense", "architecture"), mostly_slow(SHAPES, QUICK)
+)
+@no_fusion
+def test_gpus_keep_a_tile_in_registers(
+    weights: str, m: int, terms: int, dense: bool, architecture: int
+) -> None:
+    """Widths are divisible by 16, as in all known models, which is what the code depends on."""
+    module = importlib.import_module("permllm.training.triton_kernels")
+    names = ("weight", "source", "column", "row", "grad", "thresholds", "stay", "out", "changes")
+    types = dict.fromkeys(names, "*fp32") | {"weight": f"*{weights}", "source": "*i64"}
+    types |= dict.fromkeys(("out", "grad"), f"*{PRODUCTS[weights]}")
+    types |= dict.fromkeys(("rows", "channels", "size", "groups"), "i32:16") | {"share": "fp32"}
+    kind: dict[str, Any] = {"GATHER": True, "POWER": int(not dense), "TERMS": terms, "DENSE": dense}
+    masks = kind | {"N": m // 2, "M": m, "LANES": m, "ROWS": module._rows_of(m)}
+    for thresholds in (False, True):
+        constants = masks | {"THRESHOLDS": thresholds}
+        assert spilled_bytes(module._mask, types, constants, architecture, 1) <= 64
+    tile = {"CHANNELS": module._CHANNELS, "GROUPS": module._GROUPS, "ROWS": module._ROWS}
+    assert spilled_bytes(module._swap, types, kind | tile, architecture, module._WARPS) <= 64
+
+
+BLOCKS = [(64, A100), (64, H100), (64, B200), (16, H100), (1024, H100)]
+
+
+@pytest.mark.parametrize(("size", "architecture"), mostly_slow(BLOCKS, [(64, H100)]))
+@no_fusion
+def test_gpus_keep_the_state_of_a_block_in_registers(size: int, architecture: int) -> None:
+    kernel = importlib.import_module("permllm.permutation.lcp.assignment_triton")._assign
+    types = {"soft": "*fp32", "permutations": "*i64", "size": "i32:16"}
+    warps = max(1, min(8, size // 64))
+    assert spilled_bytes(kernel, types, {"LANES": size}, architecture, warps) <= 64

@@ -14,6 +14,7 @@ from permllm.mask.base import LearnedMask
 from permllm.mask.score_linear import ScoreLinear, Scores, log_saliency_t
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
+from permllm.settings.config import RunConfig
 from permllm.settings.learning import LearningPlan, LearningSettings
 from permllm.settings.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
@@ -56,6 +57,11 @@ class ScoreMask(LearningSettings, LearnedMask):
     """
 
     kind: ClassVar[type[Scores]] = FreeScores
+
+    @override
+    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        """Raise ConfigError if no group is pruned in the layers that learn."""
+        self.check_last_layers("mask", groups, layers)
 
     def scores(
         self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator

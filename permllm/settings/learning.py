@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
+from permllm.errors import ConfigError
 from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
 Loss = Literal["cosine", "kl"]
@@ -69,14 +70,25 @@ class LearningSettings(DescentSettings):
             raise ValueError(
                 "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
             )
+        epochs = math.inf if self.steps else self.epochs  # steps take as many as they need
         if self.select_from is None:  # one epoch has nothing to select from
-            self.select_from = 2 if self.steps or self.epochs > 1 else 0
+            self.select_from = 2 if epochs > 1 else 0
+        if self.select_from > epochs:
+            raise ValueError(f"select_from={self.select_from} is more than epochs={epochs}")
 
     def needs_device(self) -> str | None:
         """Return the reason why all layers must be on the device at once; None: no reason."""
         if self.activation_checkpointing is False:
             return "activation_checkpointing=false keeps all layers for backward"
         return None
+
+    def check_last_layers(self, group: str, groups: list[Any], layers: int) -> None:
+        """Raise ConfigError if the layers that learn have no pruned channel group."""
+        if not any(pruned.layer in span for pruned in groups for span in self.spans(layers)):
+            raise ConfigError(
+                f"{group}.last_layers={self.last_layers}: keep_dense or the allocation keeps these "
+                "layers dense; expected a layer that is pruned"
+            )
 
     def spans(self, layers: int) -> list[range]:
         """Return the decoder layers of each stage of a model."""

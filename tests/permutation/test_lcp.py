@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.errors import TrainingError
+from permllm.errors import ConfigError, TrainingError
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, folded_permutations, shared_permutations
@@ -23,6 +23,7 @@ from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruner.wanda import Wanda
 from permllm.runtime.precision import products_in
+from permllm.settings.composition import composed
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Progress, Stage
 from permllm.training.losses import cosine_loss
@@ -32,6 +33,7 @@ from permllm.training.trainer import LayerOutputs, Trainer
 from tests.conftest import tiny_model
 from tests.problems import (
     CPU,
+    PATTERN,
     Interrupt,
     lcp,
     output_loss,
@@ -416,3 +418,29 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
     # The softmax of a group, which the others go through, is steep in differences that float16
     # rounds.
     assert torch.cosine_similarity(*found, dim=0) > (0.99 if straight_through == "swap" else 0.98)
+
+
+def test_more_epochs_than_there_are_cannot_be_selected_from() -> None:
+    for settings in ({"epochs": 1, "select_from": 2}, {"epochs": 3, "select_from": 4}):
+        with pytest.raises(ConfigError, match="select_from"):
+            lcp(**settings)
+    assert lcp(epochs=3, select_from=3).select_from == 3
+    assert lcp(steps=1, epochs=1, select_from=2).select_from == 2  # epochs do not count
+
+
+def test_a_block_size_that_no_group_has_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    groups = channel_groups(tiny_model("llama"))
+    largest = max(group.channels for group in groups)
+    for block_size in (largest, largest + PATTERN.m):
+        lcp(block_size=block_size).check_groups(Mock(pattern=PATTERN), groups, 2)
+    (message,) = caplog.messages
+    assert f"block_size={largest + PATTERN.m}: " in message
+
+
+def test_the_norms_of_our_recipe_have_no_number_of_tokens() -> None:
+    assert lcp().norm_tokens == 1
+    assert lcp(conventions="paper").norm_tokens is None
+    with pytest.raises(ConfigError, match="norm_tokens"):
+        lcp(norm_tokens=8)
+    with pytest.raises(ConfigError, match=r"permutation\.norm_tokens: permutation=lcp "):
+        composed(["model=tiny", "permutation=lcp", "permutation.norm_tokens=8"])

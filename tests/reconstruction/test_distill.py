@@ -203,3 +203,9 @@ def test_steps_go_through_the_samples_as_often_as_they_take(
     assert [len(batch) for batch in seen] == 7 * [2]
     assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
     assert len(torch.cat(seen[5:]).unique()) == 4
+
+
+def test_kept_weights_in_half_precision_are_trained_as_float32() -> None:
+    linear = nn.Linear(8, 4).bfloat16()
+    weights = KeptWeights([linear], [torch.ones(4, 8, dtype=torch.bool)])
+    assert weights.values[0].dtype == torch.float32

@@ -5,6 +5,7 @@ layer. The weights do not change. Forward uses hard permutations and hard masks;
 through the soft permutations.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -41,6 +42,8 @@ from permllm.training.learner import Progress, Stage, on_cpu
 from permllm.training.problem import LearningProblem, replaced_linears
 from permllm.training.trainer import StageSchedule
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LCP(LearningSettings, LearnedPermutation):
@@ -63,6 +66,8 @@ class LCP(LearningSettings, LearnedPermutation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.conventions == "ours":
+            if self.norm_tokens:
+                raise ValueError(f"norm_tokens={self.norm_tokens} needs conventions=paper")
             self.norm_tokens = 1
 
     @property
@@ -80,6 +85,9 @@ class LCP(LearningSettings, LearnedPermutation):
                 f"(sparsity={pattern}); expected {pattern.m}, {2 * pattern.m}, ..."
             )
         check_segments(shared_permutations(groups, self.constraint), pattern)
+        if all(group.channels < self.block_size for group in groups):
+            log.warning("block_size=%d: no group has so many channels", self.block_size)
+        self.check_last_layers("permutation", groups, layers)
         if not self.plan(groups, layers).parameters:
             raise ConfigError(
                 f"permutation.layers_per_stage={self.layers_per_stage}, permutation.last_layers="
