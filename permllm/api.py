@@ -32,7 +32,7 @@ from permllm.models.source import DenseSource
 from permllm.pruning.checks import warn_if_pruned
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.report.read import collect
-from permllm.report.table import table_of
+from permllm.report.table import by_run, table_of
 from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, working_dtype
@@ -287,7 +287,7 @@ def results(*places: str | Path) -> pd.DataFrame:
     The places are run directories, folders with run directories, or files of records.
     Raises ConfigError if a place does not exist, or none holds a finished run.
     """
-    return table_of(collect(map(Path, places)).runs).frame
+    return by_run(table_of(collect(map(Path, places)).runs))
 
 
 def _dtype(model: PreTrainedModel) -> str:

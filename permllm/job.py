@@ -35,7 +35,7 @@ from permllm.pruning.phases import (
     find_permutations,
 )
 from permllm.report.measures import flat_figures
-from permllm.report.render import print_run
+from permllm.report.printed import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.files import choose_cache

@@ -19,7 +19,7 @@ from permllm.command import run_tool
 from permllm.errors import ConfigError
 from permllm.report.plots import picture
 from permllm.report.read import Run, collect
-from permllm.report.table import Table, table_of
+from permllm.report.table import Table, row_names, table_of
 from permllm.settings.config import NMPattern
 from permllm.store.files import MASKS
 from permllm.store.tensors import load_masks
@@ -31,8 +31,8 @@ def draw(table: Table, file: Path) -> None:
     """Draw a panel for each row of a table, with the title of its row and linear."""
     runs = {
         name: run
-        for row, name in enumerate(table.names())
-        if ((run := table.first(row)).directory / MASKS).is_file()
+        for row, name in row_names(table.labels).items()
+        if ((run := table.members(row)[0]).directory / MASKS).is_file()
     }
     if not runs:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")

@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -35,8 +36,8 @@ from permllm.report.measures import SPEED_LIMIT
 from permllm.report.plots import points
 from permllm.report.published import Comparison, published
 from permllm.report.read import Run, collect
-from permllm.report.render import as_text, markdown, table_cells, texts
-from permllm.report.table import DENSE_ROW, Table, find, table_of
+from permllm.report.render import as_text, changes_from, markdown, table_cells, texts
+from permllm.report.table import DENSE_ROW, Table, choose, find, naming, table_of
 from permllm.settings.composition import composed
 from permllm.settings.config import METHOD_GROUPS, NMPattern
 from permllm.settings.options import options as options_of
@@ -53,38 +54,50 @@ _OF_METHODS = [f"{group}.name" for group in METHOD_GROUPS]
 _OF_METHODS += ["permutation.constraint", "reconstruction.start"]
 
 
-def table(folder: Path, records: str = RECORDS, sort: str = "", **shown: str) -> str:
+def table(
+    folder: Path,
+    records: str = RECORDS,
+    sort: str = "",
+    baseline: str = "",
+    columns: str = "",
+    measures: str = _SHOWN,
+) -> str:
     """Return runs as `permllm results` shows them, and what they were measured with.
 
     With `sort` the rows follow the dense model's by this measure, the largest value first.
     """
-    found = _table(folder, records, **shown)
-    frame = _texts(found)
+    found = table_of(_runs(folder, records), baseline)
+    frame = texts(found, table_cells(found, choose(found, measures)), columns)
     if sort:
-        frame = _chosen(
-            frame,
-            found.means[sort].drop(DENSE_ROW).sort_values(ascending=False, kind="stable").index,
-        )
+        values = found.means[sort].drop(DENSE_ROW)
+        frame = _chosen(frame, values.sort_values(ascending=False, kind="stable").index)
     return f"{markdown(frame)}\n{_machine(found.runs)}"
 
 
-def paper(folder: Path, table: str, baseline: str, settings: str = "", **shown: str) -> str:
+def paper(
+    folder: Path,
+    table: str,
+    baseline: str,
+    settings: str = "",
+    columns: str = "pruner,permutation",
+    measures: str = _SHOWN,
+) -> str:
     """Return our runs beside a table of the paper, with further settings of their command."""
-    shown = {"columns": "pruner,permutation"} | shown
-    found = _table(folder, RECORDS, baseline, **shown)
+    found = table_of(_runs(folder, RECORDS), baseline)
     compared = Comparison(table, found.labels["model"])
+    cells = table_cells(found, choose(found, measures), compared)
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
     parts = [
         f"\n    {command} {settings}".rstrip() + "\n",
-        markdown(_texts(found, compared)),
+        markdown(texts(found, cells, columns)),
         f"{' '.join(compared.notes)} {gap} the dense model.\n",
         _provenance(found.runs),
     ]
     theirs = published(table)
     theirs["value"] = theirs["value"].map("{:g}".format)
-    columns = ["model", "sparsity", "method", "setting", "metric"]
-    by_metric = theirs.set_index(columns)["value"].unstack(sort=False)
+    names = ["model", "sparsity", "method", "setting", "metric"]
+    by_metric = theirs.set_index(names)["value"].unstack(sort=False)
     parts += [f"The paper's {table.replace('table', 'table ')}:\n"]
     return "\n".join([*parts, as_text(by_metric.reset_index(), "md")])
 
@@ -97,14 +110,15 @@ def frontier(
     Args:
         methods: options of the group `method`, whose rows alone are shown, in the place of columns.
     """
-    found = _gaps(folder, records, baseline, columns)
+    found = table_of(_runs(folder, records), baseline)
     drawn = points(found, GAP).sort_values("value", ascending=False, kind="stable")
+    frame = _gap_texts(found, "method" if methods else columns)
     if methods:
         names = {_row(found, method): f"`{method}`" for method in methods.split()}
-        found.labels["method"] = found.labels.index.map(names)
-        found.settings = found.varied = ["method"]
         drawn = drawn[drawn.index.isin(names)]
-    frame = _chosen(_texts(found), drawn.index)
+        frame = frame.drop(columns=naming(found.labels, "method"))
+        frame.insert(0, "method", frame.index.map({DENSE_ROW: "dense"} | names))
+    frame = _chosen(frame, drawn.index)
     costs = {
         "minutes": drawn["minutes"].map("{:.1f}".format),
         "on": [_computed_on(_fastest(found, row)) for row in drawn.index],
@@ -117,12 +131,12 @@ def frontier(
 
 def differences(folder: Path, baseline: str, columns: str, measures: str, records: str) -> str:
     """Return the difference of each row from the baseline in some measures, with 95 % intervals."""
-    found = _table(folder, records, baseline, columns, measures)
-    frame = found.labels[found.settings].copy()
-    for name in [*found.measures]:
-        found.measures = [name]  # `cells` compares rows in one measure
-        frame[name] = _texts(found)["against the baseline"]
-    return markdown(frame.drop(found.baseline))
+    found = table_of(_runs(folder, records), baseline)
+    start = find(found.labels, baseline, "view")
+    frame = found.labels[naming(found.labels, columns)].copy()
+    for name in choose(found, measures):
+        frame[name] = changes_from(found, start, name)["text"]
+    return markdown(frame.drop(start).fillna(""))
 
 
 def claims(
@@ -153,7 +167,7 @@ def claims(
         pair = paired(found, first, second, measure)
         needed = 0.0
         if pair["seeds"] == 1:
-            methods = {found.first(row).methods for row in (first, second)}
+            methods = {found.members(row)[0].methods for row in (first, second)}
             of_rerun = of_heuristic if "heuristic" in methods and of_heuristic else of_one_seed
             needed = float(of_rerun) / 100
         low, high = pair["interval"]
@@ -162,8 +176,8 @@ def claims(
             verdict = "holds"
         elif pair["seeds"] != 2 and high < -needed:
             verdict = "does not hold here"
-        by_seed = [found.members(row).set_index("seed")[measure] for row in (first, second)]
-        each = (by_seed[0] - by_seed[1]).dropna()
+        values, others = (found.by_seed(row, measure)["value"] for row in (first, second))
+        each = (values - others).dropna()
         of_seeds = ", ".join(f"{round(100 * value, 1) + 0.0:+.1f}" for value in each)
         lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], of_seeds, verdict))
     columns = ["claim", "this row", "closes more than", "difference", "of each seed", "verdict"]
@@ -200,8 +214,7 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
         gaps = found.means[GAP].rename(found.labels["method"]).map("{:.0%}".format)
         frame[f"gap closed, {name}"] = methods.map(gaps).fillna("").array
     limits = pd.concat(
-        found.frame.set_index(found.frame["row"].map(found.labels["method"]))[SPEED_LIMIT]
-        for found in by_model.values()
+        found.means[SPEED_LIMIT].rename(found.labels["method"]) for found in by_model.values()
     )
     limits = limits.groupby(level=0).first().map("{:.3g}".format)
     frame[SPEED_LIMIT] = methods.map(limits).fillna("").array
@@ -250,7 +263,7 @@ def shares(folder: Path, baseline: str, records: str = RECORDS) -> str:
         baseline: settings of the row from which the gaps are measured.
         records: files of records.
     """
-    found = _gaps(folder, records, baseline, "method,allocation.share,sparsity,keep_dense")
+    found = table_of(_runs(folder, records), baseline)
     rows = found.labels.query("sparsity == '2:4' and keep_dense == 'none'")
     rows = rows.assign(gap=found.means[GAP], limit=found.means[SPEED_LIMIT])
     rows["share"] = pd.to_numeric(rows["allocation.share"]).fillna(0.0)
@@ -272,7 +285,7 @@ def bounds(folder: Path, methods: str, records: str) -> str:
         records: files of records, which have them in both patterns.
     """
     first, *_ = methods.split()
-    found = _gaps(folder, records, _settings_of(f"{first},sparsity=2:4"))
+    found = table_of(_runs(folder, records), _settings_of(f"{first},sparsity=2:4"))
     rows, costs = [], [["dense", "", "100.0%", "100.0%", "1.00"]]
     for text, method in product(("2:4", "6:8"), methods.split()):
         rows.append(_row(found, f"{method},sparsity={text}"))
@@ -280,9 +293,10 @@ def bounds(folder: Path, methods: str, records: str) -> str:
         width = 4 * window_count(pattern) / pattern.m
         sizes = [f"{stored_share(pattern, bits):.1%}" for bits in (16, 8)]
         costs.append([text, f"`{method}`", *sizes, f"{2 / width:.2f}"])
-    frame = _chosen(_texts(found), rows).drop(columns=[*found.settings, *found.details()])
+    settings = naming(found.labels, "method")
+    frame = _chosen(_gap_texts(found, "method"), rows).drop(columns=settings)
     names = ["pattern", "method", "bytes, bfloat16", "bytes, FP8", "speed at most"]
-    used = [found.runs[run] for row in rows for run in found.members(row).index]
+    used = [run for row in rows for run in found.members(row)]
     frame = pd.DataFrame(costs, frame.index, names).join(frame)
     return f"{markdown(frame)}\n{_machine(used)}"
 
@@ -368,7 +382,7 @@ def landscape(folder: Path, theirs: str, reference: str, **ours: str) -> str:
     columns = ["method", "year", "model", "window", "dense", reference, "perplexity", GAP]
     rows = []
     for records, methods in ours.items():
-        table = _table(folder, records, _settings_of(reference.lower()))
+        table = table_of(_runs(folder, records), _settings_of(reference.lower()))
         rows += [_measured(table, method, reference) for method in methods.split()]
     frame = pd.concat([found, pd.DataFrame(rows)])[[*columns, "weights change", "cost", "source"]]
     frame = frame.sort_values(GAP, ascending=False, kind="stable")
@@ -387,7 +401,7 @@ def _measured(found: Table, words: str, reference: str) -> dict[str, Any]:
         "perplexity": found.means.loc[row, names],
     }
     windows = {str(one["window"]) for one in metrics["perplexity"]["sparse"].values()}
-    seeds = sorted(map(str, found.members(row)["seed"]))
+    seeds = sorted(str(run.config["seed"]) for run in found.members(row))
     return {
         "method": f"ours: `{words.partition(',')[0]}`",
         "year": fastest.environment["started"][:4],
@@ -455,26 +469,12 @@ def _runs(folder: Path, records: str, apart: bool = False) -> list[Run]:
     return found.runs
 
 
-def _table(
-    folder: Path, records: str, baseline: str = "", columns: str = "", measures: str = _SHOWN
-) -> Table:
-    """Return the table of files of records, with `columns` and `measures` as in `Table.show`."""
-    found = table_of(_runs(folder, records), baseline)
-    found.show(columns, measures)
-    return found
-
-
-def _texts(found: Table, paper: Comparison | None = None) -> pd.DataFrame:
-    """Return the texts of a table's cells."""
-    return texts(found, table_cells(found, paper))
-
-
-def _gaps(folder: Path, records: str, baseline: str, columns: str = "") -> Table:
-    """Return a table of the mean gap, before the perplexities."""
-    found = _table(folder, records, baseline, columns, "gap closed, perplexity (")
-    found.baseline = None  # the gaps say it
-    found.measures.sort(key=lambda name: name != GAP)
-    return found
+def _gap_texts(found: Table, columns: str = "") -> pd.DataFrame:
+    """Return the texts of the mean gap, before those of the perplexities."""
+    names = choose(found, "gap closed, perplexity (")
+    names.sort(key=lambda name: name != GAP)
+    without = replace(found, baseline=None)  # the gaps say it
+    return texts(without, table_cells(without, names), columns)
 
 
 def _chosen(frame: pd.DataFrame, rows: Iterable[int]) -> pd.DataFrame:
@@ -484,7 +484,7 @@ def _chosen(frame: pd.DataFrame, rows: Iterable[int]) -> pd.DataFrame:
 
 def _fastest(found: Table, row: int) -> Run:
     """Return the fastest run of a row, because other jobs of a machine only add to the minutes."""
-    return found.runs[int(found.members(row)["minutes"].idxmin())]
+    return min(found.members(row), key=lambda run: run.minutes)
 
 
 def _processor(run: Run) -> str:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from permllm.command import run_tool
-from permllm.report.measures import DENSE
 from permllm.report.read import Run, collect
 from permllm.report.render import as_text
 from scripts.provenance import processor
@@ -67,14 +66,14 @@ def points(one: Run, other: Run, runs: Iterable[Run]) -> float:
     differences = []
     texts = _nats(one)
     others = _nats(other)
-    dense = _nats(one, DENSE)
+    dense = _nats(one, "dense")
     start = _start(one, runs)
     for text in texts.keys() & others.keys() & start.keys():
         parts = [values[text] for values in (texts, others, start, dense)]
         count = min(map(len, parts))
         of_one, of_other, of_start, of_dense = (part[:count].mean() for part in parts)
         same_windows = np.allclose(
-            dense[text][:count], _nats(other, DENSE)[text][:count], rtol=1e-3
+            dense[text][:count], _nats(other, "dense")[text][:count], rtol=1e-3
         )
         if same_windows:
             differences.append((of_other - of_one) / (of_start - of_dense))
@@ -94,12 +93,14 @@ def _start(run: Run, runs: Iterable[Run]) -> dict[str, Nats]:
     return max(starts, key=lambda nats: sum(map(len, nats.values())), default={})
 
 
-def _nats(run: Run, which: str = "") -> dict[str, Nats]:
+def _nats(run: Run, which: str = "sparse") -> dict[str, Nats]:
     """Return the nats a token of each window, by text, of the pruned or of the dense model."""
+    perplexities = [measure for measure in run.measures if measure.kind == "perplexity"]
+    if which == "dense":
+        perplexities = [measure.dense for measure in perplexities if measure.dense]
     return {
         text: np.array(nats)
-        for measure in run.measures
-        if measure.kind == "perplexity" and measure.name.startswith(DENSE) == bool(which)
+        for measure in perplexities
         for text, (_, nats) in measure.scores.items()
     }
 

@@ -2,21 +2,21 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from permllm.report.measures import DENSE, change_text
+from permllm.report.measures import Measure, change_text
 from permllm.report.table import Table
 
 Numbers = NDArray[np.float64]
 
 
 def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
-    """Return the difference of two rows in one measure with its interval.
+    """Return the difference of two rows in one metric with its interval.
 
     For a gap the scores are also those of the unpermuted and the dense models, as means over all
     seeds of the unpermuted row.
@@ -28,63 +28,60 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
         `over`: text with the number of windows or items, which is zero if the rows have no scores
         of the same ones. `seeds`: number of seeds that are compared.
     """
-    kind = table.kinds[name]
+    kind = table.kind(name)
     gap = name in table.gaps
-    runs = table.members(row).sort_values("seed"), table.members(other).sort_values("seed")
+    values = table.by_seed(row, name)["value"]
+    others = table.by_seed(other, name)["value"]
+    count = len(values) + len(others)
+    common = values.index.intersection(others.index)
     # The base of gaps is the mean over all its seeds, so that it closes none.
-    if not (gap and {row, other} & set(table.starts.values())):
-        runs = _of_common_seeds(*runs)
-    difference = _difference(table, *runs, name)
-    samples = _samples(table, *runs, name)
+    if len(common) and not (gap and {row, other} & {*table.starts.values()}):
+        values = values[common]
+        others = others[common]
+    difference = _difference(values, others, kind)
+    samples = []
+    if values.index.equals(others.index):
+        samples = _samples(table, [row, other], name, values.index)
     ends = None
     if samples:
         ends = interval(samples, _gap_difference if gap else np.subtract)
         if kind == "perplexity":
             ends = [math.expm1(end) for end in ends]
     change = change_text(difference, kind, ends)
-    if change and sum(map(len, runs)) < table.frame["row"].isin([row, other]).sum():
-        change += f" over seeds {', '.join(map(str, runs[0]['seed']))}"
+    if change and len(values) + len(others) < count:
+        change += f" over seeds {', '.join(map(str, common))}"
     unit = "windows" if gap or kind == "perplexity" else "items"
     return {
         "difference": difference,
         "interval": ends,
         "change": change,
         "over": f"{sum(sample.shape[-1] for sample in samples)} {unit}",
-        "seeds": len(runs[0]),
+        "seeds": len(values),
     }
 
 
-def _of_common_seeds(runs: pd.DataFrame, others: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the runs of two rows whose seeds both rows have; all runs if there is no such seed."""
-    common = set(runs["seed"]) & set(others["seed"])
-    if not common:
-        return runs, others
-    return runs[runs["seed"].isin(common)], others[others["seed"].isin(common)]
-
-
-def _difference(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) -> float:
-    values = runs[name]
-    other_values = others[name]
-    if table.kinds[name] in ("accuracy", "share"):
-        return float(values.mean() - other_values.mean())
+def _difference(values: pd.Series, others: pd.Series, kind: str) -> float:
+    if kind in ("accuracy", "share"):
+        return float(values.mean() - others.mean())
     with np.errstate(all="ignore"):  # what is not finite has no difference
-        if table.kinds[name] == "perplexity":
-            return float(np.expm1(np.log(values).mean() - np.log(other_values).mean()))
-        return float(values.mean() / other_values.mean() - 1)
+        if kind == "perplexity":
+            return float(np.expm1(np.log(values).mean() - np.log(others).mean()))
+        return float(values.mean() / others.mean() - 1)
 
 
-def _samples(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) -> list[Numbers]:
-    """Return the scores for `interval`; empty: the runs cannot be compared."""
-    seeds = [*runs["seed"]]
-    if [*others["seed"]] != seeds:
-        return []
+def _samples(table: Table, rows: list[int], name: str, seeds: pd.Index) -> list[Numbers]:
+    """Return the scores for `interval` of rows with equal seeds; empty: they cannot be compared."""
     samples = []
     for text in table.gaps.get(name, [name]):
         lines = []
-        for compared in (runs, others):
-            lines.append(_scores(table, compared, text))
+        for row in rows:
+            lines.append(_scores(table.by_seed(row, text).loc[seeds, "measure"]))
             if name in table.gaps:
-                lines += _scores_of_base(table, compared, text)
+                start = table.by_seed(table.starts[row], text)["measure"]
+                # All seeds are measured from means over the seeds of the base.
+                for measures in (start, [measure.dense for measure in start]):
+                    means = {part: of.mean(axis=0) for part, of in _scores(measures).items()}
+                    lines.append({part: np.tile(of, (len(seeds), 1)) for part, of in means.items()})
         parts = lines[0].keys()
         if not parts or any(line.keys() != parts for line in lines):
             return []
@@ -94,32 +91,18 @@ def _samples(table: Table, runs: pd.DataFrame, others: pd.DataFrame, name: str) 
     return samples if usable else []
 
 
-def _scores(table: Table, runs: pd.DataFrame, column: str) -> dict[Any, Numbers]:
+def _scores(measures: Collection[Measure]) -> dict[Any, Numbers]:
     """Return the scores of a row's runs, float64 `(seeds, windows)`, by text or task and identity.
 
     The result is empty if the runs do not have the same texts or tasks.
     """
     scores = defaultdict(list)
-    for run in runs.index:
-        measure = table.values[run].get(column)
-        for part, (identity, numbers) in (measure.scores if measure else {}).items():
+    for measure in measures:
+        for part, (identity, numbers) in measure.scores.items():
             scores[part, identity].append(numbers)
-    if any(len(lines) < len(runs) for lines in scores.values()):
+    if any(len(lines) < len(measures) for lines in scores.values()):
         return {}
     return {part: np.array(lines) for part, lines in scores.items()}
-
-
-def _scores_of_base(table: Table, runs: pd.DataFrame, text: str) -> list[dict[Any, Numbers]]:
-    """Return the scores of the base of a row's gap, and of its dense model, as `_scores`.
-
-    They are means over the seeds of the base, because all seeds are measured from these.
-    """
-    start = table.members(table.starts[runs["row"].iloc[0]])
-    bases = [_scores(table, start, column) for column in (text, f"{DENSE}{text}")]
-    return [
-        {part: np.tile(scores.mean(axis=0), (len(runs), 1)) for part, scores in base.items()}
-        for base in bases
-    ]
 
 
 def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
@@ -166,25 +149,23 @@ def _gap_difference(
     return gap - (other_start - other) / (other_start - other_dense)
 
 
-def differences(table: Table, first: int, second: int) -> list[dict[str, Any]]:
+def differences(table: Table, first: int, second: int, names: list[str]) -> list[dict[str, Any]]:
     """Compare two rows in each perplexity, gap, accuracy and number that both have.
 
+    Args:
+        table: table of the runs.
+        first, second: the rows.
+        names: metrics to compare.
+
     Returns:
-        For each measure its name, both values and their change as texts, and the result of
+        For each metric its name, both values and their change as texts, and the result of
         `paired`.
     """
     lines = []
-    for name in table.measures:
-        kind = table.kinds[name]
-        compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
-        if compared and table.has(first, name) and table.has(second, name):
+    for name in names:
+        compared = table.kind(name) in ("perplexity", "accuracy", "number") or name in table.gaps
+        texts = {"first": table.shown(first, name), "second": table.shown(second, name)}
+        if compared and all(texts.values()):
             pair = paired(table, first, second, name)
-            lines.append(
-                {
-                    "measure": table.heading(name),
-                    "first": table.shown(first, name),
-                    "second": table.shown(second, name),
-                    **pair,
-                }
-            )
+            lines.append({"measure": table.heading(name)} | texts | pair)
     return lines

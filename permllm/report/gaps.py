@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from permllm.report.measures import DENSE, FP8, PERPLEXITY
+from permllm.report.measures import FP8, PERPLEXITY
 from permllm.settings.config import METHOD_GROUPS
 
 GAP = "gap closed"
+# Columns of a table's long frame that say which run a line belongs to.
+OF_RUN = ["run", "row", "model", "seed", "seeds"]
 # Settings that belong to a method, without the pruner's. The row from which a gap is measured may
 # have other values.
 _OF_METHODS = {"method", *METHOD_GROUPS[1:], "temperature", "block_size"}
@@ -42,21 +44,24 @@ def start_rows(labels: pd.DataFrame, unpermuted: set[int], baseline: int | None)
     return starts
 
 
-def closed_gaps(
-    frame: pd.DataFrame, starts: dict[int, int], perplexities: list[str]
-) -> pd.DataFrame:
-    """Return the gap closed of each run in each perplexity that has a gap.
+def closed_gaps(measured: pd.DataFrame, starts: dict[int, int]) -> pd.DataFrame:
+    """Return the gap closed of each run, a column for each perplexity that has a gap.
 
     Start and dense model have one number for each text, the mean of the logarithm over all seeds of
     the start's row, so that each run is measured from the same number, whatever its seed.
+
+    Args:
+        measured: long frame of a table.
+        starts: row from which each row's gap is measured (`start_rows`).
     """
-    values = np.log(frame[perplexities])
-    dense = np.log(frame.reindex(columns=[f"{DENSE}{name}" for name in perplexities]))
-    start = frame["row"].map(starts)
-    bases = row_means(values, frame["row"]).reindex(start).set_axis(frame.index)
-    dense_bases = row_means(dense, frame["row"]).reindex(start).set_axis(frame.index)
-    closed = gap_closed(values, bases, dense_bases.set_axis(perplexities, axis=1))
-    return closed.dropna(axis=1, how="all")
+    lines = measured[measured["kind"] == "perplexity"]
+    lines = lines.assign(value=np.log(lines["value"]), dense=np.log(lines["dense"]))
+    lines["start"] = lines["row"].map(starts).astype(float)
+    bases = row_means(lines, ["value", "dense"])
+    lines = lines.join(bases, on=["start", "metric"], rsuffix=" of start")
+    lines["closed"] = gap_closed(lines["value"], lines["value of start"], lines["dense of start"])
+    closed = lines.pivot(index="run", columns="metric", values="closed")
+    return closed[lines["metric"].unique()].dropna(axis=1, how="all")
 
 
 def gap_closed(values: Any, start: Any, dense: Any) -> Any:
@@ -69,10 +74,11 @@ def gap_closed(values: Any, start: Any, dense: Any) -> Any:
     return closed.where(np.isfinite(closed))
 
 
-def row_means(values: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
-    """Return means over the runs of each row; NaN: a run of the row lacks the value."""
-    grouped = values.groupby(rows)
-    return grouped.mean().where(grouped.count().eq(grouped.size(), axis=0))
+def row_means(measured: pd.DataFrame, numbers: list[str]) -> pd.DataFrame:
+    """Return means over the runs of each row and metric; NaN: a run of the row lacks the number."""
+    grouped = measured.groupby(["row", "metric"])
+    complete = grouped[numbers].count().eq(grouped["seeds"].first(), axis=0)
+    return grouped[numbers].mean().where(complete)
 
 
 def texts_of_gaps(closed: pd.DataFrame) -> dict[str, list[str]]:

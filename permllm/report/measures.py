@@ -1,5 +1,7 @@
 """Measures of one run, from `metrics.json` and the evaluations, and their text in tables."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -18,7 +20,7 @@ from permllm.settings.config import IDLE, flatten
 Scores = tuple[tuple[Any, ...], list[float]]
 
 # Metrics with a value for each channel group. Loggers get their mean.
-_BY_GROUP = ("sensitivity", "retained_saliency", "output_error", "moved_channels")
+_BY_GROUP = {"sensitivity", "retained_saliency", "output_error", "moved_channels"}
 # Metrics that loggers do not get, because the settings have them in a shorter form.
 _LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
 # Phases that make the pruned model. Reconstruction is part of `prune`.
@@ -26,8 +28,6 @@ PRUNING_PHASES = ("calibrate", "allocate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
-# Beginning of the names of the dense model's measures.
-DENSE = "dense: "
 # Suffix of the names of measures with `evaluation.weights=fp8`.
 FP8 = " in fp8"
 PERPLEXITY = " perplexity ("
@@ -47,7 +47,7 @@ _FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g",
 
 @dataclass(frozen=True)
 class Measure:
-    """Number of one run, with the scores behind it.
+    """Number of a model, with the scores behind it.
 
     Attributes:
         name: name in tables.
@@ -55,39 +55,45 @@ class Measure:
             lm-eval).
         value: the number.
         facts: texts about how it was measured, by keys of `FACTS`; None: not known.
-        model: name of the model whose tokens were measured; empty: no tokens of a model.
+        tokenizer: name of the model whose tokens were measured; empty: no tokens of a model.
         stderr: standard error of an accuracy; None: not known.
         limited: True: measured on only a part of the windows or items.
         items: number of items of an accuracy.
         scores: scores of windows or items, by text or task; empty: they were not kept.
         asked_for: True: tables show the measure only if `--measures` names it.
+        dense: the same measure of the dense model; None: it has none.
     """
 
     name: str
     kind: str
     value: float
     facts: dict[str, str | None] = field(default_factory=dict)
-    model: str = ""
+    tokenizer: str = ""
     stderr: float | None = None
     limited: bool = False
     items: int | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
     asked_for: bool = False
+    dense: Measure | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the number and its error."""
+        return number(self.value, self.kind, self.stderr)
 
 
 def run_measures(
     metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str
 ) -> list[Measure]:
-    """Return the measures of a run's pruned and dense models.
+    """Return the measures of a run's pruned model, each with that of its dense model.
 
     If two evaluations have the same measure, the first one counts. The name of the model is part of
     the identity of windows, because models have different tokenizers.
     """
     measures: dict[tuple[Any, ...], Measure] = {}
     for evaluation in reversed(evaluations):
-        for which in ("sparse", "dense"):
-            for measure in evaluation_measures(evaluation, model, which):
-                measures[measure.name, *measure.facts.values()] = measure
+        for measure in evaluation_measures(evaluation, model):
+            measures[measure.name, *measure.facts.values()] = measure
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration and allocation, whose results may come from the cache.
@@ -105,11 +111,17 @@ def run_measures(
     ]
 
 
-def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
-    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation.
+def evaluation_measures(evaluation: Mapping[str, Any], model: str) -> list[Measure]:
+    """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation."""
+    dense = {measure.name: measure for measure in _of_model(evaluation, model, "dense")}
+    return [
+        replace(measure, dense=dense.get(measure.name))
+        for measure in _of_model(evaluation, model, "sparse")
+    ]
 
-    Names of the dense model's measures begin with `DENSE`.
-    """
+
+def _of_model(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
+    """Return the measures of the `sparse` or the `dense` model."""
     measures = _perplexities(evaluation, model, which)
     accuracies = {}
     for task, values in _part(evaluation, "tasks", which).items():
@@ -120,9 +132,8 @@ def evaluation_measures(evaluation: Mapping[str, Any], model: str, which: str) -
             accuracies[values["asked"], task] = metrics[ACC]
     if len(accuracies) > 1:
         measures.append(_average(accuracies))
-    beginning = DENSE if which == "dense" else ""
     ending = FP8 if "weights" in _part(evaluation, "evaluation") else ""
-    return [replace(measure, name=f"{beginning}{measure.name}{ending}") for measure in measures]
+    return [replace(measure, name=f"{measure.name}{ending}") for measure in measures]
 
 
 def _part(values: Mapping[str, Any], *keys: Any) -> Any:
@@ -289,14 +300,13 @@ def sparsity_text(sparsity: Mapping[str, Any]) -> str:
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return each result of a run as texts: name, dense value, sparse value."""
-    texts: dict[str, dict[str, str]] = {}
-    for which in ("dense", "sparse"):
-        for measure in evaluation_measures(metrics, "", which):
-            limited = "limited to " if measure.limited else ""
-            items = f", {limited}{measure.items} items" if measure.items else ""
-            row = texts.setdefault(measure.name.removeprefix(DENSE) + items, {})
-            row[which] = number(measure.value, measure.kind, measure.stderr)
-    return [(name, row.get("dense", "-"), row.get("sparse", "-")) for name, row in texts.items()]
+    rows = []
+    for measure in evaluation_measures(metrics, ""):
+        limited = "limited to " if measure.limited else ""
+        items = f", {limited}{measure.items} items" if measure.items else ""
+        dense = measure.dense.text if measure.dense else "-"
+        rows.append((measure.name + items, dense, measure.text))
+    return rows
 
 
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
@@ -323,9 +333,7 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     (`pruning_minutes`), and `nats_above_dense`, the mean of `ln sparse - ln dense` over the texts.
     """
     means = {
-        key: {"mean": statistics.fmean(metrics[key].values())}
-        for key in _BY_GROUP
-        if key in metrics
+        key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP & metrics.keys()
     }
     flat = {
         name: value
@@ -334,10 +342,10 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     }
     flat["minutes"] = pruning_minutes(metrics["seconds"])
     dense = _part(metrics, "perplexity", "dense")
-    sparse = _part(metrics, "perplexity", "sparse")
-    if sparse:
-        above = [
-            math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in sparse
-        ]
+    above = [
+        math.log(values["value"]) - math.log(dense[name]["value"])
+        for name, values in _part(metrics, "perplexity", "sparse").items()
+    ]
+    if above:
         flat["nats_above_dense"] = statistics.fmean(above)
     return flat

@@ -9,15 +9,13 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+from cycler import cycler
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.measures import DENSE, number
-from permllm.report.table import Table, shared_value
+from permllm.report.measures import number
+from permllm.report.table import Table, main_metric, row_names, shared_dense
 
 MINUTES = "minutes, from calibration to pruning"
-# Inches: smallest width of a picture with names on its right side, and height of a name.
-_WIDE = 6.0
-_LINE = 0.2
 
 
 @contextmanager
@@ -44,105 +42,102 @@ def picture(file: Path | IO[str]) -> Iterator[Any]:
 
 
 def drawn_measure(table: Table, measure: str | None) -> str:
-    """Return the measure to draw over minutes; None: the main measure.
+    """Return the metric to draw over minutes; None: the main metric.
 
-    Raises ConfigError if no row has the measure.
+    Raises ConfigError if no row has the metric.
     """
-    name = measure or table.main() or "a perplexity or an accuracy"
-    if name not in table.measures:
-        raise ConfigError(f"no row has {name}; valid are: {', '.join(table.measures)}")
+    name = measure or main_metric(table, table.usual) or "a perplexity or an accuracy"
+    if name not in table.usual:
+        raise ConfigError(f"no row has {name}; valid are: {', '.join(table.usual)}")
     return name
 
 
-def points(table: Table, measure: str) -> pd.DataFrame:
+def points(table: Table, metric: str) -> pd.DataFrame:
     """Return the points of quality over minutes, by row.
 
     Rows without a finite value or minutes, or with a permutation from a file, have no point.
 
     Returns:
         `name` of the row; `minutes` of its fastest run, because other jobs on the
-        machine slow a run down; `value` and `error` of the measure; `memory`, the largest peak in
+        machine slow a run down; `value` and `error` of the metric; `memory`, the largest peak in
         bytes of the runs with the compute dtype of the fastest one; `model`; `front`, True if no
         other row of the model is as good in as few minutes; `cached`, True if the fastest run has
         recorded that a part of its calibration or allocation came from the cache.
     """
-    runs = table.frame.groupby("row")
-    fastest = runs["minutes"].idxmin()
-    dtypes = pd.Series([run.metrics.get("compute_dtype", "") for run in table.runs])
-    peaks = pd.Series([run.metrics["peak_memory_bytes"] for run in table.runs])
-    peaks = peaks[dtypes == dtypes[table.frame["row"].map(fastest)].to_numpy()]
-    cached = pd.Series([any(run.metrics.get("cached", {}).values()) for run in table.runs])
-    frame = pd.DataFrame(
-        {
-            "name": table.names(),
-            "model": table.labels["model"],
-            "cached": cached[fastest].to_numpy(),
-            "minutes": runs["minutes"].min(),
-            "value": table.means[measure],
-            "error": table.errors[measure].fillna(0.0),
-            "memory": peaks.groupby(table.frame["row"]).max(),
-        },
-        table.labels.index,
+    lines = []
+    for row in table.labels.index:
+        runs = table.members(row)
+        fastest = min(runs, key=lambda run: run.minutes)
+        dtype = fastest.metrics.get("compute_dtype")
+        alike = [run.metrics for run in runs if run.metrics.get("compute_dtype") == dtype]
+        lines.append(
+            {
+                "minutes": fastest.minutes,
+                "memory": max(metrics["peak_memory_bytes"] for metrics in alike),
+                "cached": any(fastest.metrics.get("cached", {}).values()),
+            }
+        )
+    frame = pd.DataFrame(lines).assign(
+        name=row_names(table.labels),
+        model=table.labels["model"],
+        value=table.means[metric],
+        error=table.errors[metric].fillna(0.0),
     )
     # The minutes of a permutation from a file lack those of its making.
     drawn = np.isfinite(frame["value"]) & (table.labels["permutation"] != "from_file")
     frame = frame[drawn & (frame["minutes"] > 0)]
-    sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
+    sign = -1 if table.kind(metric) in ("accuracy", "share") else 1
     ordered = frame.assign(badness=sign * frame["value"]).sort_values(["minutes", "badness"])
     best = ordered.groupby("model")["badness"].cummin()
     before = best.groupby(ordered["model"]).shift(fill_value=math.inf)
     return frame.assign(front=ordered["badness"] < before)
 
 
-def undrawn(table: Table, measure: str) -> list[str]:
-    """Return a line about the rows without a point; empty: all rows have one.
-
-    Rows that have other measures are counted, and the others are named.
-    """
-    names = pd.Series(table.names()).drop(points(table, measure).index)
-    if names.empty:
+def undrawn(table: Table, metric: str) -> list[str]:
+    """Return a line with the number of rows without a point; empty: all rows have one."""
+    rows = len(table.labels)
+    count = rows - len(points(table, metric))
+    if count == 0:
         return []
-    lacking = table.means.loc[names.index, measure].isna()
-    rows = [*names[~lacking]]
-    if lacking.any():
-        rows.append(f"{lacking.sum()} of {len(table.labels)} rows, which have other measures")
-    return [f"not drawn, without a finite {measure} or minutes of their own: {'; '.join(rows)}"]
+    return [
+        f"{count} of {rows} rows are not drawn, without a finite {metric} or minutes of their own"
+    ]
 
 
-def dense_lines(table: Table, measure: str, rows: pd.Index) -> dict[str, float]:
-    """Return the dense model's value of a measure by the label of its line, a line for each model.
+def dense_lines(table: Table, metric: str, rows: pd.Index) -> dict[str, float]:
+    """Return the dense model's value of a metric by the label of its line, a line for each model.
 
-    A model whose runs differ in this value, or lack it, has no line. It closes a whole gap.
+    A model whose runs differ in this value has no line. It closes a whole gap.
 
     Args:
         table: table of the runs.
-        measure: a measure of the table.
+        metric: a metric of the table.
         rows: rows with a point.
     """
-    if measure in table.gaps:
+    if metric in table.gaps:
         return {"dense": 1.0}
-    lines = {}
-    frame = table.frame[table.frame["row"].isin(rows)].reindex(columns=["model", DENSE + measure])
-    for model, values in frame.groupby("model")[DENSE + measure]:
-        value = shared_value(values)
-        if value is not None:
-            lines["dense" if frame["model"].nunique() == 1 else f"dense, {model}"] = value
-    return lines
+    measured = table.measured[table.measured["row"].isin(rows)]
+    dense = {
+        model: shared_dense(lines)["value"].get(metric)
+        for model, lines in measured.groupby("model")
+    }
+    return {
+        "dense" if len(dense) == 1 else f"dense, {model}": value
+        for model, value in dense.items()
+        if value is not None
+    }
 
 
 def plot_cost(
-    table: Table,
-    file: Path | IO[str],
-    name: str,
-    size: tuple[float, float] = (9, 5.5),
+    table: Table, file: Path | IO[str], name: str, size: tuple[float, float] = (9, 5.5)
 ) -> None:
-    """Draw a measure over minutes, with a point for each row whose area is the peak memory.
+    """Draw a metric over minutes, with a point for each row whose area is the peak memory.
 
     Args:
         table: table of the runs.
         file: file of the picture.
-        name: a measure of the table.
-        size: width and height in inches, without names that stand below a narrow picture.
+        name: a metric of the table.
+        size: width and height in inches.
 
     Raises:
         ConfigError: no row has a point, or the picture cannot be written.
@@ -150,30 +145,25 @@ def plot_cost(
     frame = points(table, name).sort_values("minutes")
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
-    kind = table.kinds[name]
-    front = frame[frame["front"]]
+    kind = table.kind(name)
     frame["area"] = 30 + 90 * frame["memory"] / frame["memory"].max()
+    styles = cycler(marker=[*"oDs^vPX"]) * cycler(color=[f"C{place}" for place in range(10)])
     with picture(file) as pyplot:
-        width, height = size
-        is_narrow = width < _WIDE
-        if is_narrow:  # the names stand below
-            height += _LINE * len(frame)
-        figure, axis = pyplot.subplots(figsize=(width, height))
-        for _, best in front.groupby("model"):
+        figure, axis = pyplot.subplots(figsize=size)
+        for _, best in frame[frame["front"]].groupby("model"):
             axis.step(best["minutes"], best["value"], ":", where="post", color="grey", zorder=1)
-        for style, (row, point) in zip(_styles(), frame.iterrows(), strict=False):
+        for style, (row, point) in zip(cycle(styles), frame.iterrows(), strict=False):
             at = (point["minutes"], point["value"])
             axis.errorbar(*at, point["error"], color=style["color"], linewidth=1)
-            names = {"gid": f"point-{row}", "urls": [f"#row-{row}"]}
             label = point["name"] + "*" * point["cached"]
-            axis.scatter(*at, point["area"], alpha=0.8, label=label, **names, **style)
+            axis.scatter(*at, point["area"], alpha=0.8, label=label, gid=f"point-{row}", **style)
         axis.margins(x=0.12, y=0.12)
         _set_logarithmic(axis.xaxis, "x", frame["minutes"])
         dense = dense_lines(table, name, frame.index)
         if kind == "perplexity":
             _set_logarithmic(axis.yaxis, "y", [*frame["value"], *dense.values()])
-        for dashes, (label, value) in zip(cycle(("--", "-.", ":")), dense.items(), strict=False):
-            axis.axhline(value, linestyle=dashes, color="grey", linewidth=1)
+        for label, value in dense.items():
+            axis.axhline(value, linestyle="--", color="grey", linewidth=1)
             text = f" {label}: {number(value, kind)}"
             place = axis.get_yaxis_transform()
             axis.text(0, value, text, transform=place, va="bottom", fontsize="small")
@@ -183,15 +173,7 @@ def plot_cost(
         axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front{star}")
         axis.set_ylabel(table.heading(name))
         axis.grid(alpha=0.3)
-        side = "outside lower left" if is_narrow else "outside right upper"
-        figure.legend(loc=side, fontsize="small", markerscale=0.8, frameon=False)
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    """Give colours and markers, a colour again only with another marker."""
-    for marker in cycle("oDs^vPX"):
-        for place in range(10):
-            yield {"color": f"C{place}", "marker": marker}
+        figure.legend(loc="outside right upper", fontsize="small", markerscale=0.8, frameon=False)
 
 
 def _set_logarithmic(axis: Any, which: str, values: Any) -> None:
@@ -199,10 +181,7 @@ def _set_logarithmic(axis: Any, which: str, values: Any) -> None:
     from matplotlib import ticker
 
     axis.axes.set(**{f"{which}scale": "log"})
-    ratio = max(values) / min(values)
-    if ratio < 3:
-        axis.set_major_locator(ticker.MaxNLocator(6))
-    else:
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7) if ratio < 20 else (1, 2, 5)))
+    several = max(values) / min(values) >= 3
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if several else ticker.MaxNLocator(6))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(ticker.NullLocator())

@@ -71,14 +71,10 @@ class Comparison:
         """Return the paper's number for a measure of a run; None: there is none."""
         settings = flatten(dict(config))
         permutation = settings["permutation.name"]
+        of_part = ours is not None and ours.limited and self.same_model
         foldable = settings.get("permutation.constraint") == "foldable"
-        if foldable or method_of(config) != permutation:
-            return None
-        if config.get("keep_dense"):
-            return None
-        if ours and ours.limited and self.same_model:
-            return None
-        if _over_other_tasks(ours):
+        other_method = method_of(config) != permutation or foldable or config.get("keep_dense")
+        if other_method or of_part or _over_other_tasks(ours):
             return None
         settings["permutation.name"] = permutation.removesuffix("-paper")
         rows = self._rows[self._rows["model"] == settings["model.name"]]

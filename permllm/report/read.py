@@ -88,6 +88,11 @@ class Run:
         model = str(self.config["model"]["name"])
         self.measures = run_measures(self.metrics, self.evaluations, model)
 
+    @property
+    def threads(self) -> str:
+        """Return the number of threads; empty: not known."""
+        return str(self.environment.get("hardware", {}).get("threads", ""))
+
     def key(self, *spared: str) -> str:
         """Return a text that is equal for runs with the same identity but for `spared` settings."""
         settings = {key: value for key, value in self.identity.items() if key not in spared}
@@ -124,8 +129,7 @@ class Collection:
 
     Attributes:
         runs: finished runs.
-        notes: a line for each run that is left out, and for each folder without a run whose files
-            of records have other names.
+        notes: a line for each run that is left out.
     """
 
     runs: list[Run]
@@ -160,11 +164,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
     for place in places:
         if place.is_dir():
-            inside = {*place.rglob(METRICS), *place.rglob(RECORDS)}
-            files |= inside
-            others = {file.name for file in place.glob(f"*{LINES}")} - {HISTORY}
-            if others and not inside:
-                notes.append(f"{place} has no {RECORDS}; name one of {', '.join(sorted(others))}")
+            files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
         elif place.suffix == LINES and place.is_file():
             files.add(place)
         else:
@@ -176,8 +176,6 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
                 runs.append(_of_directory(file.parent))
             continue
         for number, text in enumerate(file.read_bytes().splitlines(), 1):
-            if not text.strip():
-                continue
             with skipping(f"{file}, line {number}", notes):
                 line = json.loads(text)
                 directory = file / line.pop("run")

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from rich.markup import escape
-from rich.table import Table as Printed
 
 from permllm.command import terminal
 from permllm.report.compare import paired
 from permllm.report.gaps import GAP
-from permllm.report.measures import (
-    AVERAGE,
-    DENSE,
-    SECONDS,
-    change_text,
-    number,
-    result_rows,
-    sparsity_text,
-)
+from permllm.report.measures import AVERAGE, SECONDS, change_text, number
+from permllm.report.printed import print_table
 from permllm.report.published import Comparison
 from permllm.report.read import collect
-from permllm.report.table import DENSE_ROW, Table, table_of
-from permllm.store.files import EXPORT
+from permllm.report.table import (
+    DENSE_ROW,
+    Table,
+    choose,
+    details,
+    main_metric,
+    naming,
+    table_of,
+    varying,
+)
 
 if TYPE_CHECKING:
     from permllm.store.sweep import Outcome  # imports Hydra
@@ -67,27 +65,31 @@ def markdown(frame: pd.DataFrame) -> str:
     return as_text(frame, "md") + (f"\n{below[0].upper()}{below[1:]}.\n" if below else "")
 
 
-def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
-    """Return the cells of a table's measures, one in each line.
+def table_cells(
+    table: Table, names: list[str] | None = None, paper: Comparison | None = None
+) -> pd.DataFrame:
+    """Return the cells of a table's metrics, one in each line.
 
     Args:
         table: table of the runs. With a baseline there are columns for the changes in the main
-            measure and the average accuracy.
+            metric and the average accuracy.
+        names: metrics; None: the usual ones.
         paper: finder of the paper's numbers, which get columns beside ours; None: no such columns.
 
     Returns:
         heading of the `column`; `row` of the table, or `DENSE_ROW`; `value`; its `error` or
         `interval`; `text`, empty if there is no value. What there is not is NaN.
     """
+    names = table.usual if names is None else names
     columns = {}
-    main = table.main()
-    for name in table.measures:
-        kind = table.kinds[name]
+    main = main_metric(table, names)
+    for name in names:
+        kind = table.kind(name)
         prefix = "" if name == main else f"{name}, "
         cells = pd.DataFrame({"value": table.means[name], "error": table.errors[name]})
         cells["text"] = [table.shown(row, name) for row in cells.index]
         columns[table.heading(name)] = cells
-        published = published_values(table, paper, name)
+        published = _published(table, paper, name)
         if paper and len(published):
             # Beside another model than the paper's, any text has the number of the paper's text.
             once = kind == "perplexity" and not paper.same_model
@@ -95,7 +97,7 @@ def table_cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
             columns.setdefault(heading, _cells(published, partial(number, kind=kind)))
         if table.baseline is None or name not in (main, AVERAGE):
             continue
-        changes = _changes(table, table.baseline, name)
+        changes = changes_from(table, table.baseline, name)
         columns[f"{prefix}against the baseline"] = changes
         if paper and not paper.same_model and table.baseline in published:
             start = published[table.baseline]
@@ -114,118 +116,96 @@ def _cells(values: pd.Series, text: Callable[[float], str]) -> pd.DataFrame:
     return pd.DataFrame({"value": values, "text": values.map(text)})
 
 
-def _changes(table: Table, baseline: int, name: str) -> pd.DataFrame:
-    """Return cells of the rows of the baseline's model that have a change from it in a measure."""
-    pairs = {}
-    for row in table.labels.index:
-        of_model = table.starts.get(row) == baseline
-        if row != baseline and of_model and table.has(row, name) and table.has(baseline, name):
-            pairs[row] = paired(table, row, baseline, name)
+def changes_from(table: Table, baseline: int, name: str) -> pd.DataFrame:
+    """Return cells of the rows of the baseline's model that have a change from it in a metric."""
+    pairs = {
+        row: paired(table, row, baseline, name)
+        for row, start in table.starts.items()
+        if row != start == baseline and table.shown(row, name) and table.shown(baseline, name)
+    }
     cells = pd.DataFrame.from_dict(pairs, "index", columns=["difference", "interval", "change"])
     return cells.set_axis(["value", "interval", "text"], axis=1)
 
 
-def published_values(table: Table, paper: Comparison | None, name: str) -> pd.Series:
-    """Return the paper's numbers of a measure by row, without the rows that have none."""
+def _published(table: Table, paper: Comparison | None, name: str) -> pd.Series:
+    """Return the paper's numbers of a metric by row, without the rows that have none."""
     values = {}
-    if paper:
-        of_dense = [run[DENSE + name] for run in table.values if DENSE + name in run]
-        values[DENSE_ROW] = paper.dense(name, of_dense[0] if of_dense else None)
+    if paper and name not in table.gaps:
+        firsts = table.measured[table.measured["metric"] == name].groupby("row")["measure"].first()
+        values[DENSE_ROW] = paper.dense(name, firsts.iloc[0])
         for row in table.labels.index:
-            run = table.members(row).index[0]
-            values[row] = paper.value(table.runs[run].config, name, table.values[run].get(name))
+            values[row] = paper.value(table.members(row)[0].config, name, firsts.get(row))
     return pd.Series(values, dtype=float).dropna()
 
 
-def texts(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
+def texts(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.DataFrame:
     """Return the texts of a table's cells (`table_cells`) between its settings.
 
     The index is the row. If all rows share the dense model, it is the first row.
+
+    Args:
+        table: table of the runs.
+        cells: its cells.
+        columns: settings to show, as in `naming`.
     """
     frame = cells.pivot(index="row", columns="column", values="text")[cells["column"].unique()]
-    return _between_settings(table, frame)
+    return _between_settings(table, cells, frame, columns)
 
 
-def numbers(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the numbers of a table's cells between its settings, errors and intervals beside."""
-    columns = {}
-    for name, part in cells.set_index("row").groupby("column", sort=False):
-        columns[name] = part["value"]
-        columns[f"{name} ±"] = part["error"]
-        if "interval" in part and part["interval"].notna().any():
-            ends = part["interval"].dropna()
-            columns[f"{name}, low"] = ends.str[0]
-            columns[f"{name}, high"] = ends.str[1]
-    return _between_settings(table, pd.DataFrame(columns).dropna(axis=1, how="all").sort_index())
+def lines(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.DataFrame:
+    """Return the numbers of a table's cells, one in each line, between the settings of its row."""
+    frame = cells.dropna(subset="value").set_index("row").drop(columns="text")
+    frame = frame.rename(columns={"column": "measure"})
+    if "interval" in frame:
+        ends = frame.pop("interval").astype(object).str
+        frame["low"] = ends[0]
+        frame["high"] = ends[1]
+    return _between_settings(table, cells, frame, columns)
 
 
-def _between_settings(table: Table, measures: pd.DataFrame) -> pd.DataFrame:
-    """Return columns of measures after the settings that name rows, and before the other ones.
+def _between_settings(
+    table: Table, cells: pd.DataFrame, frame: pd.DataFrame, columns: str | None
+) -> pd.DataFrame:
+    """Return a frame of cells after the settings that name rows, and before the other ones.
 
     Seconds of rows with different numbers of threads have these numbers beside them.
     """
-    labels = table.labels[table.settings].copy()
-    seeds = table.frame["row"].value_counts()
-    if seeds.max() > 1:
-        labels["seeds"] = seeds.map(str)
-    threads = table.frame.groupby("row")["threads"].agg(lambda of_row: ", ".join(sorted({*of_row})))
-    if SECONDS in measures and threads.nunique() > 1:
-        measures = measures.join(threads)
-    frame = labels.reindex(measures.index).join(measures).join(table.labels[table.details()])
-    frame = frame.astype(object).fillna("")
+    runs = [table.members(row) for row in table.labels.index]
+    labels = table.labels[naming(table.labels, columns)].copy()
+    if len(table.runs) > len(labels):
+        labels["seeds"] = [str(len(of_row)) for of_row in runs]
+    others = table.labels[details(table.labels, columns)].copy()
+    threads = [", ".join(sorted({run.threads for run in of_row})) for of_row in runs]
+    if SECONDS in {*cells["column"]} and len({*threads}) > 1:
+        others.insert(0, "threads", threads)
+    frame = labels.join(frame, how="right").join(others).astype(object).fillna("")
     if DENSE_ROW in frame.index:
         frame.loc[DENSE_ROW, frame.columns[0]] = "dense"
     return frame
 
 
-def records(table: Table, cells: pd.DataFrame) -> list[dict[str, Any]]:
+def records(table: Table, cells: pd.DataFrame, columns: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of a table as plain values, with its cells (`table_cells`).
 
-    Each measure has its `mean`, a `deviation` over the seeds or the `stderr` of a single run, and
+    Each metric has its `mean`, a `deviation` over the seeds or the `stderr` of a single run, and
     the `interval` of a change; `dense` has those of the dense model.
     """
-    measures: dict[Any, dict[str, Any]] = {DENSE_ROW: {}}
+    measures: dict[Any, Any] = {DENSE_ROW: {}}
     for row, line in cells.groupby("row"):
         error = "deviation" if len(table.members(row)) > 1 else "stderr"
         values = line.set_index("column").rename(columns={"value": "mean", "error": error})
         measures[row] = values.drop(columns=["row", "text"]).to_dict("index")
-    dense = measures.pop(DENSE_ROW)
-    rows = []
-    for row, values_of_row in measures.items():
-        runs = table.members(row)
-        rows.append(
-            {
-                "settings": table.labels.loc[[row], table.varied].to_dict("records")[0],
-                "seeds": runs["seed"].tolist(),
-                "measures": values_of_row,
-                "dense": dense,
-                "runs": runs["directory"].tolist(),
-            }
-        )
-    return rows
-
-
-def print_run(metrics: dict[str, Any], directory: Path) -> None:
-    """Print one finished run: its measures, sparsity, time, memory, files and export."""
-    _print_table(metrics["name"], ["", "dense", "sparse"], result_rows(metrics), "right")
-    sparsity = metrics["sparsity"]
-    seconds = metrics["seconds"]
-    retained = statistics.fmean(metrics["retained_saliency"].values())
-    phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
-    if "planned_memory_bytes" in metrics:
-        memory += f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)"
-    lines = {
-        "sparsity": f"{sparsity_text(sparsity)} ({sparsity['fraction']:.2%} zeros, "
-        f"{sparsity['violations']} violations, {retained:.2%} of the saliency retained)",
-        "time": f"{_duration(sum(seconds.values()))} ({phases})",
-        "memory": memory,
-        "files": directory,
-    }
-    if (directory / EXPORT).is_dir():
-        lines["export"] = directory / EXPORT
-    for name, text in lines.items():
-        terminal().print(f"{name:9} {text}", markup=False, soft_wrap=True)
+    names = naming(table.labels, columns) if columns else varying(table.labels)
+    return [
+        {
+            "settings": settings,
+            "seeds": [run.config["seed"] for run in table.members(row)],
+            "measures": measures[row],
+            "dense": measures[DENSE_ROW],
+            "runs": [str(run.directory) for run in table.members(row)],
+        }
+        for row, settings in enumerate(table.labels[names].to_dict("records"))
+    ]
 
 
 def print_sweep(jobs: Sequence[Outcome]) -> None:
@@ -242,9 +222,9 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         else:
             others.append(f"{job.outcome} {words}: {job.reason}")
     if rows:
-        dense = measures.iloc[0]
+        dense = measures.loc[""]
         rows.insert(0, ("dense", "" if any(dense) else "not shared", *dense))
-        _print_table("jobs", ["job", "outcome", *measures], rows, "right")
+        print_table("jobs", ["job", "outcome", *measures], rows)
     counts = Counter(job.outcome for job in jobs)
     outcomes = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
     lines = [*others, ", ".join(outcomes)]
@@ -254,25 +234,11 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
 def _measures_of_runs(directories: list[Path]) -> pd.DataFrame:
     """Return the texts of the main measures, first of the dense model, then by run directory."""
     table = table_of(collect(directories).runs)
-    accuracy = AVERAGE if AVERAGE in table.measures else " acc"
-    table.show(None, f"perplexity (, {GAP}, {accuracy}, seconds")
-    columns = {}
-    for name in table.measures:
-        form = partial(number, kind=table.kinds[name])
-        values = table.means[name].reindex([DENSE_ROW]).tolist() + table.frame[name].tolist()
-        columns[table.heading(name)] = ["" if pd.isna(value) else form(value) for value in values]
-    return pd.DataFrame(columns, ["", *table.frame["directory"]])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-
-
-def _print_table(title: str, header: list[str], rows: Iterable[Sequence[str]], side: Any) -> None:
-    """Print a table of texts; all columns but the first are aligned to one side."""
-    printed = Printed(title=escape(title), title_justify="left")
-    for place, name in enumerate(header):
-        printed.add_column(escape(name), justify=side if place else "left", overflow="fold")
-    for row in rows:
-        printed.add_row(*map(escape, row))
-    terminal().print(printed)
+    accuracy = AVERAGE if AVERAGE in table.usual else " acc"
+    names = choose(table, f"perplexity (, {GAP}, {accuracy}, seconds")
+    lines = table.measured.pivot(index="run", columns="metric", values="value")[names]
+    values = pd.concat([table.means.reindex([DENSE_ROW])[names], lines])
+    for name in names:
+        values[name] = values[name].map(partial(number, kind=table.kind(name)), "ignore")
+    values.index = ["", *(str(run.directory) for run in table.runs)]
+    return values.astype(object).fillna("").rename(columns=table.heading)

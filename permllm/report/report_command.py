@@ -26,6 +26,7 @@ from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PLACES, note
 from permllm.report.table import Table, table_of
+from permllm.report.table import notes as notes_of
 from permllm.settings.config import evaluation_of
 from permllm.store.files import write_text
 
@@ -62,7 +63,7 @@ def work(options: argparse.Namespace) -> Answer:
     """Write a file and return its path, or return a table from W&B."""
     if options.wandb and options.table:
         return _of_wandb(options)
-    file = options.to
+    file: Path = options.to
     if not options.places or not file:
         raise ConfigError("expected DIR... and --to; or --wandb and --table")
     # The libraries for drawing take seconds to import.
@@ -71,7 +72,7 @@ def work(options: argparse.Namespace) -> Answer:
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
     measure = plots.drawn_measure(table, options.measure)
-    notes = [*collection.notes, *table.notes, *plots.undrawn(table, measure)]
+    notes = collection.notes + notes_of(table, table.usual) + plots.undrawn(table, measure)
     if file.suffix == ".html":
         from permllm.report.page import page
 
@@ -107,7 +108,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
         raise ConfigError(f"--group {' or '.join(groups)}: no finished run; * is any group")
     table = table_of(runs)
     paper = Comparison(options.table, table.labels["model"])
-    cells = table_cells(table, paper)
+    cells = table_cells(table, paper=paper)
     text = markdown(texts(table, cells))
     url = _published(table, text, options, entity) if options.publish else None
     note(paper.notes)

@@ -21,13 +21,13 @@ from permllm.report.read import collect, keep_runs
 from permllm.report.render import (
     FORMATS,
     as_text,
-    numbers,
+    lines,
     records,
     sources,
     table_cells,
     texts,
 )
-from permllm.report.table import find, table_of
+from permllm.report.table import choose, find, notes, table_of
 
 PLACES = "run directories, folders with run directories, or files of records"
 BASELINE = "compare with the row that has these settings"
@@ -66,18 +66,19 @@ def work(options: argparse.Namespace) -> Answer:
         return Answer(answer, lambda: print(f"{options.jsonl}: {len(names)} runs"))
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
+    names = choose(table, options.measures)
+    columns = options.columns
     paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
-    table.show(options.columns, options.measures)
-    note([*collection.notes, *table.notes, *(paper.notes if paper else [])])
+    note([*collection.notes, *notes(table, names, columns), *(paper.notes if paper else [])])
     if options.compare:
         first, second = [find(table.labels, text, "--compare") for text in options.compare]
-        measures = differences(table, first, second)
+        measures = differences(table, first, second, names)
         frame = pd.DataFrame(measures, columns=["measure", "first", "second", "change", "over"])
         frame = frame.set_axis(["measure", *options.compare, "difference", "over"], axis=1)
         return _answer(measures, frame, options.format)
-    cells = table_cells(table, paper)
-    make = numbers if options.format == "csv" else texts
-    return _answer(records(table, cells), make(table, cells), options.format)
+    cells = table_cells(table, names, paper)
+    make = lines if options.format == "csv" else texts
+    return _answer(records(table, cells, columns), make(table, cells, columns), options.format)
 
 
 def _answer(value: list[dict[str, Any]], frame: pd.DataFrame, format: str) -> Answer:

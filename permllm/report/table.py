@@ -1,4 +1,15 @@
-"""Table of many runs: a row for runs with equal settings, a column for each varying setting."""
+"""Table of many runs: a row for runs with equal settings, a line for each number of a run.
+
+The long frame `Table.measured` has a line for each run and metric. Two seeds of a row may have:
+
+    run  row  seed  seeds  metric                              kind        value  stderr  dense
+    0    1    0     2      wikitext2 perplexity (window 2048)  perplexity  20.0   NaN     10.0
+    0    1    0     2      gap closed                          share       0.54   NaN     NaN
+    1    1    1     2      wikitext2 perplexity (window 2048)  perplexity  22.0   NaN     10.0
+    1    1    1     2      gap closed                          share       0.47   NaN     NaN
+
+`Table.means` and `Table.errors` are the same numbers over the seeds, rows by metrics.
+"""
 
 import math
 import re
@@ -9,23 +20,8 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.report.gaps import (
-    GAP,
-    closed_gaps,
-    row_means,
-    start_rows,
-    texts_of_gaps,
-)
-from permllm.report.measures import (
-    AVERAGE,
-    DENSE,
-    FACTS,
-    FP8,
-    OF_SPARSITY,
-    Measure,
-    number,
-    setting_text,
-)
+from permllm.report.gaps import GAP, OF_RUN, closed_gaps, row_means, start_rows, texts_of_gaps
+from permllm.report.measures import AVERAGE, FACTS, FP8, OF_SPARSITY, number, setting_text
 from permllm.report.read import Run
 from permllm.settings.config import IDLE
 
@@ -46,153 +42,65 @@ _FIRST = [
 _USUAL = {**IDLE, "permutation.constraint": "free", "keep_dense": "none"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """Table of runs, with means over seeds and gaps.
 
     Attributes:
         runs: the runs.
-        values: measures of each run, by column. Those of the dense model begin with `dense: `.
-        frame: a line for each run (`runs_frame`), with the index of its `row` and its gaps.
+        rows: row of each run.
         labels: texts of each row's settings; empty: the row has no such setting.
-        kinds: kind of each measure.
-        means: means over the seeds, rows by measures; NaN: a run of the row lacks the measure. The
-            row `DENSE_ROW` has the measures of the dense model that all runs share; it is absent
+        measured: a line for each run and metric, as above, with the `Measure` behind it as
+            `measure`; a gap has none.
+        metrics: by metric, in the order of their columns: `kind`, `heading`, and `asked_for` (True:
+            shown only if it is named).
+        means: means over the seeds, rows by metrics; NaN: a run of the row lacks the metric. The
+            row `DENSE_ROW` has the metrics of the dense model that all runs share; it is absent
             if there are none.
         errors: standard deviations over the seeds, as `means`; of a single run its standard error.
         starts: for each row with a gap the row from which the gap is measured.
-        gaps: for each measure of a gap the perplexities over which it is the mean.
+        gaps: for each metric of a gap the perplexities over which it is the mean.
         baseline: row with which others are compared; None: there is none.
-        varied: settings in which rows differ, or those that `show` has chosen.
-        settings: those of them that name the rows. They are shown before the measures.
-        measures: columns of measures that are shown.
     """
 
     runs: list[Run]
-    values: list[dict[str, Measure]]
-    frame: pd.DataFrame
+    rows: list[int]
     labels: pd.DataFrame
-    kinds: dict[str, str]
+    measured: pd.DataFrame
+    metrics: pd.DataFrame
     means: pd.DataFrame
     errors: pd.DataFrame
     starts: dict[int, int]
     gaps: dict[str, list[str]]
     baseline: int | None
-    varied: list[str]
-    settings: list[str]
-    measures: list[str]
 
     @property
-    def notes(self) -> list[str]:
-        """Lines for the reader about the gaps that are shown, and about the dense model."""
-        shown = [gap for gap in self.gaps if gap in self.measures]
-        notes = [
-            f"{gap}: the mean over {', '.join(self.gaps[gap])}"
-            for gap in shown
-            if gap in (GAP, GAP + FP8) and len(self.gaps) > 1
-        ]
-        if shown and self.baseline is None:
-            names = self.names()
-            bases = ", ".join(f"'{names[row]}'" for row in sorted({*self.starts.values()}))
-            notes.append(
-                f"{GAP}: 0 % is {bases} (Wanda's unpermuted row, or else that of the same pruner)"
-            )
-        if DENSE_ROW not in self.means.index and self.frame["model"].nunique() == 1:
-            notes.append("no row of the dense model: the runs have different ones, or none")
-        return notes
+    def usual(self) -> list[str]:
+        """Return the metrics that are shown if none are named."""
+        return [*self.metrics.index[~self.metrics["asked_for"]]]
 
-    def members(self, row: int) -> pd.DataFrame:
-        """Return the lines of a row's runs in `frame`."""
-        return self.frame[self.frame["row"] == row]
-
-    def first(self, row: int) -> Run:
-        """Return the first run of a row."""
-        return self.runs[self.members(row).index[0]]
-
-    def has(self, row: int, name: str) -> bool:
-        """Tell if all runs of a row have a measure."""
-        return not math.isnan(self.means.at[row, name])
-
-    def shown(self, row: int, name: str) -> str:
-        """Return the text of a measure's mean and error; empty: the row lacks the measure."""
-        if not self.has(row, name):
-            return ""
-        return number(self.means.at[row, name], self.kinds[name], self.errors.at[row, name])
+    def kind(self, name: str) -> str:
+        """Return the kind of a metric."""
+        return str(self.metrics.at[name, "kind"])
 
     def heading(self, name: str) -> str:
         """Return the heading of a column, with `(limited)` if some run measured only a part."""
-        measures = [run[name] for run in self.values if name in run]
-        limited = any(measure.limited and measure.kind != "perplexity" for measure in measures)
-        return f"{name} (limited)" if limited else name
+        return str(self.metrics.at[name, "heading"])
 
-    def show(self, columns: str | None, measures: str | None) -> None:
-        """Choose the columns to show; None: the usual columns.
+    def members(self, row: int) -> list[Run]:
+        """Return the runs of a row."""
+        return [run for run, of_run in zip(self.runs, self.rows, strict=True) if of_run == row]
 
-        Args:
-            columns: settings, separated by commas.
-            measures: measures, or parts of the names of several, separated by ", ".
+    def by_seed(self, row: int, name: str) -> pd.DataFrame:
+        """Return the lines of `measured` of one row and metric, with the seeds as index."""
+        lines = self.measured[(self.measured["row"] == row) & (self.measured["metric"] == name)]
+        return lines.set_index("seed").sort_index()
 
-        Raises:
-            ConfigError: a setting does not exist, or no measure fits.
-        """
-        if columns:
-            names = columns.split(",")
-            if unknown := [name for name in names if name not in self.labels]:
-                valid = ", ".join(varying(self.labels))
-                raise ConfigError(f"--columns {unknown[0]}: expected settings, such as {valid}")
-            self.settings = _ranked(names)
-            self.settings = telling_apart(self.labels, self.settings, self.varied)
-            self.varied = self.settings
-        if measures:
-            wanted: set[str] = set()
-            for part in measures.split(", "):
-                usual = {name for name in self.measures if part in name}
-                others = {name for name in self.kinds if part in name}
-                wanted |= {part} if part in others else usual or others
-            every = dict.fromkeys([*self.measures, *self.kinds])
-            self.measures = [name for name in every if name in wanted]
-        if not self.measures:
-            valid = ", ".join(self.kinds)
-            raise ConfigError(f"--measures {measures}: expected names, or parts, of {valid}")
-
-    def main(self) -> str | None:
-        """Return the measure by which rows are compared; None: there is none.
-
-        The first of these that most rows have: mean gap over several texts, if all gaps of a model
-        have one start; perplexity; average accuracy; other accuracy.
-        """
-        candidates = []
-        several_texts = GAP in self.measures and len(self.gaps[GAP]) > 1
-        starts = [*{*self.starts.values()}]
-        if several_texts and self.labels["model"][starts].is_unique:
-            candidates.append(GAP)
-        for kind in ("perplexity", "accuracy"):
-            names = [name for name in self.measures if self.kinds[name] == kind]
-            candidates += sorted(names, key=lambda name: not name.startswith(AVERAGE))
-        counts = self.means.loc[self.labels.index].count()
-        return max(candidates, key=counts.get, default=None)
-
-    def details(self) -> list[str]:
-        """Return the settings shown after the measures, without those that an option implies."""
-        details = []
-        for name in self.varied:
-            option, _, part = name.partition(".")
-            implied = part and option in self.labels and not _differs(self.labels, name, [option])
-            if not implied and name not in self.settings:
-                details.append(name)
-        return details
-
-    def names(self) -> list[str]:
-        """Return a short name for each row, without options that do nothing."""
-        names = []
-        for _, texts in self.labels[self.settings].iterrows():
-            parts = [
-                value if name in _FIRST else f"{name.rpartition('.')[2]}={value}"
-                for name, value in texts.items()
-                if value not in ("", _USUAL.get(name))
-            ]
-            names.append(", ".join(parts or filter(None, texts)))
-        return names
+    def shown(self, row: int, name: str) -> str:
+        """Return the text of a metric's mean and error; empty: the row lacks the metric."""
+        mean = self.means.at[row, name]
+        error = self.errors.at[row, name]
+        return "" if math.isnan(mean) else number(mean, self.kind(name), error)
 
 
 def table_of(runs: list[Run], baseline: str | None = None) -> Table:
@@ -202,131 +110,219 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
         runs: the runs.
         baseline: settings of one row, as in `find`; None: there is no baseline.
     """
-    values = named_measures(runs)
-    frame = runs_frame(runs, values)
     keys = [run.key("seed") for run in runs]
-    labels = runs_labels(runs).set_axis(keys)
-    # A row has the name of those of its runs that have one.
-    names = labels["method"].replace("", None)
-    labels["method"] = names.groupby(level=0).transform("first").fillna("")
-    labels = labels[~labels.index.duplicated()]
-    varied = varying(labels)
-    labels = labels.sort_values(varied, key=lambda texts: texts.map(_sort_key))
-    frame["row"] = labels.index.get_indexer(keys)
+    labels = _labels(runs, keys)
+    rows = [*labels.index.get_indexer(keys)]
     labels = labels.reset_index(drop=True)
     start = find(labels, baseline, "--baseline") if baseline else None
-    unpermuted = [run.methods == "none" for run in runs]
-    starts = start_rows(labels, {*frame["row"][unpermuted]}, start)
+    unpermuted = {row for run, row in zip(runs, rows, strict=True) if run.methods == "none"}
+    starts = start_rows(labels, unpermuted, start)
 
-    measures = {
-        name: measure
-        for run in values
-        for name, measure in run.items()
-        if not name.startswith(DENSE)
-    }
-    kinds = {name: measure.kind for name, measure in measures.items()}
-    shown = [name for name, measure in measures.items() if not measure.asked_for]
-    closed = closed_gaps(frame, starts, [name for name in shown if kinds[name] == "perplexity"])
+    measured = _measured(runs, rows)
+    closed = closed_gaps(measured, starts)
     gaps = texts_of_gaps(closed)
-    for gap, names in gaps.items():
-        frame[gap] = closed[names].mean(axis=1, skipna=False)
-        kinds[gap] = "share"
-    if gaps:
-        end = shown.index(closed.columns[-1]) + 1
-        shown[end:end] = gaps
-    for name in OF_SPARSITY:
-        if frame[name].round(4).nunique() == 1:
-            shown.remove(name)
-            del kinds[name]
-    means, errors = means_and_errors(frame, values, [*kinds])
+    of_runs = measured[OF_RUN].drop_duplicates("run").set_index("run")
+    for gap, texts in gaps.items():
+        values = closed[texts].mean(axis=1, skipna=False).rename("value")
+        lines = of_runs.join(values, how="inner").reset_index()
+        lines = lines.assign(metric=gap, kind="share", limited=False, asked_for=False)
+        measured = pd.concat([measured, lines], ignore_index=True)
+
+    numbers = row_means(measured, ["value"])
+    grouped = measured.groupby(["row", "metric"])
+    errors = grouped["value"].std().fillna(grouped["stderr"].first())
+    numbers["error"] = errors.where(numbers["value"].notna())
+    numbers = pd.concat([numbers, pd.concat({DENSE_ROW: shared_dense(measured)})])
     return Table(
         runs=runs,
-        values=values,
-        frame=frame,
+        rows=rows,
         labels=labels,
-        kinds=kinds,
-        means=means,
-        errors=errors,
+        measured=measured,
+        metrics=_metrics(measured, gaps),
+        means=numbers["value"].unstack(),
+        errors=numbers["error"].unstack(),
         starts=starts,
         gaps=gaps,
         baseline=start,
-        varied=varied,
-        settings=telling_apart(labels, [name for name in varied if name in _FIRST], varied),
-        measures=shown,
     )
 
 
-def means_and_errors(
-    frame: pd.DataFrame, values: list[dict[str, Measure]], names: list[str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return `means` and `errors` of a table."""
-    rows = frame["row"]
-    stderrs = pd.DataFrame(
-        {name: measure.stderr for name, measure in run.items()} for run in values
-    ).astype(float)
-    means = row_means(frame[names], rows)
-    errors = frame[names].groupby(rows).std().fillna(stderrs.groupby(rows).first())
-    errors = errors.where(means.notna())
-    for name in names:
-        dense = f"{DENSE}{name}"
-        if dense not in frame:
-            continue
-        # A run of the only model may lack the measure, because it calibrates on the text.
-        of_runs = frame[dense].dropna() if frame["model"].nunique() == 1 else frame[dense]
-        shared = shared_value(of_runs)
-        if shared is not None:
-            means.at[DENSE_ROW, name] = shared
-            errors.at[DENSE_ROW, name] = stderrs.at[of_runs.index[0], dense]
-    return means, errors
+def _labels(runs: list[Run], keys: list[str]) -> pd.DataFrame:
+    """Return the texts of the settings of each row by the key of its runs, in the order of rows."""
+    labels = pd.DataFrame(
+        {name: setting_text(value) for name, value in run.settings().items()} for run in runs
+    )
+    # A row has the name of those of its runs that have one.
+    labels["method"] = labels["method"].replace("", None)
+    labels = labels.groupby(keys, sort=False).first().fillna("")
+    return labels.sort_values(varying(labels), key=lambda texts: texts.map(_sort_key))
 
 
-def shared_value(values: pd.Series) -> float | None:
-    """Return the value of the dense model that runs share; None: they differ, or some lack it."""
-    first = float(values.iloc[0])
-    # Machines differ in the order of sums.
-    return first if np.isclose(values, first, rtol=1e-4, atol=0).all() else None
+def _measured(runs: list[Run], rows: list[int]) -> pd.DataFrame:
+    """Return a line for each measure of each run.
 
-
-def named_measures(runs: list[Run]) -> list[dict[str, Measure]]:
-    """Return each run's measures by column.
-
-    A column has the name of the measure, and the facts in which measures of equal name differ.
+    A metric has the name of the measure, and the facts in which measures of equal name differ.
     """
-    measures = pd.DataFrame(
-        {"run": place, "measure": measure, "name": measure.name, "model": measure.model}
+    lines = pd.DataFrame(
+        {"run": place, "row": row, "seed": run.config["seed"], "model": run.config["model"]["name"]}
+        | vars(measure)
         | measure.facts
-        for place, run in enumerate(runs)
+        | {"measure": measure}
+        for place, (run, row) in enumerate(zip(runs, rows, strict=True))
         for measure in run.measures
     )
-    facts = measures.reindex(columns=FACTS)
-    groups = [measures["name"], measures["model"]]
-    facts = facts.where(facts.groupby(groups).transform("nunique") > 1)
-    measures["column"] = [
-        ", ".join([name, *facts.loc[place].dropna()]) for place, name in measures["name"].items()
-    ]
-    return [
-        dict(zip(of_run["column"], of_run["measure"], strict=True))
-        for _, of_run in measures.groupby("run")
-    ]
-
-
-def runs_frame(runs: list[Run], values: list[dict[str, Measure]]) -> pd.DataFrame:
-    """Return a line for each run: settings, seed, measures, minutes, directory and threads."""
-    return pd.DataFrame(
-        {name: value for name, value in run.settings().items() if not _is_spare(name)}
-        | {"seed": run.config["seed"]}
-        | {name: measure.value for name, measure in measures.items()}
-        | {"minutes": run.minutes, "directory": str(run.directory)}
-        | {"threads": str(run.environment.get("hardware", {}).get("threads", ""))}
-        for run, measures in zip(runs, values, strict=True)
+    facts = lines.reindex(columns=FACTS)
+    facts = facts.where(facts.groupby([lines["name"], lines["tokenizer"]]).transform("nunique") > 1)
+    names = lines["name"].items()
+    dense = [*lines["dense"]]
+    return lines.assign(
+        metric=[", ".join([name, *facts.loc[line].dropna()]) for line, name in names],
+        seeds=lines.groupby("row")["run"].transform("nunique"),
+        stderr=lines["stderr"].astype(float),
+        dense=[measure.value if measure else math.nan for measure in dense],
+        dense_stderr=[measure.stderr if measure else None for measure in dense],
     )
 
 
-def runs_labels(runs: list[Run]) -> pd.DataFrame:
-    """Return the texts of each run's settings but the seed; empty: the run has no such setting."""
-    return pd.DataFrame(
-        {name: setting_text(value) for name, value in run.settings().items()} for run in runs
-    ).fillna("")
+def _metrics(measured: pd.DataFrame, gaps: Collection[str]) -> pd.DataFrame:
+    """Return kind, heading and `asked_for` by metric, without zeros that all runs share."""
+    grouped = measured.groupby("metric", sort=False)
+    metrics = grouped.agg({"kind": "first", "limited": "any", "asked_for": "all"})
+    limited = metrics.pop("limited") & (metrics["kind"] != "perplexity")
+    metrics["heading"] = metrics.index + limited.map({True: " (limited)", False: ""})
+    values = measured["value"].round(4).groupby(measured["metric"]).nunique()
+    metrics = metrics.drop(index=[name for name in OF_SPARSITY if values[name] == 1])
+    # Perplexities come first, then gaps.
+    metrics["later"] = ~metrics.index.isin(gaps) & (metrics["kind"] != "perplexity")
+    return metrics.sort_values(["asked_for", "later"], kind="stable")
+
+
+def shared_dense(measured: pd.DataFrame) -> pd.DataFrame:
+    """Return `value` and `error` of the dense model by metric, if all runs have the same ones."""
+    lines = measured.dropna(subset="dense")
+    dense = lines.groupby("metric").agg(
+        value=("dense", "first"),
+        error=("dense_stderr", "first"),
+        least=("dense", "min"),
+        most=("dense", "max"),
+        runs=("run", "size"),
+    )
+    # Machines differ in the order of sums.
+    shared = np.isclose(dense["least"], dense["most"], rtol=1e-4, atol=0)
+    # A run of the only model may lack the measure, because it calibrates on the text.
+    if measured["model"].nunique() > 1:
+        shared &= dense["runs"] == measured["run"].nunique()
+    return dense.loc[shared, ["value", "error"]]
+
+
+def by_run(table: Table) -> pd.DataFrame:
+    """Return a line for each run: settings, measures with the dense model's, minutes, directory."""
+    frame = pd.DataFrame(
+        {name: value for name, value in run.settings().items() if not _is_spare(name)}
+        | {"seed": run.config["seed"], "minutes": run.minutes, "directory": str(run.directory)}
+        for run in table.runs
+    )
+    values = table.measured.pivot(index="run", columns="metric", values=["value", "dense"])
+    dense = values["dense"].dropna(axis=1, how="all").add_prefix("dense: ")
+    return frame.assign(row=table.rows).join([values["value"], dense])
+
+
+def choose(table: Table, parts: str | None = None) -> list[str]:
+    """Return the metrics to show.
+
+    Args:
+        table: table of the runs.
+        parts: names, or parts of the names of several, separated by ", "; None: the usual ones.
+
+    Raises:
+        ConfigError: no metric fits.
+    """
+    if not parts:
+        return table.usual
+    wanted: set[str] = set()
+    for part in parts.split(", "):
+        fitting = {name for name in table.metrics.index if part in name}
+        usual = fitting & {*table.usual}
+        wanted |= {part} if part in fitting else usual or fitting
+    if not wanted:
+        valid = ", ".join(table.metrics.index)
+        raise ConfigError(f"--measures {parts}: expected names, or parts, of {valid}")
+    return [name for name in table.metrics.index if name in wanted]
+
+
+def main_metric(table: Table, names: list[str]) -> str | None:
+    """Return the metric by which rows are compared, one of some names; None: there is none.
+
+    The first of these that most rows have: mean gap over several texts, if all gaps of a model
+    have one start; perplexity; average accuracy; other accuracy.
+    """
+    candidates = []
+    several_texts = GAP in names and len(table.gaps[GAP]) > 1
+    starts = [*{*table.starts.values()}]
+    if several_texts and table.labels["model"][starts].is_unique:
+        candidates.append(GAP)
+    candidates += [name for name in names if table.kind(name) == "perplexity"]
+    accuracies = [name for name in names if table.kind(name) == "accuracy"]
+    candidates += sorted(accuracies, key=lambda name: not name.startswith(AVERAGE))
+    counts = table.means.loc[table.labels.index].count()
+    return max(candidates, key=counts.get, default=None)
+
+
+def notes(table: Table, names: list[str], columns: str | None = None) -> list[str]:
+    """Return lines for the reader of some metrics, about gaps and about the dense model."""
+    shown = [gap for gap in table.gaps if gap in names]
+    lines = [
+        f"{gap}: the mean over {', '.join(table.gaps[gap])}"
+        for gap in shown
+        if gap in (GAP, GAP + FP8) and len(table.gaps) > 1
+    ]
+    if shown and table.baseline is None:
+        of_rows = row_names(table.labels, columns)
+        bases = ", ".join(f"'{of_rows[row]}'" for row in sorted({*table.starts.values()}))
+        lines.append(
+            f"{GAP}: 0 % is {bases} (Wanda's unpermuted row, or else that of the same pruner)"
+        )
+    if DENSE_ROW not in table.means.index and table.measured["model"].nunique() == 1:
+        lines.append("no row of the dense model: the runs have different ones, or none")
+    return lines
+
+
+def naming(labels: pd.DataFrame, columns: str | None = None) -> list[str]:
+    """Return the settings that name rows, which are shown before the metrics.
+
+    These are `columns`, separated by commas, or else the options that vary, and those that tell
+    equal rows apart. Raises ConfigError if a setting does not exist.
+    """
+    varied = varying(labels)
+    names = columns.split(",") if columns else {*varied} & {*_FIRST}
+    if unknown := [name for name in names if name not in labels]:
+        raise ConfigError(f"--columns {unknown[0]}: expected settings, such as {', '.join(varied)}")
+    return telling_apart(labels, _ranked(names), varied)
+
+
+def details(labels: pd.DataFrame, columns: str | None = None) -> list[str]:
+    """Return the settings shown after the metrics; none if the columns are chosen.
+
+    Settings that an option implies are not shown.
+    """
+    if columns:
+        return []
+    names = naming(labels)
+    others = [name for name in varying(labels) if name not in names]
+    return [name for name in others if not _is_implied(labels, name)]
+
+
+def row_names(labels: pd.DataFrame, columns: str | None = None) -> pd.Series:
+    """Return a short name for each row, without options that do nothing."""
+    names = []
+    for _, texts in labels[naming(labels, columns)].iterrows():
+        parts = [
+            value if name in _FIRST else f"{name.rpartition('.')[2]}={value}"
+            for name, value in texts.items()
+            if value not in ("", _USUAL.get(name))
+        ]
+        names.append(", ".join(parts or filter(None, texts)))
+    return pd.Series(names, labels.index)
 
 
 def varying(labels: pd.DataFrame) -> list[str]:
@@ -351,6 +347,12 @@ def telling_apart(labels: pd.DataFrame, names: list[str], others: list[str]) -> 
 def _differs(labels: pd.DataFrame, name: str, others: list[str]) -> bool:
     """Tell if rows differ in a setting although they agree in some others."""
     return bool((labels.groupby(others)[name].nunique() > 1).any())
+
+
+def _is_implied(labels: pd.DataFrame, name: str) -> bool:
+    """Tell if an option has one value of a setting of its own in all rows."""
+    option, _, part = name.partition(".")
+    return bool(part) and option in labels and not _differs(labels, name, [option])
 
 
 def find(labels: pd.DataFrame, text: str, option: str) -> int:

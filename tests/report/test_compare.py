@@ -19,7 +19,6 @@ from permllm.store.files import read_json, write_json
 from tests.kept import PERPLEXITY, evaluation, make_run, table_below
 
 TASKS = ("rte", "piqa")
-HEADER = ["measure", "permutation=lcp", "permutation=none", "difference", "over"]
 Numbers = NDArray[np.float64]
 
 
@@ -166,7 +165,7 @@ def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None
             make_run(tmp_path / f"lcp{seed}", 0.0, values, permutation="lcp", seed=seed)
     table = table_below(tmp_path)
     rows = {table.labels.at[row, "permutation"]: row for row in range(2)}
-    name = next(name for name in table.measures if "perplexity" in name)
+    name = next(name for name in table.usual if "perplexity" in name)
     found = paired(table, rows["lcp"], rows["none"], name)
     text = next(iter(SIZES))
     means = [
@@ -207,11 +206,11 @@ def test_other_windows_of_a_text_are_another_column_within_a_model(tmp_path: Pat
         if permutation != "heuristic":  # as in a record of version 1
             write_json(file, read_json(file) | {"measured": {"sparse": keys, "dense": keys}})
     expected = {PERPLEXITY, f"{PERPLEXITY}, windows 0", f"{PERPLEXITY}, windows 1"}
-    names = {name for name in table_below(tmp_path).kinds if "perplexity" in name}
+    names = {name for name in table_below(tmp_path).usual if "perplexity" in name}
     assert names == expected
     scored(tmp_path / "heuristic", nats, tasks, permutation="heuristic", model="another")
     one = table_below(tmp_path / "lcp", tmp_path / "heuristic")
-    assert {name for name in one.kinds if "perplexity" in name} == {PERPLEXITY}
+    assert {name for name in one.usual if "perplexity" in name} == {PERPLEXITY}
 
 
 def test_the_command_compares_two_rows_and_all(
@@ -221,7 +220,6 @@ def test_the_command_compares_two_rows_and_all(
     words = [str(folder), "--compare", "permutation=lcp", "permutation=none"]
     assert call("results", words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == HEADER
     expected = math.expm1(ours[0].mean() - theirs[0].mean())
     (line,) = (line for line in lines if line.startswith(f"| {PERPLEXITY}"))
     cells = line.strip("| ").split(" | ")
@@ -235,12 +233,3 @@ def test_the_command_compares_two_rows_and_all(
     assert found["rte acc (limited)"]["over"] == "90 items"
     assert call("results", [str(folder), "--baseline", "permutation=none"]) == 0
     assert f"{expected * 100:+.1f}% [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out
-
-
-def test_all_parts_of_a_mean_have_the_same_seeds() -> None:
-    # The effects of two seeds cancel in each mean of both parts.
-    first = np.zeros((2, 2, 3))
-    first[0, 0] = 1.0
-    second = np.zeros((2, 2, 3))
-    second[0, 1] = 1.0
-    assert interval([first, second], np.subtract) == pytest.approx([0.5, 0.5])

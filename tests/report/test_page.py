@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from permllm.cli import call
-from permllm.report.plots import dense_lines, drawn_measure, points, undrawn
+from permllm.report.plots import dense_lines, drawn_measure, points
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
@@ -77,22 +77,18 @@ def test_a_star_is_for_minutes_of_a_run_that_has_recorded_a_hit(tmp_path: Path) 
     assert found["cached"].to_dict() == {"unknown": False, "computed": False, "lcp": True}
 
 
-def test_rows_without_a_point_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "runs" / "lcp", 20.0)
-    make_run(tmp_path / "runs" / "none", 40.0, permutation="none")
-    make_run(tmp_path / "runs" / "from_file", 20.0, permutation="from_file")
-    make_run(tmp_path / "runs" / "infinite", float("inf"), permutation="other")
-    texts = evaluation({"another text": {"dense": 8.0, "sparse": 30.0}})
-    make_run(tmp_path / "runs" / "unlike", 0.0, texts, permutation="heuristic", model="another")
-    page, png = tmp_path / "page.html", tmp_path / "a.png"
-    for file in (page, png):
-        assert call("report", [str(tmp_path / "runs"), "--to", str(file)]) == 0
-        (note,) = (line for line in capsys.readouterr().err.splitlines() if "not drawn" in line)
-        *names, count = note.rpartition(": ")[2].split("; ")
-        assert {*names} == {"smollm2-135m, from_file", "smollm2-135m, other"}
-        assert count.startswith("1 of 5 rows")
-        if file == page:
-            assert note.removeprefix("note: ") in file.read_text(encoding="utf-8")
+def test_rows_without_a_point_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs / "lcp", 20.0)
+    make_run(runs / "from_file", 20.0, permutation="from_file")
+    make_run(runs / "infinite", float("inf"), permutation="other")
+    file = tmp_path / "page.html"
+    assert call("report", [str(runs), "--to", str(file)]) == 0
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "not drawn" in line)
+    assert note.startswith("note: 2 of 3 rows")
+    assert note.removeprefix("note: ") in file.read_text(encoding="utf-8")
 
 
 def test_the_measure_that_most_rows_have_is_drawn(tmp_path: Path) -> None:
@@ -101,11 +97,8 @@ def test_the_measure_that_most_rows_have_is_drawn(tmp_path: Path) -> None:
     for permutation in ("none", "heuristic", "lcp"):
         make_run(tmp_path / permutation, 20.0, permutation=permutation)
     table = table_below(tmp_path)
-    assert table.measures[0] != PERPLEXITY  # rows of the other model come first
+    assert table.usual[0] != PERPLEXITY  # rows of the other model come first
     assert drawn_measure(table, None) == PERPLEXITY
-    (note,) = undrawn(table, PERPLEXITY)
-    assert "1 of 4 rows" in note
-    assert "lcp" not in note
 
 
 def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
@@ -121,11 +114,6 @@ def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
     of_b = table.labels.index[table.labels["model"] == "b"]
     assert dense_lines(table, PERPLEXITY, of_b) == {"dense": 12.0}
     assert set(points(table, PERPLEXITY)["name"]) == {"a, none", "a, lcp", "b, none", "b, lcp"}
-    for file in ("page.html", "a.svg"):
-        assert call("report", [str(tmp_path), "--to", str(tmp_path / file)]) == 0
-        text = (tmp_path / file).read_text(encoding="utf-8")
-        assert "dense, a" in text
-        assert "dense, b" in text
     other = {"wikitext2": {"dense": 13.0, "sparse": 20.0}}
     make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
     table = table_below(tmp_path)
@@ -142,14 +130,9 @@ def test_pictures_have_the_format_of_a_suffix(
     assert Image.open(png).format == "PNG"
     assert call("report", [str(THREE_RUNS), "--to", svg, "--measure", "average acc"]) == 0
     assert "average acc" in Path(svg).read_text()
-    for words, message in (
-        ("--to a.txt", "error: a.txt: "),
-        ("--to a.png --measure speed", "error: no row has speed"),
-        ("--to a.html --measure speed", "error: no row has speed"),
-        ("", "error: expected DIR... and --to"),
-    ):
+    for words in ("--to a.txt", "--to a.png --measure speed", "--to a.html --measure speed", ""):
         assert call("report", [runs, *words.split()]) == 1
-        assert message in capsys.readouterr().err
+        assert "error: " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -204,19 +187,15 @@ def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> 
         assert "No matching records" in page.locator("#table tbody").inner_text()
 
 
-def test_a_measure_can_be_chosen_and_a_row_opened(browser: Any, tmp_path: Path) -> None:
+def test_a_measure_can_be_chosen(browser: Any, tmp_path: Path) -> None:
     for name, value in (("none", 40.0), ("lcp", 20.0)):
-        line = record(value, permutation=name)
-        line["environment"] = {"command": f"run.py {name}", "git": {"commit": "abc", "dirty": True}}
-        as_folder(line, tmp_path / "runs" / name)
+        make_run(tmp_path / "runs" / name, value, permutation=name)
     with opened(browser, tmp_path / "runs") as page:
-        axis = page.locator(".wide svg").get_by_text("gap closed", exact=True)
+        axis = page.locator("svg").get_by_text("gap closed", exact=True)
+        assert not axis.is_visible()
         page.get_by_label("Measure").select_option("gap closed")
         assert axis.is_visible()
-        assert page.locator(".wide svg").get_by_text("dense: 100.00%").is_visible()
-        page.locator("summary").filter(has_text="lcp").click()
-        text = page.locator("details[open]").inner_text()
-        assert re.search("run.py lcp\\s+commit abc with uncommitted changes", text)
+        assert page.locator("svg").get_by_text("dense: 100.00%").is_visible()
 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:

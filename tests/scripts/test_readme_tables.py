@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,21 +30,13 @@ def test_tables_of_documents_are_those_of_the_records(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("tabel", "view tabel: 'tabel'; views are table, paper, "),
-        ("table colums=x", "got an unexpected keyword argument 'colums'"),
-        ("table records=none.jsonl", "none.jsonl: expected a directory, or a file of records"),
-        (f"table records={TABLE_6} baseline=block_size=7", "no row has block_size=7"),
-    ],
+    "words", ["tabel", "table colums=x", f"table records={TABLE_6} baseline=a=7"]
 )
-def test_a_table_that_cannot_be_names_its_file(words: str, message: str, tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_names_its_file(words: str, tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     file.write_text(f"Before.\n\n<!-- view: {words} -->\nold\n<!-- /view -->\n\nAfter.\n")
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError, match=f"{file}: view "):
         with_views(file)
-    assert str(raised.value).startswith(f"{file}: view ")
-    assert message in str(raised.value)
 
 
 def test_the_landscape_has_the_gap_of_each_published_row() -> None:
@@ -65,21 +56,6 @@ def test_the_landscape_has_the_gap_of_each_published_row() -> None:
         values = (row["reference"], row["perplexity"])
         (found,) = (cell for cell in cells if cell[:3] == start and cell[5:7] == values)
         assert found[7] == f"{100 * share:.1f}%"
-
-
-def test_our_rows_of_the_landscape_are_those_of_the_frontier() -> None:
-    ours = {"../frontier/minutes-10.jsonl": "masks frontier/weights"}
-    shown = landscape(LANDSCAPE, "landscape.csv", "Wanda", **ours)
-    (masks,), (weights,) = (
-        re.findall(rf"^\| ours: `{name}` .*$", shown, re.MULTILINE)
-        for name in ("masks", "frontier/weights")
-    )
-    of_frontier = (LANDSCAPE.parent / "frontier" / "README.md").read_text(encoding="utf-8")
-    line = r"^\| wanda \| none \|  \| score \| none .*?\| ([\d.]+)% ± [\d.]+% \| ([\d.]+) "
-    (gap, perplexity), *_ = re.findall(line, of_frontier, re.MULTILINE)
-    assert f"| {float(gap):.1f}% | no |" in masks
-    assert f"| {perplexity} / " in masks
-    assert "| yes |" in weights
 
 
 def test_the_gap_of_a_method_stands_in_the_column_of_its_model() -> None:
