@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from permllm.command import run_tool
+from permllm.report.measures import Scores
 from permllm.report.read import Run, collect
 from permllm.report.render import as_text
 from scripts.provenance import processor
@@ -66,14 +67,14 @@ def points(one: Run, other: Run, runs: Iterable[Run]) -> float:
     differences = []
     texts = _nats(one)
     others = _nats(other)
-    dense = _nats(one, "dense")
+    dense = _nats(one, dense=True)
     start = _start(one, runs)
     for text in texts.keys() & others.keys() & start.keys():
         parts = [values[text] for values in (texts, others, start, dense)]
         count = min(map(len, parts))
         of_one, of_other, of_start, of_dense = (part[:count].mean() for part in parts)
         same_windows = np.allclose(
-            dense[text][:count], _nats(other, "dense")[text][:count], rtol=1e-3
+            dense[text][:count], _nats(other, dense=True)[text][:count], rtol=1e-3
         )
         if same_windows:
             differences.append((of_other - of_one) / (of_start - of_dense))
@@ -93,16 +94,13 @@ def _start(run: Run, runs: Iterable[Run]) -> dict[str, Nats]:
     return max(starts, key=lambda nats: sum(map(len, nats.values())), default={})
 
 
-def _nats(run: Run, which: str = "sparse") -> dict[str, Nats]:
+def _nats(run: Run, dense: bool = False) -> dict[str, Nats]:
     """Return the nats a token of each window, by text, of the pruned or of the dense model."""
-    perplexities = [measure for measure in run.measures if measure.kind == "perplexity"]
-    if which == "dense":
-        perplexities = [measure.dense for measure in perplexities if measure.dense]
-    return {
-        text: np.array(nats)
-        for measure in perplexities
-        for text, (_, nats) in measure.scores.items()
-    }
+    scores: dict[str, Scores] = {}
+    for measure in run.measures:
+        if measure.kind == "perplexity" and measure.dense:
+            scores |= measure.dense.scores if dense else measure.scores
+    return {text: np.array(nats) for text, (_, nats) in scores.items()}
 
 
 def _described(run: Run) -> str:

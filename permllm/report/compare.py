@@ -30,8 +30,8 @@ def paired(table: Table, row: int, other: int, name: str) -> dict[str, Any]:
     """
     kind = table.kind(name)
     gap = name in table.gaps
-    values = table.by_seed(row, name)["value"]
-    others = table.by_seed(other, name)["value"]
+    values = table.by_seed(row, name)["value"].sort_index()
+    others = table.by_seed(other, name)["value"].sort_index()
     count = len(values) + len(others)
     common = values.index.intersection(others.index)
     # The base of gaps is the mean over all its seeds, so that it closes none.

@@ -94,7 +94,7 @@ class Table:
     def by_seed(self, row: int, name: str) -> pd.DataFrame:
         """Return the lines of `measured` of one row and metric, with the seeds as index."""
         lines = self.measured[(self.measured["row"] == row) & (self.measured["metric"] == name)]
-        return lines.set_index("seed").sort_index()
+        return lines.set_index("seed")
 
     def shown(self, row: int, name: str) -> str:
         """Return the text of a metric's mean and error; empty: the row lacks the metric."""
