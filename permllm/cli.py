@@ -227,7 +227,8 @@ def _job(composed: DictConfig) -> JobResult | None:
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()  # without network it warns each time
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("httpx", "httpx2"):  # huggingface_hub 2 uses httpx2
+    # huggingface_hub warns of each retry; its version 2 uses httpx2.
+    for name in ("huggingface_hub", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not is_first_rank():
         logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 prints the messages

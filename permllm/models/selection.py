@@ -71,5 +71,9 @@ def _named(name: str, groups: list[ChannelGroup]) -> set[str]:
             if in_layer or (in_path and not is_index):
                 paths.add(path)
     if not paths:
-        raise ConfigError(f"keep_dense: the model has no {name!r}; plan=true lists the linears")
+        members = {path.rpartition(".")[2] for group in groups for path in group.members}
+        raise ConfigError(
+            f"keep_dense: the model has no {name!r}; expected a layer, 0 to {layers - 1}, or one "
+            f"of {', '.join(sorted(members))}"
+        )
     return paths

@@ -27,7 +27,7 @@ def print_plan(of: Footprint) -> None:
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
     fits = first_that_fits(of) is not None
-    console.print(_estimates(of, "chosen" if fits else "does not fit"))
+    console.print(_estimates(of, fits))
     card = of.config.plan_on
     where = f"{card} with 16 cores" if card else f"{of.device}, as measured now"
     console.print(
@@ -57,8 +57,8 @@ def _groups(of: Footprint) -> Table:
     return table
 
 
-def _estimates(of: Footprint, verdict: str) -> Table:
-    """Return the table of memory and minutes; the verdict is on the placement of the job."""
+def _estimates(of: Footprint, fits: bool) -> Table:
+    """Return the table of memory, and of minutes if a placement fits."""
     speed = speed_of(of.config.plan_on, of.device, {of.compute_dtype, torch.float32})
     on_a_gpu = Footprint(of.config, of.model, of.methods, of.groups, torch.device("cuda"))
     placement = placement_for(of)
@@ -69,18 +69,20 @@ def _estimates(of: Footprint, verdict: str) -> Table:
     title = "GB by phase and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
     for name in names:
-        heading = f"{name} ({verdict})" if name == placement else name
-        table.add_column(heading, justify="right")
-    table.add_column(f"minutes, {placement}", justify="right")
+        verdict = " (chosen)" if fits else " (does not fit)"
+        table.add_column(name + verdict * (name == placement), justify="right")
+    if fits:
+        table.add_column(f"minutes, {placement}", justify="right")
     for phase, of_phase in minutes[placement].items():
         sizes = [_gigabytes(need.phases[phase]) for need in needs]
-        table.add_row(phase, *sizes, f"{of_phase:.1f}")
+        table.add_row(phase, *sizes, *[f"{of_phase:.1f}"] * fits)
     table.add_row("on the host", *[_gigabytes(need.host) for need in needs])
     table.add_row("peak", *[_gigabytes(need.peak) for need in needs])
     cards = [_card(on_a_gpu.needs(name).device) for name in names]
     table.add_row("on a GPU, a card of", *cards)
-    totals = [f"{sum(minutes[name].values()):.0f}" for name in [*names, placement]]
-    table.add_row("minutes", *totals)
+    if fits:
+        totals = [f"{sum(minutes[name].values()):.0f}" for name in [*names, placement]]
+        table.add_row("minutes", *totals)
     return table
 
 

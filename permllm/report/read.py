@@ -129,7 +129,8 @@ class Collection:
 
     Attributes:
         runs: finished runs.
-        notes: a line for each run that is left out.
+        notes: a line for each run that is left out, and for each folder whose files of records
+            have other names.
     """
 
     runs: list[Run]
@@ -164,7 +165,11 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             notes.append(f"skipped {' '.join(job.overrides)}: {job.reason}")
     for place in places:
         if place.is_dir():
-            files |= {*place.rglob(METRICS), *place.rglob(RECORDS)}
+            inside = {*place.rglob(METRICS), *place.rglob(RECORDS)}
+            files |= inside
+            others = {file.name for file in place.glob(f"*{LINES}")} - {HISTORY}
+            if others and not inside:
+                notes.append(f"{place} has no {RECORDS}; name one of {', '.join(sorted(others))}")
         elif place.suffix == LINES and place.is_file():
             files.add(place)
         else:

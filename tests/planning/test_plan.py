@@ -35,7 +35,7 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_plan_in_which_nothing_fits_is_an_error(
+def test_a_plan_in_which_nothing_fits_has_no_minutes_and_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config("model=tiny", "plan=true")
@@ -50,6 +50,8 @@ def test_a_plan_in_which_nothing_fits_is_an_error(
     printed = capsys.readouterr().out
     assert "host (does not fit)" in printed
     assert "│ peak" in printed
+    assert "│ minutes" not in printed
+    assert "minutes, " not in printed.replace("minutes within", "")
 
 
 def test_a_card_is_for_a_plan_alone() -> None:

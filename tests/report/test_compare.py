@@ -233,3 +233,12 @@ def test_the_command_compares_two_rows_and_all(
     assert found["rte acc (limited)"]["over"] == "90 items"
     assert call("results", [str(folder), "--baseline", "permutation=none"]) == 0
     assert f"{expected * 100:+.1f}% [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out
+
+
+def test_all_parts_of_a_mean_have_the_same_seeds() -> None:
+    # The effects of two seeds cancel in each mean of both parts.
+    first = np.zeros((2, 2, 3))
+    first[0, 0] = 1.0
+    second = np.zeros((2, 2, 3))
+    second[0, 1] = 1.0
+    assert interval([first, second], np.subtract) == pytest.approx([0.5, 0.5])

@@ -611,3 +611,22 @@ def test_seconds_of_other_threads_have_their_number_beside_them(
         rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
         shown = {(row["permutation"], row["threads"]) for row in rows if row.get("threads")}
         assert sorted(shown) == expected
+
+
+def test_records_of_other_names_are_named_where_a_folder_has_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "runs" / "a")
+    kept = tmp_path / "kept"
+    assert keep(tmp_path / "runs", to=kept / "more.jsonl") == 0
+    capsys.readouterr()
+    assert call("results", [str(kept)]) == 1
+    assert "more.jsonl" in capsys.readouterr().err
+    assert call("results", [str(tmp_path / "runs"), str(kept)]) == 0
+    assert f"note: {kept} has no records.jsonl; name one of more.jsonl" in capsys.readouterr().err
+    assert keep(tmp_path / "runs", to=kept / "records.jsonl") == 0
+    assert collect([kept]).notes == []
+    (tmp_path / "runs" / "a" / "metrics.json").unlink()  # an interrupted run has its history alone
+    with pytest.raises(ConfigError) as refused:
+        collect([tmp_path / "runs" / "a"])
+    assert "jsonl" not in str(refused.value)
