@@ -5,18 +5,22 @@ files of masks and permutations of the run, its settings and results, and a card
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card
-from permllm.export.rebuild import apply_record
 from permllm.export.write import MASKS_ALONE, dense_model, finished_record, new_export, read_record
 from permllm.models.checkpoint import read_weights
+from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import dense_folder, folder_identity
+from permllm.models.offload import masked, placement_of
+from permllm.models.selection import recorded_groups
 from permllm.settings.config import identity_of
 from permllm.store.files import MASKS, PERMUTATIONS, SUMMARY, write_json, write_text
 from permllm.store.tensors import PrunedTensors
@@ -86,3 +90,31 @@ def load_masked(
     model = read_weights(source, dtype or settings.dtype, torch.device("cpu"), **options)
     apply_record(model, folder_identity(settings, source), folder)
     return model
+
+
+def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
+    """Turn the dense model into the pruned model of a run, or of a folder with its masks, in place.
+
+    The identity is that of the dense model (`LoadedModel.identity`).
+    Raises DataError as `PrunedTensors`, or if the model has other linears.
+    """
+    metrics, _ = read_record(directory)
+    groups = recorded_groups(channel_groups(model), metrics["sparsity"].get("patterns", {}))
+    pruned = PrunedTensors(directory, metrics, identity)
+    shapes = {
+        path: linear_at(model, path).weight.shape for group in groups for path in group.members
+    }
+    if shapes != pruned.masks.shapes():
+        raise DataError(f"{directory} has masks of other linears than this model")
+    placement = placement_of(model)
+    for group in groups:
+        with placement.layer(group.layer):
+            for path in group.members:
+                linear = linear_at(model, path)
+                dense = linear.weight.data
+                if pruned.weights_changed:
+                    placement.replace(linear, pruned.weight(path, dense))
+                    placement.read_from(pruned.weight_files[path], {linear: path})
+                else:
+                    read = partial(pruned.masks.__getitem__, path)
+                    placement.replace(linear, masked(read(), dense), read)

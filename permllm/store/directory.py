@@ -30,6 +30,7 @@ from permllm.store.files import (
     SCHEMA_VERSION,
     UNFINISHED,
     WEIGHTS,
+    check_sha256,
     read_json,
     read_lines,
     read_yaml,
@@ -89,10 +90,7 @@ class Record:
         save: Callable[[Path, Value], None],
         load: Callable[[Path], Value],
     ) -> Value:
-        """Read a file of an earlier process, or else compute and save it.
-
-        All ranks get the value of rank 0.
-        """
+        """Read a file of an earlier process, or else compute and save it."""
         value = self.read(name, load)
         if value is None:
             value = parallel.broadcast(compute())
@@ -104,11 +102,7 @@ class Record:
         self.history = lines
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Record the dtype of matrix products, which a run keeps to its end.
-
-        Raises ConfigError if an earlier process of the run used another one: `compute_dtype=auto`
-        depends on the machine.
-        """
+        """Record the dtype of matrix products; raise ConfigError if the run began with another."""
         products = str(dtype).removeprefix("torch.")
         before = self.metrics.setdefault("compute_dtype", products)
         if before != products:
@@ -122,8 +116,7 @@ class Record:
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
         """Record the seconds and the peak memory of a phase, also if it is interrupted.
 
-        The seconds of a phase inside another one count only for the inner phase. The outer phase
-        saves the metrics.
+        The seconds of a phase inside another one count only for the inner phase.
         """
         outer = self._inside
         self._inside = 0.0
@@ -192,15 +185,10 @@ class RunDirectory(Record):
         """Lock the directory, and read the results of earlier processes.
 
         The directory is removed again if the run fails by its settings or its text before it has a
-        result.
+        result. With `force` earlier results are not read, and `begin` replaces them. While another
+        process uses the run, `wait` decides between waiting and InUseError.
 
-        Args:
-            force: True: `begin` replaces earlier results.
-            wait: True: wait while another process uses the run; False: raise InUseError.
-
-        Raises:
-            ConfigError: the directory belongs to another run.
-            DataError: a file cannot be read.
+        Raises ConfigError if the directory belongs to another run, DataError if it is damaged.
         """
         is_new = False
         with ExitStack() as locks:
@@ -409,12 +397,3 @@ class RunDirectory(Record):
 def run_directory(config: RunConfig) -> Path:
     """Return the directory of a run: `run_dir`, or `runs_dir/name-hash`."""
     return Path(config.run_dir or Path(config.runs_dir) / f"{config.name}-{config.hash}")
-
-
-def check_sha256(directory: Path, name: str, digest: str) -> None:
-    """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
-    path = directory / name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; force=true runs it again")
-    if file_sha256(path) != digest:
-        raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")

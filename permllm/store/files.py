@@ -12,6 +12,7 @@ import yaml
 from safetensors import SafetensorError
 
 from permllm.errors import DataError, first_line
+from permllm.runtime.files import file_sha256
 
 # Version of `metrics.json` and of files of records.
 SCHEMA_VERSION = 3
@@ -152,3 +153,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise DataError(f"cannot write {target}: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_sha256(directory: Path, name: str, digest: str) -> None:
+    """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
+    path = directory / name
+    if not path.is_file():
+        raise DataError(f"{path} is missing; force=true runs it again")
+    if file_sha256(path) != digest:
+        raise DataError(f"{path} has changed since the run wrote it; force=true runs it again")

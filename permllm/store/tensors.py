@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from permllm.errors import DataError, first_line
-from permllm.store.directory import check_sha256
-from permllm.store.files import MASKS, PERMUTATIONS, WEIGHTS, replaced
+from permllm.store.files import MASKS, PERMUTATIONS, WEIGHTS, check_sha256, replaced
 
 _SHAPES = "shapes"
 # Numbers of a layer by channel group, and their key in the metadata of its file.

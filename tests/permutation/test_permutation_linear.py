@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from permllm.permutation.foldable import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import NMPattern
-from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from tests.problems import random, shuffled, sinkhorn, straight_through
 

@@ -8,9 +8,9 @@ import itertools
 import pytest
 import torch
 
+from permllm.permutation.foldable import BlockStack
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.sinkhorn import BlockLogits, SoftBatch, logit_gradient, normalize
-from permllm.sparsity.blocks import BlockStack
 from tests.problems import random, sinkhorn
 
 

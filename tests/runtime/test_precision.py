@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from permllm.models.head import Head
+from permllm.permutation.foldable import split_blocks
 from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.runtime import precision
 from permllm.runtime.precision import compute_dtype, products_in, working_dtype
 from permllm.settings.config import NMPattern
-from permllm.sparsity.blocks import split_blocks
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.losses import head_divergence

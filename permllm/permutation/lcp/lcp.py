@@ -21,6 +21,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.permutation.foldable import (
+    BlockStack,
     SharedPermutation,
     check_segments,
     expanded,
@@ -34,7 +35,6 @@ from permllm.permutation.lcp.sinkhorn import BlockLogits
 from permllm.settings.config import RunConfig
 from permllm.settings.learning import LearningPlan, LearningSettings
 from permllm.settings.values import SETTINGS, Amount, Count, Whole
-from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.store.files import LCP_CHECKPOINT
 from permllm.training.kernels import Kernels, chosen_kernels

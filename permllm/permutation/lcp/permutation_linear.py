@@ -37,10 +37,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from permllm.permutation.foldable import BlockStack
 from permllm.runtime import parallel
 from permllm.runtime.precision import product_dtype, products_as_they_are
 from permllm.settings.config import NMPattern
-from permllm.sparsity.blocks import BlockStack
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER, Kernels

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from permllm.sparsity.blocks import BlockStack
+from permllm.permutation.foldable import BlockStack
 
 
 class BlockLogits(nn.Module):
