@@ -112,7 +112,10 @@ def _work(
     record: RunDirectory,
     device: torch.device,
 ) -> None:
-    """Load the model, evaluate it, prune it, evaluate it again; keep what was done before."""
+    """Load the model, evaluate it, prune it, evaluate it again.
+
+    Each of these continues from the files that an earlier process of the run has left.
+    """
     footprint = _footprint(config, methods, device)
     parallel.on_main(lambda: _download(config, texts, record.pruned))
     config = _placed(config, footprint, device)
@@ -128,6 +131,7 @@ def _work(
             _check_same(record, "model", loaded.identity)
             measured = _perplexity_windows(config, texts, loaded)
             job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, products)
+            # None: an earlier process has pruned the model.
             windows = None if record.pruned else _begin_pruning(job, record, texts, planned)
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
@@ -160,8 +164,8 @@ def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> Ru
 def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int) -> Tensor:
     """Return the windows of the calibration text, and begin the record of a run that prunes.
 
-    Files of an earlier run are replaced here, when the job has all that it needs. `planned` is the
-    memory of the plan in bytes.
+    With `force=true` files of an earlier run are replaced here, when the job has all that it needs.
+    `planned` is the memory of the plan in bytes.
     """
     config = job.config
     record.set_compute_dtype(job.compute_dtype)
