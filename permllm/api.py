@@ -322,6 +322,8 @@ def _config(
     model: PreTrainedModel, texts: Texts, searchpath: Sequence[str], settings: dict[str, Any]
 ) -> RunConfig:
     """Return the settings as the command line would, with the model and the text as given."""
+    if isinstance(searchpath, str):
+        raise ConfigError(f"searchpath={searchpath!r}: expected a list of places")
     path = str(model.config._name_or_path or model.config.model_type)
     values: dict[str, Any] = {
         "model": "local",

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
 from permllm.models.offload import ReadTensor
 from permllm.settings.checkpoints import weight_files
-from permllm.store.files import read_json
+from permllm.store.files import MASKS, read_json
 from permllm.store.tensors import load_tensor, tensor_formats
 
 # Keys of config.json that no checkpoint may have, and why.
@@ -65,7 +65,10 @@ def checkpoint_config(folder: Path) -> PreTrainedConfig:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise DataError(f"{folder} is no checkpoint: it has no config.json")
+        reason = "it has no config.json"
+        if (folder / MASKS).is_file():
+            reason = f"permllm export {folder} --to CHECKPOINT makes one of its masks"
+        raise DataError(f"{folder} is no checkpoint: {reason}")
     settings = read_json(file)
     # The config of a gathered checkpoint contains the dense model's config.
     if isinstance(settings.get("dense_config"), dict):

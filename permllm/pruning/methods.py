@@ -150,9 +150,9 @@ def methods_of(config: RunConfig) -> Methods:
     methods_by_group: dict[str, Any] = {}
     for group, base in METHODS.items():
         settings = getattr(config, group)
-        if settings.get("_target_", "") is None:
-            continue
         method = instantiate(group, settings)
+        if method is None and group != "pruner":
+            continue
         if not isinstance(method, base):
             kind = f"{base.__module__}.{base.__name__}"
             raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {kind}")

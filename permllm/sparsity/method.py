@@ -64,13 +64,17 @@ class Method:
         return ceil(windows / self.batch_size)
 
 
+def _nothing() -> None:
+    """Return no object, for an option whose group does nothing."""
+
+
 def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
-    """Return the object that the settings of a group name.
+    """Return the object that the settings of a group name; None: the group does nothing.
 
     Args:
         key: name of the group, for messages.
-        settings: `_target_`, the class, and its arguments, which may be such settings themselves;
-            `name` is the name of the option and no argument.
+        settings: `_target_`, the class or null, and its arguments, which may be such settings
+            themselves; `name` is the name of the option and no argument.
 
     Raises:
         ConfigError: the class is not found, an argument is unknown, or a value is invalid.
@@ -81,12 +85,10 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
             arguments[name] = instantiate(f"{key}.{name}", value)
         elif name not in ("_target_", "name"):
             arguments[name] = value
-    target = str(settings.get("_target_") or "")
-    if not target:
-        raise ConfigError(f"{key}: its YAML has no `_target_`, the path of a class")
-    module, _, name = target.rpartition(".")
+    target = settings.get("_target_", "")
+    module, _, name = str(target).rpartition(".")
     try:
-        kind = getattr(import_module(module), name)
+        kind: Any = _nothing if target is None else getattr(import_module(module), name)
     except Exception as error:  # a third-party module may raise anything
         raise ConfigError(f"{key}: {target} cannot be imported: {first_line(error)}") from error
     try:

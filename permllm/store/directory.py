@@ -318,7 +318,7 @@ class RunDirectory(Record):
         if self.metrics["status"] != "finished":
             self._show_evaluation()
         if parallel.rank() == 0 and self._has_begun:
-            if "seconds" in self.evaluation:
+            if self.evaluation.keys() & {"measured", "seconds"}:
                 write_json(self._evaluation_file, self.evaluation)
             write_json(self.directory / METRICS, self.metrics)
 

@@ -30,7 +30,7 @@ from tests.conftest import tiny_config, tiny_model
 
 Tensors, Settings = dict[str, Any], dict[str, Any]
 WEIGHTS = "model.safetensors"
-UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
 
 
 @pytest.fixture
