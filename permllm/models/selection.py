@@ -8,7 +8,7 @@ of a linear or a channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gat
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup
 
 DENSE = "dense"
@@ -38,7 +38,13 @@ def pruned_groups(groups: list[ChannelGroup], keep_dense: Iterable[str]) -> list
 
 
 def recorded_groups(groups: list[ChannelGroup], patterns: Mapping[str, str]) -> list[ChannelGroup]:
-    """Return the channel groups that were pruned, from `patterns` of a record or an export."""
+    """Return the channel groups that were pruned, from `patterns` of a record or an export.
+
+    Raises DataError if the model lacks a linear of `patterns`.
+    """
+    unknown = patterns.keys() - {path for group in groups for path in group.members}
+    if unknown:
+        raise DataError(f"its patterns name {min(unknown)}, but the model has no such linear")
     return without_dense(groups, {path for path, text in patterns.items() if text == DENSE})
 
 
