@@ -282,7 +282,7 @@ def load(
 
 
 def results(*places: str | Path) -> pd.DataFrame:
-    """Return a row for each finished run: its settings, measures, minutes and folder.
+    """Return a row for each finished run: its settings, metrics, minutes and folder.
 
     The places are run directories, folders with run directories, or files of records.
     Raises ConfigError if a place does not exist, or none holds a finished run.

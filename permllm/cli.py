@@ -267,7 +267,7 @@ def objective(metrics: dict[str, Any]) -> float:
     With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
     task too infinity.
     """
-    from permllm.report.measures import mean_accuracy
+    from permllm.report.metrics import mean_accuracy
 
     texts = metrics.get("perplexity", {}).get("sparse", {})
     perplexities = [float(values["value"]) for values in texts.values()]

@@ -34,7 +34,7 @@ from permllm.pruning.phases import (
     find_masks,
     find_permutations,
 )
-from permllm.report.measures import flat_figures
+from permllm.report.metrics import flat_metrics
 from permllm.report.printed import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
@@ -150,7 +150,7 @@ def _work(
         with record.phase("evaluate sparse", device):
             evaluate(loaded, config.evaluation, measured, "sparse", record)
         record.finish()
-        job.logger.summary(flat_figures(record.metrics))
+        job.logger.summary(flat_metrics(record.metrics))
 
 
 def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> RunConfig:
@@ -188,7 +188,7 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     ones come from the pruned layers before, so that each layer is permuted while it is pruned.
 
     Args:
-        job: job with model and methods. Its record keeps seconds, measures and files.
+        job: job with model and methods. Its record keeps seconds, metrics and files.
         windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
             from which methods learn.
     """

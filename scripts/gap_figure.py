@@ -14,7 +14,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.report.gaps import GAP
-from permllm.report.measures import DENSE_WEIGHTS, SPEED_LIMIT
+from permllm.report.metrics import DENSE_WEIGHTS, SPEED_LIMIT
 from permllm.report.plots import picture
 from permllm.report.read import Run, collect
 from permllm.report.table import table_of

@@ -22,7 +22,7 @@ _METHODS = [
     "method=sparsegpt",
     "permutation=heuristic",
     "permutation=lcp",
-    "method=order-folded",
+    "method=lcp-folded",
     "method=masks-lowrank",
     "method=masks",
     "method=masks mask.layers_per_stage=4",

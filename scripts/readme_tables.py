@@ -32,7 +32,7 @@ from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError
 from permllm.report.compare import paired
 from permllm.report.gaps import GAP, gap_closed
-from permllm.report.measures import SPEED_LIMIT
+from permllm.report.metrics import SPEED_LIMIT
 from permllm.report.plots import points
 from permllm.report.published import Comparison, published
 from permllm.report.read import Run, collect
@@ -60,14 +60,14 @@ def table(
     sort: str = "",
     baseline: str = "",
     columns: str = "",
-    measures: str = _SHOWN,
+    metrics: str = _SHOWN,
 ) -> str:
     """Return runs as `permllm results` shows them, and what they were measured with.
 
-    With `sort` the rows follow the dense model's by this measure, the largest value first.
+    With `sort` the rows follow the dense model's by this metric, the largest value first.
     """
     found = table_of(_runs(folder, records), baseline)
-    frame = texts(found, table_cells(found, choose(found, measures)), columns)
+    frame = texts(found, table_cells(found, choose(found, metrics)), columns)
     if sort:
         values = found.means[sort].drop(DENSE_ROW)
         frame = _chosen(frame, values.sort_values(ascending=False, kind="stable").index)
@@ -80,12 +80,12 @@ def paper(
     baseline: str,
     settings: str = "",
     columns: str = "pruner,permutation",
-    measures: str = _SHOWN,
+    metrics: str = _SHOWN,
 ) -> str:
     """Return our runs beside a table of the paper, with further settings of their command."""
     found = table_of(_runs(folder, RECORDS), baseline)
     compared = Comparison(table, found.labels["model"])
-    cells = table_cells(found, choose(found, measures), compared)
+    cells = table_cells(found, choose(found, metrics), compared)
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and"
     command = f"python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick"
     parts = [
@@ -129,12 +129,12 @@ def frontier(
     return f"{markdown(frame)}\n{_machine(found.runs)}"
 
 
-def differences(folder: Path, baseline: str, columns: str, measures: str, records: str) -> str:
-    """Return the difference of each row from the baseline in some measures, with 95 % intervals."""
+def differences(folder: Path, baseline: str, columns: str, metrics: str, records: str) -> str:
+    """Return the difference of each row from the baseline in some metrics, with 95 % intervals."""
     found = table_of(_runs(folder, records), baseline)
     start = find(found.labels, baseline, "view")
     frame = found.labels[naming(found.labels, columns)].copy()
-    for name in choose(found, measures):
+    for name in choose(found, metrics):
         frame[name] = changes_from(found, start, name)["text"]
     return markdown(frame.drop(start).fillna(""))
 
@@ -142,7 +142,7 @@ def differences(folder: Path, baseline: str, columns: str, measures: str, record
 def claims(
     folder: Path,
     baseline: str,
-    measure: str = GAP,
+    metric: str = GAP,
     of_one_seed: str = "0",
     of_heuristic: str = "",
     **claims: str,
@@ -153,7 +153,7 @@ def claims(
 
     Args:
         baseline: settings of the row from which the gap is measured.
-        measure: a gap or an accuracy.
+        metric: a gap or an accuracy.
         of_one_seed: points that the interval of one seed must be away from zero.
         of_heuristic: the same, where a row has the heuristic permutation alone; empty: no other.
         claims: by claim `FILE... BETTER OTHER`, files of records and the settings of two rows.
@@ -164,7 +164,7 @@ def claims(
         # A run may be in the records of several tables.
         found = table_of(collect([folder / file for file in files]).runs, baseline)
         first, second = (find(found.labels, settings, "view") for settings in (better, other))
-        pair = paired(found, first, second, measure)
+        pair = paired(found, first, second, metric)
         needed = 0.0
         if pair["seeds"] == 1:
             methods = {found.members(row)[0].methods for row in (first, second)}
@@ -176,12 +176,12 @@ def claims(
             verdict = "holds"
         elif pair["seeds"] != 2 and high < -needed:
             verdict = "does not hold here"
-        values, others = (found.by_seed(row, measure)["value"] for row in (first, second))
+        values, others = (found.by_seed(row, metric)["value"] for row in (first, second))
         each = (values - others).dropna()
         of_seeds = ", ".join(f"{round(100 * value, 1) + 0.0:+.1f}" for value in each)
         lines.append((claim, f"`{better}`", f"`{other}`", pair["change"], of_seeds, verdict))
     columns = ["claim", "this row", "closes more than", "difference", "of each seed", "verdict"]
-    if measure != GAP:
+    if metric != GAP:
         columns[2] = "is more accurate than"
     return as_text(pd.DataFrame(lines, columns=columns), "md")
 
@@ -301,15 +301,31 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     return f"{markdown(frame)}\n{_machine(used)}"
 
 
-def options(folder: Path, groups: str) -> str:
-    """Return the options of some groups, with the comment at the head of the YAML of each."""
+def options(
+    folder: Path, groups: str, records: str = "", baseline: str = "", measured: str = ""
+) -> str:
+    """Return the options of some groups, with the comment at the head of the YAML of each.
+
+    Args:
+        groups: groups of `conf/`.
+        records: files of records that have the `measured` options of the group `method`, for a
+            column of the gap that each closes.
+        baseline: settings of the row from which the gap is measured.
+    """
+    gaps = {}
+    if measured:
+        found = table_of(_runs(folder, records), baseline)
+        for method in measured.split():
+            gaps[method] = f"{found.means.at[_row(found, method), GAP]:.0%}"
     rows = []
     for group in groups.split():
         top, _, inner = group.partition("/")
         for name, head in options_of(group).items():
             typed = f"{inner}/{name}" if inner else name
-            rows.append([f"`{top}={typed}`", head.replace("|", "\\|")])
-    return markdown(pd.DataFrame(rows, columns=["option", "what it does, costs and is good for"]))
+            row = [f"`{top}={typed}`", head.replace("|", "\\|")]
+            rows.append([*row, gaps.get(typed, "")] if gaps else row)
+    columns = ["option", "what it does, costs and is good for", GAP]
+    return markdown(pd.DataFrame(rows, columns=columns[: len(rows[0])]))
 
 
 def placements(folder: Path, records: str) -> str:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from permllm.command import run_tool
-from permllm.report.measures import Scores
+from permllm.report.metrics import Scores
 from permllm.report.read import Run, collect
 from permllm.report.render import as_text
 from scripts.provenance import processor
@@ -97,9 +97,9 @@ def _start(run: Run, runs: Iterable[Run]) -> dict[str, Nats]:
 def _nats(run: Run, dense: bool = False) -> dict[str, Nats]:
     """Return the nats a token of each window, by text, of the pruned or of the dense model."""
     scores: dict[str, Scores] = {}
-    for measure in run.measures:
-        if measure.kind == "perplexity" and measure.dense:
-            scores |= measure.dense.scores if dense else measure.scores
+    for metric in run.results:
+        if metric.kind == "perplexity" and metric.dense:
+            scores |= metric.dense.scores if dense else metric.scores
     return {text: np.array(nats) for text, (_, nats) in scores.items()}
 
 

@@ -114,7 +114,7 @@ def test_experiments_with_texts_or_a_checkpoint_of_their_own_compose(experiment:
 
 def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> None:
     found = {}
-    for config in jobs("experiment=frontier", "budget.steps=100", "budget.text=400"):
+    for config in jobs("experiment=frontier", "budget.steps=100", "budget.learning_windows=400"):
         assert config.model.name == "smollm2-135m"
         assert config.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
         assert not config.evaluation.tasks

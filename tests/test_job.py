@@ -27,7 +27,7 @@ from permllm.models.checkpoint import read_weights
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model, meta_model
 from permllm.pruning.methods import checked_groups, methods_of
-from permllm.report.measures import flat_figures
+from permllm.report.metrics import flat_metrics
 from permllm.runtime import precision
 from permllm.runtime.signals import CONTINUES, Terminated
 from permllm.settings.config import read_config
@@ -264,7 +264,7 @@ def test_parts_of_a_model_stay_dense(cache: Path, tmp_path: Path) -> None:
     assert report["dense"] == sorted(f"{path}.weight" for path in dense)
     card = (directory / "export" / "README.md").read_text()
     assert "2:4, 8 dense, 23.61% zeros" in card
-    assert not any("patterns" in name for name in flat_figures(metrics))  # a curve for each linear
+    assert not any("patterns" in name for name in flat_metrics(metrics))  # a curve for each linear
     # What was pruned is rebuilt from the record, to be evaluated in another way.
     again, _ = run(tmp_path, *words, "evaluation.perplexity.limit=1")
     assert again["sparsity"] == metrics["sparsity"]

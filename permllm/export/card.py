@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from permllm.export.serve import COMMAND, READERS, SETTINGS
-from permllm.report.measures import result_rows, sparsity_text
+from permllm.report.metrics import result_rows, sparsity_text
 from permllm.runtime.version import __version__
 from permllm.settings.config import METHOD_GROUPS
 
@@ -83,7 +83,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
             f"    {COMMAND}",
             f"{READERS} read the file `{SETTINGS}`. PermLLM has not run this on a GPU.",
         ]
-    rows = [("measure", "dense", "sparse"), ("---", "---", "---"), *result_rows(metrics)]
+    rows = [("metric", "dense", "sparse"), ("---", "---", "---"), *result_rows(metrics)]
     cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     paragraphs.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     paragraphs.append(f"Run: {metrics['name']}-{metrics['config_hash']}, seed {config['seed']}.")

@@ -197,9 +197,9 @@ def _gather(
 
 
 def gathered_input(module: nn.Module, x: Tensor) -> Tensor:
-    """Return an input `(..., channels)` of a module as its gather, if it has one, orders it."""
-    order = module._buffers.get(_INPUT_ORDER)
-    return x if order is None else x.index_select(-1, order)
+    """Return an input `(..., channels)` of a module as its gather, if it has one, permutes it."""
+    permutation = module._buffers.get(_INPUT_ORDER)
+    return x if permutation is None else x.index_select(-1, permutation)
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from permllm.report.measures import Measure, change_text
+from permllm.report.metrics import Metric, change_text
 from permllm.report.table import Table
 
 Numbers = NDArray[np.float64]
@@ -75,12 +75,12 @@ def _samples(table: Table, rows: list[int], name: str, seeds: pd.Index) -> list[
     for text in table.gaps.get(name, [name]):
         lines = []
         for row in rows:
-            lines.append(_scores(table.by_seed(row, text).loc[seeds, "measure"]))
+            lines.append(_scores(table.by_seed(row, text).loc[seeds, "detail"]))
             if name in table.gaps:
-                start = table.by_seed(table.starts[row], text)["measure"]
+                start = table.by_seed(table.starts[row], text)["detail"]
                 # All seeds are measured from means over the seeds of the base.
-                for measures in (start, [measure.dense for measure in start]):
-                    means = {part: of.mean(axis=0) for part, of in _scores(measures).items()}
+                for metrics in (start, [metric.dense for metric in start]):
+                    means = {part: of.mean(axis=0) for part, of in _scores(metrics).items()}
                     lines.append({part: np.tile(of, (len(seeds), 1)) for part, of in means.items()})
         parts = lines[0].keys()
         if not parts or any(line.keys() != parts for line in lines):
@@ -91,16 +91,16 @@ def _samples(table: Table, rows: list[int], name: str, seeds: pd.Index) -> list[
     return samples if usable else []
 
 
-def _scores(measures: Collection[Measure]) -> dict[Any, Numbers]:
+def _scores(metrics: Collection[Metric]) -> dict[Any, Numbers]:
     """Return the scores of a row's runs, float64 `(seeds, windows)`, by text or task and identity.
 
     The result is empty if the runs do not have the same texts or tasks.
     """
     scores = defaultdict(list)
-    for measure in measures:
-        for part, (identity, numbers) in measure.scores.items():
+    for metric in metrics:
+        for part, (identity, numbers) in metric.scores.items():
             scores[part, identity].append(numbers)
-    if any(len(lines) < len(measures) for lines in scores.values()):
+    if any(len(lines) < len(metrics) for lines in scores.values()):
         return {}
     return {part: np.array(lines) for part, lines in scores.items()}
 
@@ -167,5 +167,5 @@ def differences(table: Table, first: int, second: int, names: list[str]) -> list
         texts = {"first": table.shown(first, name), "second": table.shown(second, name)}
         if compared and all(texts.values()):
             pair = paired(table, first, second, name)
-            lines.append({"measure": table.heading(name)} | texts | pair)
+            lines.append({"metric": table.heading(name)} | texts | pair)
     return lines

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from permllm.report.measures import FP8, PERPLEXITY
+from permllm.report.metrics import FP8, PERPLEXITY
 from permllm.settings.config import METHOD_GROUPS
 
 GAP = "gap closed"
@@ -82,7 +82,7 @@ def row_means(measured: pd.DataFrame, numbers: list[str]) -> pd.DataFrame:
 
 
 def texts_of_gaps(closed: pd.DataFrame) -> dict[str, list[str]]:
-    """Return for each measure of a gap the perplexities over which it is the mean.
+    """Return for each metric of a gap the perplexities over which it is the mean.
 
     These are the gap over the texts that all rows with a gap have, and if there are several texts,
     the gap in each of them.

@@ -24,7 +24,7 @@ body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; p
 #table_wrapper {{ overflow-x: auto }}
 #table th * {{ white-space: normal !important }}
 #table th {{ min-width: 5em }}
-.measure {{ overflow-x: auto }}
+.metric {{ overflow-x: auto }}
 svg {{ width: 100%; min-width: 700px; height: auto }}
 </style></head><body>
 <h1>PermLLM: pruned models side by side</h1>
@@ -35,7 +35,7 @@ svg {{ width: 100%; min-width: 700px; height: auto }}
 <h2>Table</h2>{itables}{table}
 </body></html>
 """
-_SWITCH = """<label>Measure <select onchange="document.querySelectorAll('.measure').forEach(
+_SWITCH = """<label>Metric <select onchange="document.querySelectorAll('.metric').forEach(
  (part, place) => part.hidden = place != this.selectedIndex)">{options}</select></label>
 {pictures}"""
 # Cells such as "56.16% ± 2.00%" are sorted by their first number. Cells without one come last.
@@ -43,13 +43,13 @@ _BY_NUMBER = """function (data, type) {
   return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"""
 
 
-def page(table: Table, notes: list[str], measure: str) -> str:
+def page(table: Table, notes: list[str], metric: str) -> str:
     """Return the HTML of the page. Its security policy forbids it to load anything.
 
     Args:
         table: table of the runs.
         notes: lines for the reader.
-        measure: metric to draw over minutes first.
+        metric: metric to draw over minutes first.
     """
     cells = table_cells(table)
     frame = texts(table, cells)
@@ -58,7 +58,7 @@ def page(table: Table, notes: list[str], measure: str) -> str:
         runs=len(table.runs),
         rows=len(table.labels),
         notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *sources(frame)]),
-        quality=_quality(table, measure),
+        quality=_quality(table, metric),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
         table=_table(frame, frame.columns.get_indexer(cells["column"].unique()).tolist()),
     )
@@ -99,7 +99,7 @@ def _quality(table: Table, first: str) -> str:
             text = text.replace(f'<g id="point-{row}">', f"<g><title>{title}</title>")
         hidden = " hidden" * bool(pictures)
         options += f"<option>{escape(table.heading(name))}</option>"
-        pictures += f'<div class="measure"{hidden}>{text}</div>'
+        pictures += f'<div class="metric"{hidden}>{text}</div>'
     return _SWITCH.format(options=options, pictures=pictures) if pictures else ""
 
 

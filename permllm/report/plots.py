@@ -12,7 +12,7 @@ import pandas as pd
 from cycler import cycler
 
 from permllm.errors import ConfigError, first_line
-from permllm.report.measures import number
+from permllm.report.metrics import number
 from permllm.report.table import Table, main_metric, row_names, shared_dense
 
 MINUTES = "minutes, from calibration to pruning"
@@ -41,12 +41,12 @@ def picture(file: Path | IO[str]) -> Iterator[Any]:
         pyplot.close("all")
 
 
-def drawn_measure(table: Table, measure: str | None) -> str:
+def drawn_metric(table: Table, metric: str | None) -> str:
     """Return the metric to draw over minutes; None: the main metric.
 
     Raises ConfigError if no row has the metric.
     """
-    name = measure or main_metric(table, table.usual) or "a perplexity or an accuracy"
+    name = metric or main_metric(table, table.usual) or "a perplexity or an accuracy"
     if name not in table.usual:
         raise ConfigError(f"no row has {name}; valid are: {', '.join(table.usual)}")
     return name

@@ -9,12 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from permllm.command import terminal
-from permllm.report.measures import result_rows, sparsity_text
+from permllm.report.metrics import result_rows, sparsity_text
 from permllm.store.files import EXPORT
 
 
 def print_run(metrics: dict[str, Any], directory: Path) -> None:
-    """Print one finished run: its measures, sparsity, time, memory, files and export."""
+    """Print one finished run: its metrics, sparsity, time, memory, files and export."""
     print_table(metrics["name"], ["", "dense", "sparse"], result_rows(metrics))
     sparsity = metrics["sparsity"]
     seconds = metrics["seconds"]

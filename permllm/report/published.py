@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.report.measures import FP8, Measure, method_of, setting_text
+from permllm.report.metrics import FP8, Metric, method_of, setting_text
 from permllm.settings.config import flatten
 
 # The paper's tables.
@@ -66,9 +66,9 @@ class Comparison:
         self._rows = rows
 
     def value(
-        self, config: Mapping[str, Any], measure: str, ours: Measure | None = None
+        self, config: Mapping[str, Any], metric: str, ours: Metric | None = None
     ) -> float | None:
-        """Return the paper's number for a measure of a run; None: there is none."""
+        """Return the paper's number for a metric of a run; None: there is none."""
         settings = flatten(dict(config))
         permutation = settings["permutation.name"]
         of_part = ours is not None and ours.limited and self.same_model
@@ -80,27 +80,27 @@ class Comparison:
         rows = self._rows[self._rows["model"] == settings["model.name"]]
         for name in settings.keys() & {*rows} - {"method"}:
             rows = rows[rows[name].isin(["", setting_text(settings[name])])]
-        return self._number(rows, measure)
+        return self._number(rows, metric)
 
-    def dense(self, measure: str, ours: Measure | None = None) -> float | None:
+    def dense(self, metric: str, ours: Metric | None = None) -> float | None:
         """Return the paper's number of the dense model; None: there is none, or several models."""
         rows = self._rows[self._rows["method"] == "dense"]
         if _over_other_tasks(ours) or rows["model"].nunique() != 1:
             return None
-        return self._number(rows, measure)
+        return self._number(rows, metric)
 
-    def _number(self, rows: pd.DataFrame, measure: str) -> float | None:
-        """Return the number of a measure in the first of some rows; None: there is none."""
-        same = not self.same_model or measure == "wikitext2 perplexity (window 2048)"
-        metric = f"{measure.removesuffix(' acc')}_acc"
+    def _number(self, rows: pd.DataFrame, metric: str) -> float | None:
+        """Return the number of a metric in the first of some rows; None: there is none."""
+        same = not self.same_model or metric == "wikitext2 perplexity (window 2048)"
+        theirs = f"{metric.removesuffix(' acc')}_acc"
         scale = 100
-        if "perplexity" in measure and same and FP8 not in measure:
-            metric = "wikitext2_ppl"
+        if "perplexity" in metric and same and FP8 not in metric:
+            theirs = "wikitext2_ppl"
             scale = 1
-        values = rows["value"][rows["metric"] == metric]
+        values = rows["value"][rows["metric"] == theirs]
         return values.iloc[0] / scale if len(values) else None
 
 
-def _over_other_tasks(ours: Measure | None) -> bool:
-    """Tell if a measure of ours is an average over other tasks than the paper's."""
+def _over_other_tasks(ours: Metric | None) -> bool:
+    """Tell if a metric of ours is an average over other tasks than the paper's."""
     return ours is not None and ours.facts.get("tasks", _TASKS) != _TASKS

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError
-from permllm.report.measures import (
-    Measure,
+from permllm.report.metrics import (
+    Metric,
     method_of,
     plain,
     pruning_minutes,
-    run_measures,
+    run_metrics,
     setting_text,
 )
 from permllm.settings.config import flatten, identity_of
@@ -54,7 +54,7 @@ class Run:
         identity: settings that determine the pruned model, as one level.
         methods: text of the methods (`method_of`).
         minutes: those of `pruning_minutes`.
-        measures: measures of the pruned and the dense model (`run_measures`).
+        results: metrics of the pruned and the dense model (`run_metrics`).
     """
 
     directory: Path
@@ -66,7 +66,7 @@ class Run:
     identity: dict[str, Any] = field(init=False)
     methods: str = field(init=False)
     minutes: float = field(init=False)
-    measures: list[Measure] = field(init=False)
+    results: list[Metric] = field(init=False)
 
     def __post_init__(self) -> None:
         """Compute what tables read of the run.
@@ -86,7 +86,7 @@ class Run:
         self.methods = method_of(self.config)
         self.minutes = pruning_minutes(self.metrics["seconds"])
         model = str(self.config["model"]["name"])
-        self.measures = run_measures(self.metrics, self.evaluations, model)
+        self.results = run_metrics(self.metrics, self.evaluations, model)
 
     @property
     def threads(self) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from permllm.command import terminal
 from permllm.report.compare import paired
 from permllm.report.gaps import GAP
-from permllm.report.measures import AVERAGE, SECONDS, change_text, number
+from permllm.report.metrics import AVERAGE, SECONDS, change_text, number
 from permllm.report.printed import print_table
 from permllm.report.published import Comparison
 from permllm.report.read import collect
@@ -131,7 +131,7 @@ def _published(table: Table, paper: Comparison | None, name: str) -> pd.Series:
     """Return the paper's numbers of a metric by row, without the rows that have none."""
     values = {}
     if paper and name not in table.gaps:
-        firsts = table.measured[table.measured["metric"] == name].groupby("row")["measure"].first()
+        firsts = table.measured[table.measured["metric"] == name].groupby("row")["detail"].first()
         values[DENSE_ROW] = paper.dense(name, firsts.iloc[0])
         for row in table.labels.index:
             values[row] = paper.value(table.members(row)[0].config, name, firsts.get(row))
@@ -155,7 +155,7 @@ def texts(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.D
 def lines(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.DataFrame:
     """Return the numbers of a table's cells, one in each line, between the settings of its row."""
     frame = cells.dropna(subset="value").set_index("row").drop(columns="text")
-    frame = frame.rename(columns={"column": "measure"})
+    frame = frame.rename(columns={"column": "metric"})
     if "interval" in frame:
         ends = frame.pop("interval").astype(object).str
         frame["low"] = ends[0]
@@ -190,18 +190,18 @@ def records(table: Table, cells: pd.DataFrame, columns: str | None = None) -> li
     Each metric has its `mean`, a `deviation` over the seeds or the `stderr` of a single run, and
     the `interval` of a change; `dense` has those of the dense model.
     """
-    measures: dict[Any, Any] = {DENSE_ROW: {}}
+    metrics: dict[Any, Any] = {DENSE_ROW: {}}
     for row, line in cells.groupby("row"):
         error = "deviation" if len(table.members(row)) > 1 else "stderr"
         values = line.set_index("column").rename(columns={"value": "mean", "error": error})
-        measures[row] = values.drop(columns=["row", "text"]).to_dict("index")
+        metrics[row] = values.drop(columns=["row", "text"]).to_dict("index")
     names = naming(table.labels, columns) if columns else varying(table.labels)
     return [
         {
             "settings": settings,
             "seeds": [run.config["seed"] for run in table.members(row)],
-            "measures": measures[row],
-            "dense": measures[DENSE_ROW],
+            "metrics": metrics[row],
+            "dense": metrics[DENSE_ROW],
             "runs": [str(run.directory) for run in table.members(row)],
         }
         for row, settings in enumerate(table.labels[names].to_dict("records"))
@@ -214,25 +214,25 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
     rows = []
     others = []
     places = [Path(job.directory) for job in jobs if job.directory]
-    measures = _measures_of_runs(places) if places else pd.DataFrame()
+    metrics = _metrics_of_runs(places) if places else pd.DataFrame()
     for job in jobs:
         words = " ".join(word for word in job.overrides if word not in shared).replace("\\", "")
-        if job.directory in measures.index:
-            rows.append((words, job.outcome, *measures.loc[job.directory]))
+        if job.directory in metrics.index:
+            rows.append((words, job.outcome, *metrics.loc[job.directory]))
         else:
             others.append(f"{job.outcome} {words}: {job.reason}")
     if rows:
-        dense = measures.loc[""]
+        dense = metrics.loc[""]
         rows.insert(0, ("dense", "" if any(dense) else "not shared", *dense))
-        print_table("jobs", ["job", "outcome", *measures], rows)
+        print_table("jobs", ["job", "outcome", *metrics], rows)
     counts = Counter(job.outcome for job in jobs)
     outcomes = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
     lines = [*others, ", ".join(outcomes)]
     terminal().print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
-def _measures_of_runs(directories: list[Path]) -> pd.DataFrame:
-    """Return the texts of the main measures, first of the dense model, then by run directory."""
+def _metrics_of_runs(directories: list[Path]) -> pd.DataFrame:
+    """Return the texts of the main metrics, first of the dense model, then by run directory."""
     table = table_of(collect(directories).runs)
     accuracy = AVERAGE if AVERAGE in table.usual else " acc"
     names = choose(table, f"perplexity (, {GAP}, {accuracy}, seconds")

@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     written = "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)"
     add("--to", type=Path, metavar="FILE", help=written)
     add("--baseline", metavar="NAME=VALUE,...", help=BASELINE)
-    add("--measure", metavar="NAME", help="measure to draw over minutes, such as 'average acc'")
+    add("--metric", metavar="NAME", help="metric to draw over minutes, such as 'average acc'")
     add("--wandb", metavar="PROJECT", help="read the runs from this project in W&B")
     add(
         "--table",
@@ -71,14 +71,14 @@ def work(options: argparse.Namespace) -> Answer:
 
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
-    measure = plots.drawn_measure(table, options.measure)
-    notes = collection.notes + notes_of(table, table.usual) + plots.undrawn(table, measure)
+    metric = plots.drawn_metric(table, options.metric)
+    notes = collection.notes + notes_of(table, table.usual) + plots.undrawn(table, metric)
     if file.suffix == ".html":
         from permllm.report.page import page
 
-        write_text(file, page(table, notes, measure))
+        write_text(file, page(table, notes, metric))
     else:
-        plots.plot_cost(table, file, measure)
+        plots.plot_cost(table, file, metric)
     note(notes)
     runs = len(table.runs)
     return Answer({"file": str(file), "runs": runs}, lambda: print(f"{file}: {runs} runs"))

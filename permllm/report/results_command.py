@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("places", nargs="+", type=Path, metavar="DIR", help=PLACES)
     add("--format", choices=FORMATS, default="md")
     add("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
-    add("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
+    add("--metrics", metavar="'NAME, ...'", help="metrics to show, or parts of their names")
     add("--baseline", metavar=settings, help=BASELINE)
     add("--paper", choices=TABLES, metavar="TABLE", help=PAPER)
     instead = parser.add_mutually_exclusive_group()
@@ -59,23 +59,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def work(options: argparse.Namespace) -> Answer:
     """Return the table or the comparison of two rows, or write a file of records."""
     if options.jsonl:
-        table_alone = ("columns", "measures", "baseline", "paper")
+        table_alone = ("columns", "metrics", "baseline", "paper")
         refuse(options, table_alone, "--jsonl writes whole runs")
         names = keep_runs(options.places, options.jsonl)
         answer = {"file": str(options.jsonl), "runs": names}
         return Answer(answer, lambda: print(f"{options.jsonl}: {len(names)} runs"))
     collection = collect(options.places)
     table = table_of(collection.runs, options.baseline)
-    names = choose(table, options.measures)
+    names = choose(table, options.metrics)
     columns = options.columns
     paper = Comparison(options.paper, table.labels["model"]) if options.paper else None
     note([*collection.notes, *notes(table, names, columns), *(paper.notes if paper else [])])
     if options.compare:
         first, second = [find(table.labels, text, "--compare") for text in options.compare]
-        measures = differences(table, first, second, names)
-        frame = pd.DataFrame(measures, columns=["measure", "first", "second", "change", "over"])
-        frame = frame.set_axis(["measure", *options.compare, "difference", "over"], axis=1)
-        return _answer(measures, frame, options.format)
+        metrics = differences(table, first, second, names)
+        frame = pd.DataFrame(metrics, columns=["metric", "first", "second", "change", "over"])
+        frame = frame.set_axis(["metric", *options.compare, "difference", "over"], axis=1)
+        return _answer(metrics, frame, options.format)
     cells = table_cells(table, names, paper)
     make = lines if options.format == "csv" else texts
     return _answer(records(table, cells, columns), make(table, cells, columns), options.format)

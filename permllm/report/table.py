@@ -21,7 +21,7 @@ import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.report.gaps import GAP, OF_RUN, closed_gaps, row_means, start_rows, texts_of_gaps
-from permllm.report.measures import AVERAGE, FACTS, FP8, OF_SPARSITY, number, setting_text
+from permllm.report.metrics import AVERAGE, FACTS, FP8, OF_SPARSITY, number, setting_text
 from permllm.report.read import Run
 from permllm.settings.config import IDLE
 
@@ -50,8 +50,8 @@ class Table:
         runs: the runs.
         rows: row of each run.
         labels: texts of each row's settings; empty: the row has no such setting.
-        measured: a line for each run and metric, as above, with the `Measure` behind it as
-            `measure`; a gap has none.
+        measured: a line for each run and metric, as above, with the `Metric` behind it as
+            `detail`; a gap has none.
         metrics: by metric, in the order of their columns: `kind`, `heading`, and `asked_for` (True:
             shown only if it is named).
         means: means over the seeds, rows by metrics; NaN: a run of the row lacks the metric. The
@@ -159,17 +159,17 @@ def _labels(runs: list[Run], keys: list[str]) -> pd.DataFrame:
 
 
 def _measured(runs: list[Run], rows: list[int]) -> pd.DataFrame:
-    """Return a line for each measure of each run.
+    """Return a line for each metric of each run.
 
-    A metric has the name of the measure, and the facts in which measures of equal name differ.
+    `metric` is its name, and the facts in which metrics of equal name differ.
     """
     lines = pd.DataFrame(
         {"run": place, "row": row, "seed": run.config["seed"], "model": run.config["model"]["name"]}
-        | vars(measure)
-        | measure.facts
-        | {"measure": measure}
+        | vars(metric)
+        | metric.facts
+        | {"detail": metric}
         for place, (run, row) in enumerate(zip(runs, rows, strict=True))
-        for measure in run.measures
+        for metric in run.results
     )
     facts = lines.reindex(columns=FACTS)
     facts = facts.where(facts.groupby([lines["name"], lines["tokenizer"]]).transform("nunique") > 1)
@@ -179,8 +179,8 @@ def _measured(runs: list[Run], rows: list[int]) -> pd.DataFrame:
         metric=[", ".join([name, *facts.loc[line].dropna()]) for line, name in names],
         seeds=lines.groupby("row")["run"].transform("nunique"),
         stderr=lines["stderr"].astype(float),
-        dense=[measure.value if measure else math.nan for measure in dense],
-        dense_stderr=[measure.stderr if measure else None for measure in dense],
+        dense=[metric.value if metric else math.nan for metric in dense],
+        dense_stderr=[metric.stderr if metric else None for metric in dense],
     )
 
 
@@ -209,14 +209,14 @@ def shared_dense(measured: pd.DataFrame) -> pd.DataFrame:
     )
     # Machines differ in the order of sums.
     shared = np.isclose(dense["least"], dense["most"], rtol=1e-4, atol=0)
-    # A run of the only model may lack the measure, because it calibrates on the text.
+    # A run of the only model may lack the metric, because it calibrates on the text.
     if measured["model"].nunique() > 1:
         shared &= dense["runs"] == measured["run"].nunique()
     return dense.loc[shared, ["value", "error"]]
 
 
 def by_run(table: Table) -> pd.DataFrame:
-    """Return a line for each run: settings, measures with the dense model's, minutes, directory."""
+    """Return a line for each run: settings, metrics with the dense model's, minutes, directory."""
     frame = pd.DataFrame(
         {name: value for name, value in run.settings().items() if not _is_spare(name)}
         | {"seed": run.config["seed"], "minutes": run.minutes, "directory": str(run.directory)}
@@ -246,7 +246,7 @@ def choose(table: Table, parts: str | None = None) -> list[str]:
         wanted |= {part} if part in fitting else usual or fitting
     if not wanted:
         valid = ", ".join(table.metrics.index)
-        raise ConfigError(f"--measures {parts}: expected names, or parts, of {valid}")
+        raise ConfigError(f"--metrics {parts}: expected names, or parts, of {valid}")
     return [name for name in table.metrics.index if name in wanted]
 
 

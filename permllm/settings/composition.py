@@ -1,5 +1,6 @@
 """Composition of the settings in `conf/` by Hydra, and the settings of a job that Hydra started."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +46,9 @@ def register_resolvers() -> None:
 
     `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the last name in a path.
     `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
-    `times:COUNT,FACTOR`: the rounded product; null if COUNT is null.
+    `learning_steps:SHARE` and `learning_windows:SHARE`: steps of a method that learns, and windows
+    of text for it, so that it reads `budget.tokens` once; without them its share of `budget.steps`
+    and `budget.learning_windows`; null if these are not given either.
     `help:PLACES`: the options of all groups.
     """
     resolvers: dict[str, Callable[..., Any]] = {
@@ -53,7 +56,8 @@ def register_resolvers() -> None:
         "help": help_of_groups,
         "nm": lambda pattern: str(pattern).replace(":", "x"),
         "last": lambda path: os.path.basename(os.path.abspath(str(path))),
-        "times": lambda count, factor: None if count is None else round(count * factor),
+        "learning_steps": _learning_steps,
+        "learning_windows": _learning_windows,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
@@ -61,6 +65,22 @@ def register_resolvers() -> None:
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
     return a if value in (case if isinstance(case, list) else [case]) else b
+
+
+def _learning_windows(share: float, *, _root_: DictConfig) -> int | None:
+    tokens = OmegaConf.select(_root_, "budget.tokens")
+    if tokens is not None:
+        return math.ceil(tokens / _root_.calibration.seqlen)
+    windows = OmegaConf.select(_root_, "budget.learning_windows")
+    return None if windows is None else round(windows * share)
+
+
+def _learning_steps(share: float, *, _parent_: DictConfig, _root_: DictConfig) -> int | None:
+    if OmegaConf.select(_root_, "budget.tokens") is not None:
+        windows = _learning_windows(share, _root_=_root_)
+        return math.ceil(windows / _parent_.batch_size)
+    steps = OmegaConf.select(_root_, "budget.steps")
+    return None if steps is None else round(steps * share)
 
 
 def sweeping() -> bool:

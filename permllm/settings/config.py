@@ -41,6 +41,7 @@ from permllm.settings.values import (
     Length,
     Names,
     Positive,
+    Round,
     Texts,
     Whole,
     validated,
@@ -284,7 +285,7 @@ class RunConfig:
     export: ExportConfig = field(metadata=_NO_IDENTITY)
     protocol: str | None = field(metadata=_NO_IDENTITY)
     method: str | None = field(metadata=_NO_IDENTITY)
-    budget: dict[str, Count | None] = field(metadata=_NO_IDENTITY)
+    budget: dict[str, Round | None] = field(metadata=_NO_IDENTITY)
     paths: PathsConfig = field(metadata=_NO_IDENTITY)
     plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = field(
         default=None, metadata=_NO_IDENTITY

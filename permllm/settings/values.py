@@ -19,6 +19,14 @@ Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
+def _as_count(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Count that may be typed as 1e6.
+Round = Annotated[Count, BeforeValidator(_as_count)]
+
+
 def _one_text(value: str | list[str] | None) -> str | list[str] | None:
     """Return a list of one text as the text, because both are the same evaluation."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value

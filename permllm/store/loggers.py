@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 # Overrides that name the sweep, or do not concern the result.
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
-_EPOCH = "epoch/"  # prefix of the measures of an epoch
-# Numbers that are no measures.
+_EPOCH = "epoch/"  # prefix of the metrics of an epoch
+# Numbers that are no metrics.
 _NO_MEASURES = ("epoch", "round", "first_layer", "last_layer", "schema_version")
 # Limits of W&B.
 _LONGEST_NAME = 128
@@ -77,7 +77,7 @@ class RunLogger:
     def log_epoch(self, line: Mapping[str, Any], number: int) -> None:
         """Log one line of `history.jsonl`, with its number from 1, as `epoch/GROUP/NAME`.
 
-        The line has the group of the method, and measures; None is a value without measure.
+        The line has the group of the method, and metrics; None is a metric without value.
         """
         measured = {key: value for key, value in line.items() if value is not None}
         group = measured.pop("group")

@@ -214,7 +214,9 @@ def weight_name(path: str) -> str:
 
 def save_layer(path: Path, layer: PrunedLayer) -> None:
     """Write a layer, so that a run can resume after it."""
-    tensors = {f"order of {name}": permutation for name, permutation in layer.permutations.items()}
+    tensors = {
+        f"permutation of {name}": permutation for name, permutation in layer.permutations.items()
+    }
     tensors |= {mask_name(name): layer.masks.packed(name)[0] for name in layer.masks}
     tensors |= {weight_name(name): weight for name, weight in layer.weights.items()}
     figures: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
@@ -228,7 +230,7 @@ def load_layer(path: Path) -> PrunedLayer:
         figures = json.loads(file.metadata()[_FIGURES])
     tensors = load_tensors(path)
     layer = PrunedLayer(**{key: figures[key] for key in _NUMBERS})
-    layer.permutations = {group: tensors[f"order of {group}"] for group in layer.retained}
+    layer.permutations = {group: tensors[f"permutation of {group}"] for group in layer.retained}
     for name, shape in figures[_SHAPES].items():
         layer.masks.set_packed(name, tensors[mask_name(name)], shape)
         if weight_name(name) in tensors:

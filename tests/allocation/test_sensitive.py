@@ -35,7 +35,7 @@ from tests.settings.test_config import config
 HASHES = {
     "model=tiny": "994644463198",
     "model=smollm2-135m protocol=offline method=permllm-ria": "a6092ab909df",
-    "model=gemma3-270m model.accept_terms=true method=folded-masks keep_dense=[0]": "987feff4b812",
+    "model=gemma3-270m model.accept_terms=true method=masks-folded keep_dense=[0]": "987feff4b812",
 }
 
 

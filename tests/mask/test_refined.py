@@ -1,4 +1,4 @@
-"""Refined masks: N:M, of a lower output error that no exchange within a group lowers further."""
+"""Refined masks: N:M, of a lower output error that no swap within a group lowers further."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(6, 8)])
-def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPattern) -> None:
+def test_no_swap_within_a_group_is_left_that_lowers_the_error(pattern: NMPattern) -> None:
     # More channels than the products follow at once, and inputs that belong together.
     weight, inputs = random(3, 72), random(200, 72, seed=1) @ random(72, 72, seed=2) + 0.5
     start = nm_mask(weight.abs() * inputs.norm(dim=0), pattern)

@@ -100,8 +100,8 @@ def test_output_and_gradients_equal_the_dense_formula(
 
 
 @pytest.mark.parametrize("form", ["one term", "dense"])
-def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group(form: str) -> None:
-    """Compare with the definition: a linear loss after each exchange, and Sinkhorn by itself."""
+def test_the_gradient_of_a_swap_reaches_the_logits_of_its_channel_and_group(form: str) -> None:
+    """Compare with the definition: a linear loss after each swap, and Sinkhorn by itself."""
     factors, pattern = factors_of(form), NMPattern(2, 4)
     ours = step(factors, pattern, "swap", 0)
     x, grad = ours.x.detach().flatten(0, 1), ours.grad.flatten(0, 1)

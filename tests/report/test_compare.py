@@ -228,7 +228,7 @@ def test_the_command_compares_two_rows_and_all(
     low, high = (float(word) for word in interval.strip("[]").split(", "))
     assert low < expected * 100 < high
     assert call("results", [*words, "--json"]) == 0
-    found = {line["measure"]: line for line in json.loads(capsys.readouterr().out)}
+    found = {line["metric"]: line for line in json.loads(capsys.readouterr().out)}
     assert found[PERPLEXITY]["difference"] == pytest.approx(expected)
     assert found["rte acc (limited)"]["over"] == "90 items"
     assert call("results", [str(folder), "--baseline", "permutation=none"]) == 0

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from permllm.cli import call
-from permllm.report.plots import dense_lines, drawn_measure, points
+from permllm.report.plots import dense_lines, drawn_metric, points
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
@@ -98,7 +98,7 @@ def test_the_measure_that_most_rows_have_is_drawn(tmp_path: Path) -> None:
         make_run(tmp_path / permutation, 20.0, permutation=permutation)
     table = table_below(tmp_path)
     assert table.usual[0] != PERPLEXITY  # rows of the other model come first
-    assert drawn_measure(table, None) == PERPLEXITY
+    assert drawn_metric(table, None) == PERPLEXITY
 
 
 def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def test_pictures_have_the_format_of_a_suffix(
     make_run(tmp_path / "runs" / "b", 30.0, permutation="none")
     assert call("report", [runs, "--to", png]) == 0
     assert Image.open(png).format == "PNG"
-    assert call("report", [str(THREE_RUNS), "--to", svg, "--measure", "average acc"]) == 0
+    assert call("report", [str(THREE_RUNS), "--to", svg, "--metric", "average acc"]) == 0
     assert "average acc" in Path(svg).read_text()
-    for words in ("--to a.txt", "--to a.png --measure speed", "--to a.html --measure speed", ""):
+    for words in ("--to a.txt", "--to a.png --metric speed", "--to a.html --metric speed", ""):
         assert call("report", [runs, *words.split()]) == 1
         assert "error: " in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_a_measure_can_be_chosen(browser: Any, tmp_path: Path) -> None:
     with opened(browser, tmp_path / "runs") as page:
         axis = page.locator("svg").get_by_text("gap closed", exact=True)
         assert not axis.is_visible()
-        page.get_by_label("Measure").select_option("gap closed")
+        page.get_by_label("Metric").select_option("gap closed")
         assert axis.is_visible()
         assert page.locator("svg").get_by_text("dense: 100.00%").is_visible()
 
@@ -250,7 +250,7 @@ def test_a_table_of_wandb_is_that_of_the_runs(
     assert call("report", ["--wandb", "permllm", "--table", "table1", "--json"]) == 0
     printed = capsys.readouterr()
     rows = json.loads(printed.out)["rows"]
-    found = {tuple(row["settings"].values()): row["measures"] for row in rows}
+    found = {tuple(row["settings"].values()): row["metrics"] for row in rows}
     assert "note: skipped crashed (crashed): not as a run leaves it" in printed.err
     assert "note: run0 has the same settings as run1: not counted again" in printed.err
     assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]

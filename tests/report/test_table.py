@@ -50,10 +50,10 @@ IN_TABLE_6 = published("table6").query("metric == 'wikitext2_ppl'").set_index("s
 def cells(
     table: Table,
     columns: str | None = None,
-    measures: str | None = None,
+    metrics: str | None = None,
     paper: Comparison | None = None,
 ) -> pd.DataFrame:
-    return texts(table, table_cells(table, choose(table, measures), paper), columns)
+    return texts(table, table_cells(table, choose(table, metrics), paper), columns)
 
 
 def shown(folder: Path) -> list[list[str]]:
@@ -124,25 +124,25 @@ def test_settings_that_differ_from_those_of_a_method_are_in_its_name(tmp_path: P
     mask: dict[str, Any] = {"name": "score", "steps": 10, "samples": 4}  # of a budget
     folds = {"name": "heuristic", "constraint": "foldable"}
     named = {
-        "folded-masks": {"permutation": folds},
-        "folded-masks, permutation.constraint=free": {
+        "masks-folded": {"permutation": folds},
+        "masks-folded, permutation.constraint=free": {
             "permutation": folds | {"constraint": "free"}
         },
-        "folded-masks, reconstruction=obs, permutation=none": {
+        "masks-folded, reconstruction=obs, permutation=none": {
             "permutation": {"name": "none"},
             "reconstruction": {"name": "obs"},
         },
-        "folded-masks, mask=lowrank": {"permutation": folds, "mask": {"name": "lowrank"}},
+        "masks-folded, mask=lowrank": {"permutation": folds, "mask": {"name": "lowrank"}},
     }
     for place, settings in enumerate(named.values()):
-        line = record(20.0, method="folded-masks")
+        line = record(20.0, method="masks-folded")
         line["config"] |= {"mask": mask} | settings
         as_folder(line, tmp_path / str(place))
     table = table_below(tmp_path)
     assert {*table.labels["method"]} == {*named}
-    plain = "method=folded-masks,permutation.constraint=foldable,mask=score"
-    assert table.labels.at[row_of(table, plain), "method"] == "folded-masks"
-    free = "method=folded-masks,permutation.constraint=free"
+    plain = "method=masks-folded,permutation.constraint=foldable,mask=score"
+    assert table.labels.at[row_of(table, plain), "method"] == "masks-folded"
+    free = "method=masks-folded,permutation.constraint=free"
     assert table.labels.at[row_of(table, free), "method"] == [*named][1]
 
 
@@ -171,7 +171,7 @@ def test_accuracies_have_their_errors_and_a_mean_over_tasks_with_items(
     assert found["average acc (limited)"] == "60.00% ± 3.54%"
     assert not [name for name in found if "acc_norm" in name]
     table = table_below(tmp_path)
-    norms = cells(table, measures="rte acc_norm")["rte acc_norm (limited)"]
+    norms = cells(table, metrics="rte acc_norm")["rte acc_norm (limited)"]
     assert norms.tolist() == ["90.00%", "90.00%"]
     print_run(table.runs[0].metrics | {"seconds": {"prune": 61.0}}, tmp_path)
     printed = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert printed["--format md"].splitlines()[2].startswith("| dense | 10.00 |")
     assert r"60.00\% & 0.1500" in printed["--format latex"]
     found = json.loads(printed["--json"])
-    assert [row["measures"][PERPLEXITY]["mean"] for row in found] == [20.0, None]
+    assert [row["metrics"][PERPLEXITY]["mean"] for row in found] == [20.0, None]
     assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
     first = {key: found[0][key] for key in ("settings", "seeds", "runs")}
     assert first == {"settings": {"block_size": "64"}, "seeds": [0], "runs": [str(tmp_path / "a")]}
@@ -226,7 +226,7 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     make_run(tmp_path / "c", 22.0, seed=1)
     assert call("results", [str(tmp_path), "--format", "csv"]) == 0
     lines = pd.read_csv(io.StringIO(capsys.readouterr().out), dtype={"block_size": str})
-    line = lines[lines["measure"] == PERPLEXITY].set_index("block_size").loc["64"]
+    line = lines[lines["metric"] == PERPLEXITY].set_index("block_size").loc["64"]
     assert (line["value"], line["error"]) == pytest.approx((21.0, 2**0.5))
 
 
@@ -243,7 +243,7 @@ def test_each_uncertainty_that_is_shown_names_its_source(
         return capsys.readouterr().err
 
     compared = ("--compare", "permutation=lcp", "permutation=none")
-    assert said("--measures", "perplexity") == ""
+    assert said("--metrics", "perplexity") == ""
     assert "0 % is 'none'" in said()
     for words in (("--baseline", "permutation=none"), compared):
         assert "Student" in said(*words)

@@ -68,14 +68,12 @@ def test_the_gap_of_a_method_stands_in_the_column_of_its_model() -> None:
             [np.log(texts["sparse"][text]["value"]) for text in texts["dense"]]
         )
         dense[model] = np.log([result["value"] for result in texts["dense"].values()])
-    of_sizes = sizes(SIZES, "wanda", "frontier/order").splitlines()
-    of_needs = needs(
-        SIZES, "records.jsonl", "wanda", "tiny", learned="method=frontier/order"
-    ).splitlines()
+    of_sizes = sizes(SIZES, "wanda", "lcp").splitlines()
+    of_needs = needs(SIZES, "records.jsonl", "wanda", "tiny", learned="method=lcp").splitlines()
     heads, shown, needed = (line.split(" | ") for line in (of_sizes[0], of_sizes[2], of_needs[2]))
     for place, model in enumerate(heads[1:], 1):
         start = np.mean(losses[model.strip(" |"), "wanda"], axis=0)
-        runs = losses[model.strip(" |"), "frontier/order"]
+        runs = losses[model.strip(" |"), "lcp"]
         gap = np.mean((start - np.mean(runs, axis=0)) / (start - dense[model.strip(" |")]))
         assert shown[place].startswith(f"{gap:.2%}")
         assert f"({len(runs)})" in shown[place]

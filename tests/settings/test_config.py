@@ -160,10 +160,12 @@ model=smollm2-135m permutation=lcp-paper -> permutation.epochs: 50
 model=smollm2-135m budget.epochs=4 -> permutation.epochs: 4
 AMOUNTS permutation=lcp -> permutation.steps: 40, permutation.samples: 160
 AMOUNTS method=permllm-wanda -> permutation.steps: 40, permutation.samples: 160
-AMOUNTS method=frontier/order -> permutation.steps: 28, permutation.samples: 112
+AMOUNTS method=lcp -> permutation.steps: 28, permutation.samples: 112
 AMOUNTS permutation=lcp-paper -> permutation.steps: null, permutation.samples: null
+method=deploy budget.tokens=1e6 -> reconstruction.steps: 1954, reconstruction.samples: 7813
+method=masks-cp budget.tokens=3e4 calibration.seqlen=100 -> mask.steps: 75, mask.samples: 300
 AMOUNTS method=permllm-wanda protocol=paper -> permutation.steps: null, permutation.samples: null
-AMOUNTS method=order-paper -> permutation.steps: 7, permutation.samples: null
+AMOUNTS method=lcp-paper-short -> permutation.steps: 7, permutation.samples: null
 protocol=paper -> calibration.statistics: dense
 protocol=paper method=wanda-cp -> calibration.statistics: sequential
 protocol=paper method=wanda -> calibration.statistics: sequential
@@ -180,7 +182,7 @@ protocol=paper method=wanda allocation=sensitive -> calibration.statistics: dens
     ("words", "given"), [line.split(" -> ") for line in CHOICES.strip().splitlines()]
 )
 def test_choices_give_settings_and_explicit_ones_win(words: str, given: str) -> None:
-    words = words.replace("AMOUNTS", "model=tiny budget.steps=40 budget.text=160")
+    words = words.replace("AMOUNTS", "model=tiny budget.steps=40 budget.learning_windows=160")
     for model in ("tiny", "smollm2-135m", "llama-2-7b") if "MODEL" in words else ("",):
         settings = config(*words.replace("MODEL", model).split())
         methods_of(settings)
@@ -189,7 +191,7 @@ def test_choices_give_settings_and_explicit_ones_win(words: str, given: str) -> 
             assert found.get(key) == value
 
 
-@pytest.mark.parametrize("amount", ["steps=-5", "epochs=0", "text=880.5"])
+@pytest.mark.parametrize("amount", ["steps=-5", "epochs=0", "learning_windows=880.5"])
 def test_an_amount_of_a_budget_is_a_count(amount: str) -> None:
     with pytest.raises(ConfigError, match=rf"^budget\.{amount.partition('=')[0]}"):
         config(f"budget.{amount}", "method=masks")
@@ -198,18 +200,31 @@ def test_an_amount_of_a_budget_is_a_count(amount: str) -> None:
 @pytest.mark.parametrize(
     ("words", "unread"),
     [
-        ("budget.steps=10 budget.text=40", None),
+        ("budget.steps=10 budget.learning_windows=40", None),
         ("permutation=heuristic budget.steps=10", "budget.steps=10"),
-        ("permutation=heuristic mask=score +budget.text=4", r"\+budget.text=4"),
+        (
+            "permutation=heuristic mask=score +budget.learning_windows=4",
+            r"\+budget.learning_windows=4",
+        ),
         ("permutation=lcp-paper budget.epochs=2", None),
         ("permutation=lcp-paper budget.steps=10", "budget.steps=10"),
-        ("method=folded-masks budget.text=10", None),
-        ("method=folded-masks budget.epochs=1", "budget.epochs=1"),
-        ("method=folded-masks budget.steps=10 mask.steps=4", "budget.steps=10"),
-        ("method=order-paper budget.steps=1 budget.text=1", "budget.text=1"),
-        ("calibration=c4 budget.samples=128 evaluation=paper budget.windows=null", None),
-        ("evaluation.perplexity.dataset=null budget.windows=2", "budget.windows=2"),
+        ("method=masks-folded budget.learning_windows=10", None),
+        ("method=masks-folded budget.epochs=1", "budget.epochs=1"),
+        ("method=masks-folded budget.steps=10 mask.steps=4", "budget.steps=10"),
+        (
+            "method=lcp-paper-short budget.steps=1 budget.learning_windows=1",
+            "budget.learning_windows=1",
+        ),
+        ("calibration=c4 budget.calibration_windows=128", None),
+        ("evaluation=paper budget.evaluation_windows=null", None),
+        (
+            "evaluation.perplexity.dataset=null budget.evaluation_windows=2",
+            "budget.evaluation_windows=2",
+        ),
         ("method=wanda budget=quick", None),
+        ("method=deploy budget.tokens=1e6", None),
+        ("method=wanda-cp budget.tokens=1e6", "budget.tokens=1e6"),
+        ("method=deploy budget.tokens=1e6 budget.steps=9", "budget.steps=9"),
     ],
 )
 def test_an_amount_that_is_typed_and_not_read_is_refused(words: str, unread: str | None) -> None:

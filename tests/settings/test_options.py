@@ -9,7 +9,7 @@ from permllm.settings.options import EXPLAINED, help_of_groups, options, set_by_
     ("method", "settings"),
     [
         ("wanda", {"permutation.name": "none", "mask.name": "pruner", "pruner.name": "wanda"}),
-        ("folded-masks", {"permutation.constraint": "foldable", "mask.name": "score"}),
+        ("masks-folded", {"permutation.constraint": "foldable", "mask.name": "score"}),
         ("permllm-ria-last6", {"pruner.name": "ria", "permutation.last_layers": 6}),
         ("deploy", {"reconstruction.relative": True, "permutation.constraint": "foldable"}),
     ],

@@ -18,7 +18,7 @@ from wandb.errors import AuthenticationError
 
 from permllm import job
 from permllm.errors import ConfigError
-from permllm.report.measures import flat_figures
+from permllm.report.metrics import flat_metrics
 from permllm.settings.config import read_config
 from permllm.store.files import WANDB_ID, read_json, read_lines
 from permllm.store.loggers import RunLogger, described, open_logger
@@ -47,7 +47,7 @@ def header(of_run: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
-    figures = flat_figures(metrics | {"schema_version": "no measure"})
+    figures = flat_metrics(metrics | {"schema_version": "no measure"})
     return {key: value for key, value in figures.items() if isinstance(value, int | float)}
 
 
@@ -97,7 +97,7 @@ def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], 
 
 
 def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
-    figures = flat_figures(
+    figures = flat_metrics(
         {
             "perplexity": {"dense": {"a": {"value": 4.0}}, "sparse": {"a": {"value": 8.0}}},
             "tasks": {"sparse": {"rte": {"metrics": {"acc": 0.5}, "stderr": {"acc": None}}}},

@@ -1,4 +1,4 @@
-"""Measures of one run, from `metrics.json` and the evaluations, and their text in tables."""
+"""Metrics of one run, from `metrics.json` and the evaluations, and their text in tables."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ PRUNING_PHASES = ("calibrate", "allocate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
-# Suffix of the names of measures with `evaluation.weights=fp8`.
+# Suffix of the names of metrics with `evaluation.weights=fp8`.
 FP8 = " in fp8"
 PERPLEXITY = " perplexity ("
 AVERAGE = "average acc"
-# Measures that are the same for all runs of one pattern without dense linears.
+# Metrics that are the same for all runs of one pattern without dense linears.
 ZEROS = "zeros"
 DENSE_WEIGHTS = "dense weights"
 SPEED_LIMIT = "speed limit"
 SECONDS = "seconds"
 OF_SPARSITY = (ZEROS, DENSE_WEIGHTS, SPEED_LIMIT)
-# Facts about how measures were measured. Facts in which measures of one name and model differ are
+# Facts about how metrics were measured. Facts in which metrics of one name and model differ are
 # part of the names of their columns.
 FACTS = ["windows", "beginning", "passages", "tasks", "items", "source", "shots", "bos", "file"]
 # With "z" a mean that rounding leaves just below zero is shown without a minus.
@@ -46,7 +46,7 @@ _FORMATS = {"accuracy": ".2%", "share": "z.2%", "error": ".4f", "number": ".4g",
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """Number of a model, with the scores behind it.
 
     Attributes:
@@ -60,8 +60,8 @@ class Measure:
         limited: True: measured on only a part of the windows or items.
         items: number of items of an accuracy.
         scores: scores of windows or items, by text or task; empty: they were not kept.
-        asked_for: True: tables show the measure only if `--measures` names it.
-        dense: the same measure of the dense model; None: it has none.
+        asked_for: True: tables show the metric only if `--metrics` names it.
+        dense: the same metric of the dense model; None: it has none.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Measure:
     items: int | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
     asked_for: bool = False
-    dense: Measure | None = None
+    dense: Metric | None = None
 
     @property
     def text(self) -> str:
@@ -82,58 +82,58 @@ class Measure:
         return number(self.value, self.kind, self.stderr)
 
 
-def run_measures(
+def run_metrics(
     metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str
-) -> list[Measure]:
-    """Return the measures of a run's pruned model, each with that of its dense model.
+) -> list[Metric]:
+    """Return the metrics of a run's pruned model, each with that of its dense model.
 
-    If two evaluations have the same measure, the first one counts. The name of the model is part of
+    If two evaluations have the same metric, the first one counts. The name of the model is part of
     the identity of windows, because models have different tokenizers.
     """
-    measures: dict[tuple[Any, ...], Measure] = {}
+    results: dict[tuple[Any, ...], Metric] = {}
     for evaluation in reversed(evaluations):
-        for measure in evaluation_measures(evaluation, model):
-            measures[measure.name, *measure.facts.values()] = measure
+        for result in evaluation_metrics(evaluation, model):
+            results[result.name, *result.facts.values()] = result
     retained = statistics.fmean(metrics["retained_saliency"].values())
     error = statistics.fmean(metrics["output_error"].values())
     # Without calibration and allocation, whose results may come from the cache.
     seconds = sum(metrics["seconds"].get(phase, 0.0) for phase in PRUNING_PHASES[2:])
     zeros = float(metrics["sparsity"]["of_model"])
     return [
-        *measures.values(),
-        Measure("saliency retained", "share", retained),
-        Measure("output error", "error", error),
-        Measure(ZEROS, "share", zeros),
-        Measure(DENSE_WEIGHTS, "share", 1 - zeros / metrics["sparsity"]["fraction"]),
+        *results.values(),
+        Metric("saliency retained", "share", retained),
+        Metric("output error", "error", error),
+        Metric(ZEROS, "share", zeros),
+        Metric(DENSE_WEIGHTS, "share", 1 - zeros / metrics["sparsity"]["fraction"]),
         # Of kernels that skip all zeros: a product takes the time of its nonzeros.
-        Measure(SPEED_LIMIT, "number", 1 / (1 - zeros)),
-        Measure(SECONDS, "seconds", seconds),
+        Metric(SPEED_LIMIT, "number", 1 / (1 - zeros)),
+        Metric(SECONDS, "seconds", seconds),
     ]
 
 
-def evaluation_measures(evaluation: Mapping[str, Any], model: str) -> list[Measure]:
+def evaluation_metrics(evaluation: Mapping[str, Any], model: str) -> list[Metric]:
     """Return the perplexities, the metrics of tasks and the average accuracy of an evaluation."""
-    dense = {measure.name: measure for measure in _of_model(evaluation, model, "dense")}
+    dense = {result.name: result for result in _of_model(evaluation, model, "dense")}
     return [
-        replace(measure, dense=dense.get(measure.name))
-        for measure in _of_model(evaluation, model, "sparse")
+        replace(result, dense=dense.get(result.name))
+        for result in _of_model(evaluation, model, "sparse")
     ]
 
 
-def _of_model(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
-    """Return the measures of the `sparse` or the `dense` model."""
-    measures = _perplexities(evaluation, model, which)
+def _of_model(evaluation: Mapping[str, Any], model: str, which: str) -> list[Metric]:
+    """Return the metrics of the `sparse` or the `dense` model."""
+    results = _perplexities(evaluation, model, which)
     accuracies = {}
     for task, values in _part(evaluation, "tasks", which).items():
         settings = evaluation["evaluation"]["tasks"][values["asked"]]
         metrics = _task(task, values, settings, _part(evaluation, "scores", "tasks", which, task))
-        measures += metrics.values()
+        results += metrics.values()
         if ACC in metrics and values["n"]:
             accuracies[values["asked"], task] = metrics[ACC]
     if len(accuracies) > 1:
-        measures.append(_average(accuracies))
+        results.append(_average(accuracies))
     ending = FP8 if "weights" in _part(evaluation, "evaluation") else ""
-    return [replace(measure, name=f"{measure.name}{ending}") for measure in measures]
+    return [replace(result, name=f"{result.name}{ending}") for result in results]
 
 
 def _part(values: Mapping[str, Any], *keys: Any) -> Any:
@@ -143,7 +143,7 @@ def _part(values: Mapping[str, Any], *keys: Any) -> Any:
     return values
 
 
-def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list[Measure]:
+def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list[Metric]:
     settings = _part(evaluation, "evaluation", "perplexity")
     losses = _part(evaluation, "scores", "perplexity", which)
     keys = {
@@ -152,7 +152,7 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list
         for name in names
         if key.startswith("perplexity/")
     }
-    measures = []
+    results = []
     for text, values in _part(evaluation, "perplexity", which).items():
         window = values["window"]
         key = keys.get(text)  # it has the digest of the windows; old records have no keys
@@ -161,7 +161,7 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list
             "beginning": "with BOS" if settings.get("bos") else "without BOS",
             "passages": f"windows {key.split('/')[3][:8]}" if key else None,
         }
-        measure = Measure(
+        result = Metric(
             f"{plain(text)}{PERPLEXITY}window {window})",
             "perplexity",
             float(values["value"]),
@@ -173,15 +173,15 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list
             nats = [loss / (window - 1) for loss in losses[text]]
             # Old records differ in the revision of a file of the hub.
             identity = key or re.sub("@[^/]*", "", evaluation["evaluated_texts"][text])
-            measure.scores[text] = ((identity, model, window, len(nats)), nats)
-        measures.append(measure)
-    return measures
+            result.scores[text] = ((identity, model, window, len(nats)), nats)
+        results.append(result)
+    return results
 
 
 def _task(
     task: str, values: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any]
-) -> dict[str, Measure]:
-    """Return the measures of one task, by metric of lm-eval."""
+) -> dict[str, Metric]:
+    """Return the metrics of one task, by metric of lm-eval."""
     facts: dict[str, str | None] = {
         "items": f"{values['n']} items",
         "source": f"of the {settings.get('source', 'hub')}",
@@ -190,11 +190,11 @@ def _task(
         "file": f"file {settings.get('digest', '')[:8]}",
     }
     shots = f" ({values['num_fewshot']}-shot)" if values["num_fewshot"] else ""
-    measures = {}
+    results = {}
     for metric, value in values["metrics"].items():
         if value is None:
             continue
-        measure = Measure(
+        result = Metric(
             plain(f"{task} {metric.removesuffix(',none').replace(',', ' ')}{shots}"),
             "accuracy" if metric.partition(",")[0] in _SHARES else "number",
             float(value),
@@ -206,41 +206,41 @@ def _task(
         )
         item_scores = _part(scores, "metrics", metric)
         # Other metrics may not be means over the items, so that their scores are not used.
-        if item_scores and measure.kind == "accuracy":
-            measure.scores[task] = ((scores["digest"], *scores["items"]), item_scores)
-        measures[metric] = measure
-    return measures
+        if item_scores and result.kind == "accuracy":
+            result.scores[task] = ((scores["digest"], *scores["items"]), item_scores)
+        results[metric] = result
+    return results
 
 
-def _average(accuracies: dict[tuple[str, str], Measure]) -> Measure:
+def _average(accuracies: dict[tuple[str, str], Metric]) -> Metric:
     """Return the average of the accuracies of tasks. Its error assumes independent tasks.
 
     Args:
         accuracies: by the task that was asked for and its subtask, which have equal weight in it.
     """
-    measures = accuracies.values()
+    results = accuracies.values()
     counts = Counter(task for task, _ in accuracies)
     weights = np.array([1 / counts[task] / len(counts) for task, _ in accuracies])
-    values = np.array([measure.value for measure in measures])
-    errors = np.array([measure.stderr for measure in measures], dtype=float)  # None becomes NaN
-    items = sum(measure.items or 0 for measure in measures)
+    values = np.array([result.value for result in results])
+    errors = np.array([result.stderr for result in results], dtype=float)  # None becomes NaN
+    items = sum(result.items or 0 for result in results)
     facts: dict[str, str | None] = {
-        fact: ", ".join(dict.fromkeys(str(measure.facts[fact]) for measure in measures))
+        fact: ", ".join(dict.fromkeys(str(result.facts[fact]) for result in results))
         for fact in ("source", "shots", "bos", "file")
     }
-    average = Measure(
+    average = Metric(
         AVERAGE,
         "accuracy",
         float(weights @ values),
         facts | {"tasks": f"of {plain(', '.join(sorted(counts)))}", "items": f"{items} items"},
         stderr=math.hypot(*(weights * errors)),
-        limited=any(measure.limited for measure in measures),
+        limited=any(result.limited for result in results),
         items=items,
     )
     # An interval gives all tasks the same weight.
-    if all(measure.scores for measure in measures) and len(counts) == len(accuracies):
-        for measure in measures:
-            average.scores.update(measure.scores)
+    if all(result.scores for result in results) and len(counts) == len(accuracies):
+        for result in results:
+            average.scores.update(result.scores)
     return average
 
 
@@ -260,14 +260,14 @@ def setting_text(value: Any) -> str:
 
 
 def number(value: float, kind: str, error: float | None = None) -> str:
-    """Return the text of a number and its error for a kind of measure; None or NaN: no error."""
+    """Return the text of a number and its error for a kind of metric; None or NaN: no error."""
     form = _FORMATS.get(kind, ".2f")
     text = f"{value:{form}}"
     return text if error is None or math.isnan(error) else f"{text} ± {error:{form}}"
 
 
 def change_text(change: float, kind: str, interval: list[float] | None = None) -> str:
-    """Return the text of a change in a kind of measure; empty: it is not finite."""
+    """Return the text of a change in a kind of metric; empty: it is not finite."""
     if not math.isfinite(change):
         return ""
     unit = " points" if kind in ("accuracy", "share") else "%"
@@ -301,11 +301,11 @@ def sparsity_text(sparsity: Mapping[str, Any]) -> str:
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return each result of a run as texts: name, dense value, sparse value."""
     rows = []
-    for measure in evaluation_measures(metrics, ""):
-        limited = "limited to " if measure.limited else ""
-        items = f", {limited}{measure.items} items" if measure.items else ""
-        dense = measure.dense.text if measure.dense else "-"
-        rows.append((measure.name + items, dense, measure.text))
+    for result in evaluation_metrics(metrics, ""):
+        limited = "limited to " if result.limited else ""
+        items = f", {limited}{result.items} items" if result.items else ""
+        dense = result.dense.text if result.dense else "-"
+        rows.append((result.name + items, dense, result.text))
     return rows
 
 
@@ -326,7 +326,7 @@ def pruning_minutes(seconds: Mapping[str, float]) -> float:
     return sum(seconds.get(phase, 0.0) for phase in PRUNING_PHASES) / 60
 
 
-def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+def flat_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a finished run as one level, with slashes in their names.
 
     Metrics of channel groups are replaced by their mean. Two numbers are added: `minutes`
