@@ -1,6 +1,6 @@
-"""Figure of docs/method.md: a permutation at 2:4, and how logits become one.
+"""Figures of docs/method.md and README: a permutation at 2:4, and how logits become one.
 
-Run `python scripts/permutation_figure.py docs/permutation.png`.
+Run `python scripts/permutation_figure.py docs/permutation.png docs/idea.png`.
 """
 
 from __future__ import annotations
@@ -84,12 +84,37 @@ def _square(axes: Any, title: str, values: Tensor) -> None:
     axes.tick_params(length=0, labelsize=8)
 
 
-def draw(file: Path) -> None:
-    """Write the figure to a file."""
+def draw_idea(file: Path) -> None:
+    """Write the upper row of the figure to a file."""
+    with picture(file) as pyplot:
+        _draw_permutation(pyplot.figure(figsize=(10.5, 2.7)))
+
+
+def _draw_permutation(figure: Any) -> Tensor:
+    """Draw the masks before and after a permutation, and return it."""
     saliency = torch.tensor(_SALIENCY, dtype=torch.float32)
     channels = torch.arange(saliency.shape[1])
     perm = heuristic_permutation(lambda: [saliency], _PATTERN)
+    first, second, third = figure.subplots(1, 3)
+    _matrix(first, "original order, 2:4", saliency, nm_mask(saliency, _PATTERN), channels)
+    permuted = saliency[:, perm]
+    _matrix(second, "permuted, 2:4", permuted, nm_mask(permuted, _PATTERN), perm)
+    back = permuted_nm_mask(saliency, perm, _PATTERN)
+    _matrix(third, "the same mask, original order: not 2:4", saliency, back, channels)
+    first.set_ylabel("row of W", fontsize=9)
+    return perm
 
+
+def draw(file: Path) -> None:
+    """Write the whole figure to a file."""
+    with picture(file) as pyplot:
+        above, below = pyplot.figure(figsize=(10.5, 5.6)).subfigures(2, 1)
+        perm = _draw_permutation(above)
+        _draw_logits(below, perm)
+
+
+def _draw_logits(figure: Any, perm: Tensor) -> None:
+    """Draw how logits become a permutation."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.eye(len(perm))[:, perm]
     noise = torch.randn(matrix.shape, generator=generator)
@@ -98,30 +123,21 @@ def draw(file: Path) -> None:
     soft = {tau: normalize(logits, tau, 2 * _ITERATIONS)[0] for tau in (1.0, 0.1)}
     (hard,) = harden([soft[0.1]])
 
-    with picture(file) as pyplot:
-        figure = pyplot.figure(figsize=(10.5, 5.6))
-        above, below = figure.subfigures(2, 1)
-        first, second, third = above.subplots(1, 3)
-        _matrix(first, "original order, 2:4", saliency, nm_mask(saliency, _PATTERN), channels)
-        permuted = saliency[:, perm]
-        _matrix(second, "permuted, 2:4", permuted, nm_mask(permuted, _PATTERN), perm)
-        back = permuted_nm_mask(saliency, perm, _PATTERN)
-        _matrix(third, "the same mask, original order: not 2:4", saliency, back, channels)
-        blocks = [("logits A", logits), ("soft, temperature 1", soft[1.0])]
-        blocks += [("soft, temperature 0.1", soft[0.1])]
-        blocks += [("hard, by assignment", torch.eye(len(perm))[:, hard[0]].unsqueeze(0))]
-        for axes, (title, block) in zip(below.subplots(1, 4), blocks, strict=True):
-            _square(axes, title, block[0])
-        below.axes[0].set_ylabel("channel of the block", fontsize=9)
-        above.axes[0].set_ylabel("row of W", fontsize=9)
+    blocks = [("logits A", logits), ("soft, temperature 1", soft[1.0])]
+    blocks += [("soft, temperature 0.1", soft[0.1])]
+    blocks += [("hard, by assignment", torch.eye(len(perm))[:, hard[0]].unsqueeze(0))]
+    for axes, (title, block) in zip(figure.subplots(1, 4), blocks, strict=True):
+        _square(axes, title, block[0])
+    figure.axes[0].set_ylabel("channel of the block", fontsize=9)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw to the file that the arguments name."""
-    if len(arguments) != 1:
-        print("usage: python scripts/permutation_figure.py FILE.png", file=sys.stderr)
+    """Draw to the files that the arguments name."""
+    if len(arguments) != 2:
+        print("usage: python scripts/permutation_figure.py WHOLE.png IDEA.png", file=sys.stderr)
         return 2
     draw(Path(arguments[0]))
+    draw_idea(Path(arguments[1]))
     return 0
 
 

@@ -8,6 +8,7 @@ returned where a document is stale.
 
 A view is a function with the document's folder as first argument. `records` are files of records,
 with spaces between them. `baseline` are settings of the row from which the gap is measured.
+`<!-- view: FILE.yaml NAME -->` is the view of that name in a file beside the records.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from permllm.report.table import DENSE_ROW, Table, choose, find, naming, table_o
 from permllm.settings.composition import composed
 from permllm.settings.config import METHOD_GROUPS, NMPattern
 from permllm.settings.options import options as options_of
-from permllm.store.files import RECORDS, read_json, read_lines, write_text
+from permllm.store.files import RECORDS, read_json, read_lines, read_yaml, write_text
 from scripts.memory_table import gigabytes, memory
 from scripts.provenance import machine, processor
 from scripts.reruns import reruns
@@ -221,6 +222,28 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     memory_of = [gigabytes(model, words) for words in typed]
     frame[f"estimated GB for {model}, on a GPU / with layers on the host"] = memory_of
     return as_text(frame, "md")
+
+
+def methods(
+    folder: Path, records: str, baseline: str, model: str, text: str, **rows: str
+) -> str:
+    """Return perplexity and gap closed of methods in one model, and what to type for each.
+
+    Args:
+        records: files of records, in which a method of a model is one row.
+        baseline: option of the group `method`, from which the gap is measured.
+        model: name of the model.
+        text: perplexity that is shown.
+        rows: options of the group `method` by their labels.
+    """
+    found = tables_by_model(_runs(folder, records), baseline)[model]
+    lines = [["dense", f"{found.means.at[DENSE_ROW, text]:.0f}", "", ""]]
+    for label, method in rows.items():
+        row = found.labels.index[found.labels["method"] == method][0]
+        gap = f"{found.means.at[row, GAP]:z.0%}"
+        lines.append([label, f"{found.means.at[row, text]:.0f}", gap, f"`method={method}`"])
+    columns = [f"{model} at 2:4", "perplexity", GAP, ""]
+    return as_text(pd.DataFrame(lines, columns=columns), "md")
 
 
 def sizes(folder: Path, baseline: str, methods: str, records: str = RECORDS) -> str:
@@ -539,6 +562,7 @@ _TABLES = (
     claims,
     repeated,
     needs,
+    methods,
     shares,
     bounds,
     options,
@@ -559,8 +583,14 @@ def with_views(file: Path) -> str:
     def anew(match: re.Match[str]) -> str:
         begin, words, end = match.groups()
         name, *options = shlex.split(words)
+        arguments = dict(word.partition("=")[::2] for word in options)
+        folder = file.parent
         try:
-            text = _VIEWS[name](file.parent, **dict(word.partition("=")[::2] for word in options))
+            if name.endswith(".yaml"):
+                arguments = dict(read_yaml(folder / name)[options[0]])
+                folder = (folder / name).parent
+                name = arguments.pop("view")
+            text = _VIEWS[name](folder, **arguments)
         except (ConfigError, DataError, KeyError, TypeError) as error:
             valid = ", ".join(_VIEWS)
             raise ConfigError(f"{file}: view {name}: {error}; views are {valid}") from error
