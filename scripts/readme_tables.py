@@ -224,9 +224,7 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     return as_text(frame, "md")
 
 
-def methods(
-    folder: Path, records: str, baseline: str, model: str, text: str, **rows: str
-) -> str:
+def methods(folder: Path, records: str, baseline: str, model: str, text: str, **rows: str) -> str:
     """Return perplexity and gap closed of methods in one model, and what to type for each.
 
     Args:
