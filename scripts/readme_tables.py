@@ -240,7 +240,7 @@ def methods(folder: Path, records: str, baseline: str, model: str, text: str, **
         row = found.labels.index[found.labels["method"] == method][0]
         gap = f"{found.means.at[row, GAP]:z.0%}"
         lines.append([label, f"{found.means.at[row, text]:.0f}", gap, f"`method={method}`"])
-    columns = [f"{model} at 2:4", "perplexity", GAP, ""]
+    columns = [f"{model} at 2:4", "perplexity", f"{GAP}, mean of three texts", ""]
     return as_text(pd.DataFrame(lines, columns=columns), "md")
 
 

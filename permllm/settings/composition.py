@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,11 @@ def register_resolvers() -> None:
         "learning_steps": _learning_steps,
         "learning_windows": _learning_windows,
     }
+    # The function that can replace a resolver has another name since version 2.4.
+    new = "replace" in signature(OmegaConf.register_resolver).parameters
+    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     for name, resolver in resolvers.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+        register(name, resolver, replace=True)
 
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
