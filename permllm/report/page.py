@@ -11,7 +11,7 @@ from matplotlib import rc_context
 
 from permllm.report.plots import plot_cost, points
 from permllm.report.render import sources, table_cells, texts
-from permllm.report.table import Table
+from permllm.report.table import Table, details, naming, row_names
 
 _FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -24,6 +24,7 @@ body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; p
 #table_wrapper {{ overflow-x: auto }}
 #table th * {{ white-space: normal !important }}
 #table th {{ min-width: 5em }}
+#table tr > :first-child {{ position: sticky; left: 0; background: white }}
 .metric {{ overflow-x: auto }}
 svg {{ width: 100%; min-width: 700px; height: auto }}
 </style></head><body>
@@ -52,7 +53,11 @@ def page(table: Table, notes: list[str], metric: str) -> str:
         metric: metric to draw over minutes first.
     """
     cells = table_cells(table)
-    frame = texts(table, cells)
+    settings = [*naming(table.labels), *details(table.labels)]
+    frame = texts(table, cells).drop(columns=settings)
+    frame.insert(0, "row", row_names(table.labels).reindex(frame.index).fillna("dense"))
+    numbers = [*range(1, frame.shape[1])]
+    frame = frame.join(table.labels[settings]).fillna("")
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         runs=len(table.runs),
@@ -60,7 +65,7 @@ def page(table: Table, notes: list[str], metric: str) -> str:
         notes="".join(f"<li>{escape(note)}</li>" for note in [*notes, *sources(frame)]),
         quality=_quality(table, metric),
         itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
-        table=_table(frame, frame.columns.get_indexer(cells["column"].unique()).tolist()),
+        table=_table(frame, numbers),
     )
 
 
