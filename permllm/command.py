@@ -86,7 +86,7 @@ def run_tool(work: Callable[[], int | None], failed: int = 1, in_json: bool = Fa
 def exit_on_error(work: Callable[[], None]) -> None:
     """Run a part of a command, inside of Hydra, which would print other errors in its own way.
 
-    Raises SystemExit after an error that the user can fix or an interruption, which are told.
+    It prints an error that the user can fix, or an interruption, and raises SystemExit.
     """
     if code := run_tool(work):
         raise SystemExit(code)
