@@ -24,16 +24,17 @@ body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; p
 #table_wrapper {{ overflow-x: auto }}
 #table th * {{ white-space: normal !important }}
 #table th {{ min-width: 5em }}
-#table tr > :first-child {{ position: sticky; left: 0; background: white }}
-.metric {{ overflow-x: auto }}
-svg {{ width: 100%; min-width: 700px; height: auto }}
+#table tr > :first-child {{ position: sticky; left: 0; background: white; max-width: 40vw }}
+.metric:not([hidden]) {{ display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }}
+svg {{ width: 600px; max-width: 100%; height: auto }}
 </style></head><body>
 <h1>PermLLM: pruned models side by side</h1>
 <p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p>
-<ul>{notes}</ul>
-<h2>Quality over minutes</h2>
-<p>Bars are the ± of the table.</p>{quality}
+<h2>Quality over minutes</h2>{quality}
+<p>Minutes run from calibration to pruning. The area of a point is the peak of memory, its bar the
+± of the table. Dotted: Pareto front. *: calibration or allocation from the cache.</p>
 <h2>Table</h2>{itables}{table}
+<h2>Notes</h2><ul>{notes}</ul>
 </body></html>
 """
 _SWITCH = """<label>Metric <select onchange="document.querySelectorAll('.metric').forEach(
@@ -97,7 +98,7 @@ def _quality(table: Table, first: str) -> str:
         quality = table.kind(name) in ("perplexity", "accuracy") or name in table.gaps
         if frame.empty or not (quality or name == first):
             continue
-        text = _svg(table, name)
+        text = "".join(_svg(table, name, model) for model in frame["model"].unique())
         for row, point in frame.iterrows():
             cost = f"{point['minutes']:.1f} min, {point['memory'] / 1e9:.2f} GB at the peak"
             title = escape(f"{point['name']}\n{table.shown(row, name)}\n{cost}")
@@ -108,9 +109,9 @@ def _quality(table: Table, first: str) -> str:
     return _SWITCH.format(options=options, pictures=pictures) if pictures else ""
 
 
-def _svg(table: Table, name: str) -> str:
-    """Return the picture of a metric as a part of a page."""
+def _svg(table: Table, name: str, model: str) -> str:
+    """Return the picture of a metric and a model as a part of a page."""
     file = StringIO()
     with rc_context({"svg.fonttype": "none", "savefig.format": "svg"}):
-        plot_cost(table, file, name, size=(12.5, 6.5))
+        plot_cost(table, file, name, [model])
     return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file

@@ -1,7 +1,7 @@
-"""Picture with matplotlib: quality over minutes."""
+"""Picture with matplotlib: quality over minutes, a panel for each model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -14,8 +14,6 @@ from cycler import cycler
 from permllm.errors import ConfigError, first_line
 from permllm.report.metrics import number
 from permllm.report.table import Table, main_metric, row_names, shared_dense
-
-MINUTES = "minutes, from calibration to pruning"
 
 
 @contextmanager
@@ -104,40 +102,29 @@ def undrawn(table: Table, metric: str) -> list[str]:
     ]
 
 
-def dense_lines(table: Table, metric: str, rows: pd.Index) -> dict[str, float]:
-    """Return the dense model's value of a metric by the label of its line, a line for each model.
+def dense_value(table: Table, metric: str, points: pd.DataFrame) -> float | None:
+    """Return the dense model's value of a metric; None if the runs of the points differ in it.
 
-    A model whose runs differ in this value has no line. It closes a whole gap.
-
-    Args:
-        table: table of the runs.
-        metric: a metric of the table.
-        rows: rows with a point.
+    It closes a whole gap.
     """
     if metric in table.gaps:
-        return {"dense": 1.0}
-    measured = table.measured[table.measured["row"].isin(rows)]
-    dense = {
-        model: shared_dense(lines)["value"].get(metric)
-        for model, lines in measured.groupby("model")
-    }
-    return {
-        "dense" if len(dense) == 1 else f"dense, {model}": value
-        for model, value in dense.items()
-        if value is not None
-    }
+        return 1.0
+    lines = table.measured[table.measured["row"].isin(points.index)]
+    return shared_dense(lines)["value"].get(metric)
 
 
 def plot_cost(
-    table: Table, file: Path | IO[str], name: str, size: tuple[float, float] = (9, 5.5)
+    table: Table, file: Path | IO[str], name: str, models: Collection[str] | None = None
 ) -> None:
-    """Draw a metric over minutes, with a point for each row whose area is the peak memory.
+    """Draw a metric over minutes, a panel for each model.
+
+    A point is a row, with its peak memory as the area. A method has one colour in all panels.
 
     Args:
         table: table of the runs.
         file: file of the picture.
         name: a metric of the table.
-        size: width and height in inches.
+        models: models to draw; None: all models that have a point.
 
     Raises:
         ConfigError: no row has a point, or the picture cannot be written.
@@ -145,35 +132,67 @@ def plot_cost(
     frame = points(table, name).sort_values("minutes")
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
-    kind = table.kind(name)
+    methods = [
+        row.removeprefix(f"{model}, ")
+        for row, model in zip(frame["name"], frame["model"], strict=True)
+    ]
+    markers = cycler(marker=[*"oDs^vPX"]) * cycler(color=[f"C{place}" for place in range(10)])
+    styles = dict(zip(dict.fromkeys(methods), cycle(markers), strict=False))
+    frame["method"] = methods
     frame["area"] = 30 + 90 * frame["memory"] / frame["memory"].max()
-    styles = cycler(marker=[*"oDs^vPX"]) * cycler(color=[f"C{place}" for place in range(10)])
+    panels = {
+        model: part
+        for model, part in frame.groupby("model", sort=False)
+        if models is None or model in models
+    }
+    columns = min(len(panels), 2)
+    lines = math.ceil(len(panels) / columns)
+    drawn = pd.concat(panels.values())["method"].nunique()
+    size = (5 * columns, 3.6 * lines + 0.2 * math.ceil(drawn / columns))
     with picture(file) as pyplot:
-        figure, axis = pyplot.subplots(figsize=size)
-        for _, best in frame[frame["front"]].groupby("model"):
-            axis.step(best["minutes"], best["value"], ":", where="post", color="grey", zorder=1)
-        for style, (row, point) in zip(cycle(styles), frame.iterrows(), strict=False):
-            at = (point["minutes"], point["value"])
-            axis.errorbar(*at, point["error"], color=style["color"], linewidth=1)
-            label = point["name"] + "*" * point["cached"]
-            axis.scatter(*at, point["area"], alpha=0.8, label=label, gid=f"point-{row}", **style)
-        axis.margins(x=0.12, y=0.12)
-        _set_logarithmic(axis.xaxis, "x", frame["minutes"])
-        dense = dense_lines(table, name, frame.index)
-        if kind == "perplexity":
-            _set_logarithmic(axis.yaxis, "y", [*frame["value"], *dense.values()])
-        for label, value in dense.items():
-            axis.axhline(value, linestyle="--", color="grey", linewidth=1)
-            text = f" {label}: {number(value, kind)}"
-            place = axis.get_yaxis_transform()
-            axis.text(0, value, text, transform=place, va="bottom", fontsize="small")
-        if kind in ("accuracy", "share"):
-            axis.yaxis.set_major_formatter("{x:.0%}")
-        star = "; *: calibration or allocation from the cache" if frame["cached"].any() else ""
-        axis.set_xlabel(f"{MINUTES}\narea: peak of memory; dotted: Pareto front{star}")
-        axis.set_ylabel(table.heading(name))
-        axis.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize="small", markerscale=0.8, frameon=False)
+        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+        handles: dict[str, Any] = {}
+        for axis, (model, part) in zip(axes.flat, panels.items(), strict=False):
+            handles |= _draw_panel(axis, table, name, part, styles)
+            axis.set_title(model, fontsize="medium")
+        for spare in axes.flat[len(panels) :]:
+            spare.set_visible(False)
+        place: Any = {"loc": "outside lower left", "ncols": columns}
+        figure.legend(handles.values(), handles, fontsize="small", frameon=False, **place)
+
+
+def _draw_panel(
+    axis: Any, table: Table, name: str, frame: pd.DataFrame, styles: dict[str, Any]
+) -> dict[str, Any]:
+    """Draw the points of a model, and return the handles for the legend by method."""
+    kind = table.kind(name)
+    best = frame[frame["front"]]
+    axis.step(best["minutes"], best["value"], ":", where="post", color="grey", zorder=1)
+    handles = {}
+    for row, point in frame.iterrows():
+        style = styles[point["method"]]
+        at = (point["minutes"], point["value"])
+        axis.errorbar(*at, point["error"], color=style["color"], linewidth=1)
+        label = point["method"] + "*" * point["cached"]
+        handles[label] = axis.scatter(*at, point["area"], alpha=0.8, gid=f"point-{row}", **style)
+    axis.margins(x=0.12, y=0.12)
+    _set_logarithmic(axis.xaxis, "x", frame["minutes"])
+    heights = [*frame["value"]]
+    dense = dense_value(table, name, frame)
+    if dense is not None:
+        heights.append(dense)
+        axis.axhline(dense, linestyle="--", color="grey", linewidth=1)
+        text = f" dense: {number(dense, kind)}"
+        place = axis.get_yaxis_transform()
+        axis.text(0, dense, text, transform=place, va="bottom", fontsize="small")
+    if kind == "perplexity":
+        _set_logarithmic(axis.yaxis, "y", heights)
+    if kind in ("accuracy", "share"):
+        axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.set_xlabel("minutes")
+    axis.set_ylabel(table.heading(name))
+    axis.grid(alpha=0.3)
+    return handles
 
 
 def _set_logarithmic(axis: Any, which: str, values: Any) -> None:

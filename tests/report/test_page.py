@@ -15,10 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 from permllm.cli import call
-from permllm.report.plots import dense_lines, drawn_metric, points
+from permllm.report.plots import dense_value, drawn_metric, plot_cost, points
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.config import flatten
@@ -102,22 +103,32 @@ def test_the_measure_that_most_rows_have_is_drawn(tmp_path: Path) -> None:
 
 
 def test_each_model_has_the_line_of_its_dense_model(tmp_path: Path) -> None:
-    for model, dense in (("a", 9.0), ("b", 12.0)):
-        for name, value in (("none", 40.0), ("lcp", 20.0)):
-            texts = {"wikitext2": {"dense": dense, "sparse": value}}
+    def dense() -> dict[str, float | None]:
+        table = table_below(tmp_path)
+        assert DENSE_ROW not in table.means.index
+        panels = points(table, PERPLEXITY).groupby("model")
+        return {model: dense_value(table, PERPLEXITY, part) for model, part in panels}
+
+    for model, value in (("a", 9.0), ("b", 12.0)):
+        for name, sparse in (("none", 40.0), ("lcp", 20.0)):
+            texts = {"wikitext2": {"dense": value, "sparse": sparse}}
             folder = tmp_path / model / name
             make_run(folder, 0.0, evaluation(texts), permutation=name, model=model)
-    table = table_below(tmp_path)
-    assert DENSE_ROW not in table.means.index
-    both = dense_lines(table, PERPLEXITY, table.labels.index)
-    assert both == {"dense, a": 9.0, "dense, b": 12.0}
-    of_b = table.labels.index[table.labels["model"] == "b"]
-    assert dense_lines(table, PERPLEXITY, of_b) == {"dense": 12.0}
-    assert set(points(table, PERPLEXITY)["name"]) == {"a, none", "a, lcp", "b, none", "b, lcp"}
+    assert dense() == {"a": 9.0, "b": 12.0}
     other = {"wikitext2": {"dense": 13.0, "sparse": 20.0}}
     make_run(tmp_path / "b" / "rounded", 0.0, evaluation(other), permutation="heuristic", model="b")
-    table = table_below(tmp_path)
-    assert [*dense_lines(table, PERPLEXITY, table.labels.index)] == ["dense, a"]
+    assert dense() == {"a": 9.0, "b": None}
+
+
+def test_a_picture_has_a_panel_for_each_model_and_names_a_method_once(tmp_path: Path) -> None:
+    for model in ("a", "b"):
+        for name, value in (("none", 40.0), ("lcp", 20.0)):
+            make_run(tmp_path / model / name, value, permutation=name, model=model)
+    file = tmp_path / "both.svg"
+    with rc_context({"svg.fonttype": "none"}):
+        plot_cost(table_below(tmp_path), file, PERPLEXITY)
+    words = re.findall(r"<text[^>]*>([^<]+)</text>", file.read_text())
+    assert [words.count(word) for word in ("a", "b", "none", "lcp")] == [1, 1, 1, 1]
 
 
 def test_pictures_have_the_format_of_a_suffix(
