@@ -23,8 +23,10 @@ _FRAME = """<!doctype html>
 body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
 #table_wrapper {{ overflow-x: auto }}
 #table th * {{ white-space: normal !important }}
-#table th {{ min-width: 5em }}
-#table tr > :first-child {{ position: sticky; left: 0; background: white; max-width: 40vw }}
+#table tr > :first-child {{ position: sticky; left: 0; background: white }}
+#table col {{ width: 8em !important }}
+#table col:first-child {{ width: min(24em, 40vw) !important }}
+#table td:first-child {{ white-space: normal !important }}
 .metric:not([hidden]) {{ display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }}
 svg {{ width: 600px; max-width: 100%; height: auto }}
 </style></head><body>
