@@ -8,6 +8,7 @@ checkpoints. `import permllm` alone takes no time.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from permllm.runtime.version import __version__
@@ -26,6 +27,11 @@ __all__ = [
     "results",
     "save",
 ]
+
+# transformers imports torchao where it is installed. Beside a torch for CPUs it warns that its
+# kernels for GPUs are missing.
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

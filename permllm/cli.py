@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 
     from permllm.job import JobResult
 
-# transformers imports torchao where it is installed. Beside a torch for CPUs it warns that its
-# kernels for GPUs are missing.
-for _noisy in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
-
 # Commands with their line in --help and their module.
 COMMANDS = {
     "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
@@ -158,12 +153,16 @@ def _run_hydra() -> int:
     os.environ.pop(sweep.FOLDER_VARIABLE, None)
     register_resolvers()
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_option)  # argparse asks for the settings first
+    # Hydra warns of a package without settings, and goes on without its options.
+    warnings.filterwarnings("error", message="provider=hydra.searchpath")
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
     failed = False
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(message_of(error)) from error
+    except UserWarning as error:
+        raise ConfigError(str(error).removeprefix("provider=")) from error
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         package = frame.f_globals["__name__"].partition(".")[0]
@@ -178,10 +177,11 @@ def _run_hydra() -> int:
         if sweep.FOLDER_VARIABLE in os.environ and is_first_rank():
             from permllm.report.render import print_sweep
 
-            jobs = sweep.read_outcomes(Path(os.environ[sweep.FOLDER_VARIABLE]))
+            folder = Path(os.environ[sweep.FOLDER_VARIABLE])
+            jobs = sweep.read_outcomes(folder)
             failed |= any(job.outcome == "failed" for job in jobs)
             if len(jobs) > 1:
-                print_sweep(jobs)
+                print_sweep(jobs, folder)
     if "permllm.runtime.parallel" in sys.modules:  # a job has begun
         sys.modules["permllm.runtime.parallel"].stop()
     return int(failed)
@@ -226,6 +226,7 @@ def _job(composed: DictConfig) -> JobResult | None:
 
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()  # without network it warns each time
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     # huggingface_hub warns of each retry; its version 2 uses httpx2.
     for name in ("huggingface_hub", "httpx", "httpx2"):
@@ -239,6 +240,7 @@ def _job(composed: DictConfig) -> JobResult | None:
 
 def _job_of_sweep(composed: DictConfig) -> float:
     """Run a job of a sweep, write its outcome, and return its objective."""
+    from permllm.report.printed import print_job
     from permllm.runtime import parallel
     from permllm.store import sweep
 
@@ -249,6 +251,8 @@ def _job_of_sweep(composed: DictConfig) -> float:
     except InUseError as error:
         sweep.write_outcome("skipped", one_line(error))
     except Exception as error:
+        if is_first_rank():
+            print(f"{sweep.job_name()}: failed", file=sys.stderr)
         sweep.write_outcome("failed", tell(error))
     except BaseException as error:  # an interruption, or one rank that failed alone
         sweep.write_outcome("failed", one_line(error))
@@ -257,6 +261,9 @@ def _job_of_sweep(composed: DictConfig) -> float:
         if result is not None:
             outcome = "skipped" if result.skipped else "ran"
             sweep.write_outcome(outcome, directory=result.directory)
+            if is_first_rank():
+                name = sweep.job_name() + " (skipped)" * result.skipped
+                print_job(name, result.metrics, result.directory)
             return parallel.broadcast(objective(result.metrics))
     return math.inf
 

@@ -1,6 +1,7 @@
 """One job from its settings to its record, in the order of the diagram in docs/method.md."""
 
 import logging
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +35,11 @@ from permllm.pruning.phases import (
     find_masks,
     find_permutations,
 )
+from permllm.report.gaps import GAP
 from permllm.report.metrics import flat_metrics
 from permllm.report.printed import print_run
+from permllm.report.read import collect
+from permllm.report.table import by_run, table_of
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.files import choose_cache
@@ -94,13 +98,13 @@ def run(config: RunConfig) -> JobResult | None:
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweeping()):
         skipped = record.finished
-        if skipped:
+        if skipped and not sweeping():
             log.info("%s is finished already; force=true runs and logs it again", record.directory)
-        else:
+        if not skipped:
             _work(config, methods, texts, record, device)
         if export is not None:
             parallel.on_main(lambda: _export(export, record, skipped))
-        if parallel.rank() == 0 and not (skipped and sweeping()):
+        if parallel.rank() == 0 and not sweeping():
             print_run(record.metrics, record.directory)
     return JobResult(record.metrics, record.directory, skipped)
 
@@ -150,7 +154,15 @@ def _work(
         with record.phase("evaluate sparse", device):
             evaluate(loaded, config.evaluation, measured, "sparse", record)
         record.finish()
-        job.logger.summary(flat_metrics(record.metrics))
+        if job.logger is not NO_LOGGER:
+            job.logger.summary(_gap_closed(record.directory) | flat_metrics(record.metrics))
+
+
+def _gap_closed(directory: Path) -> dict[str, float]:
+    """Return the gap that a finished run closes, if the runs beside it have a base for it."""
+    runs = by_run(table_of(collect([directory.parent]).runs)).set_index("directory")
+    gap = runs[GAP].get(str(directory)) if GAP in runs else None
+    return {} if gap is None or math.isnan(gap) else {"gap_closed": gap}
 
 
 def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> RunConfig:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from permllm.settings.config import IDLE, flatten
+from permllm.store.files import RECORD
 
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured
 # on the same ones; and a number for each window (nats per token) or item (its score).
@@ -21,8 +22,8 @@ Scores = tuple[tuple[Any, ...], list[float]]
 
 # Metrics with a value for each channel group. Loggers get their mean.
 _BY_GROUP = {"sensitivity", "retained_saliency", "output_error", "moved_channels"}
-# Metrics that loggers do not get, because the settings have them in a shorter form.
-_LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
+# Metrics that loggers do not get, because they have them by other names.
+_LEFT_OUT = ("peak_memory_bytes", "evaluation/", "sha256/", "sparsity/patterns/", "export/")
 # Phases that make the pruned model. Reconstruction is part of `prune`.
 PRUNING_PHASES = ("calibrate", "allocate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
@@ -327,25 +328,31 @@ def pruning_minutes(seconds: Mapping[str, float]) -> float:
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a finished run as one level, with slashes in their names.
+    """Return the numbers of a finished run as one level, for a logger.
 
-    Metrics of channel groups are replaced by their mean. Two numbers are added: `minutes`
-    (`pruning_minutes`), and `nats_above_dense`, the mean of `ln sparse - ln dense` over the texts.
+    First come `perplexity/TEXT` of the sparse model; `nats_above_dense`, the mean of
+    `ln sparse - ln dense` over the texts; `accuracy`, the mean over the tasks; `minutes`
+    (`pruning_minutes`); `peak_memory_gb`. All other values follow as `record/...`, with the mean
+    over channel groups in place of their values.
     """
     means = {
         key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP & metrics.keys()
     }
-    flat = {
-        name: value
-        for name, value in flatten(metrics | means, "/").items()
-        if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
-    }
-    flat["minutes"] = pruning_minutes(metrics["seconds"])
+    flat: dict[str, Any] = {}
     dense = _part(metrics, "perplexity", "dense")
-    above = [
-        math.log(values["value"]) - math.log(dense[name]["value"])
-        for name, values in _part(metrics, "perplexity", "sparse").items()
-    ]
+    above = []
+    for text, values in _part(metrics, "perplexity", "sparse").items():
+        flat[f"perplexity/{text}"] = values["value"]
+        above.append(math.log(values["value"]) - math.log(dense[text]["value"]))
+    accuracy = mean_accuracy(_part(metrics, "tasks", "sparse"))
     if above:
         flat["nats_above_dense"] = statistics.fmean(above)
+    if not math.isnan(accuracy):
+        flat["accuracy"] = accuracy
+    flat["minutes"] = pruning_minutes(metrics["seconds"])
+    flat["peak_memory_gb"] = metrics["peak_memory_bytes"] / 1e9
+    for name, value in flatten(metrics | means, "/").items():
+        has_a_name = re.fullmatch("perplexity/sparse/[^/]+/value", name)
+        if isinstance(value, int | float | str) and not (has_a_name or name.startswith(_LEFT_OUT)):
+            flat[f"{RECORD}/{name}"] = value
     return flat

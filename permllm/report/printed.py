@@ -1,5 +1,6 @@
 """Lines and tables of a terminal: what a finished run prints."""
 
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,8 +33,23 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     }
     if (directory / EXPORT).is_dir():
         lines["export"] = directory / EXPORT
+    lines["compare"] = commands_for(directory.parent)
     for name, text in lines.items():
         terminal().print(f"{name:9} {text}", markup=False, soft_wrap=True)
+
+
+def commands_for(folder: Path) -> str:
+    """Return the commands that show the runs below a folder as a table and as a page."""
+    place = os.path.relpath(folder)
+    return f"permllm results {place}; permllm report {place} --to report.html"
+
+
+def print_job(name: str, metrics: dict[str, Any], directory: Path) -> None:
+    """Print a line for a finished job of a sweep: its name, metrics, time and files."""
+    results = [f"{metric} {sparse}" for metric, _, sparse in result_rows(metrics)]
+    parts = [*results, _duration(sum(metrics["seconds"].values())), str(directory)]
+    line = f"{name}: {', '.join(parts)}"
+    terminal().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -15,7 +15,7 @@ from permllm.command import terminal
 from permllm.report.compare import paired
 from permllm.report.gaps import GAP
 from permllm.report.metrics import AVERAGE, SECONDS, change_text, number
-from permllm.report.printed import print_table
+from permllm.report.printed import commands_for, print_table
 from permllm.report.published import Comparison
 from permllm.report.read import collect
 from permllm.report.table import (
@@ -208,7 +208,7 @@ def records(table: Table, cells: pd.DataFrame, columns: str | None = None) -> li
     ]
 
 
-def print_sweep(jobs: Sequence[Outcome]) -> None:
+def print_sweep(jobs: Sequence[Outcome], folder: Path) -> None:
     """Print a table with a row for each finished job of a sweep, and a line for each other job."""
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     rows = []
@@ -227,7 +227,7 @@ def print_sweep(jobs: Sequence[Outcome]) -> None:
         print_table("jobs", ["job", "outcome", *metrics], rows)
     counts = Counter(job.outcome for job in jobs)
     outcomes = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
-    lines = [*others, ", ".join(outcomes)]
+    lines = [*others, ", ".join(outcomes), commands_for(folder)]
     terminal().print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -27,8 +27,8 @@ from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PLACES, note
 from permllm.report.table import Table, table_of
 from permllm.report.table import notes as notes_of
-from permllm.settings.config import evaluation_of
-from permllm.store.files import write_text
+from permllm.settings.config import evaluation_of, nested
+from permllm.store.files import RECORD, write_text
 
 # W&B writes numbers that JSON does not have as words.
 _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -118,21 +118,21 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
 
 def as_run(logged: Any) -> Run:
     """Convert a run of `wandb.Api`. Its errors are those of `Run`."""
-    metrics: dict[str, Any] = {}
+    flat = {}
     for name, value in dict(logged.summary_metrics).items():
-        if name.split("/")[0] == "epoch":  # the last line of the history
-            continue
-        place: Any = metrics
-        *folders, key = name.split("/")
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
+        group, _, rest = name.partition("/")
+        if group == "perplexity":
+            flat[f"perplexity/sparse/{rest}/value"] = value
+        elif group == RECORD:
+            flat[rest] = value
+    metrics = nested({name: _WORDS.get(value, value) for name, value in flat.items()}, "/")
     # W&B does not keep None.
     missing: dict[str, Any] = {"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None}
     for tasks in metrics.get("tasks", {}).values():
         for task, values in tasks.items():
             tasks[task] = missing | values
-    config = {key: value for key, value in logged.config.items() if not key.startswith("_")}
+    settings = {key: value for key, value in logged.config.items() if not key.startswith("_")}
+    config = nested({key.removeprefix(f"{RECORD}."): value for key, value in settings.items()})
     directory = Path(config.pop("run_directory"))
     del config["config_hash"]
     metrics["evaluation"] = evaluation_of(config)

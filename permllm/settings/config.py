@@ -100,6 +100,18 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     return flat
 
 
+def nested(flat: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return values of one level, with joined keys, as nested values."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        *folders, name = key.split(separator)
+        place = values
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return values
+
+
 @dataclass(config=SETTINGS)
 class ModelConfig:
     """Group `model`."""

@@ -38,6 +38,8 @@ DISTILL_CHECKPOINT = "distill_checkpoint.pt"
 # Files of loggers: the folder of TensorBoard, and the id of the W&B run.
 TENSORBOARD = "tensorboard"
 WANDB_ID = ".wandb-id"
+# Prefix, in loggers, of values that tables need and a person seldom looks at.
+RECORD = "record"
 OF_LOGGERS = (TENSORBOARD, WANDB_ID)
 # Files that only an unfinished run needs.
 UNFINISHED = (LCP_CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, PRUNED_LAYERS)

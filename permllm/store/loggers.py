@@ -20,15 +20,17 @@ from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig, flatten
 from permllm.store import sweep
 from permllm.store.directory import noted
 from permllm.store.environment import command_line
-from permllm.store.files import TENSORBOARD, WANDB_ID, write_text
+from permllm.store.files import RECORD, TENSORBOARD, WANDB_ID, write_text
 
 log = logging.getLogger(__name__)
 
 # Overrides that name the sweep, or do not concern the result.
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 _EPOCH = "epoch/"  # prefix of the metrics of an epoch
-# Numbers that are no metrics.
-_NO_MEASURES = ("epoch", "round", "first_layer", "last_layer", "schema_version")
+# Numbers of an epoch that make no curve.
+_NO_CURVES = {"epoch", "round", "first_layer", "last_layer"}
+# Settings that a person seldom looks at.
+_BOOKKEEPING = re.compile(r"model\.architecture\.|.*(_target_$|digest)")
 # Limits of W&B.
 _LONGEST_NAME = 128
 _LONGEST_TAG = 64
@@ -79,7 +81,9 @@ class RunLogger:
 
         The line has the group of the method, and metrics; None is a metric without value.
         """
-        measured = {key: value for key, value in line.items() if value is not None}
+        measured = {
+            key: value for key, value in line.items() if value is not None and key not in _NO_CURVES
+        }
         group = measured.pop("group")
         self._send(f"{_EPOCH}{group}/", measured, number)
 
@@ -121,10 +125,22 @@ class _WandB(RunLogger):
 
 
 class _Tracked(RunLogger):
-    """Run of a tracker of accelerate. After the first failure it logs nothing."""
+    """Run of a tracker of accelerate. After the first failure it logs nothing.
 
-    def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
+    Args:
+        tracker: the tracker, which logs curves.
+        final: function that logs the final numbers.
+        end: function that ends the run, with True if it failed.
+    """
+
+    def __init__(
+        self,
+        tracker: Any,
+        final: Callable[[dict[str, float]], None],
+        end: Callable[[bool], None],
+    ) -> None:
         self._tracker = tracker
+        self._final = final
         self._end = end
 
     def close(self, failed: bool) -> None:
@@ -137,10 +153,13 @@ class _Tracked(RunLogger):
         numbers = {
             _NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value
             for key, value in values.items()
-            if isinstance(value, int | float) and key not in _NO_MEASURES
+            if isinstance(value, int | float)
         }
         try:
-            self._tracker.log(numbers, number)
+            if number is None:
+                self._final(numbers)
+            else:
+                self._tracker.log(numbers, number)
         except Exception as error:  # of a database, a connection, a disk
             self._tracker = None
             log.warning("the logger fails (%s): nothing more is logged", first_line(error))
@@ -171,13 +190,17 @@ def described(config: RunConfig, directory: Path, learns: bool) -> dict[str, Any
     names = {group: getattr(config, group)["name"] for group in METHOD_GROUPS}
     tags = {group: name for group, name in names.items() if name != IDLE.get(group)}
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
+    settings = {
+        f"{RECORD}.{key}" if value is None or _BOOKKEEPING.match(key) else key: value
+        for key, value in flatten(config.identity | evaluated).items()
+    }
+    place = {"run_directory": str(directory), "config_hash": config.hash}
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
         "group": config.logger.group or os.environ.get(SWEEP_VARIABLE),
         "job_type": "learn" if learns else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
-        "config": config.identity | evaluated,
-        "where": {"run_directory": str(directory), "config_hash": config.hash},
+        "config": settings | {f"{RECORD}.{key}": value for key, value in place.items()},
     }
 
 
@@ -211,7 +234,7 @@ def _open_wandb(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunL
         resume="allow",
         dir=str(home),
         project=config.logger.project,
-        config=run["config"] | run["where"],
+        config=run["config"],
         tags=[tag[:_LONGEST_TAG] for tag in run["tags"].values()],
         settings=wandb.Settings(silent=True, console="off"),
     )
@@ -229,7 +252,16 @@ def _open_tensorboard(config: RunConfig, directory: Path, run: dict[str, Any]) -
         tracker.start()
     except ImportError as error:
         raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
-    return _Tracked(tracker, lambda failed: tracker.finish())
+    hparams = {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in run["config"].items()
+    }
+
+    def final(numbers: dict[str, float]) -> None:
+        shown = {key: value for key, value in numbers.items() if not key.startswith(RECORD)}
+        tracker.writer.add_hparams(hparams, shown, run_name=".")
+
+    return _Tracked(tracker, final, lambda failed: tracker.finish())
 
 
 def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunLogger:
@@ -237,7 +269,7 @@ def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> Run
     os.environ.update(_MLFLOW | dict(os.environ))
     home = Path(config.runs_dir).resolve()
     home.mkdir(parents=True, exist_ok=True)
-    tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
+    tags = run["tags"] | {"group": run["group"] or "", "job_type": run["job_type"]}
     for part in ("mlflow", "alembic"):  # they print a line for each table that they make
         logging.getLogger(part).setLevel(logging.WARNING)
     try:
@@ -251,9 +283,7 @@ def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> Run
         tracker = MLflowTracker(config.logger.project, artifacts, tags=tags, run_name=run["name"])
         with FileLock(home / ".mlflow.db.lock"):  # two jobs must not make the tables in parallel
             tracker.start()
-        settings = {
-            _NOT_IN_A_KEY.sub("_", key): str(value) for key, value in flatten(run["config"]).items()
-        }
+        settings = {_NOT_IN_A_KEY.sub("_", key): str(value) for key, value in run["config"].items()}
         tracker.store_init_configuration(settings)
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
@@ -262,4 +292,6 @@ def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> Run
             mlflow.end_run("FAILED")
         log.warning("MLflow cannot be reached (%s): nothing is logged", first_line(error))
         return NO_LOGGER
-    return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))
+    return _Tracked(
+        tracker, tracker.log, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED")
+    )

@@ -1,6 +1,7 @@
 """Folder of a sweep, the outcome of each of its jobs, and the GPUs of jobs in parallel."""
 
 import atexit
+import math
 import os
 import tempfile
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +26,8 @@ from permllm.store.files import read_json, write_json
 
 # Variable with the folder of the sweep's outcomes. The processes of launchers get it.
 FOLDER_VARIABLE = "PERMLLM_SWEEP_FOLDER"
+# Variable with ` of N` for a sweep of N jobs; empty: a search decides how many there are.
+JOBS_VARIABLE = "PERMLLM_SWEEP_JOBS"
 # Variable with a folder for the processes of hydra/launcher=joblib. The folder has a lock for each
 # GPU, with a name as in CUDA_VISIBLE_DEVICES.
 GPUS_VARIABLE = "PERMLLM_GPUS"
@@ -62,6 +67,7 @@ class SweepFolder(Callback):  # type: ignore[misc]
             share_gpus(config.hydra.launcher, config.model.device)
 
         exit_on_error(check)  # Hydra turns other errors of a callback into warnings
+        os.environ[JOBS_VARIABLE] = _of_jobs(config.hydra)
         if folder.name != name:  # the user chose it
             folder = folder / "sweeps" / name
         os.environ[FOLDER_VARIABLE] = str(folder.absolute())
@@ -75,6 +81,28 @@ def sweep_name(hydra_config: Any) -> str:
     typed = [word for word in every if not word.lstrip("+~").startswith(_LEFT_OUT)]
     digest = digest_of({"typed": typed, "swept": str(hydra_config.sweeper.get("params"))})[:8]
     return f"{hydra_config.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+
+
+def _of_jobs(hydra_config: Any) -> str:
+    """Return the value of `JOBS_VARIABLE`."""
+    sweeper = hydra_config.sweeper
+    if not sweeper["_target_"].endswith(".BasicSweeper"):
+        return ""
+    words = [f"{name}={values}" for name, values in (sweeper.params or {}).items()]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    settings = parser.parse_overrides([*words, *hydra_config.overrides.task])
+    counts = {
+        setting.key_or_group: len([*setting.sweep_string_iterator()])
+        for setting in settings
+        if setting.is_sweep_override()
+    }
+    return f" of {math.prod(counts.values())}"
+
+
+def job_name() -> str:
+    """Return the number of this job in its sweep, and the words that were typed for it."""
+    number = HydraConfig.get().job.num + 1
+    return f"job {number}{os.environ.get(JOBS_VARIABLE, '')}: {' '.join(overrides())}"
 
 
 def overrides() -> list[str]:

@@ -33,7 +33,7 @@ class LearningProblem:
         seed: seed of the initial logits and of the order of the windows.
         calibration_batch_size: windows in a forward without gradients.
         directory: folder of the checkpoint; None: no checkpoint.
-        on_step: called after each step with its number, loss, temperature, flips and seconds.
+        on_step: called after each step with its number, loss, temperature, flips and step_seconds.
         on_epoch: called after each epoch with its entry of the history.
         on_resume: called before learning with the entries of all finished epochs.
     """

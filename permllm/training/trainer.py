@@ -191,7 +191,7 @@ class Trainer:
             self._losses.append(values["loss"])
             self.done += 1
             number = self.stage.number * self.steps + progress.step
-            self.problem.on_step(number, values | {"seconds": seconds[-1]})
+            self.problem.on_step(number, values | {"step_seconds": seconds[-1]})
             bar.set_postfix(values, refresh=False)
             bar.update()
             raise_if_interrupted()

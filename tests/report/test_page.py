@@ -19,6 +19,7 @@ from matplotlib import rc_context
 from PIL import Image
 
 from permllm.cli import call
+from permllm.report.metrics import flat_metrics
 from permllm.report.plots import dense_value, drawn_metric, plot_cost, points
 from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
@@ -221,12 +222,12 @@ def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> 
 
 def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
     """Return a run of `wandb.Api` as the logger leaves it."""
-    metrics = {key: value for key, value in line["metrics"].items() if key != "evaluation"}
-    flat = {"epoch": 1, "epoch/permutation/loss": 0.5}
-    flat |= flatten(metrics, "/") | {"step": 3, "minutes": 1.0}
+    flat = {"epoch/permutation/loss": 0.5, "_step": 3, "gap_closed": 0.5}
+    flat |= flat_metrics(line["metrics"])
     flat = {key: "Infinity" if value == float("inf") else value for key, value in flat.items()}
     evaluated = {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}
-    config = line["config"] | {"evaluation": evaluated, "config_hash": "0", "run_directory": name}
+    config = flatten(line["config"] | {"evaluation": evaluated})
+    config |= {"record.config_hash": "0", "record.run_directory": name}
     facts = {"id": name, "name": name, "group": "table1-1"}
     facts |= {"config": config, "summary_metrics": flat}
     return SimpleNamespace(**facts | changed)

@@ -47,8 +47,8 @@ def header(of_run: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
-    figures = flat_metrics(metrics | {"schema_version": "no measure"})
-    return {key: value for key, value in figures.items() if isinstance(value, int | float)}
+    values = flat_metrics(metrics)
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def run_with(logger: str, folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
@@ -75,47 +75,53 @@ def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], 
     assert head["tags"] == ["wanda", "lcp", "2:4", "tiny"]
     config = head["config"]["update"]
     assert (directory / WANDB_ID).read_text().strip() == head["run_id"]
-    assert config["run_directory"] == str(directory)
-    assert config["config_hash"] == metrics["config_hash"]
+    assert config["record.run_directory"] == str(directory)
+    assert config["record.config_hash"] == metrics["config_hash"]
+    assert (config["block_size"], config["permutation.epochs"]) == (64, 3)
+    assert not any("_target_" in key for key in config if not key.startswith("record."))
     assert "logger" not in config
     steps = [row for row in rows(of_run) if "permutation/loss" in row]
     assert [row["_step"] for row in steps] == list(range(len(steps)))
-    names = {f"permutation/{name}" for name in ("loss", "temperature", "flips", "seconds")}
+    names = {f"permutation/{name}" for name in ("loss", "temperature", "flips", "step_seconds")}
     assert all(names <= set(row) for row in steps)
     epochs = [row for row in rows(of_run) if "epoch/permutation/loss" in row]
     for row, entry in zip(epochs, read_lines(directory / "history.jsonl"), strict=True):
         assert entry.pop("group") == "permutation"
+        del entry["epoch"], entry["first_layer"], entry["last_layer"]  # they make no curve
         known = {key: value for key, value in entry.items() if value is not None}
         measured = {f"epoch/permutation/{key}": value for key, value in known.items()}
         assert {key: row[key] for key in row if key.startswith("epoch/")} == measured
     places = [row["_step"] for row in rows(of_run)]
     assert places == sorted(set(places))
     updates = [one["summary"]["update"] for one in of_run if "update" in one.get("summary", {})]
-    (final,) = (update for update in updates if "status" in update)
+    (final,) = (update for update in updates if "record/status" in update)
     assert final.items() >= numbers_of(metrics).items()
     assert of_run[-1]["exit"].get("exit_code", 0) == 0
 
 
-def test_figures_are_one_level_and_say_minutes_and_nats() -> None:
+def test_a_summary_begins_with_what_a_person_wants() -> None:
     figures = flat_metrics(
         {
             "perplexity": {"dense": {"a": {"value": 4.0}}, "sparse": {"a": {"value": 8.0}}},
-            "tasks": {"sparse": {"rte": {"metrics": {"acc": 0.5}, "stderr": {"acc": None}}}},
+            "tasks": {"sparse": {"rte": {"metrics": {"acc,none": 0.5}, "n": 9, "asked": "rte"}}},
             "evaluation": {"perplexity": {"seqlen": 64}},
             "sha256": {"x": "y"},
             "retained_saliency": {"a": 0.5, "b": 0.7},
             "output_error": {"a": 0.25},
             "moved_channels": {"a": 0.5},
             "seconds": {"permute": 90.0},
+            "peak_memory_bytes": 3 * 10**9,
             "sparsity": {"pattern": "2:4", "patterns": {"a.b": "dense"}},
         }
     )
-    assert figures.pop("retained_saliency/mean") == pytest.approx(0.6)
-    assert figures.pop("minutes") == 1.5
-    assert figures.pop("nats_above_dense") == pytest.approx(math.log(2))
+    assert figures.pop("record/retained_saliency/mean") == pytest.approx(0.6)
+    shown = [key for key in figures if not key.startswith("record/")]
+    assert shown == ["perplexity/a", "nats_above_dense", "accuracy", "minutes", "peak_memory_gb"]
+    assert [figures.pop(key) for key in shown] == [8.0, pytest.approx(math.log(2)), 0.5, 1.5, 3.0]
     names = ["moved_channels/mean", "output_error/mean", "perplexity/dense/a/value"]
-    names += ["perplexity/sparse/a/value", "seconds/permute", "sparsity/pattern"]
-    assert sorted(figures) == [*names, "tasks/sparse/rte/metrics/acc"]
+    names += ["seconds/permute", "sparsity/pattern", "tasks/sparse/rte/metrics/acc,none"]
+    names += ["tasks/sparse/rte/n", "tasks/sparse/rte/asked"]
+    assert sorted(figures) == sorted(f"record/{name}" for name in names)
 
 
 @contextmanager
@@ -230,6 +236,21 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
+def hparams(directory: Path) -> dict[str, Any]:
+    """Return the settings that TensorBoard has of a run."""
+    events_of = import_module("tensorboard.backend.event_processing.event_accumulator")
+    plugin = import_module("tensorboard.plugins.hparams.plugin_data_pb2")
+    settings: dict[str, Any] = {}
+    for file in (directory / "tensorboard").glob("events*"):
+        events = events_of.EventAccumulator(str(file))
+        events.Reload()
+        for metadata in events.summary_metadata.values():
+            data = plugin.HParamsPluginData.FromString(metadata.plugin_data.content)
+            for key, value in data.session_start_info.hparams.items():
+                settings[key] = getattr(value, value.WhichOneof("kind"))
+    return settings
+
+
 def mlflow_run(home: Path) -> tuple[Any, list[tuple[int, float]]]:
     """Return the only run of a folder, and its losses by epoch."""
     database = f"sqlite:///{home / 'mlflow.db'}"
@@ -252,9 +273,10 @@ def test_mlflow_has_tags_settings_curves_and_final_numbers(
     run, losses = mlflow_run(directory.parent)
     assert run.info.status == "FINISHED"
     tags = {"group": GROUP, "pruner": "wanda", "permutation": "lcp", "sparsity": "2:4"}
-    tags |= {"model": "tiny", "job_type": "learn", "config_hash": metrics["config_hash"]}
+    tags |= {"model": "tiny", "job_type": "learn"}
     assert run.data.tags.items() >= tags.items()
     parameters = {"block_size": "64", "pruner.name": "wanda", "seed": "0"}
+    parameters["record.config_hash"] = metrics["config_hash"]
     assert run.data.params.items() >= parameters.items()
     assert run.data.metrics.items() >= numbers_of(metrics).items()
     history = read_lines(directory / "history.jsonl")
@@ -274,7 +296,12 @@ def test_force_is_a_new_run_for_the_loggers(
     assert not (directory / "tensorboard" / "events").exists()
     found = scalars(directory)
     assert [step for step, _ in found["epoch/permutation/loss"]] == [1, 2, 3]
-    assert {"permutation/loss", "permutation/temperature", *numbers_of(metrics)} <= found.keys()
+    shown = {key for key in numbers_of(metrics) if not key.startswith("record/")}
+    curves = {"permutation/loss", "permutation/temperature"}
+    assert shown | curves <= found.keys()
+    assert not [key for key in found if key.startswith("record/")]
+    settings = hparams(directory)
+    assert (settings["block_size"], settings["pruner.name"], settings["seed"]) == (64, "wanda", 0)
     assert read_json(directory / "metrics.json")["status"] == "finished"
 
 
