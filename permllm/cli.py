@@ -251,8 +251,6 @@ def _job_of_sweep(composed: DictConfig) -> float:
     except InUseError as error:
         sweep.write_outcome("skipped", one_line(error))
     except Exception as error:
-        if is_first_rank():
-            print(f"{sweep.job_name()}: failed", file=sys.stderr)
         sweep.write_outcome("failed", tell(error))
     except BaseException as error:  # an interruption, or one rank that failed alone
         sweep.write_outcome("failed", one_line(error))

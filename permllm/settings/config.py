@@ -231,7 +231,7 @@ class EvaluationConfig:
 class LoggerConfig:
     """Group `logger`."""
 
-    name: Literal["auto", "wandb", "mlflow", "tensorboard", "none"]
+    name: Literal["auto", "wandb", "tensorboard", "none"]
     project: str = "permllm"
     group: str | None = None
 

@@ -1,18 +1,14 @@
-"""Loggers of a run: its file `run.log`, and Weights & Biases, MLflow or TensorBoard."""
+"""Loggers of a run: its file `run.log`, and Weights & Biases or TensorBoard."""
 
 import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from accelerate.state import PartialState
-from accelerate.tracking import MLflowTracker, TensorBoardTracker
-from filelock import FileLock
 
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.settings.composition import SWEEP_VARIABLE
@@ -34,13 +30,6 @@ _BOOKKEEPING = re.compile(r"model\.architecture\.|.*(_target_$|digest)")
 # Limits of W&B.
 _LONGEST_NAME = 128
 _LONGEST_TAG = 64
-_NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # characters that MLflow refuses
-# Without these MLflow sends data about its use, and waits minutes for a server that is down.
-_MLFLOW = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
 
 
 @contextmanager
@@ -124,44 +113,37 @@ class _WandB(RunLogger):
             self._run.log(named, step=self._row, commit=ends_row)
 
 
-class _Tracked(RunLogger):
-    """Run of a tracker of accelerate. After the first failure it logs nothing.
+class _TensorBoard(RunLogger):
+    """Curves in TensorBoard, and the settings with the final numbers.
 
-    Args:
-        tracker: the tracker, which logs curves.
-        final: function that logs the final numbers.
-        end: function that ends the run, with True if it failed.
+    After the first failure, of a disk for example, it logs nothing.
     """
 
-    def __init__(
-        self,
-        tracker: Any,
-        final: Callable[[dict[str, float]], None],
-        end: Callable[[bool], None],
-    ) -> None:
-        self._tracker = tracker
-        self._final = final
-        self._end = end
+    def __init__(self, writer: Any, settings: dict[str, Any]) -> None:
+        self._writer = writer
+        self._settings = settings
 
     def close(self, failed: bool) -> None:
-        with suppress(Exception):  # the server may be gone
-            self._end(failed)
+        with suppress(Exception):
+            self._writer.close()
 
     def _send(self, prefix: str, values: Mapping[str, Any], number: int | None) -> None:
-        if self._tracker is None:
+        if self._writer is None:
             return
         numbers = {
-            _NOT_IN_A_KEY.sub("_", f"{prefix}{key}"): value
+            f"{prefix}{key}": value
             for key, value in values.items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and not key.startswith(RECORD)
         }
         try:
             if number is None:
-                self._final(numbers)
+                self._writer.add_hparams(self._settings, numbers, run_name=".")
             else:
-                self._tracker.log(numbers, number)
-        except Exception as error:  # of a database, a connection, a disk
-            self._tracker = None
+                for name, value in numbers.items():
+                    self._writer.add_scalar(name, value, number)
+            self._writer.flush()
+        except Exception as error:
+            self._writer = None
             log.warning("the logger fails (%s): nothing more is logged", first_line(error))
 
 
@@ -171,11 +153,11 @@ def open_logger(config: RunConfig, directory: Path, learns: bool) -> Iterator[Ru
 
     `learns` tells if a method of the run trains.
     """
-    openers = {"mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
     logger = NO_LOGGER
     if config.logger.name != "none":
         run = described(config, directory, learns)
-        logger = openers.get(config.logger.name, _open_wandb)(config, directory, run)
+        opener = _open_tensorboard if config.logger.name == "tensorboard" else _open_wandb
+        logger = opener(config, directory, run)
     failed = True
     try:
         yield logger
@@ -185,7 +167,7 @@ def open_logger(config: RunConfig, directory: Path, learns: bool) -> Iterator[Ru
 
 
 def described(config: RunConfig, directory: Path, learns: bool) -> dict[str, Any]:
-    """Return a run's name in W&B and MLflow, its group, type of job, tags and settings."""
+    """Return a run's name in W&B, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     names = {group: getattr(config, group)["name"] for group in METHOD_GROUPS}
     tags = {group: name for group, name in names.items() if name != IDLE.get(group)}
@@ -246,52 +228,12 @@ def _open_wandb(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunL
 
 
 def _open_tensorboard(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunLogger:
-    PartialState(cpu=True)  # accelerate's trackers ask it if this is rank 0
-    tracker = TensorBoardTracker(TENSORBOARD, logging_dir=directory)
     try:
-        tracker.start()
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("logger=tensorboard needs: pip install -e '.[tensorboard]'") from error
-    hparams = {
+    settings = {
         key: value if isinstance(value, int | float | str) else str(value)
         for key, value in run["config"].items()
     }
-
-    def final(numbers: dict[str, float]) -> None:
-        shown = {key: value for key, value in numbers.items() if not key.startswith(RECORD)}
-        tracker.writer.add_hparams(hparams, shown, run_name=".")
-
-    return _Tracked(tracker, final, lambda failed: tracker.finish())
-
-
-def _open_mlflow(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunLogger:
-    """Open a run of MLflow, in `runs_dir/mlflow.db` or at `MLFLOW_TRACKING_URI`."""
-    os.environ.update(_MLFLOW | dict(os.environ))
-    home = Path(config.runs_dir).resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    tags = run["tags"] | {"group": run["group"] or "", "job_type": run["job_type"]}
-    for part in ("mlflow", "alembic"):  # they print a line for each table that they make
-        logging.getLogger(part).setLevel(logging.WARNING)
-    try:
-        import mlflow
-
-        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-        mlflow.set_tracking_uri(place)
-        PartialState(cpu=True)
-        # The folder stays empty. Without it MLflow makes one in the working directory.
-        artifacts = (home / "mlartifacts").as_uri()
-        tracker = MLflowTracker(config.logger.project, artifacts, tags=tags, run_name=run["name"])
-        with FileLock(home / ".mlflow.db.lock"):  # two jobs must not make the tables in parallel
-            tracker.start()
-        settings = {_NOT_IN_A_KEY.sub("_", key): str(value) for key, value in run["config"].items()}
-        tracker.store_init_configuration(settings)
-    except ModuleNotFoundError as error:
-        raise ConfigError("logger=mlflow needs: pip install -e '.[mlflow]'") from error
-    except Exception as error:  # of a database, a connection, MLflow
-        with suppress(Exception):  # a run that has begun would stop those of the next jobs
-            mlflow.end_run("FAILED")
-        log.warning("MLflow cannot be reached (%s): nothing is logged", first_line(error))
-        return NO_LOGGER
-    return _Tracked(
-        tracker, tracker.log, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED")
-    )
+    return _TensorBoard(SummaryWriter(directory / TENSORBOARD), settings)

@@ -121,7 +121,7 @@ def remove_outcome() -> None:
 
 
 def write_outcome(outcome: str, reason: str = "", directory: Path | None = None) -> None:
-    """Write the outcome of this job, in rank 0.
+    """Write the outcome of this job, in rank 0, and print that of a job without a result.
 
     The path of the run is relative, so that the sweep and its runs can be moved together.
     """
@@ -129,6 +129,8 @@ def write_outcome(outcome: str, reason: str = "", directory: Path | None = None)
         file = _outcome_file()
         relative = None if directory is None else os.path.relpath(directory, file.parents[1])
         write_json(file, asdict(Outcome(overrides(), outcome, reason, relative)))
+        if reason:
+            print(f"{job_name()}: {outcome}")
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:

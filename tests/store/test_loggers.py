@@ -1,4 +1,4 @@
-"""W&B, MLflow and TensorBoard: names, groups, curves and final numbers."""
+"""W&B and TensorBoard: names, groups, curves and final numbers."""
 
 from __future__ import annotations
 
@@ -251,38 +251,6 @@ def hparams(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def mlflow_run(home: Path) -> tuple[Any, list[tuple[int, float]]]:
-    """Return the only run of a folder, and its losses by epoch."""
-    database = f"sqlite:///{home / 'mlflow.db'}"
-    client = import_module("mlflow").MlflowClient(tracking_uri=database)
-    (experiment,) = [one for one in client.search_experiments() if one.name == "permllm"]
-    (run,) = client.search_runs([experiment.experiment_id])
-    points = client.get_metric_history(run.info.run_id, "epoch/permutation/loss")
-    return run, [(point.step, point.value) for point in points]
-
-
-def test_mlflow_has_tags_settings_curves_and_final_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    metrics, directory = run_with("mlflow", tmp_path / "runs")
-    assert not [*(tmp_path / "here").iterdir()]
-    run, losses = mlflow_run(directory.parent)
-    assert run.info.status == "FINISHED"
-    tags = {"group": GROUP, "pruner": "wanda", "permutation": "lcp", "sparsity": "2:4"}
-    tags |= {"model": "tiny", "job_type": "learn"}
-    assert run.data.tags.items() >= tags.items()
-    parameters = {"block_size": "64", "pruner.name": "wanda", "seed": "0"}
-    parameters["record.config_hash"] = metrics["config_hash"]
-    assert run.data.params.items() >= parameters.items()
-    assert run.data.metrics.items() >= numbers_of(metrics).items()
-    history = read_lines(directory / "history.jsonl")
-    assert losses == [(number, entry["loss"]) for number, entry in enumerate(history, 1)]
-
-
 def test_force_is_a_new_run_for_the_loggers(
     finished: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -305,29 +273,11 @@ def test_force_is_a_new_run_for_the_loggers(
     assert read_json(directory / "metrics.json")["status"] == "finished"
 
 
-def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(
+def test_a_logger_whose_package_is_not_there_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with suppress(ZeroDivisionError), attempt(tmp_path, "logger=mlflow") as logger:
-        logger.log("mask", {"loss": float("nan"), "flips": 0.5}, 0)
-        logger.summary({"tasks/x(y)/acc,none": 0.5, "text": "words"})
-        raise ZeroDivisionError
-    run, _ = mlflow_run(tmp_path)
-    assert run.info.status == "FAILED"
-    assert run.data.metrics.items() >= {"mask/flips": 0.5, "tasks/x_y_/acc_none": 0.5}.items()
-
-
-def test_without_mlflow_or_its_server_a_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with attempt(tmp_path, "logger=mlflow") as logger:  # a server that is down costs no result
-        logger.log("mask", {"loss": 1.0}, 0)
-    assert "MLflow cannot be reached" in caplog.text
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ConfigError, match="logger=mlflow"), attempt(tmp_path, "logger=mlflow"):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="logger=tens"), attempt(tmp_path, "logger=tensorboard"):
         pass
 
 
