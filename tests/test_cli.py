@@ -189,6 +189,13 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     assert "files " not in again.stdout
 
 
+def test_a_package_that_is_not_there_is_the_error(tmp_path: Path) -> None:
+    result = run_command(*TINY, "hydra.searchpath=[pkg://nowhere.conf]", cwd=tmp_path)
+    assert result.returncode == 1
+    (error,) = result.stderr.splitlines()
+    assert error.startswith("error: hydra.searchpath") and "nowhere.conf" in error
+
+
 def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
     quick = [*TINY, "permutation=none"]
     for name in ("run_dir", "hydra.run.dir"):

@@ -91,12 +91,13 @@ def _of_jobs(hydra_config: Any) -> str:
     words = [f"{name}={values}" for name, values in (sweeper.params or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     settings = parser.parse_overrides([*words, *hydra_config.overrides.task])
-    counts = {
-        setting.key_or_group: len([*setting.sweep_string_iterator()])
-        for setting in settings
+    last = {setting.key_or_group: setting for setting in settings}
+    counts = [
+        len([*setting.sweep_string_iterator()])
+        for setting in last.values()
         if setting.is_sweep_override()
-    }
-    return f" of {math.prod(counts.values())}"
+    ]
+    return f" of {math.prod(counts)}"
 
 
 def job_name() -> str:
