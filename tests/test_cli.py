@@ -193,7 +193,8 @@ def test_a_package_that_is_not_there_is_the_error(tmp_path: Path) -> None:
     result = run_command(*TINY, "hydra.searchpath=[pkg://nowhere.conf]", cwd=tmp_path)
     assert result.returncode == 1
     (error,) = result.stderr.splitlines()
-    assert error.startswith("error: hydra.searchpath") and "nowhere.conf" in error
+    assert error.startswith("error: hydra.searchpath")
+    assert "nowhere.conf" in error
 
 
 def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
