@@ -69,7 +69,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 @functools.cache
 def _of_option(option: str) -> dict[str, Any]:
-    config = read_config(composition.composed(["model=tiny", option]))
+    config = read_config(composition.composed(["model=tiny-random", option]))
     return dict(getattr(config, option.partition("=")[0]))
 
 
@@ -106,7 +106,9 @@ def identities(groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
 
 @functools.cache
 def _settings() -> RunConfig:
-    return read_config(composed("model=tiny", "calibration.samples=6", "calibration.batch_size=4"))
+    return read_config(
+        composed("model=tiny-random", "calibration.samples=6", "calibration.batch_size=4")
+    )
 
 
 def pruned(model: Any, pruner: Pruner, permutation: Any = None, **more: Any) -> PrunedModel:

@@ -25,7 +25,7 @@ from permllm.store.files import write_text
 from tests.conftest import run_command, run_python, tiny_model
 from tests.settings.test_config import composed
 
-TINY = ("model=tiny", "logger=none")
+TINY = ("model=tiny-random", "logger=none")
 
 
 def test_a_command_does_not_print_the_warnings_of_torchao(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def only_run(cwd: Path) -> Path:
 
 
 def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> None:
-    first = run_command("model=tiny", cwd=tmp_path, fresh=True, NETRC=os.devnull)
+    first = run_command("model=tiny-random", cwd=tmp_path, fresh=True, NETRC=os.devnull)
     assert first.returncode == 0, first.stderr
     directory = only_run(tmp_path)
     assert str(directory.relative_to(tmp_path)) in first.stdout
@@ -162,7 +162,7 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
     # A checkout with changes has no cache.
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"runs"}
     written = (directory / "metrics.json").read_text()
-    assert "is finished already" in run_command("model=tiny", cwd=tmp_path).stderr
+    assert "is finished already" in run_command("model=tiny-random", cwd=tmp_path).stderr
     assert (directory / "metrics.json").read_text() == written
 
 
@@ -175,8 +175,8 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     assert error.startswith("error: block_size=30 is not a multiple of M = 4")
     assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
     for words in (
-        "job 1 of 3: model=tiny logger=none block_size=16: builtin perplexity (window 64) ",
-        "job 2 of 3: model=tiny logger=none block_size=30: failed\n",
+        "job 1 of 3: model=tiny-random logger=none block_size=16: builtin perplexity (window 64) ",
+        "job 2 of 3: model=tiny-random logger=none block_size=30: failed\n",
         "block_size=16 │",
         "block_size=32 │",
         "failed block_size=30: ",
@@ -185,7 +185,7 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
         assert words in result.stdout
     again = run_command("-m", *TINY, "block_size=16,30,32", cwd=tmp_path)
     assert "2 skipped, 1 failed" in again.stdout
-    assert "job 3 of 3: model=tiny logger=none block_size=32 (skipped): " in again.stdout
+    assert "job 3 of 3: model=tiny-random logger=none block_size=32 (skipped): " in again.stdout
     assert "files " not in again.stdout
 
 
@@ -204,7 +204,7 @@ def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "metrics.json").read_text())["status"] == "finished"
     several = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=many", cwd=tmp_path)
     assert several.returncode == 0, several.stderr
-    assert len(list((tmp_path / "many").glob("tiny-wanda-none-2x4-*/metrics.json"))) == 2
+    assert len(list((tmp_path / "many").glob("tiny-random-wanda-none-2x4-*/metrics.json"))) == 2
     by_number = ["hydra.sweep.dir=named", "hydra.sweep.subdir=${hydra:job.num}"]
     named = run_command("-m", *quick, "seed=0,1", *by_number, cwd=tmp_path)
     assert named.returncode == 0, named.stderr

@@ -29,7 +29,12 @@ SHAPES = ((300, 64), (9, 24))  # of blocks
 
 def run(directory: Path, *overrides: str) -> list[float]:
     """Return the loss of each epoch of learning."""
-    settings = ("model=tiny", "logger=none", "permutation.compile=true", f"run_dir={directory}")
+    settings = (
+        "model=tiny-random",
+        "logger=none",
+        "permutation.compile=true",
+        f"run_dir={directory}",
+    )
     assert job.run(read_config(composed(*settings, *overrides))) is not None
     return [line["loss"] for line in read_lines(directory / "history.jsonl")]
 

@@ -42,7 +42,7 @@ TENSORS = ("permutations.safetensors", "masks.safetensors")
 
 
 def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
-    words = ("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)
+    words = ("model=tiny-random", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)
     result = job.run(read_config(composed(*words)))
     assert result is not None
     return result.metrics, result.directory
@@ -87,7 +87,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     assert phases <= set(metrics["seconds"])
     assert (directory / "weights").is_dir() == (pruner == "sparsegpt")
 
-    config = read_config(composed("model=tiny"))
+    config = read_config(composed("model=tiny-random"))
     loaded = load_model(config.model, config.seed)
     model = loaded.model
     apply_record(model, loaded.identity, directory)
@@ -157,7 +157,7 @@ def test_the_learned_order_serves_another_pruner(
 
 def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
-    config = read_config(composed("model=tiny"))
+    config = read_config(composed("model=tiny-random"))
     with pytest.raises(DataError, match="save_weights=false"):
         apply_record(load_model(config.model, 0).model, metrics["model"], directory)
     with pytest.raises(DataError, match="was pruned from random:"):
@@ -172,14 +172,14 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     held_out = f"evaluation.perplexity.data_files={tmp_path}/held-out.txt"
     metrics, _ = run(tmp_path, *settings, held_out)
     assert set(metrics["perplexity"]["sparse"]) == {"held-out"}
-    before = read_config(composed("model=tiny", *settings)).hash
+    before = read_config(composed("model=tiny-random", *settings)).hash
     (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
     for name in ("mine", "copy"):
         with pytest.raises(ConfigError, match=f"evaluation.*{name}.txt"):
             run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
     # Another content is another run.
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation().upper())
-    assert read_config(composed("model=tiny", *settings)).hash != before
+    assert read_config(composed("model=tiny-random", *settings)).hash != before
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
 )
 def test_last_layers_that_all_stay_dense_are_refused(group: str, words: list[str]) -> None:
     words = [*words, f"{group}.last_layers=1", "keep_dense=[-1]"]
-    config = read_config(composed("model=tiny", *words))
+    config = read_config(composed("model=tiny-random", *words))
     with pytest.raises(ConfigError, match=f"{group}.last_layers=1"):
         checked_groups(config, methods_of(config), meta_model(config.model))
 

@@ -68,7 +68,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
 
 
 def settings_of(*overrides: str) -> RunConfig:
-    return config(SEARCH, "model=tiny", "logger=none", *overrides)
+    return config(SEARCH, "model=tiny-random", "logger=none", *overrides)
 
 
 def run(*overrides: str) -> tuple[dict[str, Any], Path]:
@@ -257,7 +257,7 @@ def test_a_class_that_is_no_pruner_is_an_error_of_its_option(
 
 
 def test_python_finds_options_of_a_package(package: Path) -> None:
-    loaded = load_model(config("model=tiny").model, 0)
+    loaded = load_model(config("model=tiny-random").model, 0)
     settings: dict[str, Any] = {"pruner": "peak", "permutation": "spread"}
     settings |= {"searchpath": ["pkg://mypackage.conf"]}
     few: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16}

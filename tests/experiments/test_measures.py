@@ -84,7 +84,7 @@ def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any]
 
 def test_figure_1_keeps_a_record_and_a_picture(tmp_path: Path) -> None:
     few = ("measure.random=5", "measure.swaps=40", "measure.trace=4")
-    found, shown = measured("figure1", tmp_path, "model=tiny", *few)
+    found, shown = measured("figure1", tmp_path, "model=tiny-random", *few)
     assert "| heuristic |" in shown
     assert len(found["points"]) == 2 + 5 + 5 + 4 + 4 + 4
     by_name = {point["order"]: point for point in found["points"]}
@@ -103,14 +103,16 @@ def test_table_3_needs_no_weights(tmp_path: Path) -> None:
 def test_a_step_of_lcp_is_timed_beside_plain_training_and_dense_matrices(tmp_path: Path) -> None:
     small = ["measure.tokens=[128]", "measure.block_sizes=[16]", "measure.repeats=1"]
     small += ["measure.heuristic_channels=64"]
-    found, shown = measured("lcp_speed", tmp_path, "model=tiny", "compute_dtype=float32", *small)
+    found, shown = measured(
+        "lcp_speed", tmp_path, "model=tiny-random", "compute_dtype=float32", *small
+    )
     (row,) = found["rows"]
     asked = (row["shape"], row["tokens"], row["block_size"], row["compute_dtype"])
-    assert asked == ("tiny", 128, 16, "float32")
+    assert asked == ("tiny-random", 128, 16, "float32")
     assert row["lcp_over_plain"] == row["lcp_s"] / row["plain_s"]
     # The loop over groups is a formula of its own.
     assert found["heuristic"]["relative_difference"] < 1e-5
-    assert "| tiny | 128 | 16 | float32 |" in shown
+    assert "| tiny-random | 128 | 16 | float32 |" in shown
 
 
 def test_a_record_is_added_to_others(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_hub_reads_the_base_model_and_the_licence(model: str, tmp_path: Path
 
 
 def test_names_of_a_stranger_are_no_markup() -> None:
-    resolved = config("model=tiny").resolved
+    resolved = config("model=tiny-random").resolved
     resolved["model"]["name"] = "<img src=x>"
     metrics: dict[str, Any] = {"name": "x", "config_hash": "0"}
     text = {"value": 2.0, "window": 64, "tokens": 63}

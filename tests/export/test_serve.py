@@ -198,7 +198,7 @@ def test_a_job_that_cannot_be_served_is_refused_before_it_begins(
     changed: str, cache: Path, tmp_path: Path
 ) -> None:
     words = ["permutation=none", "export=folded", "export.dtype=bfloat16", "export.serve=vllm"]
-    settings = composed("model=tiny", f"run_dir={tmp_path / 'run'}", *words, changed)
+    settings = composed("model=tiny-random", f"run_dir={tmp_path / 'run'}", *words, changed)
     with pytest.raises(ConfigError, match="export"):
         run(read_config(settings))
     assert not (tmp_path / "run").exists()

@@ -42,7 +42,7 @@ def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(
     words = ("permutation=none", "mask=lowrank", *LEARNING, "export=folded")
     metrics, directory = run(tmp_path, *words)
     assert read_json(directory / "metrics.json") == metrics
-    assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
+    assert directory.name.startswith("tiny-random-wanda-none-lowrank-2x4-")
     assert metrics["seconds"]["mask"] > 0
     assert verify(directory / "export")["passed"]
     assert [line["mask_flips"] > 0 for line in read_lines(directory / "history.jsonl")] == [True]
@@ -116,7 +116,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     words = ["mask=score", "reconstruction=distill", *LEARNING, "calibration.samples=8"]
     words += ["compute_dtype=float32", "permutation.samples=4", "mask.samples=10"]
     words += ["reconstruction.skip=6", "reconstruction.samples=4"]
-    settings = config("model=tiny", *words)
+    settings = config("model=tiny-random", *words)
     loaded = load_model(settings.model, settings.seed)
     text = calibration_text(settings.calibration)
     drawn = calibration_windows(

@@ -81,7 +81,7 @@ def test_it_is_what_one_process_makes_of_the_model(
 
 
 def test_settings_that_sharding_cannot_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("model=tiny", "logger=none", "permutation=none", "model.placement=sharded")
+    words = ("model=tiny-random", "logger=none", "permutation=none", "model.placement=sharded")
     with pytest.raises(ConfigError, match=r"^model\.placement=sharded needs several processes"):
         methods_of(config(*words))
     monkeypatch.setattr(parallel, "world_size", lambda: 2)

@@ -443,4 +443,4 @@ def test_the_norms_of_our_recipe_have_no_number_of_tokens() -> None:
     with pytest.raises(ConfigError, match="norm_tokens"):
         lcp(norm_tokens=8)
     with pytest.raises(ConfigError, match=r"permutation\.norm_tokens: permutation=lcp "):
-        composed(["model=tiny", "permutation=lcp", "permutation.norm_tokens=8"])
+        composed(["model=tiny-random", "permutation=lcp", "permutation.norm_tokens=8"])

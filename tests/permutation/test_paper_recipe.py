@@ -122,7 +122,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
     words = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.epochs={EPOCHS}"]
     words += [f"block_size={BLOCK}", "permutation.batch_size=3", f"pruner={pruner}"]
     words += [f"permutation.norm_tokens={norm_tokens or 'null'}"]
-    settings = config("model=tiny", "permutation=lcp-paper", *words)
+    settings = config("model=tiny-random", "permutation=lcp-paper", *words)
     method: LCP = instantiate("permutation", settings.permutation)
     model = tiny_model("llama", dtype=torch.float64)
     problem = learning(model, settings)

@@ -58,9 +58,9 @@ def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(places, "available_host_memory", lambda: 0)
-    distilled = planned("model=tiny", "reconstruction=distill", device="cpu")
+    distilled = planned("model=tiny-random", "reconstruction=distill", device="cpu")
     assert placement_for(distilled) == "device"
-    assert placement_for(planned("model=tiny", device="cpu")) == "host"
+    assert placement_for(planned("model=tiny-random", device="cpu")) == "host"
 
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_processes_share_the_windows_of_calibration_pruning_and_evaluation(
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
-    words = ("model=tiny", "permutation=none", "evaluation.perplexity.limit=1000")
+    words = ("model=tiny-random", "permutation=none", "evaluation.perplexity.limit=1000")
     made = planned(*words, device="cpu")
     states = 1000 * made.config.evaluation.perplexity.seqlen * made.model.config.hidden_size * 4
     assert made.needs("host").host >= states > made.needs("device").host
@@ -129,7 +129,7 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
     words += ("evaluation.tasks=[rte]", "evaluation.perplexity.batch_tokens=256")
     assert beside_weights("evaluate sparse", *words) == 8 * 512 * 152064 * 2 * 2
     # Logits of a batch, and those of a window in float32 with their logarithms.
-    words = ("model=tiny", "permutation=none", "model.dtype=bfloat16")
+    words = ("model=tiny-random", "permutation=none", "model.dtype=bfloat16")
     words += ("evaluation.perplexity.batch_tokens=2048", "evaluation.perplexity.seqlen=1024")
     assert beside_weights("evaluate sparse", *words) == (2048 * 2 + 1024 * 8) * 259
 
@@ -143,7 +143,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
     words = [f"model.architecture.{key}={value}" for key, value in sizes.items()]
-    made = run_python("scripts/random_checkpoint.py", str(folder), "model=tiny", *words, cwd=ROOT)
+    made = run_python(
+        "scripts/random_checkpoint.py", str(folder), "model=tiny-random", *words, cwd=ROOT
+    )
     assert made.returncode == 0, made.stderr
     return folder
 

@@ -38,7 +38,7 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(
 def test_a_plan_in_which_nothing_fits_has_no_minutes_and_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config("model=tiny", "plan=true")
+    settings = config("model=tiny-random", "plan=true")
     assert job.run(settings) is None
     printed = capsys.readouterr().out
     assert "device (chosen)" in printed
@@ -56,8 +56,8 @@ def test_a_plan_in_which_nothing_fits_has_no_minutes_and_is_an_error(
 
 def test_a_card_is_for_a_plan_alone() -> None:
     with pytest.raises(ConfigError, match="plan_on=h100"):
-        config("model=tiny", "plan_on=h100")
-    settings = composed("model=tiny", "plan=true", "plan_on=h100")
+        config("model=tiny-random", "plan_on=h100")
+    settings = composed("model=tiny-random", "plan=true", "plan_on=h100")
     for settings.plan_on in CARDS:
         assert read_config(settings).plan_on == settings.plan_on
 

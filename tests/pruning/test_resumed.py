@@ -55,7 +55,7 @@ def attempt(
     if method == "dense":
         factors = calibrate_dense(model, channel_groups(model), tokens(), pruner, 4).factors
     if directory is not None:
-        record = RunDirectory(directory, config("model=tiny"))
+        record = RunDirectory(directory, config("model=tiny-random"))
     record.metrics["status"] = "running"
     reconstruction = OBS(0.01) if method == "obs" else None
     more = {"reconstruction": reconstruction, "record": record}

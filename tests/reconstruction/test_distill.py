@@ -98,7 +98,7 @@ def distilled(directory: Path | None = None, **settings: Any) -> dict[str, Tenso
     """Return the weights of a model that is pruned and distilled, in a run directory if given."""
     model, record = tiny_model("llama"), Record()
     if directory is not None:
-        record = RunDirectory(directory, config("model=tiny"))
+        record = RunDirectory(directory, config("model=tiny-random"))
     record.metrics["status"] = "running"
     usual = {"epochs": 2, "batch_size": 2, "samples": 10, "learning_rate": 0.003}
     made = method("reconstruction=distill", **usual | settings)
@@ -166,7 +166,7 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str) -> None:
 
 
 def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> None:
-    words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16")
+    words = ("model=tiny-random", "calibration.samples=4", "calibration.seqlen=16")
     words += ("reconstruction=distill",)
     whole, asked = config(*words), config(*words, "reconstruction.samples=7")
     for word, further in (("samples=7", 3), ("samples=2", 0), ("samples=null", 0), ("skip=4", 4)):

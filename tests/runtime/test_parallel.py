@@ -27,7 +27,7 @@ from permllm.training import trainer as training
 from tests.conftest import ROOT, run_command
 from tests.settings.test_config import config
 
-TINY = ("model=tiny", "model.dtype=float64", "logger=none")
+TINY = ("model=tiny-random", "model.dtype=float64", "logger=none")
 # Batches of 4, 4, 4 and 3 samples: unequal shares.
 LCP = (*TINY, "calibration.samples=15", "permutation.epochs=2", "permutation.learning_rate=0.05")
 
@@ -123,7 +123,13 @@ def test_ranks_that_share_the_windows_make_what_one_process_makes(
     processes: int, method: tuple[str, ...], cache: Path, tmp_path: Path
 ) -> None:
     # Rounding to bfloat16 would make a larger difference of a small one.
-    words = ("model=tiny", "compute_dtype=float32", "logger=none", "permutation=heuristic", *method)
+    words = (
+        "model=tiny-random",
+        "compute_dtype=float32",
+        "logger=none",
+        "permutation=heuristic",
+        *method,
+    )
     job.run(config(*words, f"run_dir={tmp_path / 'alone'}"))
     done = ranks(tmp_path, *words, "run_dir=run", processes=processes)
     assert [one.returncode for one in done] == [0] * processes, done

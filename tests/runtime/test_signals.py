@@ -27,7 +27,7 @@ from permllm.settings.config import read_config
 from tests.conftest import ROOT
 from tests.settings.test_config import composed
 
-QUICK = ("model=tiny", "logger=none", "calibration.samples=4", "calibration.seqlen=16")
+QUICK = ("model=tiny-random", "logger=none", "calibration.samples=4", "calibration.seqlen=16")
 QUICK += ("evaluation.perplexity.limit=1",)
 
 

@@ -17,7 +17,7 @@ from permllm.store.sweep import read_outcomes
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
-TINY = ("model=tiny", "logger=none", "permutation.epochs=1", "evaluation.perplexity.limit=2")
+TINY = ("model=tiny-random", "logger=none", "permutation.epochs=1", "evaluation.perplexity.limit=2")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ SCRIPT = "scripts/random_checkpoint.py"
 
 
 def written(folder: Path, *words: str) -> Path:
-    done = run_python(SCRIPT, str(folder), "model=tiny", *words, cwd=ROOT)
+    done = run_python(SCRIPT, str(folder), "model=tiny-random", *words, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -46,5 +46,5 @@ def test_its_tokenizer_has_a_token_for_each_byte_in_any_class(tmp_path: Path, fa
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
-    found = run_python(SCRIPT, str(tmp_path), "model=tiny", cwd=ROOT)
+    found = run_python(SCRIPT, str(tmp_path), "model=tiny-random", cwd=ROOT)
     assert found.stderr == f"{tmp_path} is not empty\n"

@@ -116,7 +116,7 @@ def test_every_command_in_the_documents_composes() -> None:
 def test_the_yaml_of_a_method_has_all_settings_of_its_class(group: str) -> None:
     for option in (file.stem for file in (CONF / group).glob("[!_]*.yaml")):
         words = ("permutation.path=x",) if option == "from_file" else ()
-        settings = getattr(config("model=tiny", f"{group}={option}", *words), group)
+        settings = getattr(config("model=tiny-random", f"{group}={option}", *words), group)
         target = settings["_target_"]
         kind = get_class(target) if target else None  # the method of an idle option is None
         names = {one.name for one in fields(kind)} if is_dataclass(kind) else set()
@@ -127,7 +127,7 @@ def test_the_yaml_of_a_method_has_all_settings_of_its_class(group: str) -> None:
 
 def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> None:
     words = ("calibration=text", "evaluation=held-out", "calibration.data_files=x", "logger=wandb")
-    settings = config("model=tiny", *words)
+    settings = config("model=tiny-random", *words)
     named = {"name", "source", "architecture", "dataset", "data_files"}
     groups = [settings.model, settings.calibration, settings.logger, settings.export]
     groups += [settings.paths, settings.evaluation.lm_eval]
@@ -141,10 +141,10 @@ def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> Non
 # Words of a command, and some of the settings that they give. Explicit choices win over the texts
 # of a model, the recipe and amounts of a protocol, and those of a budget.
 CHOICES = """
-model=tiny -> calibration.dataset: builtin, evaluation.tasks: null, permutation.steps: null
-model=tiny calibration=c4 -> calibration.dataset: c4
-model=tiny evaluation.tasks=[piqa] -> evaluation.tasks.piqa.limit: null
-model=tiny protocol=paper calibration=builtin -> calibration.dataset: builtin
+model=tiny-random -> calibration.dataset: builtin, evaluation.tasks: null, permutation.steps: null
+model=tiny-random calibration=c4 -> calibration.dataset: c4
+model=tiny-random evaluation.tasks=[piqa] -> evaluation.tasks.piqa.limit: null
+model=tiny-random protocol=paper calibration=builtin -> calibration.dataset: builtin
 model=qwen2.5-7b -> calibration.dataset: c4, evaluation.perplexity.dataset: wikitext2
 model=qwen2.5-7b -> calibration.samples: 128, calibration.seqlen: 1024, permutation.epochs: 3
 model=qwen2.5-7b -> evaluation.perplexity.seqlen: 2048
@@ -182,7 +182,9 @@ protocol=paper method=wanda allocation=sensitive -> calibration.statistics: dens
     ("words", "given"), [line.split(" -> ") for line in CHOICES.strip().splitlines()]
 )
 def test_choices_give_settings_and_explicit_ones_win(words: str, given: str) -> None:
-    words = words.replace("AMOUNTS", "model=tiny budget.steps=40 budget.learning_windows=160")
+    words = words.replace(
+        "AMOUNTS", "model=tiny-random budget.steps=40 budget.learning_windows=160"
+    )
     for model in ("tiny", "smollm2-135m", "llama-2-7b") if "MODEL" in words else ("",):
         settings = config(*words.replace("MODEL", model).split())
         methods_of(settings)
@@ -229,7 +231,7 @@ def test_an_amount_of_a_budget_is_a_count(amount: str) -> None:
 )
 def test_an_amount_that_is_typed_and_not_read_is_refused(words: str, unread: str | None) -> None:
     typed = words.split()
-    settings = composed("model=tiny", *typed)
+    settings = composed("model=tiny-random", *typed)
     refused = nullcontext() if unread is None else pytest.raises(ConfigError, match=f"^{unread}: ")
     with refused:
         check_amounts(typed, settings, read_config(settings))
@@ -279,7 +281,7 @@ UNUSED = ("block_size=32", "temperature=cosine")
     ],
 )  # fmt: skip
 def test_identity_is_what_changes_a_pruned_model(words: str, others: str, same: bool) -> None:
-    one, other = (config("model=tiny", *text.split()) for text in (words, others))
+    one, other = (config("model=tiny-random", *text.split()) for text in (words, others))
     assert (one.hash == other.hash) == same
 
 
@@ -291,7 +293,7 @@ def test_defaults_that_were_written_otherwise_before_keep_the_identity() -> None
         ("permutation=lcp-paper", {"select_from": 1}),
         ("permutation=lcp-paper permutation.norm_tokens=64", {"norm_tokens": 64}),
     ):
-        identity = config("model=tiny", *words.split()).identity["permutation"]
+        identity = config("model=tiny-random", *words.split()).identity["permutation"]
         assert identity.items() >= settings.items()
         assert ("norm_tokens" in identity) == ("norm_tokens" in settings)
 
@@ -308,11 +310,11 @@ def test_the_place_of_a_file_makes_no_other_run(tmp_path: Path) -> None:
 
 
 def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> None:
-    base = config("model=tiny").evaluation_identity
+    base = config("model=tiny-random").evaluation_identity
     assert "tasks" not in base
     same = ["evaluation.perplexity.dataset=[builtin]", "evaluation.perplexity.batch_tokens=1"]
     batches = [*same, "evaluation.lm_eval.batch_size=1"]
-    assert config("model=tiny", *batches).evaluation_identity == base
+    assert config("model=tiny-random", *batches).evaluation_identity == base
     asked = [["evaluation.tasks=[rte]", *more] for more in ([], ["evaluation.lm_eval.limit=2"])]
     asked += [["evaluation.tasks=[rte]", "evaluation.lm_eval.add_bos_token=false"]]
     asked += [[f"evaluation.tasks={{rte: {{{own}}}}}"] for own in ("limit: 9", "num_fewshot: 5")]
@@ -321,7 +323,7 @@ def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> Non
     for name in ("one", "two"):
         (tmp_path / name).write_text(name)
         asked.append([f"evaluation.perplexity.data_files={tmp_path / name}"])
-    found = [base, *(config("model=tiny", *one).evaluation_identity for one in asked)]
+    found = [base, *(config("model=tiny-random", *one).evaluation_identity for one in asked)]
     assert len({digest_of(evaluation) for evaluation in found}) == len(found)
 
 
@@ -341,13 +343,13 @@ def test_terms_must_be_accepted_and_change_no_run() -> None:
 
 
 def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
-    words = ("model=tiny", "evaluation.tasks=[rte]")
+    words = ("model=tiny-random", "evaluation.tasks=[rte]")
     with_bos, without = (config(*words, f"model.bos={bos}") for bos in ("true", "false"))
     usual = without.evaluation_identity
     assert with_bos.evaluation_identity["perplexity"] == usual["perplexity"] | {"bos": True}
     tasks = {"rte": usual["tasks"]["rte"] | {"add_bos_token": True}}
     assert with_bos.evaluation_identity["tasks"] == tasks
-    chosen = config("model=tiny", "model.bos=true", "evaluation.lm_eval.add_bos_token=false")
+    chosen = config("model=tiny-random", "model.bos=true", "evaluation.lm_eval.add_bos_token=false")
     assert chosen.evaluation.lm_eval.add_bos_token is False
 
 

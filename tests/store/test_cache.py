@@ -98,7 +98,9 @@ def test_a_run_records_whether_the_cache_had_its_results_when_it_began(cache: Pa
     loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
 
     def recorded(pruner: str, record: Record) -> dict[str, bool]:
-        settings = config("model=tiny", f"pruner={pruner}", f"calibration.samples={len(TOKENS)}")
+        settings = config(
+            "model=tiny-random", f"pruner={pruner}", f"calibration.samples={len(TOKENS)}"
+        )
         methods = methods_of(settings)
         groups = checked_groups(settings, methods, loaded.model)
         calibrate(Job(settings, methods, record, NO_LOGGER, loaded, groups, torch.float32), TOKENS)
@@ -120,7 +122,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
 
     def share(pruner: str, tokens: Tensor = TOKENS, *words: str) -> DenseCalibration:
         samples = f"calibration.samples={len(tokens)}"
-        settings = config("model=tiny", f"pruner={pruner}", samples, *words)
+        settings = config("model=tiny-random", f"pruner={pruner}", samples, *words)
         methods = methods_of(settings)
         groups = checked_groups(settings, methods, loaded.model)
         job = Job(settings, methods, Record(), NO_LOGGER, loaded, groups, torch.float32)

@@ -30,8 +30,8 @@ from permllm.store.files import read_json, read_lines, read_yaml
 from tests.settings.test_config import composed
 
 SMALL = (
-    "model=tiny logger=none calibration.samples=4 calibration.seqlen=16 calibration.batch_size=4 "
-    "evaluation.perplexity.limit=2"
+    "model=tiny-random logger=none calibration.samples=4 calibration.seqlen=16 "
+    "calibration.batch_size=4 evaluation.perplexity.limit=2"
 )
 LEARNED = ("permutation=lcp", "permutation.epochs=3", "permutation.batch_size=2")
 EVERYTHING = (*LEARNED, "mask=score", "mask.epochs=2", "reconstruction=distill")

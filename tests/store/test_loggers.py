@@ -52,7 +52,12 @@ def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def run_with(logger: str, folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
-    settings = ("model=tiny", "permutation.epochs=3", f"runs_dir={folder}", f"logger={logger}")
+    settings = (
+        "model=tiny-random",
+        "permutation.epochs=3",
+        f"runs_dir={folder}",
+        f"logger={logger}",
+    )
     result = job.run(read_config(composed(*settings, *words)))
     assert result is not None
     return result.metrics, result.directory
@@ -72,7 +77,7 @@ def test_wandb_has_the_curves_and_final_numbers(finished: tuple[dict[str, Any], 
     (of_run,) = offline_runs(directory.parent)
     head = header(of_run)
     assert (head["project"], head["job_type"], head["run_group"]) == ("permllm", "learn", GROUP)
-    assert head["tags"] == ["wanda", "lcp", "2:4", "tiny"]
+    assert head["tags"] == ["wanda", "lcp", "2:4", "tiny-random"]
     config = head["config"]["update"]
     assert (directory / WANDB_ID).read_text().strip() == head["run_id"]
     assert config["record.run_directory"] == str(directory)
@@ -127,7 +132,9 @@ def test_a_summary_begins_with_what_a_person_wants() -> None:
 @contextmanager
 def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
     """Open the logger of a job in `folder`/run."""
-    config = read_config(composed("model=tiny", "logger=wandb", f"runs_dir={folder}", *overrides))
+    config = read_config(
+        composed("model=tiny-random", "logger=wandb", f"runs_dir={folder}", *overrides)
+    )
     with open_logger(config, folder / "run", True) as logger:
         yield logger
 
@@ -208,15 +215,15 @@ def test_rows_that_wandb_has_are_not_sent_again(
 
 
 def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = [["model=tiny"], ["model=tiny", "logger.group=mine"]]
+    settings = [["model=tiny-random"], ["model=tiny-random", "logger.group=mine"]]
     single, asked = (read_config(composed(*words)) for words in settings)
     monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
     assert described(single, Path("y"), False)["group"] is None
     monkeypatch.setenv("PERMLLM_SWEEP", GROUP)
     assert [described(one, Path("y"), False)["group"] for one in (single, asked)] == [GROUP, "mine"]
     words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
-    deploy = described(read_config(composed("model=tiny", "method=deploy")), Path("y"), True)
-    tags = ["wanda", "sensitive", "heuristic", "distill", "2:4", "tiny"]
+    deploy = described(read_config(composed("model=tiny-random", "method=deploy")), Path("y"), True)
+    tags = ["wanda", "sensitive", "heuristic", "distill", "2:4", "tiny-random"]
     assert [*deploy["tags"].values()] == tags
     for typed, name in (
         ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),

@@ -25,7 +25,7 @@ from permllm.store.files import read_json
 from permllm.store.sweep import Outcome, read_outcomes
 from tests.conftest import ROOT, run_command
 
-TINY = ("model=tiny", "logger=none")
+TINY = ("model=tiny-random", "logger=none")
 PERMUTATIONS = len([*(ROOT / "conf" / "permutation").glob("*.yaml")])
 
 
@@ -38,7 +38,9 @@ def before_its_jobs(*words: str, given: tuple[str, ...] = (), **swept: str) -> s
         swept: `hydra.sweeper.params`.
     """
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["model=tiny", *given], return_hydra_config=True)
+        config = compose(
+            "config", overrides=["model=tiny-random", *given], return_hydra_config=True
+        )
         config.hydra.overrides.task = list(words)
         names = [word[11:] for word in words if word.startswith("experiment=")]
         config.hydra.runtime.choices.experiment = names[0] if names else None
