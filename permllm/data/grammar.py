@@ -48,11 +48,11 @@ def stories(seed: str, count: int) -> list[str]:
 def _story(generator: random.Random) -> str:
     words = {part: text.split() for part, text in WORDS.items()}
     words["who"] = words["animal"] + words["person"]
-    kept = {part: generator.choice(choices) for part, choices in words.items()}
+    fixed = {part: generator.choice(choices) for part, choices in words.items()}
 
     def word(match: re.Match[str]) -> str:
-        part, is_kept = match.groups()
-        return kept[part] if is_kept else generator.choice(words[part])
+        part, is_fixed = match.groups()
+        return fixed[part] if is_fixed else generator.choice(words[part])
 
     patterns = generator.choices(SENTENCES, k=SENTENCES_IN_A_STORY)
     return re.sub(r"\{([a-z]+)(1?)\}", word, " ".join(pattern.strip() for pattern in patterns))

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from permllm.settings.config import IDLE, flatten
+from permllm.settings.config import IDLE
+from permllm.settings.values import flatten
 from permllm.store.files import RECORD
 
 # Identity of the windows of a text or the items of a task, which is equal if two runs were measured

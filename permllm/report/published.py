@@ -8,7 +8,7 @@ import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.report.metrics import FP8, Metric, method_of, setting_text
-from permllm.settings.config import flatten
+from permllm.settings.values import flatten
 
 # The paper's tables.
 TABLES = [f"table{number}" for number in range(1, 9)]

@@ -16,9 +16,10 @@ from permllm.report.metrics import (
     run_metrics,
     setting_text,
 )
-from permllm.settings.config import flatten, identity_of
+from permllm.settings.config import identity_of
 from permllm.settings.identity import is_task_file, with_names
 from permllm.settings.options import set_by_method
+from permllm.settings.values import flatten
 from permllm.store.files import (
     CONFIG,
     ENVIRONMENT,
@@ -87,11 +88,6 @@ class Run:
         self.minutes = pruning_minutes(self.metrics["seconds"])
         model = str(self.config["model"]["name"])
         self.results = run_metrics(self.metrics, self.evaluations, model)
-
-    @property
-    def threads(self) -> str:
-        """Return the number of threads; empty: not known."""
-        return str(self.environment.get("hardware", {}).get("threads", ""))
 
     def key(self, *spared: str) -> str:
         """Return a text that is equal for runs with the same identity but for `spared` settings."""

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from permllm.command import terminal
 from permllm.report.compare import paired
 from permllm.report.gaps import GAP
-from permllm.report.metrics import AVERAGE, SECONDS, change_text, number
+from permllm.report.metrics import AVERAGE, number
 from permllm.report.printed import commands_for, print_table
 from permllm.report.published import Comparison
 from permllm.report.read import collect
@@ -26,13 +26,12 @@ from permllm.report.table import (
     main_metric,
     naming,
     table_of,
-    varying,
 )
 
 if TYPE_CHECKING:
     from permllm.store.sweep import Outcome  # imports Hydra
 
-FORMATS = ("md", "csv", "latex", "json")
+FORMATS = ("md", "csv", "latex")
 # Patterns of marks in the cells of a table, and the source of the uncertainty behind each.
 _SOURCES = {
     "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
@@ -43,7 +42,7 @@ _SOURCES = {
 
 
 def as_text(frame: pd.DataFrame, format: str) -> str:
-    """Return a frame of texts in one of `FORMATS` but `json`."""
+    """Return a frame of texts in one of `FORMATS`."""
     if format == "csv":
         return str(frame.to_csv(index=False, lineterminator="\n"))
     if format == "latex":
@@ -97,16 +96,7 @@ def table_cells(
             columns.setdefault(heading, _cells(published, partial(number, kind=kind)))
         if table.baseline is None or name not in (main, AVERAGE):
             continue
-        changes = changes_from(table, table.baseline, name)
-        columns[f"{prefix}against the baseline"] = changes
-        if paper and not paper.same_model and table.baseline in published:
-            start = published[table.baseline]
-            of_paper = published / start - 1 if kind == "perplexity" else published - start
-            of_paper = of_paper.reindex(changes.index)
-            text = partial(change_text, kind=kind)
-            columns[f"{prefix}paper, against its baseline"] = _cells(of_paper, text)
-            difference = changes["value"] - of_paper
-            columns[f"{prefix}difference of the changes"] = _cells(difference, text)
+        columns[f"{prefix}against the baseline"] = changes_from(table, table.baseline, name)
     return pd.concat(columns, names=["column", "row"]).reset_index()
 
 
@@ -149,7 +139,7 @@ def texts(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.D
         columns: settings to show, as in `naming`.
     """
     frame = cells.pivot(index="row", columns="column", values="text")[cells["column"].unique()]
-    return _between_settings(table, cells, frame, columns)
+    return _between_settings(table, frame, columns)
 
 
 def lines(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.DataFrame:
@@ -160,85 +150,33 @@ def lines(table: Table, cells: pd.DataFrame, columns: str | None = None) -> pd.D
         ends = frame.pop("interval").astype(object).str
         frame["low"] = ends[0]
         frame["high"] = ends[1]
-    return _between_settings(table, cells, frame, columns)
+    return _between_settings(table, frame, columns)
 
 
-def _between_settings(
-    table: Table, cells: pd.DataFrame, frame: pd.DataFrame, columns: str | None
-) -> pd.DataFrame:
-    """Return a frame of cells after the settings that name rows, and before the other ones.
-
-    Seconds of rows with different numbers of threads have these numbers beside them.
-    """
-    runs = [table.members(row) for row in table.labels.index]
+def _between_settings(table: Table, frame: pd.DataFrame, columns: str | None) -> pd.DataFrame:
+    """Return a frame of cells after the settings that name rows, and before the other ones."""
     labels = table.labels[naming(table.labels, columns)].copy()
     if len(table.runs) > len(labels):
-        labels["seeds"] = [str(len(of_row)) for of_row in runs]
-    others = table.labels[details(table.labels, columns)].copy()
-    threads = [", ".join(sorted({run.threads for run in of_row})) for of_row in runs]
-    if SECONDS in {*cells["column"]} and len({*threads}) > 1:
-        others.insert(0, "threads", threads)
+        labels["seeds"] = [str(len(table.members(row))) for row in labels.index]
+    others = table.labels[details(table.labels, columns)]
     frame = labels.join(frame, how="right").join(others).astype(object).fillna("")
     if DENSE_ROW in frame.index:
         frame.loc[DENSE_ROW, frame.columns[0]] = "dense"
     return frame
 
 
-def records(table: Table, cells: pd.DataFrame, columns: str | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a table as plain values, with its cells (`table_cells`).
-
-    Each metric has its `mean`, a `deviation` over the seeds or the `stderr` of a single run, and
-    the `interval` of a change; `dense` has those of the dense model.
-    """
-    metrics: dict[Any, Any] = {DENSE_ROW: {}}
-    for row, line in cells.groupby("row"):
-        error = "deviation" if len(table.members(row)) > 1 else "stderr"
-        values = line.set_index("column").rename(columns={"value": "mean", "error": error})
-        metrics[row] = values.drop(columns=["row", "text"]).to_dict("index")
-    names = naming(table.labels, columns) if columns else varying(table.labels)
-    return [
-        {
-            "settings": settings,
-            "seeds": [run.config["seed"] for run in table.members(row)],
-            "metrics": metrics[row],
-            "dense": metrics[DENSE_ROW],
-            "runs": [str(run.directory) for run in table.members(row)],
-        }
-        for row, settings in enumerate(table.labels[names].to_dict("records"))
-    ]
-
-
 def print_sweep(jobs: Sequence[Outcome], folder: Path) -> None:
-    """Print a table with a row for each finished job of a sweep, and a line for each other job."""
-    shared = set.intersection(*(set(job.overrides) for job in jobs))
-    rows = []
-    others = []
-    places = [Path(job.directory) for job in jobs if job.directory]
-    metrics = _metrics_of_runs(places) if places else pd.DataFrame()
-    for job in jobs:
-        words = " ".join(word for word in job.overrides if word not in shared).replace("\\", "")
-        if job.directory in metrics.index:
-            rows.append((words, job.outcome, *metrics.loc[job.directory]))
-        else:
-            others.append(f"{job.outcome} {words}: {job.reason}")
-    if rows:
-        dense = metrics.loc[""]
-        rows.insert(0, ("dense", "" if any(dense) else "not shared", *dense))
-        print_table("jobs", ["job", "outcome", *metrics], rows)
+    """Print the table of a sweep's finished jobs, and a line for each job without a result."""
+    if places := [Path(job.directory) for job in jobs if job.directory]:
+        table = table_of(collect(places).runs)
+        accuracy = AVERAGE if AVERAGE in table.usual else " acc"
+        names = choose(table, f"perplexity (, {GAP}, {accuracy}, seconds")
+        frame = texts(table, table_cells(table, names))
+        print_table("jobs", [*frame], frame.to_numpy().tolist())
+    others = [
+        f"{job.outcome} {' '.join(job.overrides)}: {job.reason}" for job in jobs if job.reason
+    ]
     counts = Counter(job.outcome for job in jobs)
     outcomes = [f"{counts[name]} {name}" for name in ("ran", "skipped", "failed") if counts[name]]
     lines = [*others, ", ".join(outcomes), commands_for(folder)]
     terminal().print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
-
-
-def _metrics_of_runs(directories: list[Path]) -> pd.DataFrame:
-    """Return the texts of the main metrics, first of the dense model, then by run directory."""
-    table = table_of(collect(directories).runs)
-    accuracy = AVERAGE if AVERAGE in table.usual else " acc"
-    names = choose(table, f"perplexity (, {GAP}, {accuracy}, seconds")
-    lines = table.measured.pivot(index="run", columns="metric", values="value")[names]
-    values = pd.concat([table.means.reindex([DENSE_ROW])[names], lines])
-    for name in names:
-        values[name] = values[name].map(partial(number, kind=table.kind(name)), "ignore")
-    values.index = ["", *(str(run.directory) for run in table.runs)]
-    return values.astype(object).fillna("").rename(columns=table.heading)

@@ -10,23 +10,14 @@ such a file like the run directories.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from permllm.command import Answer, as_json, refuse
+from permllm.command import Answer, refuse
 from permllm.report.compare import differences
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import collect, keep_runs
-from permllm.report.render import (
-    FORMATS,
-    as_text,
-    lines,
-    records,
-    sources,
-    table_cells,
-    texts,
-)
+from permllm.report.render import FORMATS, as_text, lines, sources, table_cells, texts
 from permllm.report.table import choose, find, notes, table_of
 
 PLACES = "run directories, folders with run directories, or files of records"
@@ -75,17 +66,11 @@ def work(options: argparse.Namespace) -> Answer:
         metrics = differences(table, first, second, names)
         frame = pd.DataFrame(metrics, columns=["metric", "first", "second", "change", "over"])
         frame = frame.set_axis(["metric", *options.compare, "difference", "over"], axis=1)
-        return _answer(metrics, frame, options.format)
+        return Answer(metrics, lambda: _show(frame, options.format))
     cells = table_cells(table, names, paper)
-    make = lines if options.format == "csv" else texts
-    return _answer(records(table, cells, columns), make(table, cells, columns), options.format)
-
-
-def _answer(value: list[dict[str, Any]], frame: pd.DataFrame, format: str) -> Answer:
-    """Return the answer that prints plain values as JSON, or a frame of texts."""
-    if format == "json":
-        return Answer(value, lambda: print(as_json(value)))
-    return Answer(value, lambda: _show(frame, format))
+    numbers = lines(table, cells, columns)
+    frame = numbers if options.format == "csv" else texts(table, cells, columns)
+    return Answer(numbers.to_dict("records"), lambda: _show(frame, options.format))
 
 
 def _show(frame: pd.DataFrame, format: str) -> None:

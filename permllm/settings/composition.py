@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
-from permllm.settings.config import METHOD_GROUPS, RunConfig, flatten, read_config
+from permllm.settings.config import METHOD_GROUPS, RunConfig, read_config
 from permllm.settings.options import conf_directory, groups, help_of_groups
+from permllm.settings.values import flatten
 
 # Variable with the name of the sweep. The processes of launchers get it, and conf/config.yaml uses
 # it for hydra.sweep.dir.

@@ -44,6 +44,7 @@ from permllm.settings.values import (
     Round,
     Texts,
     Whole,
+    flatten,
     validated,
 )
 
@@ -87,29 +88,6 @@ def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
         raise ConfigError(
             f"{pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}"
         )
-
-
-def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Return nested values as one level, with joined keys and without empty mappings."""
-    flat: dict[str, Any] = {}
-    for key, part in values.items():
-        if isinstance(part, Mapping):
-            flat |= flatten(part, separator, f"{prefix}{key}{separator}")
-        else:
-            flat[f"{prefix}{key}"] = part
-    return flat
-
-
-def nested(flat: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-    """Return values of one level, with joined keys, as nested values."""
-    values: dict[str, Any] = {}
-    for key, value in flat.items():
-        *folders, name = key.split(separator)
-        place = values
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
-    return values
 
 
 @dataclass(config=SETTINGS)
@@ -256,7 +234,6 @@ class PathsConfig:
 
     runs_dir: str = "runs"
     cache_dir: str | None = None
-    wandb_dir: str | None = None
 
 
 def _by_fields(kind: type, **further: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from permllm.settings.config import METHOD_GROUPS, flatten
+from permllm.settings.config import METHOD_GROUPS
+from permllm.settings.values import flatten
 
 # Groups whose options are methods. The help has a line for each of these.
 EXPLAINED = ("method", "method/frontier", *METHOD_GROUPS)

@@ -97,3 +97,26 @@ def _reason(message: str) -> str:
     }.items():
         message = message.replace(of_pydantic, ours)
     return message
+
+
+def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Return nested values as one level, with joined keys and without empty mappings."""
+    flat: dict[str, Any] = {}
+    for key, part in values.items():
+        if isinstance(part, Mapping):
+            flat |= flatten(part, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = part
+    return flat
+
+
+def nested(flat: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return values of one level, with joined keys, as nested values."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        *folders, name = key.split(separator)
+        place = values
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return values

@@ -18,8 +18,9 @@ from permllm.errors import ConfigError, DataError, InUseError
 from permllm.runtime import parallel
 from permllm.runtime.files import file_sha256
 from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
-from permllm.settings.config import RunConfig, flatten, identity_of
+from permllm.settings.config import RunConfig, identity_of
 from permllm.settings.identity import digest_of
+from permllm.settings.values import flatten
 from permllm.store.files import (
     CONFIG,
     EVALUATIONS,

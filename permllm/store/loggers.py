@@ -12,7 +12,8 @@ from typing import Any
 
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.settings.composition import SWEEP_VARIABLE
-from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig, flatten
+from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig
+from permllm.settings.values import flatten
 from permllm.store import sweep
 from permllm.store.directory import noted
 from permllm.store.environment import command_line
@@ -201,7 +202,7 @@ def _open_wandb(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunL
     if config.logger.name == "auto" and mode in (None, "disabled"):
         return NO_LOGGER
     # All jobs of a sweep write to one folder, so that one `wandb sync` finds them.
-    home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
+    home = Path(os.environ.get("WANDB_DIR", config.runs_dir))
     home.mkdir(parents=True, exist_ok=True)
     # Offline, each attempt leaves a folder with the same id. `wandb sync` sends them as one run.
     file = directory / WANDB_ID

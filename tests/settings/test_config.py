@@ -23,8 +23,9 @@ from permllm.models.load import meta_model
 from permllm.pruning.methods import METHODS, methods_of
 from permllm.report.read import collect
 from permllm.settings.composition import check_amounts
-from permllm.settings.config import RunConfig, flatten, identity_of, read_config
+from permllm.settings.config import RunConfig, identity_of, read_config
 from permllm.settings.identity import digest_of
+from permllm.settings.values import flatten
 from permllm.store.tensors import save_tensors
 from tests.conftest import ROOT
 
