@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import shlex
 import shutil
 import sys
 import tomllib
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import permllm
@@ -31,13 +34,15 @@ from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask
 from permllm.sparsity.statistics import InputStatistics
 from permllm.store.tensors import load_masks
-from tests.conftest import ROOT
-from tests.settings.test_config import config
+from tests.conftest import ROOT, run_python
+from tests.settings.test_config import chosen, config
 
 PLUGIN = ROOT / "docs" / "plugin"
 CONF = PLUGIN / "mypackage" / "conf"
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-BASES = re.findall(r"```python\n# (permllm/\S+)\.py\n(.*?)```", CONTRIBUTING, re.DOTALL)
+GUIDE = (ROOT / "docs" / "extending.md").read_text("utf-8")
+BASES = re.findall(r"```python\n# (permllm/\S+)\.py\n(.*?)```", GUIDE, re.DOTALL)
+# Files of the package that the guide makes first.
+FILES = re.findall(r"```\w+\n# mine/(\S+)\n(.*?)```", GUIDE, re.DOTALL)
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/*.yaml"))
 
 
@@ -92,7 +97,9 @@ def return_instead(package: Path, module: str, value: str) -> None:
 def test_a_job_runs_with_each_option(option: Path, tmp_path: Path) -> None:
     group, name = option.parts
     words = [f"{group}={name}", "block_size=8", "permutation=lcp", "permutation.epochs=1"]
-    if group not in ("temperature", "calibration"):
+    if group == "method":
+        words = [f"method={name}", "block_size=8", "budget.steps=4", "budget.learning_windows=8"]
+    elif group not in ("temperature", "calibration"):
         words = [f"{group}={name}"] + ["permutation=none"] * (group != "permutation")
     metrics, directory = run(*words, f"run_dir={tmp_path}/run")
     assert metrics["status"] == "finished"
@@ -102,6 +109,69 @@ def test_a_job_runs_with_each_option(option: Path, tmp_path: Path) -> None:
     if group == "permutation":
         assert sum(metrics["moved_channels"].values()) > 0
         assert load_file(directory / "permutations.safetensors")
+
+
+def run_pytest(folder: Path, cwd: Path) -> None:
+    paths = os.pathsep.join(map(str, (folder, ROOT)))
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder))
+    environment = os.environ | {"PYTHONPATH": paths, "PERMLLM_CACHE": str(cwd / "cache")}
+    done = run_python(*words, cwd=cwd, environment=environment, fresh=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
+
+
+def test_the_tests_of_the_package_pass(tmp_path: Path) -> None:
+    run_pytest(PLUGIN, tmp_path)
+
+
+def test_the_first_package_of_the_guide_works_as_the_guide_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    for name, content in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, "utf-8")
+    for part in ("mypruner", "mypruner/conf"):
+        (folder / part / "__init__.py").touch()
+    test = (PLUGIN / "tests" / "test_pruner.py").read_text("utf-8")
+    changes = {
+        "import Peak, PeakPruner": "import Mine",
+        "statistics import InputStatistics": "statistics import InputStatistics, Norm",
+        "inputs.double().abs().max(dim=0).values": "inputs.double().square().mean(0).sqrt()",
+        "(Peak,)": "(Norm,)",
+        "PeakPruner": "Mine",
+        '"peak"': '"mine"',
+        "mypackage": "mypruner",
+    }
+    for before, after in changes.items():
+        assert before in test
+        test = test.replace(before, after)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_pruner.py").write_text(test, "utf-8")
+    run_pytest(folder, tmp_path)
+    monkeypatch.syspath_prepend(str(folder))
+    compose_commands("mypruner")
+
+
+@pytest.mark.usefixtures("package")
+def test_the_commands_of_the_guide_compose() -> None:
+    compose_commands("mypackage")
+
+
+def compose_commands(package: str) -> None:
+    """Compose each `permllm run` of the guide that has the options of a package."""
+    commands = [line for line in re.findall(r"^permllm run .*", GUIDE, re.M) if package in line]
+    assert commands
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if "--help" not in words and "experiment=NAME" not in words:
+            config(*chosen(shlex.join(words)))
+
+
+def test_the_yaml_of_a_method_in_the_guide_is_that_of_the_package() -> None:
+    (shown,) = re.findall(r"```yaml\n(# @package _global_\n.*?)```", GUIDE, re.DOTALL)
+    file = CONF / "method" / "peak-lcp.yaml"
+    assert yaml.safe_load(shown) == yaml.safe_load(file.read_text("utf-8"))
 
 
 @pytest.mark.usefixtures("package")
@@ -161,7 +231,7 @@ def test_the_family_folds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("module", "code"), BASES, ids=[module for module, _ in BASES])
-def test_the_base_classes_in_contributing_are_those_of_the_code(module: str, code: str) -> None:
+def test_the_base_classes_in_the_guide_are_those_of_the_code(module: str, code: str) -> None:
     classes = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
     assert classes
     for shown in classes:

@@ -1,7 +1,7 @@
 """Model families: places of decoder layers, linears that share a permutation, folding.
 
 A family is a short table, whose key is `config.model_type`. To add a family, add a table here; an
-installed package adds a table by an entry point (CONTRIBUTING.md, "A model family"). Any other
+installed package adds a table by an entry point (docs/extending.md, "A model family"). Any other
 decoder gets its channel groups from a traced forward (`permllm.models.discovery`), and its
 permutations do not fold.
 """

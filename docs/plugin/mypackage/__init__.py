@@ -1,1 +1,1 @@
-"""Examples of what a package can add to PermLLM (CONTRIBUTING.md)."""
+"""Examples of what a package can add to PermLLM (docs/extending.md)."""
