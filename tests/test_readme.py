@@ -20,7 +20,9 @@ def test_all_kept_records_are_shown_somewhere() -> None:
     for file in (ROOT / "experiments").rglob("*.jsonl"):
         page = ROOT if file.parent.name == "quickstart" else file.parent
         text = (page / "README.md").read_text(encoding="utf-8")
-        views = re.findall(r"<!-- view: .*", text)
+        views = re.findall(r"<!-- view: (?!\S+\.yaml).*", text)
+        for name in re.findall(r"<!-- view: (\S+\.yaml) ", text):
+            views += map(str, yaml.safe_load((page / name).read_text(encoding="utf-8")).values())
         path = file.relative_to(page).as_posix()
         named = f"({path})" in text or any(path in view for view in views)
         # A view that names no file shows `records.jsonl`.
