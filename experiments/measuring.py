@@ -22,7 +22,6 @@ from permllm.command import run_tool
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.report.plots import picture
 from permllm.runtime.devices import resolve_device, seed_everything
-from permllm.runtime.files import choose_cache
 from permllm.settings.composition import composed, message_of
 from permllm.settings.config import RunConfig, read_config
 from permllm.settings.identity import digest_of
@@ -67,7 +66,6 @@ def main(
 
     def work() -> int:
         config, own = settings_of(options.words, settings)
-        choose_cache(config.paths.cache_dir)
         device = resolve_device(config.model.device)
         seed_everything(config.seed, config.deterministic)
         computed_with = environment(config.seed, device)

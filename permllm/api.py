@@ -51,7 +51,7 @@ Texts = str | Sequence[str] | Tensor
 _PRUNED = "_permllm_pruned"
 # Groups and settings of the command that do not concern pruning.
 _NOT_HERE = {
-    *("evaluation", "export", "logger", "paths", "experiment", "save_weights", "model.placement"),
+    *("evaluation", "export", "logger", "experiment", "save_weights", "model.placement"),
     *("name", "runs_dir", "run_dir", "force", "plan", "plan_on"),
 }
 

@@ -42,7 +42,6 @@ from permllm.report.read import collect
 from permllm.report.table import by_run, table_of
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
-from permllm.runtime.files import choose_cache
 from permllm.runtime.memory import (
     SPARING,
     keep_freed_memory,
@@ -83,7 +82,6 @@ def run(config: RunConfig) -> JobResult | None:
     Raises:
         PermLLMError: an error that the user can fix, or a plan in which nothing fits.
     """
-    choose_cache(config.paths.cache_dir)
     model = parallel.on_main(lambda: with_dtype(config.model))
     config = replace(config, model=model)
     texts = texts_of_job(config.calibration, config.evaluation.perplexity)

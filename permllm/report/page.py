@@ -115,5 +115,5 @@ def _svg(table: Table, name: str, model: str) -> str:
     """Return the picture of a metric and a model as a part of a page."""
     file = StringIO()
     with rc_context({"svg.fonttype": "none", "savefig.format": "svg"}):
-        plot_cost(table, file, name, [model])
+        plot_cost(table, file, name, model)
     return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file

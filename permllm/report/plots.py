@@ -1,7 +1,7 @@
 """Picture with matplotlib: quality over minutes, a panel for each model."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -113,9 +113,7 @@ def dense_value(table: Table, metric: str, points: pd.DataFrame) -> float | None
     return shared_dense(lines)["value"].get(metric)
 
 
-def plot_cost(
-    table: Table, file: Path | IO[str], name: str, models: Collection[str] | None = None
-) -> None:
+def plot_cost(table: Table, file: Path | IO[str], name: str, only_model: str | None = None) -> None:
     """Draw a metric over minutes, a panel for each model.
 
     A point is a row, with its peak memory as the area. A method has one colour in all panels.
@@ -124,7 +122,7 @@ def plot_cost(
         table: table of the runs.
         file: file of the picture.
         name: a metric of the table.
-        models: models to draw; None: all models that have a point.
+        only_model: model to draw; None: all models that have a point.
 
     Raises:
         ConfigError: no row has a point, or the picture cannot be written.
@@ -132,23 +130,20 @@ def plot_cost(
     frame = points(table, name).sort_values("minutes")
     if frame.empty:
         raise ConfigError(f"{file}: no row has both {name} and its own minutes")
-    methods = [
+    frame["method"] = [
         row.removeprefix(f"{model}, ")
         for row, model in zip(frame["name"], frame["model"], strict=True)
     ]
     markers = cycler(marker=[*"oDs^vPX"]) * cycler(color=[f"C{place}" for place in range(10)])
-    styles = dict(zip(dict.fromkeys(methods), cycle(markers), strict=False))
-    frame["method"] = methods
+    styles = dict(zip(frame["method"].unique(), cycle(markers), strict=False))
     frame["area"] = 30 + 90 * frame["memory"] / frame["memory"].max()
-    panels = {
-        model: part
-        for model, part in frame.groupby("model", sort=False)
-        if models is None or model in models
-    }
+    if only_model:
+        frame = frame[frame["model"] == only_model]
+    panels = dict([*frame.groupby("model", sort=False)])
     columns = min(len(panels), 2)
     lines = math.ceil(len(panels) / columns)
-    drawn = pd.concat(panels.values())["method"].nunique()
-    size = (5 * columns, 3.6 * lines + 0.2 * math.ceil(drawn / columns))
+    entries = math.ceil(frame["method"].nunique() / columns)
+    size = (5 * columns, 3.6 * lines + 0.2 * entries)
     with picture(file) as pyplot:
         figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
         handles: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -26,12 +26,13 @@ from permllm.report.table import (
     main_metric,
     naming,
     table_of,
+    varying,
 )
 
 if TYPE_CHECKING:
     from permllm.store.sweep import Outcome  # imports Hydra
 
-FORMATS = ("md", "csv", "latex")
+FORMATS = ("md", "csv", "latex", "json")
 # Patterns of marks in the cells of a table, and the source of the uncertainty behind each.
 _SOURCES = {
     "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
@@ -42,7 +43,7 @@ _SOURCES = {
 
 
 def as_text(frame: pd.DataFrame, format: str) -> str:
-    """Return a frame of texts in one of `FORMATS`."""
+    """Return a frame of texts in one of `FORMATS` but `json`."""
     if format == "csv":
         return str(frame.to_csv(index=False, lineterminator="\n"))
     if format == "latex":
@@ -163,6 +164,29 @@ def _between_settings(table: Table, frame: pd.DataFrame, columns: str | None) ->
     if DENSE_ROW in frame.index:
         frame.loc[DENSE_ROW, frame.columns[0]] = "dense"
     return frame
+
+
+def records(table: Table, cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table as plain values: settings, run directories, and metrics.
+
+    A metric has its `mean` and `error`, or the `interval` of a change; `dense` has those of the
+    dense model.
+    """
+    numbers = cells.drop(columns="text").rename(columns={"value": "mean"})
+    metrics = {
+        row: line.drop(columns="row").set_index("column").to_dict("index")
+        for row, line in numbers.groupby("row")
+    }
+    settings = table.labels[varying(table.labels)].to_dict("index")
+    return [
+        {
+            "settings": settings[row],
+            "runs": [str(run.directory) for run in table.members(row)],
+            "metrics": metrics[row],
+            "dense": metrics.get(DENSE_ROW),
+        }
+        for row in table.labels.index
+    ]
 
 
 def print_sweep(jobs: Sequence[Outcome], folder: Path) -> None:

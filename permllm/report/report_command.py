@@ -23,7 +23,7 @@ from permllm.command import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import Run, collect, skipping, without_repeated
-from permllm.report.render import lines, markdown, table_cells, texts
+from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PLACES, note
 from permllm.report.table import Table, table_of
 from permllm.report.table import notes as notes_of
@@ -114,9 +114,7 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     url = _published(table, text, options, entity) if options.publish else None
     note(paper.notes)
     shown = text if url is None else f"{text}{url}\n"
-    return Answer(
-        {"rows": lines(table, cells).to_dict("records"), "url": url}, lambda: print(shown, end="")
-    )
+    return Answer({"rows": records(table, cells), "url": url}, lambda: print(shown, end=""))
 
 
 def as_run(logged: Any) -> Run:

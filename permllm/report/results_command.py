@@ -10,14 +10,15 @@ such a file like the run directories.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from permllm.command import Answer, refuse
+from permllm.command import Answer, as_json, refuse
 from permllm.report.compare import differences
 from permllm.report.published import TABLES, Comparison
 from permllm.report.read import collect, keep_runs
-from permllm.report.render import FORMATS, as_text, lines, sources, table_cells, texts
+from permllm.report.render import FORMATS, as_text, lines, records, sources, table_cells, texts
 from permllm.report.table import choose, find, notes, table_of
 
 PLACES = "run directories, folders with run directories, or files of records"
@@ -66,11 +67,14 @@ def work(options: argparse.Namespace) -> Answer:
         metrics = differences(table, first, second, names)
         frame = pd.DataFrame(metrics, columns=["metric", "first", "second", "change", "over"])
         frame = frame.set_axis(["metric", *options.compare, "difference", "over"], axis=1)
-        return Answer(metrics, lambda: _show(frame, options.format))
-    cells = table_cells(table, names, paper)
-    numbers = lines(table, cells, columns)
-    frame = numbers if options.format == "csv" else texts(table, cells, columns)
-    return Answer(numbers.to_dict("records"), lambda: _show(frame, options.format))
+        value: Any = metrics
+    else:
+        cells = table_cells(table, names, paper)
+        frame = (lines if options.format == "csv" else texts)(table, cells, columns)
+        value = records(table, cells)
+    if options.format == "json":
+        return Answer(value, lambda: print(as_json(value)))
+    return Answer(value, lambda: _show(frame, options.format))
 
 
 def _show(frame: pd.DataFrame, format: str) -> None:

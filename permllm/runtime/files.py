@@ -9,22 +9,14 @@ from platformdirs import user_cache_path
 
 from permllm.errors import DataError, first_line
 
-# Variable with the cache directory.
-_VARIABLE = "PERMLLM_CACHE"
 # Size in bytes of files whose digests are kept. Smaller ones are read each time, because they may
 # be written twice in the same tick of the clock.
 _LARGE = 1 << 24
 
 
-def choose_cache(folder: str | None) -> None:
-    """Use a folder as the cache directory of this process; None: the one of the environment."""
-    if folder:
-        os.environ[_VARIABLE] = folder
-
-
 def cache_directory() -> Path:
     """Return the folder in `PERMLLM_CACHE`, or `permllm` in the user's cache; make it."""
-    path = Path(os.environ.get(_VARIABLE) or user_cache_path("permllm"))
+    path = Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -228,14 +228,6 @@ class ExportConfig:
     serve: Literal["vllm"] | None = None
 
 
-@dataclass(config=SETTINGS)
-class PathsConfig:
-    """Folders, `paths`."""
-
-    runs_dir: str = "runs"
-    cache_dir: str | None = None
-
-
 def _by_fields(kind: type, **further: Any) -> dict[str, Any]:
     """Return the metadata of a group whose settings are fields of `kind`, and further ones."""
     return {"identity": partial(identity_by_fields, kind, **further)}
@@ -275,7 +267,6 @@ class RunConfig:
     protocol: str | None = field(metadata=_NO_IDENTITY)
     method: str | None = field(metadata=_NO_IDENTITY)
     budget: dict[str, Round | None] = field(metadata=_NO_IDENTITY)
-    paths: PathsConfig = field(metadata=_NO_IDENTITY)
     plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = field(
         default=None, metadata=_NO_IDENTITY
     )
@@ -327,8 +318,9 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     Paths are replaced by the names of their files, which have digests among the inputs.
     """
     settings = without_classes(with_names(resolved))
-    # Records of 2.0.0 have `sparsity_of`.
-    identity = identity_by_fields(RunConfig, settings, sparsity_of={"former": [{}]})
+    # Runs of 2.0.0 have `sparsity_of` and `paths`.
+    before: dict[str, Any] = {"sparsity_of": {"former": [{}]}, "paths": _NO_IDENTITY}
+    identity = identity_by_fields(RunConfig, settings, **before)
     permutation = identity["permutation"]
     for key in ("block_size", "temperature"):
         if key in permutation:

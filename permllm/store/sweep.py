@@ -1,7 +1,6 @@
 """Folder of a sweep, the outcome of each of its jobs, and the GPUs of jobs in parallel."""
 
 import atexit
-import math
 import os
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,7 +32,7 @@ JOBS_VARIABLE = "PERMLLM_SWEEP_JOBS"
 # GPU, with a name as in CUDA_VISIBLE_DEVICES.
 GPUS_VARIABLE = "PERMLLM_GPUS"
 # Overrides that do not change the name of the sweep.
-_LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
+_LEFT_OUT = ("force", "logger", "runs_dir", "hydra.launcher", "hydra/launcher")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class SweepFolder(Callback):  # type: ignore[misc]
         folder = Path(config.hydra.sweep.dir)
 
         def check() -> None:
-            if folder.name != name and config.runs_dir != config.paths.runs_dir:
+            if folder.name != name and config.runs_dir != "runs":
                 raise ConfigError(f"runs_dir and hydra.sweep.dir {ONE_PLACE}")
             share_gpus(config.hydra.launcher, config.model.device)
 
@@ -91,13 +91,8 @@ def _of_jobs(hydra_config: Any) -> str:
     words = [f"{name}={values}" for name, values in (sweeper.params or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     settings = parser.parse_overrides([*words, *hydra_config.overrides.task])
-    last = {setting.key_or_group: setting for setting in settings}
-    counts = [
-        len([*setting.sweep_string_iterator()])
-        for setting in last.values()
-        if setting.is_sweep_override()
-    ]
-    return f" of {math.prod(counts)}"
+    (jobs,) = BasicSweeper.split_arguments(settings, None)
+    return f" of {len(jobs)}"
 
 
 def job_name() -> str:

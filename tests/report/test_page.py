@@ -262,7 +262,7 @@ def test_a_table_of_wandb_is_that_of_the_runs(
     assert call("report", ["--wandb", "permllm", "--table", "table1", "--json"]) == 0
     printed = capsys.readouterr()
     rows = json.loads(printed.out)["rows"]
-    found = {row["permutation"]: row["value"] for row in rows if row["metric"] == PERPLEXITY}
+    found = {row["settings"]["permutation"]: row["metrics"][PERPLEXITY]["mean"] for row in rows}
     assert "note: skipped crashed (crashed): not as a run leaves it" in printed.err
     assert "note: run0 has the same settings as run1: not counted again" in printed.err
     assert [found[name] for name in ("none", "lcp")] == [None, 30.0]

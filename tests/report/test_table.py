@@ -212,14 +212,17 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     make_run(tmp_path / "a", 20.0)
     make_run(tmp_path / "b", float("inf"), block_size=128)
     printed = {}
-    for words in ("--format md", "--format latex", "--json"):
+    for words in ("--format md", "--format latex", "--format json", "--json"):
         assert call("results", [str(tmp_path), *words.split()]) == 0
         printed[words] = capsys.readouterr().out
     assert printed["--format md"].splitlines()[2].startswith("| dense | 10.00 |")
     assert r"60.00\% & 0.1500" in printed["--format latex"]
-    found = [line for line in json.loads(printed["--json"]) if line["metric"] == PERPLEXITY]
-    assert [line["block_size"] for line in found] == ["dense", "64", "128"]
-    assert [line["value"] for line in found] == [10.0, 20.0, None]
+    found = json.loads(printed["--json"])
+    assert [row["metrics"][PERPLEXITY]["mean"] for row in found] == [20.0, None]
+    assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
+    assert found[0]["settings"] == {"block_size": "64"}
+    assert found[0]["runs"] == [str(tmp_path / "a")]
+    assert printed["--format json"] == printed["--json"]
     make_run(tmp_path / "c", 22.0, seed=1)
     assert call("results", [str(tmp_path), "--format", "csv"]) == 0
     lines = pd.read_csv(io.StringIO(capsys.readouterr().out), dtype={"block_size": str})

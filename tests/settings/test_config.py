@@ -131,7 +131,7 @@ def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> Non
     settings = config("model=tiny-random", *words)
     named = {"name", "source", "architecture", "dataset", "data_files"}
     groups = [settings.model, settings.calibration, settings.logger, settings.export]
-    groups += [settings.paths, settings.evaluation.lm_eval]
+    groups += [settings.evaluation.lm_eval]
     for group in groups:
         own = {key: value for key, value in vars(group).items() if key in named}
         assert group == type(group)(**own)
@@ -261,7 +261,7 @@ UNUSED = ("block_size=32", "temperature=cosine")
 @pytest.mark.parametrize(
     ("words", "others", "same"),
     [
-        ("logger=none force=true runs_dir=elsewhere paths.cache_dir=/scratch", "", True),
+        ("logger=none force=true runs_dir=elsewhere", "", True),
         ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", "", True),
         ("seed=1", "", False),
         ("permutation.epochs=4", "", False),
