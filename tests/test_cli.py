@@ -197,6 +197,13 @@ def test_a_package_that_is_not_there_is_the_error(tmp_path: Path) -> None:
     assert "nowhere.conf" in error
 
 
+def test_a_sweep_over_an_interval_needs_a_search(tmp_path: Path) -> None:
+    result = run_command("-m", *TINY, "permutation.margin=interval(0.1,1)", cwd=tmp_path)
+    assert result.returncode == 1
+    (error,) = result.stderr.splitlines()
+    assert error.startswith("error: BasicSweeper")
+
+
 def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
     quick = [*TINY, "permutation=none"]
     for name in ("run_dir", "hydra.run.dir"):

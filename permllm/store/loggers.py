@@ -202,7 +202,7 @@ def _open_wandb(config: RunConfig, directory: Path, run: dict[str, Any]) -> RunL
     if config.logger.name == "auto" and mode in (None, "disabled"):
         return NO_LOGGER
     # All jobs of a sweep write to one folder, so that one `wandb sync` finds them.
-    home = Path(os.environ.get("WANDB_DIR", config.runs_dir))
+    home = Path(os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
     # Offline, each attempt leaves a folder with the same id. `wandb sync` sends them as one run.
     file = directory / WANDB_ID

@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -67,10 +68,11 @@ class SweepFolder(Callback):  # type: ignore[misc]
             share_gpus(config.hydra.launcher, config.model.device)
 
         exit_on_error(check)  # Hydra turns other errors of a callback into warnings
-        os.environ[JOBS_VARIABLE] = _of_jobs(config.hydra)
         if folder.name != name:  # the user chose it
             folder = folder / "sweeps" / name
         os.environ[FOLDER_VARIABLE] = str(folder.absolute())
+        with suppress(HydraException):  # the sweep itself raises it
+            os.environ[JOBS_VARIABLE] = _of_jobs(config.hydra)
 
 
 def sweep_name(hydra_config: Any) -> str:
