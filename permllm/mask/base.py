@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from permllm.models.families import ChannelGroup
+from permllm.settings.config import NMPattern
 from permllm.settings.learning import LearningPlan
 from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
@@ -37,5 +38,5 @@ class LearnedMask(Mask):
     learned = True
 
     @abstractmethod
-    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+    def plan(self, groups: list[ChannelGroup], layers: int, pattern: NMPattern) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""

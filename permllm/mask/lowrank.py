@@ -11,6 +11,7 @@ from permllm.mask.score import ScoreMask
 from permllm.mask.score_linear import Scores, log_saliency_t
 from permllm.models.families import ChannelGroup
 from permllm.runtime.precision import products_as_they_are
+from permllm.settings.config import NMPattern
 from permllm.settings.values import SETTINGS, Whole
 from permllm.sparsity.saliency import SaliencyFactors
 
@@ -71,12 +72,16 @@ class LowRankMask(ScoreMask):
 
     @override
     def scores(
-        self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
+        self,
+        weight: Tensor,
+        factors: SaliencyFactors,
+        pattern: NMPattern,
+        generator: torch.Generator,
     ) -> Scores:
         """Return the scores of a linear at the start."""
         return LowRankScores(weight, factors, self.rank, generator)
 
     @override
-    def count(self, group: ChannelGroup) -> int:
+    def count(self, group: ChannelGroup, pattern: NMPattern) -> int:
         """Return the number of parameters of a group's linears."""
         return sum(group.channels + self.rank * (group.channels + rows) for rows in group.rows)

@@ -14,7 +14,7 @@ from permllm.mask.base import LearnedMask
 from permllm.mask.score_linear import ScoreLinear, Scores, log_saliency_t
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
-from permllm.settings.config import RunConfig
+from permllm.settings.config import NMPattern, RunConfig
 from permllm.settings.learning import LearningPlan, LearningSettings
 from permllm.settings.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
@@ -49,103 +49,11 @@ class FreeScores(Scores):
         return [score_gradient]
 
 
-@dataclass(kw_only=True, config=SETTINGS)
-class ScoreMask(LearningSettings, LearnedMask):
-    """Masks by a score for each weight, which takes 18 or 20 bytes for each weight in a stage.
-
-    The scores start at the logarithm of the pruner's saliency.
-    """
-
-    kind: ClassVar[type[Scores]] = FreeScores
-
-    @override
-    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
-        """Raise ConfigError if no group is pruned in the layers that learn."""
-        self.check_last_layers("mask", groups, layers)
-
-    def scores(
-        self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
-    ) -> Scores:
-        """Return the scores of a linear at the start, which choose the pruner's mask."""
-        return FreeScores(weight, factors)
-
-    def count(self, group: ChannelGroup) -> int:
-        """Return the number of parameters of a group's linears."""
-        return group.channels * sum(group.rows)
-
-    @override
-    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """Return the plan; each layer counts as the layer with most parameters."""
-        of_layers = Counter[int]()
-        for group in groups:
-            of_layers[group.layer] += self.count(group)
-        spans = self.spans(layers)
-        parameters = max(of_layers.values()) * sum(map(len, spans))
-        return LearningPlan(spans, parameters, self.kind.keeps_masked)
-
-    @override
-    def masks(self, problem: LearningProblem, permutations: Mapping[str, Tensor]) -> PackedMasks:
-        """Learn the masks of all linears, stage by stage."""
-        schedule = StageSchedule(self, problem, "mask", MASK_CHECKPOINT)
-        permutations = {
-            name: permutation.to(problem.device) for name, permutation in permutations.items()
-        }
-        packed: dict[str, Tensor] = {}
-        if schedule.state is not None:
-            packed = on_cpu(schedule.state["learner"]["earlier"])
-
-        def mask_of(group: ChannelGroup, path: str) -> Tensor:
-            if path in packed:
-                return unpacked_mask(packed[path], linear_at(problem.model, path).weight.shape)
-            saliency = problem.saliency_of(path)
-            return permuted_nm_mask(saliency, permutations[group.name], problem.pattern)
-
-        pruned = {group.layer for group in problem.groups}
-        for stage in schedule.stages(lambda span: not pruned.isdisjoint(span), mask_of):
-            groups = [group for group in problem.groups if group.layer in stage.layers]
-            with self.masked_linears(problem, groups, permutations, stage) as linears:
-                learner = MaskLearner(problem, groups, linears, packed)
-                schedule.train(stage, learner)
-                packed |= learner.best
-                del linears, learner  # frees their memory before the next stage
-        return PackedMasks(
-            (path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members
-        )
-
-    def masked_linears(
-        self,
-        problem: LearningProblem,
-        groups: list[ChannelGroup],
-        permutations: Mapping[str, Tensor],
-        stage: Stage,
-    ) -> AbstractContextManager[dict[str, ScoreLinear]]:
-        """Replace the linears of a stage by masked linears, with permuted weights, in a context."""
-        kernels = chosen_kernels(self, problem, groups)
-        generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
-
-        def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
-            return weight.t()[permutations[group.name]].t()
-
-        def original(group: ChannelGroup, weight: Tensor) -> Tensor:
-            return weight.t()[permutations[group.name].argsort()].t().contiguous()
-
-        def masked_linear(group: ChannelGroup, path: str, linear: nn.Linear) -> ScoreLinear:
-            permutation = permutations[group.name]
-            factors = problem.factors_of(path).permuted(permutation)
-            scores = self.scores(permuted(group, linear.weight.data), factors, generator)
-            identity = torch.equal(
-                permutation, torch.arange(len(permutation), device=permutation.device)
-            )
-            moved = None if identity else permutation
-            return ScoreLinear(linear, scores, problem.pattern, moved, kernels)
-
-        return replaced_linears(problem.model, groups, masked_linear, permuted, original)
-
-
 class MaskLearner(Learner):
     """Learner of the masks in a stage.
 
     Args:
+        settings: settings of the masks.
         linears: masked linears of the stage by path.
         earlier: masks of the earlier stages, like `best`.
 
@@ -155,6 +63,7 @@ class MaskLearner(Learner):
 
     def __init__(
         self,
+        settings: "ScoreMask",
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
         linears: Mapping[str, ScoreLinear],
@@ -215,3 +124,103 @@ class MaskLearner(Learner):
         self.scores.load_state_dict(state["scores"])
         self.best = on_cpu(state["best"])
         self._at_epoch = on_cpu(state["at_epoch"])
+
+
+@dataclass(kw_only=True, config=SETTINGS)
+class ScoreMask(LearningSettings, LearnedMask):
+    """Masks by a score for each weight, which takes 18 or 20 bytes for each weight in a stage.
+
+    The scores start at the logarithm of the pruner's saliency.
+    """
+
+    kind: ClassVar[type[Scores]] = FreeScores
+    linear: ClassVar[type[ScoreLinear]] = ScoreLinear
+    learner: ClassVar[type[MaskLearner]] = MaskLearner
+
+    @override
+    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        """Raise ConfigError if no group is pruned in the layers that learn."""
+        self.check_last_layers("mask", groups, layers)
+
+    def scores(
+        self,
+        weight: Tensor,
+        factors: SaliencyFactors,
+        pattern: NMPattern,
+        generator: torch.Generator,
+    ) -> Scores:
+        """Return the scores of a linear at the start, which choose the pruner's mask."""
+        return FreeScores(weight, factors)
+
+    def count(self, group: ChannelGroup, pattern: NMPattern) -> int:
+        """Return the number of parameters of a group's linears."""
+        return group.channels * sum(group.rows)
+
+    @override
+    def plan(self, groups: list[ChannelGroup], layers: int, pattern: NMPattern) -> LearningPlan:
+        """Return the plan; each layer counts as the layer with most parameters."""
+        of_layers = Counter[int]()
+        for group in groups:
+            of_layers[group.layer] += self.count(group, pattern)
+        spans = self.spans(layers)
+        parameters = max(of_layers.values()) * sum(map(len, spans))
+        return LearningPlan(spans, parameters, self.kind.keeps_masked)
+
+    @override
+    def masks(self, problem: LearningProblem, permutations: Mapping[str, Tensor]) -> PackedMasks:
+        """Learn the masks of all linears, stage by stage."""
+        schedule = StageSchedule(self, problem, "mask", MASK_CHECKPOINT)
+        permutations = {
+            name: permutation.to(problem.device) for name, permutation in permutations.items()
+        }
+        packed: dict[str, Tensor] = {}
+        if schedule.state is not None:
+            packed = on_cpu(schedule.state["learner"]["earlier"])
+
+        def mask_of(group: ChannelGroup, path: str) -> Tensor:
+            if path in packed:
+                return unpacked_mask(packed[path], linear_at(problem.model, path).weight.shape)
+            saliency = problem.saliency_of(path)
+            return permuted_nm_mask(saliency, permutations[group.name], problem.pattern)
+
+        pruned = {group.layer for group in problem.groups}
+        for stage in schedule.stages(lambda span: not pruned.isdisjoint(span), mask_of):
+            groups = [group for group in problem.groups if group.layer in stage.layers]
+            with self.masked_linears(problem, groups, permutations, stage) as linears:
+                learner = self.learner(self, problem, groups, linears, packed)
+                schedule.train(stage, learner)
+                packed |= learner.best
+                del linears, learner  # frees their memory before the next stage
+        return PackedMasks(
+            (path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members
+        )
+
+    def masked_linears(
+        self,
+        problem: LearningProblem,
+        groups: list[ChannelGroup],
+        permutations: Mapping[str, Tensor],
+        stage: Stage,
+    ) -> AbstractContextManager[dict[str, ScoreLinear]]:
+        """Replace the linears of a stage by masked linears, with permuted weights, in a context."""
+        kernels = chosen_kernels(self, problem, groups)
+        generator = torch.Generator().manual_seed(problem.seed + 1 + stage.number)
+
+        def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
+            return weight.t()[permutations[group.name]].t()
+
+        def original(group: ChannelGroup, weight: Tensor) -> Tensor:
+            return weight.t()[permutations[group.name].argsort()].t().contiguous()
+
+        def masked_linear(group: ChannelGroup, path: str, linear: nn.Linear) -> ScoreLinear:
+            permutation = permutations[group.name]
+            factors = problem.factors_of(path).permuted(permutation)
+            weight = permuted(group, linear.weight.data)
+            scores = self.scores(weight, factors, problem.pattern, generator)
+            identity = torch.equal(
+                permutation, torch.arange(len(permutation), device=permutation.device)
+            )
+            moved = None if identity else permutation
+            return self.linear(linear, scores, problem.pattern, moved, kernels)
+
+        return replaced_linears(problem.model, groups, masked_linear, permuted, original)

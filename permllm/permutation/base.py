@@ -71,5 +71,5 @@ class LearnedPermutation(Permutation):
     needs_dense_statistics = True
 
     @abstractmethod
-    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+    def plan(self, groups: list[ChannelGroup], layers: int, pattern: NMPattern) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""

@@ -125,7 +125,8 @@ class Footprint:
         self.plans: dict[str, LearningPlan] = {}
         for group in ("permutation", "mask"):
             if group in methods.learned:
-                self.plans[group] = methods.learned[group].plan(groups.pruned, self.layers)
+                method = methods.learned[group]
+                self.plans[group] = method.plan(groups.pruned, self.layers, config.pattern)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
         self.text = self.samples * self.seqlen / self.ranks

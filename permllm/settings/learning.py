@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError
 from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
 
-Loss = Literal["cosine", "kl"]
+Loss = Literal["cosine", "kl", "cross_entropy"]
 # Metadata of settings that only change memory and time.
 _OF_THE_MACHINE = {"identity": lambda value: None}
 
@@ -51,7 +51,18 @@ class DescentSettings:
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LearningSettings(DescentSettings):
-    """Settings of gradient descent, for all layers or in stages; see `conf/_learning.yaml`."""
+    """Settings of gradient descent, for all layers or in stages; see `conf/_learning.yaml`.
+
+    Attributes:
+        betas, eps: of AdamW.
+        clip: largest norm of all gradients together; None: no limit.
+        last_rate: learning rate at the end, as a share of `learning_rate`.
+    """
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    eps: ClassVar[float] = 1e-8
+    clip: ClassVar[float | None] = None
+    last_rate: ClassVar[float] = 0.0
 
     weight_decay: Amount
     loss: Loss | None
@@ -66,9 +77,10 @@ class LearningSettings(DescentSettings):
     def __post_init__(self) -> None:
         if self.loss is None:
             self.loss = "kl" if self.layers_per_stage == "all" else "cosine"
-        if self.loss == "kl" and self.layers_per_stage != "all":
+        if self.loss != "cosine" and self.layers_per_stage != "all":
             raise ValueError(
-                "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
+                f"loss={self.loss} needs layers_per_stage=all: only the last layer has next-token "
+                "logits"
             )
         epochs = math.inf if self.steps else self.epochs  # steps take as many as they need
         if self.select_from is None:  # one epoch has nothing to select from

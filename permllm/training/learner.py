@@ -77,6 +77,10 @@ class Learner(ABC):
     def set_layer(self, index: int) -> None:  # noqa: B027
         """Prepare a decoder layer before it runs; for gradients if torch has them enabled."""
 
+    def penalty(self) -> Tensor | float:
+        """Return a term that is added to the loss of the last forward, for its gradients alone."""
+        return 0.0
+
     def collect(self) -> None:  # noqa: B027
         """Write the gradients of the `parameters`, after backward."""
 

@@ -1,4 +1,4 @@
-"""Losses: distances between the sparse and the dense output of a decoder layer."""
+"""Losses: distances of a decoder layer's sparse output from the dense one, or from the text."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import compiled
@@ -38,14 +39,17 @@ def loss_named(
     """Return a loss of two outputs of a decoder layer `(batch, tokens, hidden)`, mean over tokens.
 
     Args:
-        name: `cosine`, or `kl`, which needs the outputs of the last layer.
-        model: model with the final norm and the head, for `kl`.
+        name: `cosine`; `kl`, which needs the outputs of the last layer; or `cross_entropy`, whose
+            second argument has the tokens of the windows, int64 `(batch, tokens)`.
+        model: model with the final norm and the head, for the latter two.
         tokens: number of tokens in all steps.
         compile_: compile the elementwise work of `kl`; None: compile if there are enough tokens.
     """
     if name == "cosine":
         return cosine_loss
     head = Head(model)
+    if name == "cross_entropy":
+        return lambda output, windows: next_token_loss(head, output, windows)
     wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
     divergence = _compiled_divergence if wanted and head.plain else _divergence
     return lambda output, target: head_divergence(head, output, target, divergence)
@@ -56,6 +60,27 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
     output = _wide(output)
     target = _wide(target)
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
+
+
+def next_token_loss(head: Head, output: Tensor, windows: Tensor) -> Tensor:
+    """Return the cross entropy of the next tokens, mean over the tokens that have a next one.
+
+    Args:
+        head: final norm and head of the model.
+        output: output of the last decoder layer, `(batch, tokens, hidden)`.
+        windows: the tokens, int64 `(batch, tokens)`.
+    """
+
+    def of_window(states: Tensor, window: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(_wide(head.logits(states[:-1])), window[1:])
+
+    # Backward computes the logits again, so that those of one window are in memory at a time.
+    states = head.input_of(output)
+    losses = [
+        checkpoint(of_window, *window, use_reentrant=False)
+        for window in zip(states, windows, strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -65,9 +65,11 @@ class Objective:
         """
         total = torch.zeros((), device=self.device)
         for windows, counted in parallel.portions(batch, self.settings.micro_batch_size):
-            loss = self._loss(windows) * (counted / len(batch))
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
+            share = counted / len(batch)
+            loss = self._loss(windows)
+            objective = (loss + self.learner.penalty()) * share
+            self.scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach() * share
         self.learner.collect()
         return total
 
@@ -106,7 +108,9 @@ class Objective:
             layer = partial(checkpoint, self._layer, use_reentrant=False)
         for index in self.stage.layers:
             hidden = layer(index, hidden, arguments[index])
-        return self._distance(hidden, to_device(self.stage.target[windows], self.device))
+        of_text = self.settings.loss == "cross_entropy"
+        target = self.problem.tokens if of_text else self.stage.target
+        return self._distance(hidden, to_device(target[windows], self.device))
 
     def _layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Run a decoder layer as the learner sets it; backward may run it again."""

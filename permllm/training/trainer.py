@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from permllm.errors import DataError, TrainingError
@@ -162,9 +162,15 @@ class Trainer:
             self.learner.parameters(),
             lr=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
+            betas=self.settings.betas,
+            eps=self.settings.eps,
             fused=True,
         )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer,
+            self.steps,
+            eta_min=self.settings.last_rate * self.settings.learning_rate,
+        )
         self.done = 0  # number of steps
         self.best_loss = math.inf
         self.history = [] if history is None else history
@@ -234,6 +240,9 @@ class Trainer:
             raise self._failure(progress, self.objective.broken(batch))
         learning = self.learner.parameters()
         parallel.all_reduce(tensor.grad for tensor in learning if tensor.grad is not None)
+        if self.settings.clip is not None:
+            self.objective.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(learning, self.settings.clip)
         self.objective.scaler.step(self.optimizer)
         self.objective.scaler.update()
         self.scheduler.step()

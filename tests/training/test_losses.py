@@ -55,6 +55,30 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(
     assert float(loss(target, target)) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_cross_entropy_and_its_gradient_against_the_plain_formula(
+    plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 12 tokens with a next one
+    monkeypatch.setattr(Head, "_is_plain", lambda _: plain)
+    model = tiny_model("llama", dtype=torch.float64)
+    windows = tokens(samples=2, length=7)
+    output = random(2, 7, model.config.hidden_size).requires_grad_()
+    reference = output.detach().clone().requires_grad_()
+    logits = model.lm_head(model.model.norm(reference))
+    q = logits[:, :-1].softmax(-1)
+    own = nn.functional.one_hot(windows[:, 1:], q.shape[-1])
+    expected = -(own * q.log()).sum() / 12
+    expected.backward()
+    found = loss_named("cross_entropy", model, 14, None)(output, windows)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
+    torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
+    with torch.no_grad():
+        measured = loss_named("cross_entropy", model, 14, None)(output, windows)
+    assert float(measured) == pytest.approx(float(expected.detach()), rel=1e-10)
+
+
 @pytest.mark.parametrize("compile_", [False, True])
 def test_large_logits_in_half_precision_stay_finite(compile_: bool) -> None:
     model: Any = tiny_model("llama", dtype=torch.bfloat16, vocab_size=32)

@@ -32,7 +32,7 @@ from permllm.permutation.heuristic import heuristic_permutations
 from permllm.permutation.lcp.permutation_learner import PermutationLearner, members
 from permllm.permutation.lcp.permutation_linear import PermutationLinear, StraightThrough
 from permllm.permutation.lcp.sinkhorn import BlockLogits
-from permllm.settings.config import RunConfig
+from permllm.settings.config import NMPattern, RunConfig
 from permllm.settings.learning import LearningPlan, LearningSettings
 from permllm.settings.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
@@ -88,7 +88,7 @@ class LCP(LearningSettings, LearnedPermutation):
         if all(group.channels < self.block_size for group in groups):
             log.warning("block_size=%d: no group has so many channels", self.block_size)
         self.check_last_layers("permutation", groups, layers)
-        if not self.plan(groups, layers).parameters:
+        if not self.plan(groups, layers, pattern).parameters:
             raise ConfigError(
                 f"permutation.layers_per_stage={self.layers_per_stage}, permutation.last_layers="
                 f"{self.last_layers}: no stage holds all layers that share a permutation, so none "
@@ -96,7 +96,7 @@ class LCP(LearningSettings, LearnedPermutation):
             )
 
     @override
-    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+    def plan(self, groups: list[ChannelGroup], layers: int, pattern: NMPattern) -> LearningPlan:
         """Return the plan for a model with these pruned groups and this number of layers."""
         shared = shared_permutations(groups, self.constraint)
         spans = self.spans(layers)

@@ -1,0 +1,155 @@
+"""Masks by candidates: forward and gradients against autograd, start, schedules, whole runs."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.errors import ConfigError
+from permllm.export.verify import verify
+from permllm.mask.gumbel import Gates, GumbelLinear
+from permllm.permutation.heuristic import Heuristic
+from permllm.settings.config import NMPattern
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.saliency import saliency
+from permllm.training import trainer
+from tests.conftest import tiny_model
+from tests.mask.test_score_linear import CHANNELS, ROWS, given, permuted
+from tests.problems import Interrupt, check_masks, method, problem, random, same
+from tests.settings.test_config import config
+from tests.test_job import run
+
+
+def candidates_of(pattern: NMPattern) -> Tensor:
+    """Return all masks of a group, `(K, M)`, the ones as far left as they can be first."""
+    masks = [mask for mask in product((1.0, 0.0), repeat=pattern.m) if sum(mask) == pattern.n]
+    return torch.tensor(masks, dtype=torch.float64)
+
+
+def gumbel_linear(pattern: NMPattern) -> tuple[GumbelLinear, Tensor, Tensor]:
+    """Return a linear in the middle of learning, its dense weight, and the permutation."""
+    linear, factors, order = given("one term")
+    there = permuted(linear, order)
+    generator = torch.Generator().manual_seed(7)
+    gates = Gates(there.weight, factors.permuted(order), pattern, generator)
+    gates.temperature, gates.scale, gates.noise_seed = 0.8, 120.0, 11
+    return GumbelLinear(there, gates, pattern, order), linear.weight, order
+
+
+def noise(gates: Tensor, seed: int) -> Tensor:
+    uniform = torch.empty_like(gates).exponential_(generator=torch.Generator().manual_seed(seed))
+    return -uniform.log()
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(3, 6)], ids=str)
+def test_forward_and_gradients_against_the_formula(pattern: NMPattern) -> None:
+    module, weight, order = gumbel_linear(pattern)
+    x = random(5, CHANNELS, seed=4).requires_grad_()
+    grad = random(5, ROWS, seed=5)
+    output = module(x)
+    ((output * grad).sum() + 0.3 * module.energy).backward()
+
+    gates = module.scores.gates.detach().clone().requires_grad_()
+    inputs = x.detach().clone().requires_grad_()
+    y = ((120.0 * gates + noise(gates.detach(), 11)) / 0.8).softmax(0)
+    mask = torch.einsum("kgr,km->rgm", y, candidates_of(pattern)).flatten(1)
+    masked = weight[:, order] * mask
+    expected = inputs[:, order] @ masked.T + module.linear.bias
+    ((expected * grad).sum() + 0.3 * masked.square().sum()).backward()
+
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(x.grad, inputs.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(module.scores.gates.grad, gates.grad, rtol=1e-8, atol=1e-10)
+
+    best = candidates_of(pattern)[gates.detach().argmax(0)]  # (groups, rows, M)
+    hard = best.transpose(0, 1).flatten(1).bool()[:, order.argsort()]
+    assert torch.equal(module.mask(), hard)
+    with torch.no_grad():
+        result = module(x)
+    torch.testing.assert_close(result, x.detach() @ (weight * hard).T + module.linear.bias)
+
+
+def test_gates_start_near_the_mask_of_the_pruner() -> None:
+    linear, factors, order = given("one term")
+    module, _, _ = gumbel_linear(NMPattern(2, 4))
+    prior = permuted_nm_mask(saliency(linear.weight, factors), order, NMPattern(2, 4))
+    groups = prior[:, order].double().unflatten(1, (-1, 4))
+    shared = torch.einsum("rgm,km->kgr", groups, candidates_of(NMPattern(2, 4)))
+    # The candidate itself, those that share one weight with it, and its complement.
+    assert shared.unique(return_counts=True)[1].tolist() == [36, 4 * 36, 36]
+    rest = module.scores.gates.detach() - 0.03 * (shared - 1)
+    assert float(rest.std()) == pytest.approx(0.01, rel=0.15)
+    assert float(rest.abs().max()) < 0.05
+
+
+def learned(name: str = "gumbel", learning: Any = None, **settings: Any) -> dict[str, Tensor]:
+    usual = {"batch_size": 3, "loss": "cosine", "learning_rate": 0.1, "epochs": 2}
+    learning = problem() if learning is None else learning
+    permutations = Heuristic("free").permutations(learning)
+    masks: dict[str, Tensor] = method(f"mask={name}", **usual | settings).masks(
+        learning, permutations
+    )
+    check_masks(learning.groups, permutations, masks)
+    return masks
+
+
+def test_learning_lowers_the_loss_and_a_smaller_one_at_a_time_makes_the_same_steps() -> None:
+    losses: dict[int | None, list[float]] = {None: [], 1: []}
+    for at_once, seen in losses.items():
+        learning = problem(on_step=lambda _, values, seen=seen: seen.append(values["loss"]))
+        learned(learning=learning, micro_batch_size=at_once, epochs=8, learning_rate=0.02)
+    assert losses[None] == pytest.approx(losses[1], rel=1e-4)
+    assert sum(losses[None][-2:]) < 0.8 * sum(losses[None][:2])
+
+
+def test_the_penalty_favours_large_weights_until_it_is_gone() -> None:
+    free = learned(regularization=0.0)
+    pulled = learned(regularization=1e4)
+    model = tiny_model("llama")
+
+    def energy(masks: dict[str, Tensor]) -> float:
+        parameters = dict(model.named_parameters())
+        weights = {path: parameters[f"{path}.weight"] for path in masks}
+        return sum(float((weights[path] * mask).square().sum()) for path, mask in masks.items())
+
+    assert energy(pulled) > 1.02 * energy(free)
+
+
+def test_an_interrupted_training_has_the_noise_of_its_step_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "_TIMES_WRITING", 0.0)
+    steps: list[int] = []
+
+    def stop(step: int, values: dict[str, float]) -> None:
+        steps.append(step)
+        if len(steps) == 2:
+            raise Interrupt
+
+    whole = learned()
+    with pytest.raises(Interrupt):
+        learned(learning=problem(directory=tmp_path, on_step=stop))
+    assert same(whole, learned(learning=problem(directory=tmp_path, on_step=stop)))
+    assert steps == [0, 1, 1, 2, 3]
+
+
+def test_patterns_with_too_many_candidates_are_refused() -> None:
+    assert config("mask=gumbel", "sparsity=4:8").pattern == NMPattern(4, 8)
+    method("mask=gumbel").validate(config("mask=gumbel", "sparsity=4:8"))
+    with pytest.raises(ConfigError, match=r"^sparsity=5:10 has 252"):
+        method("mask=gumbel").validate(config("mask=gumbel", "sparsity=5:10"))
+
+
+def test_a_run_by_the_loss_of_the_text_gives_a_checkpoint_that_verifies(
+    cache: Path, tmp_path: Path
+) -> None:
+    words = ("mask=gumbel", "mask.loss=cross_entropy", "mask.batch_size=4", "export=folded")
+    metrics, directory = run(tmp_path, "permutation=none", *words)
+    assert metrics["sparsity"]["violations"] == 0
+    assert verify(directory / "export")["passed"]
