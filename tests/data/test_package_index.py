@@ -1,19 +1,14 @@
-"""Archives as data: wheels through the real pip from a folder, source archives from an index."""
+"""Archives as data: wheels through the real pip from a folder, source archives by their address."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import yaml
@@ -69,10 +64,9 @@ def test_a_wheel_with_another_digest_leaves_nothing_half_made(cache: Path, wheel
 
 
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Source]:
-    """A source archive on an index that answers in JSON, on this machine."""
-    archive = tmp_path / "index" / "files" / "manual-1.0.tar.gz"
-    archive.parent.mkdir(parents=True)
+def source(tmp_path: Path, cache: Path) -> Source:
+    """A source archive at an address on this machine."""
+    archive = tmp_path / "manual-1.0.tar.gz"
     members = (
         "docs/b.rst",
         "docs/deep/a.txt",
@@ -87,38 +81,26 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iter
             member.size = len(name)
             tar.addfile(member, BytesIO(name.encode()))
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-    page = tmp_path / "index" / "simple" / "manual" / "index.html"
-    page.parent.mkdir(parents=True)
-    address = {"url": f"../../files/{archive.name}", "hashes": {"sha256": sha256}}
-    page.write_text(json.dumps({"files": [{"url": "old", "hashes": {"sha256": "0"}}, address]}))
-    serve = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple/")
-        yield Source("manual", sha256, megabytes=1)
-        server.shutdown()
+    return Source(archive.as_uri(), sha256, megabytes=1)
 
 
 def test_documents_of_a_source_archive_are_read_and_nothing_else(
-    cache: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+    cache: Path, source: Source, tmp_path: Path
 ) -> None:
     documents = source_documents(source)
     assert [path.read_text() for path in documents] == ["doc/c.md", "docs/b.rst", "docs/deep/a.txt"]
     assert len([path for path in (cache / "wheels").rglob("*") if path.is_file()]) == 3
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    (tmp_path / "manual-1.0.tar.gz").unlink()
     assert source_documents(source) == documents
 
 
-def test_a_source_archive_that_the_index_lacks_or_has_with_other_content_leaves_nothing(
+def test_a_source_archive_that_is_missing_or_has_other_content_leaves_nothing(
     cache: Path, source: Source, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"simple/manual/.*1111"):
+    with pytest.raises(DataError, match=r"manual-1\.0.*1111"):
         source_documents(replace(source, sha256="1" * 64))
-    with pytest.raises(DataError, match=r"simple/other/"):
-        source_documents(replace(source, project="other"))
-    (file,) = (tmp_path / "index" / "files").iterdir()
-    file.write_bytes(b"other")
-    with pytest.raises(DataError, match=rf"manual: sha256 is .* expected {source.sha256}"):
+    (tmp_path / "manual-1.0.tar.gz").unlink()
+    with pytest.raises(DataError, match=r"manual-1\.0"):
         source_documents(source)
     assert not list((cache / "wheels").iterdir())
 
