@@ -28,7 +28,6 @@ from permllm.settings.identity import (
     identity_by_fields,
     input_digest,
     is_task_file,
-    task_digest,
     with_names,
     without_classes,
 )
@@ -295,7 +294,7 @@ class RunConfig:
         flat = flatten(resolved)
         digests = {key: input_digest(Path(flat[key])) for key in PATHS if flat.get(key)}
         digests |= {
-            f"evaluation.tasks.{name}": task_digest(Path(name))
+            f"evaluation.tasks.{name}": input_digest(Path(name))
             for name in self.evaluation.tasks
             if is_task_file(name)
         }

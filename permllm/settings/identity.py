@@ -3,13 +3,11 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from permllm.errors import DataError
 from permllm.runtime.files import input_sha256
@@ -22,8 +20,6 @@ PATHS = (
     "calibration.data_files",
     "evaluation.perplexity.data_files",
 )
-# Keys of a task's definition whose values are files.
-_NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
 
 def identity_by_fields(
@@ -70,18 +66,6 @@ def digest_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class TaskDefinition(yaml.SafeLoader):
-    """Loader of a task's YAML that replaces `!function module.name` by the file of the module."""
-
-
-def _module(loader: yaml.Loader, node: yaml.Node) -> dict[str, str]:
-    return {"include": f"{str(node.value).rpartition('.')[0]}.py"}
-
-
-TaskDefinition.add_multi_constructor("!", lambda loader, suffix, node: None)
-TaskDefinition.add_constructor("!function", _module)
-
-
 def with_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with the names of files and folders in the place of their paths."""
     named = copy.deepcopy(dict(config))
@@ -115,49 +99,3 @@ def input_digest(path: Path) -> str | None:
         files += weight_files(path)
     digests = {file.name: input_sha256(file) for file in files if file.is_file()}
     return digest_of(digests) if digests else None
-
-
-def task_digest(definition: Path) -> str | None:
-    """Return the sha256 of a task's YAML file and all files that it names; None: no such file.
-
-    It names other definitions, modules of functions, and data files, patterns and folders, relative
-    to its folder or to the working directory.
-    """
-    files: dict[Path, None] = {}
-    _add_files(definition, files)
-    digests = [input_digest(file) for file in files]
-    if len(digests) < 2:
-        return digests[0] if digests else None
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def _add_files(definition: Path, files: dict[Path, None]) -> None:
-    """Add a definition and all files that it names to `files`."""
-    if definition in files or not definition.is_file():
-        return
-    files[definition] = None
-    try:
-        content = yaml.load(definition.read_text(encoding="utf-8"), Loader=TaskDefinition)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return  # lm-eval raises the error later
-    for name in _named(content):
-        for place in (definition.parent / name, Path(name)):
-            with suppress(OSError, ValueError):  # the text is not a path
-                if is_task_file(name):
-                    _add_files(place, files)
-                    continue
-                for match in sorted(place.parent.glob(place.name)):
-                    inside = sorted([match, *match.rglob("*")])
-                    files |= dict.fromkeys(file for file in inside if file.is_file())
-
-
-def _named(value: Any, naming: bool = False) -> Iterator[str]:
-    """Yield the texts in a part of a definition that may be paths."""
-    if isinstance(value, str) and naming:
-        yield value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _named(part, naming or key in _NAMING)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _named(part, naming)

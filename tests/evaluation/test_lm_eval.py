@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -26,7 +25,6 @@ from permllm.evaluation.lm_eval import (
 )
 from permllm.models.load import load_model
 from permllm.settings.config import LMEvalConfig, ModelConfig, TaskConfig
-from permllm.settings.identity import task_digest
 from tests.conftest import tiny_model
 from tests.hub.repositories import write_model
 from tests.runtime.test_parallel import ranks
@@ -264,35 +262,3 @@ def test_a_task_that_is_a_part_of_another_one_is_refused(
         )
     with pytest.raises(ConfigError, match=r"^evaluation\.tasks: .*sums"):
         download_tasks(config("model=tiny-random", "evaluation.tasks=[sums,both]").evaluation)
-
-
-FOLLOWS = """
-include: base.yml
-task: mine
-process_docs: !function helpers.processed
-dataset_path: json
-dataset_kwargs: {data_files: {test: [items*.json]}, name: other.json}
-doc_to_text: other.json
-"""
-
-
-def test_what_a_definition_names_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    definition = Path("tasks/mine.yaml")
-    definition.parent.mkdir()
-    definition.write_text(FOLLOWS)
-    Path("tasks/base.yml").write_text("include: below.yaml\ndataset_path: folder")
-    others = ["tasks/below.yaml", "tasks/helpers.py", "items.json", "folder/items.json"]
-    for name in [*others, "other.json"]:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("{")
-    before = task_digest(definition)
-    assert before != hashlib.sha256(definition.read_bytes()).hexdigest()
-    Path("other.json").write_text("2")  # a text and no file
-    assert task_digest(definition) == before
-    for name in [*others, "tasks/base.yml", "tasks/mine.yaml"]:
-        content = Path(name).read_text()
-        Path(name).write_text(content + "\n")
-        assert task_digest(definition) != before
-        Path(name).write_text(content)
-    assert task_digest(definition) == before

@@ -122,7 +122,8 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     assert measured(FP8, colours={})
     assert measured(colours={}, of=load_model(config("model=tiny-random").model, 1))
     assert not measured(colours={})
-    (tmp_path / "test.json").write_text("other items")
+    with Path(tasks["colours"]).open("a") as definition:
+        definition.write("metadata: {version: 2}\n")
     assert measured(colours={})
 
 
