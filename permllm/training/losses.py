@@ -72,6 +72,7 @@ def next_token_loss(head: Head, output: Tensor, windows: Tensor) -> Tensor:
     """
 
     def of_window(states: Tensor, window: Tensor) -> Tensor:
+        """Return the mean of a window, for inputs of the head `(tokens, hidden)`."""
         return nn.functional.cross_entropy(_wide(head.logits(states[:-1])), window[1:])
 
     # Backward computes the logits again, so that those of one window are in memory at a time.
