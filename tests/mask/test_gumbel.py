@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,27 @@ def test_learning_lowers_the_loss_and_a_smaller_one_at_a_time_makes_the_same_ste
         learned(learning=learning, micro_batch_size=at_once, epochs=8, learning_rate=0.02)
     assert losses[None] == pytest.approx(losses[1], rel=1e-4)
     assert sum(losses[None][-2:]) < 0.8 * sum(losses[None][:2])
+
+
+def test_rates_fall_to_a_tenth_and_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    norms: list[float] = []
+    step = trainer.Trainer.step
+
+    def noted(self: trainer.Trainer, *arguments: Any) -> dict[str, float]:
+        (group,) = self.optimizer.param_groups
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-5, 0.1)
+        rates.append(group["lr"])
+        values = step(self, *arguments)
+        gradients = [value.grad for value in self.learner.parameters()]
+        norms.append(math.sqrt(sum(float(part.square().sum()) for part in gradients)))
+        return values
+
+    monkeypatch.setattr(trainer.Trainer, "step", noted)
+    learned(epochs=4, learning_rate=0.2)
+    cosines = [math.cos(math.pi * done / 8) for done in range(8)]
+    assert rates == pytest.approx([0.02 + 0.18 * (1 + cosine) / 2 for cosine in cosines])
+    assert max(norms) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_the_penalty_favours_large_weights_until_it_is_gone() -> None:
