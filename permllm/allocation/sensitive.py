@@ -61,7 +61,7 @@ class Sensitive(Allocation):
                     for windows in torch.arange(len(tokens)).split(problem.calibration_batch_size):
                         ends = to_device(output[windows], problem.device)
                         dense = to_device(problem.target[windows], problem.device)
-                        total += float(distance(ends, dense)) * len(windows)
+                        total += float(distance(ends, dense, tokens[windows])) * len(windows)
                     if not math.isfinite(total):
                         raise TrainingError(
                             f"the divergence of the model with {group.name} alone pruned is not "

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError
-from permllm.settings.values import SETTINGS, Amount, Count, Positive, Whole
+from permllm.settings.values import SETTINGS, Amount, Count, Positive, Share, Whole
 
-Loss = Literal["cosine", "kl", "cross_entropy"]
+Loss = Literal["cosine", "kl"]
 # Metadata of settings that only change memory and time.
 _OF_THE_MACHINE = {"identity": lambda value: None}
 
@@ -41,6 +41,7 @@ class DescentSettings:
     steps: Count | None
     samples: Count | None
     batch_size: Count
+    cross_entropy: Share = field(metadata={"former": [0.0]})
     micro_batch_size: Count | None = field(metadata=_OF_THE_MACHINE)
     activation_checkpointing: bool | None = field(metadata=_OF_THE_MACHINE)
 
@@ -77,11 +78,12 @@ class LearningSettings(DescentSettings):
     def __post_init__(self) -> None:
         if self.loss is None:
             self.loss = "kl" if self.layers_per_stage == "all" else "cosine"
-        if self.loss != "cosine" and self.layers_per_stage != "all":
+        if self.loss == "kl" and self.layers_per_stage != "all":
             raise ValueError(
-                f"loss={self.loss} needs layers_per_stage=all: only the last layer has next-token "
-                "logits"
+                "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
             )
+        if self.loss == "cosine" and self.cross_entropy:
+            raise ValueError(f"cross_entropy={self.cross_entropy} needs loss=kl")
         epochs = math.inf if self.steps else self.epochs  # steps take as many as they need
         if self.select_from is None:  # one epoch has nothing to select from
             self.select_from = 2 if epochs > 1 else 0

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import compiled
@@ -18,10 +17,11 @@ _COMPILE_FROM = 1e9
 # Logits in memory at a time on a GPU, for 128 to 1024 tokens.
 _LOGITS = 1 << 25
 
-# Function `(sparse, dense, with_gradient)`: returns the divergence and the gradient of `sparse`.
-# Both inputs are logits `(tokens, vocabulary)` or inputs of the head `(tokens, hidden)`. Both
-# results are sums over tokens, because the gradient of a mean would vanish in float16.
-_Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+# Function `(sparse, dense, labels, with_gradient)`: returns the divergence and the gradient of
+# `sparse`. Both first inputs are logits `(tokens, vocabulary)` or inputs of the head `(tokens,
+# hidden)`. `labels` are the next tokens, int64 `(tokens,)`, -1 where there is none. Both results
+# are sums over tokens, because the gradient of a mean would vanish in float16.
+_Divergence = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def chunk_of(device: torch.device, vocabulary: int) -> int:
@@ -34,25 +34,29 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
 
 
 def loss_named(
-    name: str, model: nn.Module, tokens: int, compile_: bool | None
-) -> Callable[[Tensor, Tensor], Tensor]:
+    name: str, model: nn.Module, tokens: int, compile_: bool | None, cross_entropy: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return a loss of two outputs of a decoder layer `(batch, tokens, hidden)`, mean over tokens.
 
+    The loss has a third argument, the windows, int64 `(batch, tokens)`.
+
     Args:
-        name: `cosine`; `kl`, which needs the outputs of the last layer; or `cross_entropy`, whose
-            second argument has the tokens of the windows, int64 `(batch, tokens)`.
-        model: model with the final norm and the head, for the latter two.
+        name: `cosine`, or `kl`, which needs the outputs of the last layer.
+        model: model with the final norm and the head, for `kl`.
         tokens: number of tokens in all steps.
         compile_: compile the elementwise work of `kl`; None: compile if there are enough tokens.
+        cross_entropy: share of the cross entropy of the windows' next tokens in `kl`.
     """
     if name == "cosine":
-        return cosine_loss
+        return lambda output, target, windows: cosine_loss(output, target)
     head = Head(model)
-    if name == "cross_entropy":
-        return lambda output, windows: next_token_loss(head, output, windows)
     wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
-    divergence = _compiled_divergence if wanted and head.plain else _divergence
-    return lambda output, target: head_divergence(head, output, target, divergence)
+    divergence: _Divergence = _divergence
+    if cross_entropy:
+        divergence = _mixture_of(cross_entropy)
+    if wanted and head.plain:
+        divergence = compiled(divergence, "the divergence is computed without a compiled kernel")
+    return partial(head_divergence, head, divergence)
 
 
 def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -62,29 +66,9 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
 
 
-def next_token_loss(head: Head, output: Tensor, windows: Tensor) -> Tensor:
-    """Return the cross entropy of the next tokens, mean over the tokens that have a next one.
-
-    Args:
-        head: final norm and head of the model.
-        output: output of the last decoder layer, `(batch, tokens, hidden)`.
-        windows: the tokens, int64 `(batch, tokens)`.
-    """
-
-    def of_window(states: Tensor, window: Tensor) -> Tensor:
-        """Return the mean of a window, for inputs of the head `(tokens, hidden)`."""
-        return nn.functional.cross_entropy(_wide(head.logits(states[:-1])), window[1:])
-
-    # Backward computes the logits again, so that those of one window are in memory at a time.
-    states = head.input_of(output)
-    losses = [
-        checkpoint(of_window, *window, use_reentrant=False)
-        for window in zip(states, windows, strict=True)
-    ]
-    return torch.stack(losses).mean()
-
-
-def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _divergence(
+    sparse: Tensor, dense: Tensor, labels: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return `sum p (log p - log q)` and `q - p`; p is the dense, q the sparse distribution."""
     log_p = _wide(dense).log_softmax(-1)
     log_q = _wide(sparse).log_softmax(-1)
@@ -95,30 +79,51 @@ def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Ten
     return total, (log_q.exp() - p).to(sparse.dtype) if with_gradient else None
 
 
-_compiled_divergence = compiled(_divergence, "the divergence is computed without a compiled kernel")
+def _mixture_of(share: float) -> _Divergence:
+    """Return the divergence from a mixture: this share of it is the text's next token, not p."""
+
+    def mixture(
+        sparse: Tensor, dense: Tensor, labels: Tensor, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `sum (1 - s) p (log p - log q) - s log q[label]`, and its gradient."""
+        log_p = _wide(dense).log_softmax(-1)
+        log_q = _wide(sparse).log_softmax(-1)
+        p = log_p.exp()
+        own = labels.clamp_min(0).unsqueeze(-1)
+        weight = share * (labels >= 0).to(p.dtype).unsqueeze(-1)
+        divergences = ((log_p - log_q) * p).sum(-1, keepdim=True)
+        total = ((1 - share) * divergences - weight * log_q.gather(-1, own)).sum()
+        if not with_gradient:
+            return total, None
+        gradient = (1 - share + weight) * log_q.exp() - (1 - share) * p
+        return total, gradient.scatter_add(-1, own, -weight).to(sparse.dtype)
+
+    return mixture
 
 
 def head_divergence(
-    head: Head, output: Tensor, target: Tensor, divergence: _Divergence = _divergence
+    head: Head, divergence: _Divergence, output: Tensor, target: Tensor, windows: Tensor
 ) -> Tensor:
-    """Return `KL(dense || sparse)` of the next-token distributions, mean over tokens.
+    """Return a divergence of the next-token distributions, mean over tokens.
 
     Args:
         head: final norm and head of the model.
+        divergence: function of logits.
         output, target: sparse and dense output of the last decoder layer, `(batch, tokens,
             hidden)`.
-        divergence: function of logits, for a plain head.
+        windows: the tokens, int64 `(batch, tokens)`.
     """
     with torch.no_grad():
         dense = head.input_of(target).flatten(0, -2)
     sparse = head.input_of(output).flatten(0, -2)
+    labels = nn.functional.pad(windows[:, 1:], (0, 1), value=-1).flatten().to(sparse.device)
     if head.plain:
         weight = head.weight_in(product_dtype(sparse))
         of_states: _Divergence = partial(_plain_divergence, weight, divergence)
     else:
-        of_states = partial(_own_divergence, head)
+        of_states = partial(_own_divergence, head, divergence)
     chunk = chunk_of(sparse.device, len(head.weight))
-    return _HeadDivergence.apply(sparse, dense, of_states, chunk)
+    return _HeadDivergence.apply(sparse, dense, labels, of_states, chunk)
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -126,7 +131,12 @@ class _HeadDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sparse: Tensor, dense: Tensor, of_states: _Divergence, chunk: int
+        ctx: Any,
+        sparse: Tensor,
+        dense: Tensor,
+        labels: Tensor,
+        of_states: _Divergence,
+        chunk: int,
     ) -> Tensor:
         """Return the mean of the divergence `of_states`, for `chunk` tokens at a time."""
         with_gradient = ctx.needs_input_grad[0]
@@ -134,7 +144,9 @@ class _HeadDivergence(torch.autograd.Function):
         grad = torch.empty_like(sparse) if with_gradient else sparse.new_empty(0)
         for first in range(0, len(sparse), chunk):
             tokens = slice(first, first + chunk)
-            divergence, gradient = of_states(sparse[tokens], dense[tokens], with_gradient)
+            divergence, gradient = of_states(
+                sparse[tokens], dense[tokens], labels[tokens], with_gradient
+            )
             total += divergence
             if gradient is not None:
                 grad[tokens] = gradient
@@ -143,35 +155,44 @@ class _HeadDivergence(torch.autograd.Function):
         return total / len(sparse)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Scale the gradient that forward has made."""
         (grad,) = ctx.saved_tensors
-        return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None
+        return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None, None
 
 
 def _plain_divergence(
-    weight: Tensor, divergence: _Divergence, sparse: Tensor, dense: Tensor, with_gradient: bool
+    weight: Tensor,
+    divergence: _Divergence,
+    sparse: Tensor,
+    dense: Tensor,
+    labels: Tensor,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the divergence for a head that only multiplies by `weight (vocabulary, hidden)`."""
     logits = sparse.to(weight.dtype) @ weight.t()
     of_dense = dense.to(weight.dtype) @ weight.t()
-    total, gradient = divergence(logits, of_dense, with_gradient)
+    total, gradient = divergence(logits, of_dense, labels, with_gradient)
     return total, None if gradient is None else gradient @ weight
 
 
 def _own_divergence(
-    head: Head, sparse: Tensor, dense: Tensor, with_gradient: bool
+    head: Head,
+    divergence: _Divergence,
+    sparse: Tensor,
+    dense: Tensor,
+    labels: Tensor,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the divergence for any other head, by the model's own forward and backward."""
-    log_p = _wide(head.logits(dense)).log_softmax(-1)
     states = sparse.detach().requires_grad_()
     with torch.set_grad_enabled(with_gradient):
-        log_q = _wide(head.logits(states)).log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum()
-    if not with_gradient:
-        return divergence, None
-    (grad,) = torch.autograd.grad(divergence, states)
-    return divergence.detach(), grad
+        logits = head.logits(states)
+    total, gradient = divergence(logits.detach(), head.logits(dense), labels, with_gradient)
+    if gradient is None:
+        return total, None
+    (of_states,) = torch.autograd.grad(logits, states, gradient)
+    return total, of_states
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ class Objective:
         self._placement = placement_of(problem.model)
         windows, length = problem.tokens.shape
         tokens = settings.steps_for(windows) * settings.batch_size * length
-        self._distance = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
+        self._distance = loss_named(
+            str(settings.loss), problem.model, tokens, settings.compile, settings.cross_entropy
+        )
         # Backward would otherwise hold the weights of all layers. None: the first step decides.
         self._recomputes = True if self._placement.streams else settings.activation_checkpointing
 
@@ -108,9 +110,8 @@ class Objective:
             layer = partial(checkpoint, self._layer, use_reentrant=False)
         for index in self.stage.layers:
             hidden = layer(index, hidden, arguments[index])
-        of_text = self.settings.loss == "cross_entropy"
-        target = self.problem.tokens if of_text else self.stage.target
-        return self._distance(hidden, to_device(target[windows], self.device))
+        target = to_device(self.stage.target[windows], self.device)
+        return self._distance(hidden, target, self.problem.tokens[windows])
 
     def _layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Run a decoder layer as the learner sets it; backward may run it again."""

@@ -171,7 +171,7 @@ def test_patterns_with_too_many_candidates_are_refused() -> None:
 def test_a_run_by_the_loss_of_the_text_gives_a_checkpoint_that_verifies(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = ("mask=gumbel", "mask.loss=cross_entropy", "mask.batch_size=4", "export=folded")
+    words = ("mask=gumbel", "mask.cross_entropy=1", "mask.batch_size=4", "export=folded")
     metrics, directory = run(tmp_path, "permutation=none", *words)
     assert metrics["sparsity"]["violations"] == 0
     assert verify(directory / "export")["passed"]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from permllm.models.head import Head
 from permllm.permutation.foldable import split_blocks
 from permllm.permutation.lcp.permutation_linear import PermutationLinear
 from permllm.permutation.lcp.sinkhorn import BlockLogits
@@ -15,9 +14,9 @@ from permllm.runtime.precision import compute_dtype, products_in, working_dtype
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.losses import head_divergence
+from permllm.training.losses import loss_named
 from tests.conftest import tiny_model
-from tests.problems import CPU, sinkhorn
+from tests.problems import CPU, sinkhorn, tokens
 
 
 @pytest.mark.parametrize(
@@ -97,10 +96,11 @@ def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
     model = tiny_model("llama")
     target = torch.randn(2, 5, 32)
     output = (target + 0.3 * torch.randn(2, 5, 32)).requires_grad_()
-    exact = head_divergence(Head(model), output, target)
+    loss = loss_named("kl", model, 10, compile_=False)
+    exact = loss(output, target, tokens(2, 5))
     (exact_grad,) = torch.autograd.grad(exact, output)
     with products_in(torch.bfloat16, CPU):
-        rounded = head_divergence(Head(model), output, target)
+        rounded = loss(output, target, tokens(2, 5))
         (grad,) = torch.autograd.grad(rounded, output)
     assert rounded.dtype == grad.dtype == torch.float32
     assert rounded != exact

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from permllm.models.families import FAMILIES, Family, GroupTable, after_layers, decoder_layers
 from permllm.models.head import Head
 from permllm.training import losses
-from permllm.training.losses import cosine_loss, head_divergence, loss_named
+from permllm.training.losses import cosine_loss, loss_named
 from tests.conftest import tiny_model
 from tests.problems import random, tokens
 
@@ -48,35 +48,38 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(
     expected = (p * (p / q).log()).sum(-1).mean()
     expected.backward()
     loss = loss_named("kl", model, 14, compile_)
-    found = loss(output, target)
+    found = loss(output, target, tokens(2, 7))
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
-    assert float(loss(target, target)) == pytest.approx(0.0, abs=1e-12)
+    assert float(loss(target, target, tokens(2, 7))) == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_cross_entropy_and_its_gradient_against_the_plain_formula(
-    plain: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("form", ["plain", "compiled", "own"])
+def test_a_share_of_the_next_tokens_and_its_gradient_against_the_plain_formula(
+    form: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 12 tokens with a next one
-    monkeypatch.setattr(Head, "_is_plain", lambda _: plain)
+    monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)
+    monkeypatch.setattr(Head, "_is_plain", lambda _: form != "own")
     model = tiny_model("llama", dtype=torch.float64)
     windows = tokens(samples=2, length=7)
+    target = random(2, 7, model.config.hidden_size, seed=2)
     output = random(2, 7, model.config.hidden_size).requires_grad_()
     reference = output.detach().clone().requires_grad_()
-    logits = model.lm_head(model.model.norm(reference))
-    q = logits[:, :-1].softmax(-1)
-    own = nn.functional.one_hot(windows[:, 1:], q.shape[-1])
-    expected = -(own * q.log()).sum() / 12
+    p = model.lm_head(model.model.norm(target)).softmax(-1)
+    q = model.lm_head(model.model.norm(reference)).softmax(-1)
+    text = nn.functional.one_hot(windows[:, 1:], q.shape[-1])
+    divergence = (p * (p / q).log()).sum() / 14
+    expected = (1 - share) * divergence - share * (text * q[:, :-1].log()).sum() / 14
     expected.backward()
-    found = loss_named("cross_entropy", model, 14, None)(output, windows)
+    loss = loss_named("kl", model, 14, form == "compiled", share)
+    found = loss(output, target, windows)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
     with torch.no_grad():
-        measured = loss_named("cross_entropy", model, 14, None)(output, windows)
-    assert float(measured) == pytest.approx(float(expected.detach()), rel=1e-10)
+        assert float(loss(output, target, windows)) == pytest.approx(float(expected), rel=1e-10)
 
 
 @pytest.mark.parametrize("compile_", [False, True])
@@ -84,7 +87,7 @@ def test_large_logits_in_half_precision_stay_finite(compile_: bool) -> None:
     model: Any = tiny_model("llama", dtype=torch.bfloat16, vocab_size=32)
     model.model.norm, model.lm_head.weight.data = nn.Identity(), torch.eye(32).bfloat16()
     sparse, dense = (3e3 * random(1, 4, 32, seed=seed).bfloat16() for seed in (0, 1))
-    found = loss_named("kl", model, 4, compile_)(sparse.requires_grad_(), dense)
+    found = loss_named("kl", model, 4, compile_)(sparse.requires_grad_(), dense, tokens(1, 4))
     found.backward()
     p, q = dense.double().log_softmax(-1), sparse.detach().double().log_softmax(-1)
     assert float(found.detach()) == pytest.approx(float((p.exp() * (p - q)).sum() / 4), rel=1e-5)
@@ -156,13 +159,13 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / ids.numel()
     expected.backward()
 
-    head = Head(model)
-    assert not head.plain
-    found = head_divergence(head, output, target)
+    assert not Head(model).plain
+    loss = loss_named("kl", model, ids.numel(), compile_=True)
+    found = loss(output, target, ids)
     found.backward()
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
     with torch.no_grad():
-        again = head_divergence(head, output, target)
+        again = loss(output, target, ids)
         torch.testing.assert_close(model(input_ids=ids).logits, logits)  # as it was
     for value in (found, again):
         assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
