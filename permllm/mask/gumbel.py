@@ -137,13 +137,13 @@ class GumbelLinear(ScoreLinear):
 
 
 class GumbelLearner(MaskLearner):
-    """Learner of the gates in a stage."""
+    """Learner of the gates in a stage; `regularization` is c of its penalty."""
 
-    def __init__(self, settings: Any, problem: LearningProblem, *arguments: Any) -> None:
-        super().__init__(settings, problem, *arguments)
+    def __init__(self, regularization: float, problem: LearningProblem, *stage: Any) -> None:
+        super().__init__(problem, *stage)
         self._seed = problem.seed
         gates: Any = [linear.scores for linear in self.linears.values()]
-        self._regularization = settings.regularization / sum(part.norm for part in gates)
+        self._regularization = regularization / sum(part.norm for part in gates)
         self._factor = 0.0
 
     @override
@@ -176,7 +176,6 @@ class GumbelMask(ScoreMask):
 
     kind = Gates
     linear = GumbelLinear
-    learner = GumbelLearner
     betas = (0.9, 0.95)
     eps = 1e-5
     clip = 1.0
@@ -202,6 +201,11 @@ class GumbelMask(ScoreMask):
     ) -> Scores:
         """Return the gates of a linear at the start."""
         return Gates(weight, factors, pattern, generator)
+
+    @override
+    def learner(self, *stage: Any) -> MaskLearner:
+        """Return the learner of a stage."""
+        return GumbelLearner(self.regularization, *stage)
 
     @override
     def count(self, group: ChannelGroup, pattern: NMPattern) -> int:

@@ -53,7 +53,6 @@ class MaskLearner(Learner):
     """Learner of the masks in a stage.
 
     Args:
-        settings: settings of the masks.
         linears: masked linears of the stage by path.
         earlier: masks of the earlier stages, like `best`.
 
@@ -63,7 +62,6 @@ class MaskLearner(Learner):
 
     def __init__(
         self,
-        settings: "ScoreMask",
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
         linears: Mapping[str, ScoreLinear],
@@ -135,7 +133,6 @@ class ScoreMask(LearningSettings, LearnedMask):
 
     kind: ClassVar[type[Scores]] = FreeScores
     linear: ClassVar[type[ScoreLinear]] = ScoreLinear
-    learner: ClassVar[type[MaskLearner]] = MaskLearner
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
@@ -151,6 +148,10 @@ class ScoreMask(LearningSettings, LearnedMask):
     ) -> Scores:
         """Return the scores of a linear at the start, which choose the pruner's mask."""
         return FreeScores(weight, factors)
+
+    def learner(self, *stage: Any) -> MaskLearner:
+        """Return the learner of a stage; the arguments are those of `MaskLearner`."""
+        return MaskLearner(*stage)
 
     def count(self, group: ChannelGroup, pattern: NMPattern) -> int:
         """Return the number of parameters of a group's linears."""
@@ -187,7 +188,7 @@ class ScoreMask(LearningSettings, LearnedMask):
         for stage in schedule.stages(lambda span: not pruned.isdisjoint(span), mask_of):
             groups = [group for group in problem.groups if group.layer in stage.layers]
             with self.masked_linears(problem, groups, permutations, stage) as linears:
-                learner = self.learner(self, problem, groups, linears, packed)
+                learner = self.learner(problem, groups, linears, packed)
                 schedule.train(stage, learner)
                 packed |= learner.best
                 del linears, learner  # frees their memory before the next stage

@@ -79,7 +79,7 @@ class ScoreLinear(nn.Module):
             the identity.
 
     Attributes:
-        energy: `||W * M||^2` in the last forward, differentiable, if the scores want it; else 0.
+        energy: `||W * M||^2` in the last forward, differentiable; None: the scores need none.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class _ScoreProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, module: ScoreLinear, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Multiply `x (tokens, C_in)`; return y and the energy."""
         states = _columns_at(x, module.permutation, product_dtype(x))
         weight = module.linear.weight  # kept, as the layer may leave the device before backward
@@ -147,7 +147,7 @@ class _ScoreProduct(torch.autograd.Function):
         if module.linear.bias is not None:
             y.add_(module.linear.bias)
         if not module.scores.measures_energy:
-            return y, y.new_zeros(())
+            return y, None
         return y, masked_t.to(ctx.score_dtype).square().sum()
 
     @staticmethod

@@ -43,6 +43,7 @@ from permllm.settings.values import (
     Round,
     Texts,
     Whole,
+    as_list,
     flatten,
     validated,
 )
@@ -150,7 +151,7 @@ class CalibrationConfig:
     @property
     def names(self) -> list[str]:
         """Names of the texts."""
-        return [self.dataset] if isinstance(self.dataset, str) else self.dataset
+        return as_list(self.dataset)
 
 
 @dataclass(config=SETTINGS)
@@ -168,7 +169,7 @@ class PerplexityConfig:
         """Names of the texts: the file's, or those of `dataset`."""
         if self.data_files:
             return [Path(self.data_files).stem]
-        return [self.dataset] if isinstance(self.dataset, str) else self.dataset or []
+        return as_list(self.dataset)
 
 
 @dataclass(config=SETTINGS)

@@ -33,7 +33,8 @@ def _one_text(value: str | list[str]) -> str | list[str]:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _list(value: Any) -> Any:
+def as_list(value: Any) -> list[Any]:
+    """Return a value as a list of it; a list as it is, and None as an empty one."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -47,7 +48,7 @@ Arguments = Annotated[dict[str, Any], NULL_IS_EMPTY]
 Texts = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_one_text)]
 # Indices of layers and names of modules, each once.
 Names = Annotated[
-    list[str], BeforeValidator(_list), AfterValidator(lambda names: list(dict.fromkeys(names)))
+    list[str], BeforeValidator(as_list), AfterValidator(lambda names: list(dict.fromkeys(names)))
 ]
 
 

@@ -1,7 +1,7 @@
 """Losses: distances of a decoder layer's sparse output from the dense one, or from the text."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,11 +51,9 @@ def loss_named(
         return lambda output, target, windows: cosine_loss(output, target)
     head = Head(model)
     wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
-    divergence: _Divergence = _divergence
-    if cross_entropy:
-        divergence = _mixture_of(cross_entropy)
+    divergence = _divergence_of(cross_entropy)
     if wanted and head.plain:
-        divergence = compiled(divergence, "the divergence is computed without a compiled kernel")
+        divergence = _compiled(divergence)
     return partial(head_divergence, head, divergence)
 
 
@@ -66,39 +64,45 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
 
 
-def _divergence(
-    sparse: Tensor, dense: Tensor, labels: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return `sum p (log p - log q)` and `q - p`; p is the dense, q the sparse distribution."""
-    log_p = _wide(dense).log_softmax(-1)
-    log_q = _wide(sparse).log_softmax(-1)
-    p = log_p.exp()
-    # The first sum is over the vocabulary: for one sum over both dimensions, Inductor makes a loop
-    # with divisions on a GPU.
-    total = ((log_p - log_q) * p).sum(-1).sum()
-    return total, (log_q.exp() - p).to(sparse.dtype) if with_gradient else None
+@cache
+def _divergence_of(share: float) -> _Divergence:
+    """Return the divergence from the dense model, mixed with a share of the text's cross entropy.
 
+    The function is always the same for a share, so that it is compiled once.
+    """
 
-def _mixture_of(share: float) -> _Divergence:
-    """Return the divergence from a mixture: this share of it is the text's next token, not p."""
-
-    def mixture(
+    def divergence(
         sparse: Tensor, dense: Tensor, labels: Tensor, with_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return `sum (1 - s) p (log p - log q) - s log q[label]`, and its gradient."""
+        """Return `sum (1 - s) p (log p - log q) - s log q[label]`, and its gradient.
+
+        p is the dense distribution, q the sparse one. Tokens without a label have no second term.
+        """
         log_p = _wide(dense).log_softmax(-1)
         log_q = _wide(sparse).log_softmax(-1)
         p = log_p.exp()
+        # The first sum is over the vocabulary: for one sum over both dimensions, Inductor makes a
+        # loop with divisions on a GPU.
+        divergences = ((log_p - log_q) * p).sum(-1)
         own = labels.clamp_min(0).unsqueeze(-1)
         weight = share * (labels >= 0).to(p.dtype).unsqueeze(-1)
-        divergences = ((log_p - log_q) * p).sum(-1, keepdim=True)
-        total = ((1 - share) * divergences - weight * log_q.gather(-1, own)).sum()
+        if share:
+            of_text = weight * log_q.gather(-1, own)
+            divergences = (1 - share) * divergences - of_text.squeeze(-1)
         if not with_gradient:
-            return total, None
-        gradient = (1 - share + weight) * log_q.exp() - (1 - share) * p
-        return total, gradient.scatter_add(-1, own, -weight).to(sparse.dtype)
+            return divergences.sum(), None
+        q = log_q.exp()
+        gradient = q - p
+        if share:
+            gradient = ((1 - share) * gradient + weight * q).scatter_add(-1, own, -weight)
+        return divergences.sum(), gradient.to(sparse.dtype)
 
-    return mixture
+    return divergence
+
+
+@cache
+def _compiled(divergence: _Divergence) -> _Divergence:
+    return compiled(divergence, "the divergence is computed without a compiled kernel")
 
 
 def head_divergence(
