@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,8 +23,6 @@ from permllm.store.files import read_json, write_json
 
 # Variable with the folder of the sweep's outcomes. The processes of launchers get it.
 FOLDER_VARIABLE = "PERMLLM_SWEEP_FOLDER"
-# Variable with ` of N` for a sweep of N jobs; empty: a search decides how many there are.
-JOBS_VARIABLE = "PERMLLM_SWEEP_JOBS"
 # Variable with a folder for the processes of hydra/launcher=joblib. The folder has a lock for each
 # GPU, with a name as in CUDA_VISIBLE_DEVICES.
 GPUS_VARIABLE = "PERMLLM_GPUS"
@@ -71,8 +65,6 @@ class SweepFolder(Callback):  # type: ignore[misc]
         if folder.name != name:  # the user chose it
             folder = folder / "sweeps" / name
         os.environ[FOLDER_VARIABLE] = str(folder.absolute())
-        with suppress(HydraException):  # the sweep itself raises it
-            os.environ[JOBS_VARIABLE] = _of_jobs(config.hydra)
 
 
 def sweep_name(hydra_config: Any) -> str:
@@ -85,22 +77,9 @@ def sweep_name(hydra_config: Any) -> str:
     return f"{hydra_config.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
 
-def _of_jobs(hydra_config: Any) -> str:
-    """Return the value of `JOBS_VARIABLE`."""
-    sweeper = hydra_config.sweeper
-    if not sweeper["_target_"].endswith(".BasicSweeper"):
-        return ""
-    words = [f"{name}={values}" for name, values in (sweeper.params or {}).items()]
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    settings = parser.parse_overrides([*words, *hydra_config.overrides.task])
-    (jobs,) = BasicSweeper.split_arguments(settings, None)
-    return f" of {len(jobs)}"
-
-
 def job_name() -> str:
     """Return the number of this job in its sweep, and the words that were typed for it."""
-    number = HydraConfig.get().job.num + 1
-    return f"job {number}{os.environ.get(JOBS_VARIABLE, '')}: {' '.join(overrides())}"
+    return f"job {HydraConfig.get().job.num + 1}: {' '.join(overrides())}"
 
 
 def overrides() -> list[str]:

@@ -26,7 +26,6 @@ from permllm.store.sweep import Outcome, read_outcomes
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny-random", "logger=none")
-PERMUTATIONS = len([*(ROOT / "conf" / "permutation").glob("*.yaml")])
 
 
 def before_its_jobs(*words: str, given: tuple[str, ...] = (), **swept: str) -> str:
@@ -51,7 +50,7 @@ def before_its_jobs(*words: str, given: tuple[str, ...] = (), **swept: str) -> s
 
 @pytest.fixture
 def _nothing_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in (SWEEP_VARIABLE, sweep.FOLDER_VARIABLE, sweep.JOBS_VARIABLE):
+    for variable in (SWEEP_VARIABLE, sweep.FOLDER_VARIABLE):
         monkeypatch.setenv(variable, "none")
 
 
@@ -70,23 +69,6 @@ def test_a_sweep_is_named_by_its_jobs() -> None:
     table6 = [before_its_jobs("experiment=table6", block_size=one) for one in ("32", "32,64", "32")]
     assert table6[0].startswith("table6-")
     assert table6[0] == table6[2] != table6[1]
-
-
-@pytest.mark.usefixtures("_nothing_started")
-@pytest.mark.parametrize(
-    ("words", "swept", "count"),
-    [
-        ("block_size=32,64 seed=range(0,3) pruner=ria", {}, " of 6"),
-        ("permutation=glob(*) seed=0,1", {}, f" of {2 * PERMUTATIONS}"),
-        ("seed=0,1", {"block_size": "32,64,128"}, " of 6"),
-        ("block_size=32", {"block_size": "32,64,128"}, " of 1"),
-    ],
-)
-def test_the_number_of_jobs_is_known_before_them(
-    words: str, swept: dict[str, str], count: str
-) -> None:
-    before_its_jobs(*words.split(), **swept)
-    assert os.environ[sweep.JOBS_VARIABLE] == count
 
 
 @pytest.mark.usefixtures("_nothing_started")
