@@ -28,7 +28,6 @@ from tests.conftest import ROOT, run_command
 from tests.settings.test_config import config
 
 TINY = ("model=tiny-random", "model.dtype=float64", "logger=none")
-# Batches of 4, 4, 4 and 3 samples: unequal shares.
 LCP = (*TINY, "calibration.samples=15", "permutation.epochs=2", "permutation.learning_rate=0.05")
 
 
@@ -72,11 +71,24 @@ def check_equal(single: Path, several: Path, of_weights: float = 1e-12) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        # Permutations are learned, then weights.
+        (
+            *("permutation=lcp", "permutation.epochs=2", "permutation.learning_rate=0.05"),
+            *("reconstruction=distill", "reconstruction.cross_entropy=0.33"),
+            "reconstruction.batch_size=4",
+        ),
+        ("permutation=none", "mask=gumbel", "mask.epochs=2", "mask.cross_entropy=0.5"),
+    ],
+    ids=["lcp-and-distill", "gumbel"],
+)
 def test_two_ranks_continue_a_run_to_what_one_process_learns(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    method: tuple[str, ...], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Orders are learned, then weights.
-    words = (*LCP, "permutation=lcp", "reconstruction=distill", "reconstruction.batch_size=4")
+    # Batches of 4, 4, 4 and 3 windows: unequal shares.
+    words = (*TINY, "calibration.samples=15", *method)
 
     def learn(folder: Path) -> None:
         job.run(config(*words, f"run_dir={folder}"))
