@@ -43,8 +43,18 @@ def gumbel_linear(pattern: NMPattern) -> tuple[GumbelLinear, Tensor, Tensor]:
 
 
 def noise(gates: Tensor, seed: int) -> Tensor:
-    uniform = torch.empty_like(gates).exponential_(generator=torch.Generator().manual_seed(seed))
-    return -uniform.log()
+    uniform = torch.empty_like(gates).uniform_(generator=torch.Generator().manual_seed(seed))
+    return -(-uniform.log()).log()
+
+
+def test_a_candidate_is_the_largest_as_often_as_its_softmax_says() -> None:
+    linear, factors, _ = given("one term")
+    gates = Gates(linear.weight, factors, NMPattern(2, 4), torch.Generator())
+    logits = random(6, seed=1)
+    gates.gates = torch.nn.Parameter(logits.view(6, 1, 1).repeat(1, 1, 200_000) / 100)
+    gates.temperature, gates.scale, gates.noise_seed = 0.8, 100.0, 11
+    chosen = gates.soft().argmax(0).flatten().bincount(minlength=6)
+    torch.testing.assert_close(chosen.double() / 200_000, logits.softmax(0), rtol=0, atol=0.005)
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(3, 6)], ids=str)
