@@ -60,7 +60,7 @@ def set_by_method(method: str) -> dict[str, Any]:
             for key, option in entry.items():
                 settings[f"{key.removeprefix('override /')}.name"] = option
         else:  # another method, which this one is a variant of
-            settings |= set_by_method(entry)
+            settings |= set_by_method(entry.removeprefix("/method/"))
     return settings | flatten(own)
 
 
