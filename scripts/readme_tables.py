@@ -292,8 +292,8 @@ def shares(folder: Path, baseline: str, records: str = RECORDS) -> str:
     frame = rows.pivot(index="method", columns="share", values="gap").sort_values(0.0)
     frame = frame.map("{:.0%}".format, na_action="ignore").fillna("")
     frame.columns = [f"{share:.0%} dense (limit {limits[share]:.3g})" for share in frame]
-    frame.index = "`" + frame.index + "`"
-    return as_text(frame.reset_index(), "md")
+    frame.index = "`" + frame.index.str.partition(", ").get_level_values(0) + "`"
+    return as_text(frame.rename_axis("method").reset_index(), "md")
 
 
 def bounds(folder: Path, methods: str, records: str) -> str:
@@ -484,10 +484,11 @@ def verified(folder: Path) -> str:
 
 def _settings_of(words: str) -> str:
     """Return the settings by which `find` finds the row of `METHOD,name=value,...`."""
-    method, *others = words.split(",", 1)
+    method, *others = words.split(",")
     config = composed([f"method={method}"])
-    said = {key.removesuffix(".name"): OmegaConf.select(config, key) for key in _OF_METHODS}
-    return ",".join([*(f"{name}={value}" for name, value in said.items() if value), *others])
+    settings = {key.removesuffix(".name"): OmegaConf.select(config, key) for key in _OF_METHODS}
+    settings |= dict(other.split("=", 1) for other in others)
+    return ",".join(f"{name}={value}" for name, value in settings.items() if value)
 
 
 def _row(found: Table, words: str) -> int:

@@ -12,6 +12,7 @@ from permllm.settings.options import EXPLAINED, help_of_groups, options, set_by_
         ("masks-folded", {"permutation.constraint": "foldable", "mask.name": "score"}),
         ("permllm-ria-last6", {"pruner.name": "ria", "permutation.last_layers": 6}),
         ("deploy", {"reconstruction.relative": True, "permutation.constraint": "foldable"}),
+        ("frontier/weights", {"reconstruction.relative": True, "permutation.name": "none"}),
     ],
 )
 def test_what_a_method_sets_is_in_its_yaml_and_in_those_that_it_is_a_variant_of(

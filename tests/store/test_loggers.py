@@ -223,7 +223,7 @@ def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [described(one, Path("y"), False)["group"] for one in (single, asked)] == [GROUP, "mine"]
     words = "experiment=table6 +logger.group=x logger=wandb runs_dir=a run_dir=b ++force=true"
     deploy = described(read_config(composed("model=tiny-random", "method=deploy")), Path("y"), True)
-    tags = ["wanda", "sensitive", "heuristic", "distill", "2:4", "tiny-random"]
+    tags = ["sparsegpt", "sensitive", "heuristic", "distill", "2:4", "tiny-random"]
     assert [*deploy["tags"].values()] == tags
     for typed, name in (
         ([*words.split(), "block_size=32", "~x"], "block_size=32 ~x"),
