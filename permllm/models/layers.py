@@ -57,7 +57,7 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[dict[st
         states = arguments.pop(names[0])
         if not hidden:
             # With gradient checkpointing the embedding's output requires gradients.
-            hidden.append(states.detach())
+            hidden.append(states if torch.is_grad_enabled() and states.requires_grad else states.detach())
         kwargs.append(arguments)
         return (states,) if tuples else states
 

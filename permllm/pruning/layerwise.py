@@ -102,7 +102,20 @@ def prune_layers(
         problem = learning_problem(job, "reconstruction", windows, factors or {}, target)
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.compute_dtype, job.device):
-            reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
+            def replace(masks):
+                for path, mask in zip(list(result.masks), masks, strict=True):
+                    result.masks[path] = mask.cpu()
+
+            reconstruction.network(
+                PrunedNetwork(
+                    problem,
+                    linears,
+                    result.masks.values(),
+                    list(result.masks),
+                    result.permutations,
+                    replace,
+                )
+            )
         for linear in linears:
             linear.weight.data.copy_(job.rounded(linear.weight.data))
     result.violations = _violations(job, result.permutations)

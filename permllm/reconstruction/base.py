@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -47,6 +48,9 @@ class PrunedNetwork:
     problem: LearningProblem
     linears: Sequence[nn.Linear]
     masks: Collection[Tensor]
+    paths: Any = None
+    permutations: Any = None
+    replace: Any = None
 
 
 class Reconstruction(Method):

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from permllm.models.families import decoder_layers
 from permllm.reconstruction.admm import ADMM
+from permllm.reconstruction.moving import MovingWeights
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.reconstruction.obs import OBS
 from permllm.settings.learning import DescentSettings, LearningSettings, Loss
@@ -39,6 +40,16 @@ class Distill(DescentSettings, Reconstruction):
     skip: Whole
     start: Literal["masked", "obs", "admm"]
     loss: ClassVar[Loss] = "kl"  # type: ignore[misc]
+    moving: Literal["none", "ast", "elsa"] = "none"
+    refresh: int = 10
+    decay: float = 0.0
+    pruned_start: float = 0.7
+    penalty: float = 0.01
+    dual_every: int = 32
+    warmup: float = 0.0
+    floor: float = 0.0
+    cross_entropy: float = 0.0
+    train_head: bool = False
 
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]
@@ -69,10 +80,37 @@ class Distill(DescentSettings, Reconstruction):
             select_from=0,
             compile=None,
         )
-        weights = KeptWeights(pruned.linears, pruned.masks, self.relative)
+        object.__setattr__(settings, "warmup", self.warmup)
+        object.__setattr__(settings, "floor", self.floor)
+        problem.cross_entropy = self.cross_entropy
+        problem.train_head = self.train_head
+        problem.dense_head = problem.model.get_output_embeddings().weight.detach().clone()
         stage = Stage(0, range(len(decoder_layers(problem.model))), None, problem.target)
+        if self.moving == "none":
+            weights = KeptWeights(pruned.linears, pruned.masks, self.relative)
+            if self.train_head:
+                weights.add_head(problem.model)
+        else:
+            group_of = {path: group.name for group in problem.groups for path in group.members}
+            weights = MovingWeights(
+                self.moving,
+                pruned.paths,
+                pruned.linears,
+                list(pruned.masks),
+                [pruned.permutations[group_of[path]] for path in pruned.paths],
+                [problem.factors_of(path) for path in pruned.paths],
+                problem.pattern,
+                self,
+            )
         with weights.gradients():
             StageSchedule(settings, problem, "distill", DISTILL_CHECKPOINT).train(stage, weights)
+        if self.moving != "none":
+            masks = weights.finish()
+            before = list(pruned.masks)
+            moved = sum(int((a ^ b).sum()) for a, b in zip(before, masks))
+            total = sum(a.numel() for a in masks)
+            print(f"moved from the start: {moved / total:.4f}", flush=True)
+            pruned.replace(masks)
 
 
 class KeptWeights(Learner):
@@ -107,6 +145,15 @@ class KeptWeights(Learner):
             self._places.append(places)
             self._units.append(unit)
             self.values.append(value.div_(unit))
+
+    def add_head(self, model: nn.Module) -> None:
+        weight = model.get_output_embeddings().weight
+        self._weights.append(weight)
+        self._places.append(torch.arange(weight.numel(), dtype=torch.int32))
+        value = weight.detach().flatten().clone()
+        unit = value.square().mean().sqrt().item()
+        self._units.append(unit)
+        self.values.append(value.div_(unit))
 
     @contextmanager
     def gradients(self) -> Iterator[None]:

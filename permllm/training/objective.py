@@ -106,7 +106,25 @@ class Objective:
             layer = partial(checkpoint, self._layer, use_reentrant=False)
         for index in self.stage.layers:
             hidden = layer(index, hidden, arguments[index])
-        return self._distance(hidden, to_device(self.stage.target[windows], self.device))
+        target = to_device(self.stage.target[windows], self.device)
+        share = getattr(self.problem, "cross_entropy", 0.0)
+        train_head = getattr(self.problem, "train_head", False)
+        if not share and not train_head:
+            return self._distance(hidden, target)
+        head = self.problem.model.get_output_embeddings()
+        if not hasattr(self, "_dense_head"):
+            self._dense_head = self.problem.dense_head
+        norm = self.problem.model.model.norm
+        logits = (norm(hidden) @ head.weight.t()).float()
+        with torch.no_grad():
+            log_p = (norm(target) @ self._dense_head.t()).float().log_softmax(-1)
+        log_q = logits.log_softmax(-1)
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        if share:
+            labels = self.problem.tokens[windows][:, 1:].to(self.device)
+            entropy = -log_q[:, :-1].gather(-1, labels.unsqueeze(-1)).mean()
+            loss = (1 - share) * loss + share * entropy
+        return loss
 
     def _layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Run a decoder layer as the learner sets it; backward may run it again."""

@@ -46,6 +46,9 @@ class LearningProblem:
     calibration: Tensor
     pattern: NMPattern
     seed: int
+    cross_entropy: float = 0.0
+    train_head: bool = False
+    dense_head: Any = None
     calibration_batch_size: int = 8
     directory: Path | None = None
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None

@@ -164,7 +164,17 @@ class Trainer:
             weight_decay=self.settings.weight_decay,
             fused=True,
         )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+        warmup = getattr(self.settings, "warmup", 0.0)
+        floor = getattr(self.settings, "floor", 0.0)
+        if warmup or floor:
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer,
+                lambda step: min(1.0, (step + 1) / max(1, warmup * self.steps))
+                * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1, step / self.steps)))),
+            )
+        else:
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+        self.learner.optimizer = self.optimizer
         self.done = 0  # number of steps
         self.best_loss = math.inf
         self.history = [] if history is None else history
