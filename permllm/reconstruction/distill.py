@@ -47,6 +47,7 @@ class Distill(DescentSettings, Reconstruction):
     penalty: float = 0.01
     dual_every: int = 32
     warmup: float = 0.0
+    beta2: float = 0.999
     floor: float = 0.0
     cross_entropy: float = 0.0
     train_head: bool = False
@@ -82,6 +83,7 @@ class Distill(DescentSettings, Reconstruction):
         )
         object.__setattr__(settings, "warmup", self.warmup)
         object.__setattr__(settings, "floor", self.floor)
+        object.__setattr__(settings, "beta2", self.beta2)
         problem.cross_entropy = self.cross_entropy
         problem.train_head = self.train_head
         problem.dense_head = problem.model.get_output_embeddings().weight.detach().clone()

@@ -162,6 +162,7 @@ class Trainer:
             self.learner.parameters(),
             lr=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
+            betas=(0.9, getattr(self.settings, "beta2", 0.999)),
             fused=True,
         )
         warmup = getattr(self.settings, "warmup", 0.0)
