@@ -52,8 +52,8 @@ def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -
     parts = joined.texts if isinstance(joined, JoinedTexts) else [joined]
     for name, text in texts.perplexity.items():
         if calibration.data_files and perplexity.data_files:
-            digests = [part.digest(calibration=True) for part in parts]
-            if text.digest(calibration=False) in digests:
+            files = [part for part in parts if isinstance(part, TextFile)]
+            if text.digest(calibration=False) in [file.digest(calibration=True) for file in files]:
                 raise ConfigError(
                     f"evaluation.perplexity.data_files={perplexity.data_files!r} is also the file "
                     "of calibration: give a held-out text"
@@ -67,7 +67,7 @@ def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -
 
 
 def calibration_text(config: CalibrationConfig) -> Text:
-    """Return the text for calibration, perhaps several ones joined. Errors as in `texts_of_job`."""
+    """Return the text for calibration, or several joined. Errors as in `texts_of_job`."""
     if config.data_files and _FILE not in config.names:
         raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
     texts = [_calibration_part(config, name) for name in config.names]

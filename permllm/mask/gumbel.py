@@ -37,9 +37,6 @@ _CANDIDATES = 70
 # Standard deviation of the gates at the start, and how much the pruner's mask raises them.
 _STD = 0.01
 _PRIOR = 3 * _STD
-# Temperature and scale, at the first step and after the last one.
-_TEMPERATURE = (4.0, 0.05)
-_SCALE = (100.0, 500.0)
 
 
 class Gates(Scores):
@@ -67,7 +64,7 @@ class Gates(Scores):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.norm = float(weight.square().sum())
+        self.norm = float(weight.to(factors.column.dtype).square().sum())
         places = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
         candidates = torch.zeros(len(places), pattern.m).scatter_(1, places, 1.0)
         self.candidates = candidates.to(factors.column)
@@ -155,8 +152,8 @@ class GumbelLearner(MaskLearner):
         self._factor = self._regularization * (1 - share)
         for path, linear in self.linears.items():
             gates: Any = linear.scores
-            gates.temperature = _between(_TEMPERATURE, share)
-            gates.scale = _between(_SCALE, share)
+            gates.temperature = 4.0 - 3.95 * share
+            gates.scale = 100.0 + 400.0 * share
             gates.noise_seed = random.Random(f"{self._seed} {progress.step} {path}").getrandbits(63)
 
     @override
@@ -166,13 +163,9 @@ class GumbelLearner(MaskLearner):
         return -self._factor * energy
 
 
-def _between(ends: tuple[float, float], share: float) -> float:
-    return ends[0] + share * (ends[1] - ends[0])
-
-
 @dataclass(kw_only=True, config=SETTINGS)
 class GumbelMask(ScoreMask):
-    """Masks by a distribution over the candidates of each group: 24 bytes a weight at 2:4."""
+    """Masks by a distribution over the candidates of each group: 26 or 28 bytes a weight at 2:4."""
 
     regularization: Amount
 

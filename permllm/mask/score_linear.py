@@ -156,6 +156,7 @@ class _ScoreProduct(torch.autograd.Function):
         states, masked_t, weight = ctx.saved_tensors
         module: ScoreLinear = ctx.module
         grad_y, grad_energy = grads
+        module.energy = None  # it would hold the graph of a layer that was computed again
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             if masked_t is None:

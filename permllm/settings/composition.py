@@ -50,6 +50,7 @@ def register_resolvers() -> None:
     `nm:PATTERN`: N:M for a file name (`2:4` as `2x4`). `last:PATH`: the last name in a path.
     `packaged:PATH`: a path inside the package.
     `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
+    `windows_of:TOKENS`: windows of calibration text for so many tokens, at least 128.
     `learning_steps:SHARE` and `learning_windows:SHARE`: steps of a method that learns, and windows
     of text for it, so that it reads `budget.tokens` once; without them its share of `budget.steps`
     and `budget.learning_windows`; null if these are not given either.
@@ -63,6 +64,7 @@ def register_resolvers() -> None:
         "last": lambda path: os.path.basename(os.path.abspath(str(path))),
         "learning_steps": _learning_steps,
         "learning_windows": _learning_windows,
+        "windows_of": _windows_of,
     }
     # The function that can replace a resolver has another name since version 2.4.
     new = "replace" in signature(OmegaConf.register_resolver).parameters
@@ -73,6 +75,10 @@ def register_resolvers() -> None:
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
     return a if value in (case if isinstance(case, list) else [case]) else b
+
+
+def _windows_of(tokens: int, *, _root_: DictConfig) -> int:
+    return max(128, math.ceil(tokens / _root_.calibration.seqlen))
 
 
 def _learning_windows(share: float, *, _root_: DictConfig) -> int | None:

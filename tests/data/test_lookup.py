@@ -64,11 +64,17 @@ def test_joined_texts_follow_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "files"),
-    [(["builtin", "text"], None), (["builtin", "grammar"], "own.txt"), (["builtin", "no"], None)],
+    ("dataset", "files", "named"),
+    [
+        (["builtin", "text"], None, r"needs calibration\.data_files"),
+        (["builtin", "grammar"], "own.txt", "needs calibration=text"),
+        (["builtin", "no"], None, r"calibration\.dataset='no'"),
+    ],
 )
-def test_joined_texts_have_the_errors_of_their_parts(dataset: list[str], files: str | None) -> None:
-    with pytest.raises(ConfigError):
+def test_joined_texts_have_the_errors_of_their_parts(
+    dataset: list[str], files: str | None, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
         calibration_text(CalibrationConfig(dataset, data_files=files))
 
 
@@ -80,8 +86,8 @@ def test_no_part_of_joined_texts_is_for_perplexity_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'sciq-support' is not held out"):
         texts_of_job(joined, PerplexityConfig("sciq-support", seqlen=8))
     with pytest.raises(ConfigError, match=r"also the file"):
-        texts_of_job(
-            CalibrationConfig(["builtin", "text"], data_files=own),
+        texts_of_job(  # without a download of the manuals
+            CalibrationConfig(["manuals", "text"], data_files=own),
             PerplexityConfig(None, seqlen=8, data_files=own),
         )
 

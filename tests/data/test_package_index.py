@@ -81,7 +81,7 @@ def source(tmp_path: Path, cache: Path) -> Source:
             member.size = len(name)
             tar.addfile(member, BytesIO(name.encode()))
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-    return Source(archive.as_uri(), sha256, megabytes=1)
+    return Source(archive.as_uri(), sha256)
 
 
 def test_documents_of_a_source_archive_are_read_and_nothing_else(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
-from permllm.mask.gumbel import Gates, GumbelLinear
+from permllm.mask.gumbel import Gates, GumbelLearner, GumbelLinear
 from permllm.permutation.heuristic import Heuristic
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
@@ -64,6 +64,7 @@ def test_forward_and_gradients_against_the_formula(pattern: NMPattern) -> None:
     grad = random(5, ROWS, seed=5)
     output = module(x)
     ((output * grad).sum() + 0.3 * module.energy).backward()
+    assert module.energy is None  # which would hold the graph
 
     gates = module.scores.gates.detach().clone().requires_grad_()
     inputs = x.detach().clone().requires_grad_()
@@ -109,13 +110,16 @@ def learned(name: str = "gumbel", learning: Any = None, **settings: Any) -> dict
     return masks
 
 
-def test_learning_lowers_the_loss_and_a_smaller_one_at_a_time_makes_the_same_steps() -> None:
-    losses: dict[int | None, list[float]] = {None: [], 1: []}
-    for at_once, seen in losses.items():
+def test_learning_lowers_the_loss_and_settings_of_memory_make_the_same_steps() -> None:
+    losses: list[list[float]] = []
+    for memory in ({}, {"micro_batch_size": 1}, {"activation_checkpointing": True}):
+        seen: list[float] = []
         learning = problem(on_step=lambda _, values, seen=seen: seen.append(values["loss"]))
-        learned(learning=learning, micro_batch_size=at_once, epochs=8, learning_rate=0.02)
-    assert losses[None] == pytest.approx(losses[1], rel=1e-4)
-    assert sum(losses[None][-2:]) < 0.8 * sum(losses[None][:2])
+        learned(learning=learning, epochs=8, learning_rate=0.02, **memory)
+        losses.append(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+    assert sum(losses[0][-2:]) < 0.8 * sum(losses[0][:2])
 
 
 def test_rates_fall_to_a_tenth_and_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +141,27 @@ def test_rates_fall_to_a_tenth_and_gradients_are_clipped(monkeypatch: pytest.Mon
     cosines = [math.cos(math.pi * done / 8) for done in range(8)]
     assert rates == pytest.approx([0.02 + 0.18 * (1 + cosine) / 2 for cosine in cosines])
     assert max(norms) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_penalty_is_the_formula_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+    shares: list[float] = []
+    penalty = GumbelLearner.penalty
+
+    def noted(self: GumbelLearner) -> Tensor | float:
+        weights = [linear.linear.weight for linear in self.linears.values()]
+        energy = sum(float(linear.energy.detach()) for linear in self.linears.values())
+        shares.append(energy / sum(float(weight.square().sum()) for weight in weights))
+        found.append(float(penalty(self)))
+        return penalty(self)
+
+    monkeypatch.setattr(GumbelLearner, "penalty", noted)
+    learned(epochs=2, regularization=7.0)
+    steps = len(shares)
+    assert steps == 4
+    assert 0.3 < min(shares) < max(shares) < 1.0
+    expected = [-7.0 * (1 - step / steps) * share for step, share in enumerate(shares)]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_penalty_favours_large_weights_until_it_is_gone() -> None:

@@ -164,6 +164,9 @@ AMOUNTS method=permllm-wanda -> permutation.steps: 40, permutation.samples: 160
 AMOUNTS method=lcp -> permutation.steps: 28, permutation.samples: 112
 AMOUNTS permutation=lcp-paper -> permutation.steps: null, permutation.samples: null
 method=deploy budget.tokens=1e6 -> reconstruction.steps: 1954, reconstruction.samples: 7813
+method=deploy -> calibration.samples: 512
+method=deploy calibration=c4 -> calibration.samples: 128
+method=deploy budget=quick budget.calibration_windows=64 -> calibration.samples: 64
 method=masks-cp budget.tokens=3e4 calibration.seqlen=100 -> mask.steps: 75, mask.samples: 300
 AMOUNTS method=permllm-wanda protocol=paper -> permutation.steps: null, permutation.samples: null
 AMOUNTS method=lcp-paper-short -> permutation.steps: 7, permutation.samples: null
