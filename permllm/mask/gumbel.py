@@ -11,20 +11,22 @@ US 2025-0335769 A1 belongs to it.
 """
 
 import random
-from itertools import combinations
+from functools import reduce
+from itertools import combinations, compress
 from math import comb
 from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from permllm.errors import ConfigError
 from permllm.mask.score import MaskLearner, ScoreMask
-from permllm.mask.score_linear import ScoreLinear, Scores
+from permllm.mask.score_linear import ScoreLinear
 from permllm.models.families import ChannelGroup
-from permllm.runtime.precision import products_as_they_are
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.settings.values import SETTINGS, Amount
 from permllm.sparsity.nm import nm_mask
@@ -39,7 +41,7 @@ _STD = 0.01
 _PRIOR = 3 * _STD
 
 
-class Gates(Scores):
+class Gates(nn.Module):
     """Gates of a linear, which start near the pruner's mask.
 
     Attributes:
@@ -51,7 +53,6 @@ class Gates(Scores):
     """
 
     keeps_masked = True
-    measures_energy = True
     temperature: float
     scale: float
     noise_seed: int
@@ -69,7 +70,7 @@ class Gates(Scores):
         candidates = torch.zeros(len(places), pattern.m).scatter_(1, places, 1.0)
         self.candidates = candidates.to(factors.column)
         prior = nm_mask(saliency(weight, factors), pattern).t().unflatten(0, (-1, pattern.m))
-        agreement = _sums("km,gmr->kgr", self.candidates, prior.to(self.candidates.dtype))
+        agreement = torch.einsum("km,gmr->kgr", self.candidates, prior.to(factors.column.dtype))
         noise = torch.randn(agreement.shape, generator=generator).to(agreement)
         centred = agreement - pattern.n**2 / pattern.m
         self.gates = nn.Parameter(noise.mul_(_STD).add_(centred, alpha=_PRIOR))
@@ -79,60 +80,58 @@ class Gates(Scores):
         generator = torch.Generator(self.gates.device).manual_seed(self.noise_seed)
         # By two logarithms, because drawing exponential numbers takes a CPU six times as long.
         noise = torch.empty_like(self.gates).uniform_(generator=generator)
-        noise.log_().neg_().log_().neg_()
-        return noise.add_(self.gates, alpha=self.scale).div_(self.temperature).softmax(0)
+        noise.log_().neg_().log_().neg_().div_(self.temperature)
+        return noise.add(self.gates, alpha=self.scale / self.temperature).softmax(0)
 
-    def best(self) -> Tensor:
-        """Return 1 for the largest gate of each group, and 0 for the others, shaped like y."""
-        largest = self.gates.argmax(0, keepdim=True)
-        return torch.zeros_like(self.gates).scatter_(0, largest, 1.0)
+    def soft_masked(self, weight: Tensor) -> Tensor:
+        """Return `W * m`, `(C_out, C_in)`, for `W` in permuted order, in the dtype of the gates."""
+        shares = self.soft().unbind()
+        places = [
+            reduce(torch.add, compress(shares, place)) for place in self.candidates.t().tolist()
+        ]
+        return torch.stack(places, 1).flatten(0, 1).t() * weight
 
-    def mask_t(self, y: Tensor) -> Tensor:
-        """Return `sum_k y_k s_k`, `(C_in, C_out)`."""
-        return _sums("km,kgr->gmr", self.candidates, y).flatten(0, 1)
-
-    @override
-    def chunk_scores(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
-        """Return the mask of the largest gates as scores."""
-        return SaliencyFactors(0, self.mask_t(self.best())[channels].t())
-
-    @override
-    def parameter_gradients(self, score_gradient: Tensor) -> list[Tensor]:
-        """Return the gradient of the gates from that of the mask, up to a constant for each group.
-
-        All candidates have N ones, so that a constant does not change the gradient.
-        """
-        y = self.soft()
-        places = score_gradient.unflatten(0, (-1, self.candidates.shape[1]))
-        of_y = _sums("km,gmr->kgr", self.candidates, places)
-        of_y -= (of_y * y).sum(0)
-        return [of_y.mul_(y).mul_(self.scale / self.temperature)]
-
-
-def _sums(indices: str, candidates: Tensor, values: Tensor) -> Tensor:
-    """Return sums of the values of candidates or places, which must not be rounded."""
-    with products_as_they_are(values):
-        return torch.einsum(indices, candidates, values)
+    def mask(self) -> Tensor:
+        """Return the candidate with the largest gate in each group, bool `(C_out, C_in)`."""
+        return self.candidates[self.gates.argmax(0)].transpose(0, 1).flatten(1).bool()
 
 
 class GumbelLinear(ScoreLinear):
-    """Linear with a soft mask if gradients are computed, and otherwise with the resulting one."""
+    """Linear with a soft mask if gradients are computed, and otherwise with the resulting one.
 
-    _is_soft: bool
+    Attributes:
+        energy: `||W * m||^2` in the last forward until its backward, differentiable.
+    """
+
+    energy: Tensor | None
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
-        self._is_soft = torch.is_grad_enabled()
-        return super().forward(x)
+        gates: Any = self.scores
+        weight = self.linear.weight
+        states = x if self.permutation is None else x.index_select(-1, self.permutation)
+        if torch.is_grad_enabled():
+            # Backward makes the soft mask again, so that it does not stay in memory.
+            masked = checkpoint(
+                gates.soft_masked, weight, use_reentrant=False, preserve_rng_state=False
+            )
+            self.energy = masked.square().sum()
+            masked.register_hook(self._forget)
+        else:
+            masked = gates.mask() * weight
+        return functional.linear(states, masked.to(x.dtype), self.linear.bias)
+
+    def _forget(self, _: Tensor) -> None:
+        self.energy = None  # it would hold the graph of a layer that was computed again
 
     @override
     @torch.no_grad()
-    def masked_weight_t(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `(W * m)^T (C_in, C_out)`, permuted."""
+    def mask(self) -> Tensor:
+        """Return the mask of the largest gates, bool `(C_out, C_in)`, in original order."""
         gates: Any = self.scores
-        y = gates.soft() if self._is_soft else gates.best()
-        return gates.mask_t(y).mul_(weight.t()).to(dtype)
+        mask: Tensor = gates.mask()
+        return mask if self.inverse is None else mask[:, self.inverse]
 
 
 class GumbelLearner(MaskLearner):
@@ -157,15 +156,16 @@ class GumbelLearner(MaskLearner):
             gates.noise_seed = random.Random(f"{self._seed} {progress.step} {path}").getrandbits(63)
 
     @override
-    def penalty(self) -> Tensor | float:
+    def penalty(self) -> Tensor:
         """Return `-c (1 - t / T) sum ||W m||^2 / sum ||W||^2` at step t of T, over all linears."""
-        energy = sum(linear.energy for linear in self.linears.values())
+        linears: Any = self.linears.values()
+        energy: Tensor = sum(linear.energy for linear in linears)
         return -self._factor * energy
 
 
 @dataclass(kw_only=True, config=SETTINGS)
 class GumbelMask(ScoreMask):
-    """Masks by a distribution over the candidates of each group: 26 or 28 bytes a weight at 2:4."""
+    """Masks by a distribution over the candidates of each group: 28 or 30 bytes a weight at 2:4."""
 
     regularization: Amount
 
@@ -193,7 +193,7 @@ class GumbelMask(ScoreMask):
         factors: SaliencyFactors,
         pattern: NMPattern,
         generator: torch.Generator,
-    ) -> Scores:
+    ) -> Gates:
         """Return the gates of a linear at the start."""
         return Gates(weight, factors, pattern, generator)
 

@@ -131,7 +131,7 @@ class ScoreMask(LearningSettings, LearnedMask):
     The scores start at the logarithm of the pruner's saliency.
     """
 
-    kind: ClassVar[type[Scores]] = FreeScores
+    kind: ClassVar[Any] = FreeScores
     linear: ClassVar[type[ScoreLinear]] = ScoreLinear
 
     @override
@@ -145,7 +145,7 @@ class ScoreMask(LearningSettings, LearnedMask):
         factors: SaliencyFactors,
         pattern: NMPattern,
         generator: torch.Generator,
-    ) -> Scores:
+    ) -> Any:
         """Return the scores of a linear at the start, which choose the pruner's mask."""
         return FreeScores(weight, factors)
 

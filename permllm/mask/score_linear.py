@@ -31,11 +31,9 @@ class Scores(nn.Module, ABC):
     Attributes:
         keeps_masked: forward keeps the masked weight for backward, because the scores take more
             memory than it does.
-        measures_energy: forward measures `||W * M||^2`; needs `keeps_masked`.
     """
 
     keeps_masked = False
-    measures_energy = False
 
     @abstractmethod
     def chunk_scores(self, weight_t: Tensor, channels: slice) -> SaliencyFactors:
@@ -77,9 +75,6 @@ class ScoreLinear(nn.Module):
         scores: scores that choose the mask, permuted like the weight.
         permutation: int64 `(C_in,)`, of the dense model's columns (`weight[:, permutation]`); None:
             the identity.
-
-    Attributes:
-        energy: `||W * M||^2` in the last forward, differentiable; None: the scores need none.
     """
 
     def __init__(
@@ -100,8 +95,7 @@ class ScoreLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
-        y: Tensor
-        y, self.energy = _ScoreProduct.apply(x.flatten(0, -2), self, *self.scores.parameters())
+        y: Tensor = _ScoreProduct.apply(x.flatten(0, -2), self, *self.scores.parameters())
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
@@ -132,10 +126,8 @@ class _ScoreProduct(torch.autograd.Function):
     """Product `y = x (W * M)^T + b`, differentiable in x and in the parameters of the scores."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, module: ScoreLinear, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Multiply `x (tokens, C_in)`; return y and the energy."""
+    def forward(ctx: Any, x: Tensor, module: ScoreLinear, *parameters: Tensor) -> Tensor:
+        """Multiply `x (tokens, C_in)`."""
         states = _columns_at(x, module.permutation, product_dtype(x))
         weight = module.linear.weight  # kept, as the layer may leave the device before backward
         masked_t = module.masked_weight_t(weight, states.dtype)
@@ -144,29 +136,21 @@ class _ScoreProduct(torch.autograd.Function):
         ctx.score_dtype = parameters[0].dtype
         ctx.input_dtype = x.dtype
         y = states @ masked_t
-        if module.linear.bias is not None:
-            y.add_(module.linear.bias)
-        if not module.scores.measures_energy:
-            return y, None
-        return y, masked_t.to(ctx.score_dtype).square().sum()
+        return y if module.linear.bias is None else y.add_(module.linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the parameters."""
         states, masked_t, weight = ctx.saved_tensors
         module: ScoreLinear = ctx.module
-        grad_y, grad_energy = grads
-        module.energy = None  # it would hold the graph of a layer that was computed again
+        grad_y = grads[0]
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             if masked_t is None:
                 masked_t = module.masked_weight_t(weight, grad_y.dtype)
             grad_x = _columns_at(grad_y @ masked_t.t(), module.inverse, ctx.input_dtype)
-        grad_masked_t = states.t() @ grad_y
-        if module.scores.measures_energy:
-            grad_masked_t = grad_masked_t.to(ctx.score_dtype)
-            grad_masked_t += 2 * grad_energy * masked_t.to(ctx.score_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
+        grad_masked_t = states.t() @ grad_y
         score_gradient = score_gradients(
             grad_masked_t, weight.t(), module.pattern.m, ctx.score_dtype
         )

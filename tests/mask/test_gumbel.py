@@ -148,11 +148,11 @@ def test_the_penalty_is_the_formula_of_each_step(monkeypatch: pytest.MonkeyPatch
     shares: list[float] = []
     penalty = GumbelLearner.penalty
 
-    def noted(self: GumbelLearner) -> Tensor | float:
+    def noted(self: GumbelLearner) -> Tensor:
         weights = [linear.linear.weight for linear in self.linears.values()]
         energy = sum(float(linear.energy.detach()) for linear in self.linears.values())
         shares.append(energy / sum(float(weight.square().sum()) for weight in weights))
-        found.append(float(penalty(self)))
+        found.append(float(penalty(self).detach()))
         return penalty(self)
 
     monkeypatch.setattr(GumbelLearner, "penalty", noted)

@@ -126,6 +126,7 @@ def test_files_without_the_models_tensors_are_not_read_by_layer(tmp_path: Path, 
 METHODS = {
     "learned": "permutation=lcp permutation.layers_per_stage=1 block_size=16 reconstruction=obs "
     "mask=score mask.layers_per_stage=1 allocation=sensitive allocation.share=0.3",
+    "gumbel": "permutation=heuristic mask=gumbel",
     "sequential": "pruner=sparsegpt permutation=heuristic permutation.constraint=foldable "
     "calibration.statistics=sequential",
 }
