@@ -50,6 +50,7 @@ class Gates(nn.Module):
         norm: `||W||^2`.
         temperature, scale: tau and kappa of the present step.
         noise_seed: seed of the noise of the present step.
+        keeps_masked: as in `Scores`.
     """
 
     keeps_masked = True
@@ -119,19 +120,18 @@ class GumbelLinear(ScoreLinear):
             self.energy = masked.square().sum()
             masked.register_hook(self._forget)
         else:
-            masked = gates.mask() * weight
+            masked = self.permuted_mask() * weight
         return functional.linear(states, masked.to(x.dtype), self.linear.bias)
 
     def _forget(self, _: Tensor) -> None:
         self.energy = None  # it would hold the graph of a layer that was computed again
 
     @override
-    @torch.no_grad()
-    def mask(self) -> Tensor:
-        """Return the mask of the largest gates, bool `(C_out, C_in)`, in original order."""
+    def permuted_mask(self) -> Tensor:
+        """Return the mask of the largest gates, bool `(C_out, C_in)`, in permuted order."""
         gates: Any = self.scores
         mask: Tensor = gates.mask()
-        return mask if self.inverse is None else mask[:, self.inverse]
+        return mask
 
 
 class GumbelLearner(MaskLearner):
@@ -146,7 +146,7 @@ class GumbelLearner(MaskLearner):
 
     @override
     def begin(self, progress: Progress) -> None:
-        """Set temperature, scale and noise of a step."""
+        """Set tau, from 4 to 0.05, kappa, from 100 to 500, and the noise of a step."""
         share = progress.step / progress.steps
         self._factor = self._regularization * (1 - share)
         for path, linear in self.linears.items():

@@ -101,11 +101,14 @@ class ScoreLinear(nn.Module):
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Return the mask that the scores choose, bool `(C_out, C_in)`, in original order."""
-        weight = self.linear.weight
-        mask = nm_mask(
-            saliency(weight, self.scores.chunk_scores(weight.t(), slice(None))), self.pattern
-        )
+        mask = self.permuted_mask()
         return mask if self.inverse is None else mask[:, self.inverse]
+
+    def permuted_mask(self) -> Tensor:
+        """Return the mask that the scores choose, bool `(C_out, C_in)`, in permuted order."""
+        weight = self.linear.weight
+        scores = self.scores.chunk_scores(weight.t(), slice(None))
+        return nm_mask(saliency(weight, scores), self.pattern)
 
     @torch.no_grad()
     def masked_weight_t(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
