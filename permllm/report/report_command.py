@@ -3,19 +3,17 @@
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
 permllm report --wandb permllm --table table6
-permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
+permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*'
 
 The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
 network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
 sets the format.
 
-The table from W&B has the paper's numbers beside ours. --publish makes a W&B report of it, with a
-plot of ln(sparse / dense perplexity) over minutes; it needs `pip install -e '.[wandb-report]'`.
+The table from W&B has the paper's numbers beside ours.
 """
 
 import argparse
 from fnmatch import fnmatchcase
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from permllm.report.published import TABLES, Comparison
 from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PLACES, note
-from permllm.report.table import Table, table_of
+from permllm.report.table import table_of
 from permllm.report.table import notes as notes_of
 from permllm.settings.config import evaluation_of
 from permllm.settings.values import nested
@@ -57,7 +55,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SWEEP",
         help="sweep of the runs in W&B, * fits anything; can be repeated; default: the table's",
     )
-    add("--publish", action="store_true", help="make a W&B report of the table")
 
 
 def work(options: argparse.Namespace) -> Answer:
@@ -86,7 +83,7 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:
-    """Return the table of a project's runs, and the address of its W&B report."""
+    """Return the table of a project's runs."""
     groups = options.group or [options.table, f"{options.table}-*"]
     import wandb
 
@@ -111,10 +108,8 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     paper = Comparison(options.table, table.labels["model"])
     cells = table_cells(table, paper=paper)
     text = markdown(texts(table, cells))
-    url = _published(table, text, options, entity) if options.publish else None
     note(paper.notes)
-    shown = text if url is None else f"{text}{url}\n"
-    return Answer({"rows": records(table, cells), "url": url}, lambda: print(shown, end=""))
+    return Answer({"rows": records(table, cells)}, lambda: print(text, end=""))
 
 
 def as_run(logged: Any) -> Run:
@@ -137,20 +132,4 @@ def as_run(logged: Any) -> Run:
     directory = Path(config.pop("run_directory"))
     del config["config_hash"]
     metrics["evaluation"] = evaluation_of(config)
-    return Run(directory, config, metrics, [metrics], {"wandb_id": logged.id})
-
-
-def _published(table: Table, text: str, options: argparse.Namespace, entity: str | None) -> str:
-    """Save a W&B report with the table and a plot over minutes, and return its address."""
-    try:
-        wr = import_module("wandb_workspaces.reports.v2")
-        expr = import_module("wandb_workspaces.expr")
-    except ImportError as error:
-        raise ConfigError("--publish needs: pip install -e '.[wandb-report]'") from error
-    project = {"entity": entity, "project": options.wandb}
-    title = f"PermLLM, {options.table}"
-    ids = [run.environment["wandb_id"] for run in table.runs]
-    runs = wr.Runset(**project, filters=[expr.Metric("ID").isin(ids)])
-    plot = wr.ScatterPlot(x="minutes", y="nats_above_dense", log_x=True, running_ymin=True)
-    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[runs], panels=[plot])]
-    return str(wr.Report(**project, title=title, blocks=blocks, width="fluid").save().url)
+    return Run(directory, config, metrics, [metrics], {})

@@ -21,7 +21,6 @@ from PIL import Image
 from permllm.cli import call
 from permllm.report.metrics import flat_metrics
 from permllm.report.plots import dense_value, drawn_metric, plot_cost, points
-from permllm.report.report_command import as_run
 from permllm.report.table import DENSE_ROW
 from permllm.settings.values import flatten
 from permllm.store.files import read_json, write_json
@@ -269,24 +268,3 @@ def test_a_table_of_wandb_is_that_of_the_runs(
     assert "note: skipped strange" in printed.err
     assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
     assert "table2 or table2-*: no finished run" in capsys.readouterr().err
-
-
-def test_publishing_saves_a_report_with_the_table_and_the_gap_over_minutes(
-    api: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("wandb_workspaces")
-    api += [logged(record(12.0, model="llama-2-7b"), "run0")]
-    saved = []
-    url = "https://wandb.ai/me/permllm/reports/1"
-    monkeypatch.setattr(
-        "wandb_workspaces.reports.v2.Report.save",
-        lambda report: saved.append(report) or SimpleNamespace(url=url),
-    )
-    assert call("report", ["--wandb", "permllm", "--table", "table1", "--publish"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.endswith(f"{url}\n")
-    (report,) = saved
-    assert report.blocks[0].text in printed
-    assert [panel.y for panel in report.blocks[1].panels] == ["nats_above_dense"]
-    assert re.search("run0", str(report.blocks[1].runsets[0].filters))
-    assert as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0
