@@ -23,8 +23,8 @@ from permllm.report.published import TABLES, Comparison
 from permllm.report.read import Run, collect, skipping, without_repeated
 from permllm.report.render import markdown, records, table_cells, texts
 from permllm.report.results_command import BASELINE, PLACES, note
-from permllm.report.table import table_of
 from permllm.report.table import notes as notes_of
+from permllm.report.table import table_of
 from permllm.settings.config import evaluation_of
 from permllm.settings.values import nested
 from permllm.store.files import RECORD, write_text
