@@ -101,21 +101,22 @@ class GumbelLinear(ScoreLinear):
     """Linear with a soft mask if gradients are computed, and otherwise with the resulting one.
 
     Attributes:
+        scores: the gates.
         energy: `||W * m||^2` in the last forward until its backward, differentiable.
     """
 
+    scores: Any
     energy: Tensor | None
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
-        gates: Any = self.scores
         weight = self.linear.weight
         states = x if self.permutation is None else x.index_select(-1, self.permutation)
         if torch.is_grad_enabled():
             # Backward makes the soft mask again, so that it does not stay in memory.
             masked = checkpoint(
-                gates.soft_masked, weight, use_reentrant=False, preserve_rng_state=False
+                self.scores.soft_masked, weight, use_reentrant=False, preserve_rng_state=False
             )
             self.energy = masked.square().sum()
             masked.register_hook(self._forget)
@@ -129,8 +130,7 @@ class GumbelLinear(ScoreLinear):
     @override
     def permuted_mask(self) -> Tensor:
         """Return the mask of the largest gates, bool `(C_out, C_in)`, in permuted order."""
-        gates: Any = self.scores
-        mask: Tensor = gates.mask()
+        mask: Tensor = self.scores.mask()
         return mask
 
 
