@@ -132,4 +132,4 @@ def as_run(logged: Any) -> Run:
     directory = Path(config.pop("run_directory"))
     del config["config_hash"]
     metrics["evaluation"] = evaluation_of(config)
-    return Run(directory, config, metrics, [metrics], {})
+    return Run(directory, config, metrics, [metrics])
