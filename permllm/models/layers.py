@@ -31,6 +31,8 @@ from permllm.runtime.precision import products_as_they_are, products_in
 
 # Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
+# Most bytes of states that are stored; more of them a `Teacher` computes.
+STORED = 4e9
 # Shape of the two windows of tokens whose arguments are compared.
 _COMPARED = (2, 8)
 # Name of our attention function among those of transformers.
@@ -161,6 +163,28 @@ def last_states(
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     stream.to_the_end("dense states")
     return stream.states()
+
+
+class Teacher:
+    """Copy of the dense model, which computes the output of its last decoder layer in each step.
+
+    `teacher[windows]`, with indices of windows, int64, is `(windows, tokens, hidden)` on the
+    device.
+
+    Args:
+        tokens: all windows, int64 `(windows, tokens)`.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+        self._model = copy.deepcopy(model)
+        self._tokens = tokens
+
+    @torch.no_grad()
+    def __getitem__(self, windows: Tensor) -> Tensor:
+        hidden, arguments = layer_inputs(self._model, self._tokens[windows])
+        for layer, kwargs in zip(decoder_layers(self._model), arguments, strict=True):
+            hidden = run_layer(layer, hidden, kwargs)
+        return hidden
 
 
 class LayerStream:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
+from permllm.models.layers import STORED
 from permllm.permutation.foldable import shared_permutations
 from permllm.planning.speed import Speed
 from permllm.pruning.methods import Methods, ModelGroups
@@ -88,6 +89,7 @@ class Footprint:
         largest: weights of the largest channel group.
         pruned: number of weights in the groups to prune.
         plans: plan of a permutation and of a mask that learn, by group.
+        teaches: True: a copy of the dense model teaches the weights in each step.
         text: tokens of the calibration text that a rank reads.
         forward: operations of a rank in their forward through all layers.
         measured: tokens of each evaluated text that a rank reads.
@@ -129,6 +131,9 @@ class Footprint:
                 self.plans[group] = method.plan(groups.pruned, self.layers, config.pattern)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
+        windows = methods.further(self.samples)
+        states = windows * self.seqlen * self.hidden * self.item
+        self.teaches = "reconstruction" in methods.learned and states > STORED
         self.text = self.samples * self.seqlen / self.ranks
         self.forward = 2 * self.all_layers * self.text
         texts = config.evaluation.perplexity
@@ -261,7 +266,8 @@ class Footprint:
         # Positions of kept weights, and rounded copies of float32 weights.
         waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
         plan = LearningPlan([range(self.layers)], weights)
-        return self._learn(self.methods.reconstruction, plan, waiting, streams)
+        cost = self._learn(self.methods.reconstruction, plan, waiting, streams)
+        return cost._replace(memory=cost.memory + self.teaches * self.parameters * self.item)
 
     def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> PhaseCost:
         """Return a phase that learns; `waiting` bytes a parameter stay until backward."""
@@ -355,7 +361,8 @@ class Footprint:
         """Return the bytes on the host, in addition to the device's."""
         streams = self.streams(placement)
         # Targets of all windows, and this rank's states of two streams.
-        tokens = (self.samples + self.methods.further(self.samples)) * self.seqlen
+        further = self.methods.further_targets if self.teaches else self.methods.further
+        tokens = (self.samples + further(self.samples)) * self.seqlen
         states = ceil((1 + 2 / self.ranks) * tokens)
         if placement != "device" and self.config.evaluation.perplexity.names:  # states of a text
             states = max(states, ceil(self.measured))

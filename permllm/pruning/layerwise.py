@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.models.layers import LayerStream, last_states
+from permllm.models.layers import STORED, LayerStream, Teacher, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_patterns
 from permllm.pruning.checks import check_result
@@ -85,12 +85,11 @@ def prune_layers(
     model = job.loaded.model
     samples = job.config.calibration.samples
     reconstruction = job.methods.learned.get("reconstruction")
-    target = None
+    target: Any = None
     if reconstruction is not None:
         learned_from = windows_for(reconstruction, samples)
         if learned_from.start or learned_from.stop > samples:
-            batch_size = job.config.calibration.batch_size
-            target = last_states(model, windows[learned_from], batch_size, job.compute_dtype)
+            target = _dense_target(job, windows[learned_from])
     layers = _Layers(job, windows[:samples], factors, permutations, masks)
     for index, members in by_layer(model, job.groups.pruned, "prune"):
         layers.prune(index, members)
@@ -107,6 +106,14 @@ def prune_layers(
             linear.weight.data.copy_(job.rounded(linear.weight.data))
     result.violations = _violations(job, result.permutations)
     return result
+
+
+def _dense_target(job: Job, tokens: Tensor) -> Tensor | Teacher:
+    """Return the target of learning from windows, while the model is dense."""
+    model = job.loaded.model
+    if tokens.numel() * model.config.hidden_size * model.dtype.itemsize > STORED:
+        return Teacher(model, tokens)
+    return last_states(model, tokens, job.config.calibration.batch_size, job.compute_dtype)
 
 
 def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:

@@ -14,6 +14,7 @@ from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
+from permllm.models.layers import Teacher
 from permllm.models.load import LoadedModel
 from permllm.models.selection import pruned_groups
 from permllm.permutation.base import Permutation
@@ -222,7 +223,7 @@ def learning_problem(
     group: str,
     windows: Tensor,
     factors: Mapping[str, SaliencyFactors],
-    target: Tensor,
+    target: Tensor | Teacher,
 ) -> LearningProblem:
     """Return the problem of a method, which writes steps and epochs to the record and the logger.
 
@@ -232,7 +233,7 @@ def learning_problem(
         windows: all windows of the text, int64 `(windows, tokens)`.
         factors: saliency factors of the linears, from the calibration windows.
         target: dense output of the last layer for the windows that the method learns from,
-            `(windows, tokens, hidden)`.
+            `(windows, tokens, hidden)`, or its teacher.
     """
     config, record, logger = job.config, job.record, job.logger
     samples = config.calibration.samples

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from permllm.models.layers import Teacher
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -18,13 +20,13 @@ class Stage:
     Attributes:
         inputs: inputs of the first layer, from the pruned layers before it, `(windows, tokens,
             hidden)` on the host; None: the embeddings of the tokens.
-        target: dense output of the last layer, shaped and placed like `inputs`.
+        target: dense output of the last layer, shaped and placed like `inputs`, or its teacher.
     """
 
     number: int
     layers: range
     inputs: Tensor | None
-    target: Tensor
+    target: Tensor | Teacher
 
 
 class Progress(NamedTuple):

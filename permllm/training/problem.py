@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.layers import Teacher
 from permllm.models.offload import placement_of
 from permllm.settings.config import NMPattern
 from permllm.sparsity.saliency import SaliencyFactors, saliency
@@ -27,7 +28,8 @@ class LearningProblem:
         groups: its pruned channel groups, in all layers.
         tokens: int64 `(windows, tokens)`, the text to learn from.
         factors: saliency factors of every linear, by module path.
-        target: dense output of the last decoder layer, `(windows, tokens, hidden)` on the host.
+        target: dense output of the last decoder layer, `(windows, tokens, hidden)` on the host, or
+            its teacher.
         calibration: int64 `(windows, tokens)`, the text of the factors.
         pattern: N:M of the groups.
         seed: seed of the initial logits and of the order of the windows.
@@ -42,7 +44,7 @@ class LearningProblem:
     groups: list[ChannelGroup]
     tokens: Tensor
     factors: dict[str, SaliencyFactors]
-    target: Tensor
+    target: Tensor | Teacher
     calibration: Tensor
     pattern: NMPattern
     seed: int

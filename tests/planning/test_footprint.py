@@ -97,6 +97,18 @@ def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
     assert made.needs("host").host >= states > made.needs("device").host
 
 
+def test_a_teacher_takes_the_place_of_more_than_four_gigabytes_of_states() -> None:
+    few, many = (
+        planned("model=qwen2.5-7b", "method=deploy", f"budget.tokens={tokens}")
+        for tokens in (5 * 10**5, 10**8)
+    )
+    states = 3584 * 2 * 5 * 10**5
+    more = many.needs("device").phases["prune"] - few.needs("device").phases["prune"]
+    assert more == few.parameters * 2
+    assert few.needs("device").host > states
+    assert many.needs("device").host < few.needs("device").host
+
+
 def beside_weights(phase: str, *words: str) -> int:
     phases = planned(*words).needs("device").phases
     return phases[phase] - phases["load"]

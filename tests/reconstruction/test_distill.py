@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruner.magnitude import Magnitude
+from permllm.pruning import layerwise
 from permllm.pruning.methods import methods_of
 from permllm.reconstruction.distill import Distill, KeptWeights
 from permllm.sparsity.statistics import Gram
@@ -185,6 +186,19 @@ def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(
     monkeypatch.setattr(objective, "KEPT_ON_A_HOST", 0.0)
     torch.testing.assert_close(distilled(epochs=1), kept)
     assert recomputed.called
+
+
+def test_a_teacher_gives_the_same_targets_as_states_that_are_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = distilled()
+    teacher = Mock(wraps=layerwise.Teacher)
+    monkeypatch.setattr(layerwise, "Teacher", teacher)
+    assert same(distilled(), stored)
+    assert not teacher.called
+    monkeypatch.setattr(layerwise, "STORED", 0)
+    torch.testing.assert_close(distilled(), stored)
+    assert teacher.called
 
 
 def test_steps_go_through_the_samples_as_often_as_they_take(
