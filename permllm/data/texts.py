@@ -298,8 +298,9 @@ class JoinedTexts(Text):
     calibrates = True
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return the documents of all texts."""
-        return [document for text in self.texts for document in text.calibration(seed)]
+        """Return the documents of all texts, each once."""
+        documents = (document for text in self.texts for document in text.calibration(seed))
+        return list(dict.fromkeys(documents))
 
     def download(self, calibration: bool) -> None:
         """Download all texts."""

@@ -27,6 +27,7 @@ from permllm.errors import ConfigError
 from permllm.mask.score import MaskLearner, ScoreMask
 from permllm.mask.score_linear import ScoreLinear
 from permllm.models.families import ChannelGroup
+from permllm.runtime.precision import product_dtype, products_as_they_are
 from permllm.settings.config import NMPattern, RunConfig
 from permllm.settings.values import SETTINGS, Amount
 from permllm.sparsity.nm import nm_mask
@@ -70,8 +71,10 @@ class Gates(nn.Module):
         places = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
         candidates = torch.zeros(len(places), pattern.m).scatter_(1, places, 1.0)
         self.candidates = candidates.to(factors.column)
+        self._keeping = candidates.t().tolist()  # for each place of a group, who keeps it
         prior = nm_mask(saliency(weight, factors), pattern).t().unflatten(0, (-1, pattern.m))
-        agreement = torch.einsum("km,gmr->kgr", self.candidates, prior.to(factors.column.dtype))
+        with products_as_they_are(self.candidates):  # the gates get the dtype of this product
+            agreement = torch.einsum("km,gmr->kgr", self.candidates, prior.to(factors.column.dtype))
         noise = torch.randn(agreement.shape, generator=generator).to(agreement)
         centred = agreement - pattern.n**2 / pattern.m
         self.gates = nn.Parameter(noise.mul_(_STD).add_(centred, alpha=_PRIOR))
@@ -84,13 +87,12 @@ class Gates(nn.Module):
         noise.log_().neg_().log_().neg_().div_(self.temperature)
         return noise.add(self.gates, alpha=self.scale / self.temperature).softmax(0)
 
-    def soft_masked(self, weight: Tensor) -> Tensor:
-        """Return `W * m`, `(C_out, C_in)`, for `W` in permuted order, in the dtype of the gates."""
+    def soft_masked(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return `W * m` in a dtype, `(C_out, C_in)`, and `||W * m||^2`, for permuted `W`."""
         shares = self.soft().unbind()
-        places = [
-            reduce(torch.add, compress(shares, place)) for place in self.candidates.t().tolist()
-        ]
-        return torch.stack(places, 1).flatten(0, 1).t() * weight
+        places = [reduce(torch.add, compress(shares, keeping)) for keeping in self._keeping]
+        masked = torch.stack(places, 1).flatten(0, 1).t() * weight
+        return masked.to(dtype), masked.square().sum()
 
     def mask(self) -> Tensor:
         """Return the candidate with the largest gate in each group, bool `(C_out, C_in)`."""
@@ -112,17 +114,21 @@ class GumbelLinear(ScoreLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., C_in)`, in the original channel order, to `(..., C_out)`."""
         weight = self.linear.weight
+        dtype = product_dtype(x)
         states = x if self.permutation is None else x.index_select(-1, self.permutation)
         if torch.is_grad_enabled():
             # Backward makes the soft mask again, so that it does not stay in memory.
-            masked = checkpoint(
-                self.scores.soft_masked, weight, use_reentrant=False, preserve_rng_state=False
+            masked, self.energy = checkpoint(
+                self.scores.soft_masked,
+                weight,
+                dtype,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-            self.energy = masked.square().sum()
             masked.register_hook(self._forget)
         else:
-            masked = self.permuted_mask() * weight
-        return functional.linear(states, masked.to(x.dtype), self.linear.bias)
+            masked = (self.permuted_mask() * weight).to(dtype)
+        return functional.linear(states, masked, self.linear.bias)
 
     def _forget(self, _: Tensor) -> None:
         self.energy = None  # it would hold the graph of a layer that was computed again
@@ -165,7 +171,7 @@ class GumbelLearner(MaskLearner):
 
 @dataclass(kw_only=True, config=SETTINGS)
 class GumbelMask(ScoreMask):
-    """Masks by a distribution over the candidates of each group: 28 or 30 bytes a weight at 2:4."""
+    """Masks by a distribution over the candidates of each group: 26 or 28 bytes a weight at 2:4."""
 
     regularization: Amount
 

@@ -31,8 +31,6 @@ from permllm.runtime.precision import products_as_they_are, products_in
 
 # Largest share of a GPU's free memory for the states of a stream; pruning has two streams.
 _SHARE_OF_FREE = 1 / 8
-# Most bytes of states that are stored; more of them a `Teacher` computes.
-STORED = 4e9
 # Shape of the two windows of tokens whose arguments are compared.
 _COMPARED = (2, 8)
 # Name of our attention function among those of transformers.
@@ -166,7 +164,7 @@ def last_states(
 
 
 class Teacher:
-    """Copy of the dense model, which computes the output of its last decoder layer in each step.
+    """Copy of the dense decoder layers, which computes the output of the last one in each step.
 
     `teacher[windows]`, with indices of windows, int64, is `(windows, tokens, hidden)` on the
     device.
@@ -176,7 +174,9 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor) -> None:
-        self._model = copy.deepcopy(model)
+        own = {id(weight) for weight in decoder_layers(model).parameters()}
+        shared = {id(weight): weight for weight in model.parameters() if id(weight) not in own}
+        self._model = copy.deepcopy(model, shared)
         self._tokens = tokens
 
     @torch.no_grad()

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
-from permllm.models.layers import STORED
 from permllm.permutation.foldable import shared_permutations
 from permllm.planning.speed import Speed
-from permllm.pruning.methods import Methods, ModelGroups
+from permllm.pruning.methods import Methods, ModelGroups, needs_teacher
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -89,7 +88,7 @@ class Footprint:
         largest: weights of the largest channel group.
         pruned: number of weights in the groups to prune.
         plans: plan of a permutation and of a mask that learn, by group.
-        teaches: True: a copy of the dense model teaches the weights in each step.
+        teaches: True: a copy of the dense layers teaches the weights in each step.
         text: tokens of the calibration text that a rank reads.
         forward: operations of a rank in their forward through all layers.
         measured: tokens of each evaluated text that a rank reads.
@@ -131,9 +130,9 @@ class Footprint:
                 self.plans[group] = method.plan(groups.pruned, self.layers, config.pattern)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
-        windows = methods.further(self.samples)
-        states = windows * self.seqlen * self.hidden * self.item
-        self.teaches = "reconstruction" in methods.learned and states > STORED
+        weights = methods.learned.get("reconstruction")
+        window = self.seqlen * self.hidden * self.item
+        self.teaches = weights is not None and needs_teacher(weights, self.samples, window)
         self.text = self.samples * self.seqlen / self.ranks
         self.forward = 2 * self.all_layers * self.text
         texts = config.evaluation.perplexity
@@ -267,7 +266,7 @@ class Footprint:
         waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
         plan = LearningPlan([range(self.layers)], weights)
         cost = self._learn(self.methods.reconstruction, plan, waiting, streams)
-        return cost._replace(memory=cost.memory + self.teaches * self.parameters * self.item)
+        return cost._replace(memory=cost.memory + self.teaches * self.all_layers * self.item)
 
     def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> PhaseCost:
         """Return a phase that learns; `waiting` bytes a parameter stay until backward."""

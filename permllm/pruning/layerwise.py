@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.models.layers import STORED, LayerStream, Teacher, last_states
+from permllm.models.layers import LayerStream, Teacher, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_patterns
 from permllm.pruning.checks import check_result
-from permllm.pruning.methods import Job, learning_problem, windows_for
+from permllm.pruning.methods import Job, learning_problem, needs_teacher, windows_for
 from permllm.pruning.phases import member_factors
 from permllm.reconstruction.base import PrunedLinear, PrunedNetwork
 from permllm.runtime import parallel
@@ -85,11 +85,15 @@ def prune_layers(
     model = job.loaded.model
     samples = job.config.calibration.samples
     reconstruction = job.methods.learned.get("reconstruction")
-    target: Any = None
+    target: Tensor | Teacher | None = None
     if reconstruction is not None:
         learned_from = windows_for(reconstruction, samples)
-        if learned_from.start or learned_from.stop > samples:
-            target = _dense_target(job, windows[learned_from])
+        window = windows.shape[1] * model.config.hidden_size * model.dtype.itemsize
+        if needs_teacher(reconstruction, samples, window):
+            target = Teacher(model, windows[learned_from])
+        elif learned_from.start or learned_from.stop > samples:
+            batch_size = job.config.calibration.batch_size
+            target = last_states(model, windows[learned_from], batch_size, job.compute_dtype)
     layers = _Layers(job, windows[:samples], factors, permutations, masks)
     for index, members in by_layer(model, job.groups.pruned, "prune"):
         layers.prune(index, members)
@@ -106,14 +110,6 @@ def prune_layers(
             linear.weight.data.copy_(job.rounded(linear.weight.data))
     result.violations = _violations(job, result.permutations)
     return result
-
-
-def _dense_target(job: Job, tokens: Tensor) -> Tensor | Teacher:
-    """Return the target of learning from windows, while the model is dense."""
-    model = job.loaded.model
-    if tokens.numel() * model.config.hidden_size * model.dtype.itemsize > STORED:
-        return Teacher(model, tokens)
-    return last_states(model, tokens, job.config.calibration.batch_size, job.compute_dtype)
 
 
 def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:

@@ -31,6 +31,8 @@ from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
 
+# Most bytes of the dense model's states that weights learn from; beyond, a `Teacher` makes them.
+_MOST_STATES = 4e9
 # Base class of the methods of each group.
 METHODS = {
     "pruner": Pruner,
@@ -216,6 +218,18 @@ def windows_for(method: Method, calibration: int) -> slice:
     """
     start = method.skip or 0
     return slice(start, start + (method.samples or calibration))
+
+
+def needs_teacher(method: Method, calibration: int, window_bytes: int) -> bool:
+    """Tell whether the states that weights learn from are too large to be stored.
+
+    Args:
+        method: the reconstruction.
+        calibration: number of calibration windows.
+        window_bytes: bytes of the states of a window.
+    """
+    span = windows_for(method, calibration)
+    return (span.stop - span.start) * window_bytes > _MOST_STATES
 
 
 def learning_problem(

@@ -36,9 +36,10 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
 def loss_named(
     name: str, model: nn.Module, tokens: int, compile_: bool | None, cross_entropy: float = 0.0
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return a loss of two outputs of a decoder layer `(batch, tokens, hidden)`, mean over tokens.
+    """Return a function `(output, target, windows)`: the loss, mean over tokens.
 
-    The loss has a third argument, the windows, int64 `(batch, tokens)`.
+    Output and target are those of a decoder layer, `(batch, tokens, hidden)`. The windows are the
+    tokens, int64 `(batch, tokens)`.
 
     Args:
         name: `cosine`, or `kl`, which needs the outputs of the last layer.
@@ -84,17 +85,17 @@ def _divergence_of(share: float) -> _Divergence:
         # The first sum is over the vocabulary: for one sum over both dimensions, Inductor makes a
         # loop with divisions on a GPU.
         divergences = ((log_p - log_q) * p).sum(-1)
-        own = labels.clamp_min(0).unsqueeze(-1)
+        label = labels.clamp_min(0).unsqueeze(-1)
         weight = share * (labels >= 0).to(p.dtype).unsqueeze(-1)
         if share:
-            of_text = weight * log_q.gather(-1, own)
+            of_text = weight * log_q.gather(-1, label)
             divergences = (1 - share) * divergences - of_text.squeeze(-1)
         if not with_gradient:
             return divergences.sum(), None
         q = log_q.exp()
         gradient = q - p
         if share:
-            gradient = ((1 - share) * gradient + weight * q).scatter_add(-1, own, -weight)
+            gradient = ((1 - share) * gradient + weight * q).scatter_add(-1, label, -weight)
         return divergences.sum(), gradient.to(sparse.dtype)
 
     return divergence
@@ -195,8 +196,8 @@ def _own_divergence(
     total, gradient = divergence(logits.detach(), head.logits(dense), labels, with_gradient)
     if gradient is None:
         return total, None
-    (of_states,) = torch.autograd.grad(logits, states, gradient)
-    return total, of_states
+    (grad,) = torch.autograd.grad(logits, states, gradient)
+    return total, grad
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.mask.gumbel import Gates, GumbelLearner, GumbelLinear
 from permllm.permutation.heuristic import Heuristic
+from permllm.runtime.precision import products_in
 from permllm.settings.config import NMPattern
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
@@ -210,3 +211,12 @@ def test_a_run_by_the_loss_of_the_text_gives_a_checkpoint_that_verifies(
     metrics, directory = run(tmp_path, "permutation=none", *words)
     assert metrics["sparsity"]["violations"] == 0
     assert verify(directory / "export")["passed"]
+
+
+def test_gates_are_not_rounded_where_products_are() -> None:
+    learning = problem()
+    path = learning.groups[0].members[0]
+    weight = learning.model.get_parameter(f"{path}.weight")
+    with products_in(torch.bfloat16, torch.device("cpu")):
+        gates = Gates(weight, learning.factors_of(path), NMPattern(2, 4), torch.Generator())
+    assert gates.gates.dtype == torch.float32

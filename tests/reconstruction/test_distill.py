@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruner.magnitude import Magnitude
-from permllm.pruning import layerwise
+from permllm.pruning import layerwise, methods
 from permllm.pruning.methods import methods_of
 from permllm.reconstruction.distill import Distill, KeptWeights
 from permllm.sparsity.statistics import Gram
@@ -196,7 +196,7 @@ def test_a_teacher_gives_the_same_targets_as_states_that_are_stored(
     monkeypatch.setattr(layerwise, "Teacher", teacher)
     assert same(distilled(), stored)
     assert not teacher.called
-    monkeypatch.setattr(layerwise, "STORED", 0)
+    monkeypatch.setattr(methods, "_MOST_STATES", 0)
     torch.testing.assert_close(distilled(), stored)
     assert teacher.called
 
