@@ -1,8 +1,7 @@
-"""Draw the gap that methods close over what a model costs to serve, the size of models, or tokens.
+"""Draw the gap that methods close over what a model costs to serve, or over the size of models.
 
 python scripts/gap_figure.py allocation RECORDS.jsonl CURVE.png
 python scripts/gap_figure.py sizes RECORDS.jsonl SIZES.png
-python scripts/gap_figure.py recovery RECORDS.jsonl RECOVERY.png
 """
 
 import argparse
@@ -10,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy.stats import linregress, t
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -74,32 +71,6 @@ def sizes(runs: list[Run], file: Path) -> None:
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def recovery(runs: list[Run], file: Path) -> None:
-    """Draw the gap over the tokens that methods learned from (`budget.tokens`)."""
-    table = table_of(runs, "method=wanda")
-    rows = table.labels[["method", "budget.tokens"]].assign(
-        gap=table.means[GAP], error=table.errors[GAP].fillna(0.0)
-    )
-    rows = rows[rows["budget.tokens"] != ""]
-    rows["tokens"] = rows["budget.tokens"].astype(float)
-    rows["line"] = rows.groupby("method", group_keys=False).apply(_with_slope)
-    with picture(file) as pyplot:
-        _, axis = pyplot.subplots(figsize=(8, 5))
-        _lines(axis, rows, "tokens")
-        axis.set(xlabel="tokens that were learned from", ylabel=GAP, xscale="log")
-        axis.legend(fontsize="small")
-
-
-def _with_slope(points: pd.DataFrame) -> pd.Series:
-    """Return the method of each point, with the slope of its line and its 95 % interval."""
-    name = points["method"]
-    if len(points) < 4:  # an interval of three points says nothing
-        return name
-    line = linregress(np.log10(points["tokens"]), points["gap"])
-    half = t.ppf(0.975, len(points) - 2) * line.stderr
-    return name + f": {100 * line.slope:.1f} ± {100 * half:.1f} points for ten times the tokens"
-
-
 def _size(model: str) -> float:
     """Return the number of parameters that a model's name ends with, such as 135m or 0.5b."""
     *_, ending = model.split("-")
@@ -117,7 +88,7 @@ def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    figures = {"allocation": allocation, "sizes": sizes, "recovery": recovery}
+    figures = {"allocation": allocation, "sizes": sizes}
     parser.add_argument("figure", choices=figures)
     parser.add_argument("records", type=Path)
     parser.add_argument("picture", type=Path)

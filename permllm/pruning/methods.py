@@ -31,7 +31,7 @@ from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
 
-# Most bytes of the dense model's states that weights learn from; beyond, a `Teacher` makes them.
+# Most bytes of dense states that are stored for weights to learn from; a `Teacher` computes more.
 _MOST_STATES = 4e9
 # Base class of the methods of each group.
 METHODS = {
