@@ -1,4 +1,8 @@
-"""One job from its settings to its record, in the order of the diagram in docs/method.md."""
+"""One job from its settings to its record, in the order of the diagram in docs/method.md.
+
+A run is what its settings identify. A job is the work of one process on it. `parallel.on_main` lets
+rank 0 work and gives its result, or its error, to all ranks.
+"""
 
 import logging
 import math
@@ -127,12 +131,13 @@ def _work(
             logs.enter_context(job_log(record.directory / LOG))
         seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
-        products = footprint.compute_dtype
+        compute_dtype = footprint.compute_dtype
         with record.phase("load", device):
             loaded = load_model(config.model, config.seed, footprint.dtype)
             _check_same(record, "model", loaded.identity)
-            measured = _perplexity_windows(config, texts, loaded)
-            job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, products)
+            text_windows = _perplexity_windows(config, texts, loaded)
+            # A logger follows when the record has begun, which removes files of an earlier run.
+            job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, compute_dtype)
             # None: an earlier process has pruned the model.
             windows = None if record.pruned else _begin_pruning(job, record, texts, planned)
         if texts.perplexity:
@@ -143,21 +148,21 @@ def _work(
             )
 
         with record.phase("evaluate dense", device):
-            evaluate(loaded, config.evaluation, measured, "dense", record)
+            evaluate(loaded, config.evaluation, text_windows, "dense", record)
         if windows is None:
             log.info("continuing %s after pruning", record.directory)
             apply_record(loaded.model, loaded.identity, record.directory)
         else:
             prune_model(job, windows)
         with record.phase("evaluate sparse", device):
-            evaluate(loaded, config.evaluation, measured, "sparse", record)
+            evaluate(loaded, config.evaluation, text_windows, "sparse", record)
         record.finish()
         if job.logger is not NO_LOGGER:
             job.logger.summary(_gap_closed(record.directory) | flat_metrics(record.metrics))
 
 
 def _gap_closed(directory: Path) -> dict[str, float]:
-    """Return the gap that a finished run closes, if the runs beside it have a base for it."""
+    """Return the gap that a finished run closes, if its folder has the run that is the baseline."""
     runs = by_run(table_of(collect([directory.parent]).runs)).set_index("directory")
     gap = runs[GAP].get(str(directory)) if GAP in runs else None
     return {} if gap is None or math.isnan(gap) else {"gap_closed": gap}
@@ -195,7 +200,8 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     """Prune the job's model in place: calibrate, allocate, permute, mask, prune.
 
     Statistics of the dense model give the permutations and masks of all layers at once. Sequential
-    ones come from the pruned layers before, so that each layer is permuted while it is pruned.
+    statistics come from the pruned layers before. Where permutations or masks are None, each layer
+    finds its own while it is pruned.
 
     Args:
         job: job with model and methods. Its record keeps seconds, metrics and files.
@@ -209,7 +215,7 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     permutations = find_permutations(job, windows, calibration)
     masks = find_masks(job, windows, calibration, permutations)
     factors = dense_factors(job, calibration)
-    del calibration  # frees the targets of learning
+    del calibration  # frees the dense states, the targets of learning
     with job.record.phase("prune", job.device):
         pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
         if permutations is None:
@@ -226,8 +232,8 @@ def _prepared_device(config: RunConfig) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        keep_freed_memory()
         return_freed_memory()  # memory that an earlier job freed would count as taken
+        keep_freed_memory()
     return device
 
 
@@ -247,7 +253,7 @@ def _check_kernels(config: RunConfig, model: PreTrainedModel, groups: ModelGroup
 
 def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
     """Download texts and tasks before the weights, so that a missing one ends the job early."""
-    if config.model.source == "hub":  # without the hub the error names the model
+    if config.model.source == "hub":  # first, so that without the hub the error names the model
         hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
     texts.download(calibration=not pruned)
     download_tasks(config.evaluation)
@@ -258,7 +264,7 @@ def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:
 
     Raises ConfigError if this run cannot have the export.
     """
-    dtype: Any = config.model.dtype  # no longer `auto`
+    dtype: Any = config.model.dtype  # `with_dtype` has replaced `auto`
     export = replace(config.export, dtype=config.export.dtype or dtype)
     if export.serve:
         check_serve(export)
