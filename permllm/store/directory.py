@@ -151,9 +151,6 @@ class RunDirectory(Record):
 
     `metrics.json` has the `status` `running`, from the first `finish` on `finished`, and once the
     model is pruned `sparsity`. `evaluations/HASH.json` has `finished` once that evaluation is done.
-
-    Attributes:
-        finished: True: every phase and the evaluation were finished when the directory was opened.
     """
 
     directory: Path
@@ -161,7 +158,6 @@ class RunDirectory(Record):
     def __init__(self, directory: Path, config: RunConfig) -> None:
         super().__init__()
         self.directory = directory
-        self.finished = False
         # False: files of an earlier run are still there, which `begin` replaces.
         self._has_begun = True
         self.config = dict(config.resolved)
@@ -176,6 +172,19 @@ class RunDirectory(Record):
             "config_hash": config.hash,
             "sha256": {},
         }
+
+    @property
+    def pruned(self) -> bool:
+        """True: the model is pruned, so that only its evaluation may be missing."""
+        return "sparsity" in self.metrics
+
+    @property
+    def finished(self) -> bool:
+        """True: every phase and the evaluation are finished, and each tensor file is there."""
+        if self.metrics["status"] != "finished" or "finished" not in self.evaluation:
+            return False
+        files = [self.directory / name for name in self.metrics["sha256"]]
+        return parallel.on_main(lambda: all(map(Path.is_file, files)))
 
     @property
     def _evaluation_file(self) -> Path:
@@ -204,11 +213,10 @@ class RunDirectory(Record):
                     self._read()
                 if not (self.directory / CONFIG).exists():
                     self._write_config()
-                return self.metrics, self.evaluation, self.history, self._is_finished()
+                return self.metrics, self.evaluation, self.history
 
             self._has_begun = not force
-            state = parallel.on_main(lock_and_read)
-            self.metrics, self.evaluation, self.history, self.finished = state
+            self.metrics, self.evaluation, self.history = parallel.on_main(lock_and_read)
             try:
                 yield
             except (ConfigError, DataError):
@@ -262,8 +270,7 @@ class RunDirectory(Record):
         def replaced() -> None:
             if not self._has_begun:
                 self._remove(METRICS, *RESULTS, *OF_LOGGERS)
-            if not self.pruned:
-                self._write_config()
+            self._write_config()
 
         parallel.on_main(replaced)
         self._has_begun = True
@@ -273,7 +280,7 @@ class RunDirectory(Record):
         path = self.directory / CONFIG
         earlier = read_yaml(path) if path.exists() else {}
         config = self.config
-        if earlier and self.pruned:
+        if self.pruned:
             inputs = earlier.get("inputs", {}) | config["inputs"]
             config = earlier | {"evaluation": config["evaluation"], "inputs": inputs}
         # The same settings without a name do not take the run its name.
@@ -294,41 +301,25 @@ class RunDirectory(Record):
             self.evaluation = read_json(self._evaluation_file)
         if self.metrics["status"] == "finished":
             self._remove(*UNFINISHED)  # the process may have ended before it removed them
-            if self.evaluation.get("finished"):
-                self._show_evaluation()
+            if "finished" in self.evaluation:
                 self.save()
                 self._write_config()
 
-    def _is_finished(self) -> bool:
-        """Tell if every phase and the evaluation are finished, and each tensor file is there."""
-        files = [self.directory / name for name in self.metrics["sha256"]]
-        is_complete = self.metrics["status"] == "finished" and all(map(Path.is_file, files))
-        return is_complete and "finished" in self.evaluation
-
-    @property
-    def pruned(self) -> bool:
-        """True: the model is pruned, so that only its evaluation may be missing."""
-        return "sparsity" in self.metrics
-
     def save(self) -> None:
-        """Write the evaluation and `metrics.json`.
+        """Write the evaluation and `metrics.json`, which repeats the last evaluation.
 
         The `metrics.json` of a finished run keeps the earlier evaluation until the new one is
         finished.
         """
-        if self.metrics["status"] != "finished":
-            self._show_evaluation()
+        if self.metrics["status"] != "finished" or "finished" in self.evaluation:
+            for key in _COPIED:
+                self.metrics.pop(key, None)
+            self.metrics |= {key: self.evaluation[key] for key in _COPIED if key in self.evaluation}
+            self.metrics["seconds"] |= self.evaluation.get("seconds", {})
         if parallel.rank() == 0 and self._has_begun:
             if self.evaluation.keys() & {"measured", "seconds"}:
                 write_json(self._evaluation_file, self.evaluation)
             write_json(self.directory / METRICS, self.metrics)
-
-    def _show_evaluation(self) -> None:
-        """Copy the evaluation to the metrics, which have the last one."""
-        for key in _COPIED:
-            self.metrics.pop(key, None)
-        self.metrics |= {key: self.evaluation[key] for key in _COPIED if key in self.evaluation}
-        self.metrics["seconds"] |= self.evaluation.get("seconds", {})
 
     def finish(self) -> None:
         """Write the final metrics, and remove the files that only an unfinished run needs.
@@ -337,7 +328,6 @@ class RunDirectory(Record):
         """
         removed = UNFINISHED if self.config["save_weights"] else (*UNFINISHED, WEIGHTS)
         self.evaluation["finished"] = True
-        self._show_evaluation()
         self.metrics["status"] = "finished"
         self.metrics["sha256"] = {
             name: digest
