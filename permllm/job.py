@@ -5,7 +5,6 @@ rank 0 work and gives its result, or its error, to all ranks.
 """
 
 import logging
-import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,11 +38,9 @@ from permllm.pruning.phases import (
     find_masks,
     find_permutations,
 )
-from permllm.report.gaps import GAP
 from permllm.report.metrics import flat_metrics
 from permllm.report.printed import print_run
-from permllm.report.read import collect
-from permllm.report.table import by_run, table_of
+from permllm.report.table import gap_of
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.memory import (
@@ -158,14 +155,7 @@ def _work(
             evaluate(loaded, config.evaluation, text_windows, "sparse", record)
         record.finish()
         if job.logger is not NO_LOGGER:
-            job.logger.summary(_gap_closed(record.directory) | flat_metrics(record.metrics))
-
-
-def _gap_closed(directory: Path) -> dict[str, float]:
-    """Return the gap that a finished run closes, if its folder has the run that is the baseline."""
-    runs = by_run(table_of(collect([directory.parent]).runs)).set_index("directory")
-    gap = runs[GAP].get(str(directory)) if GAP in runs else None
-    return {} if gap is None or math.isnan(gap) else {"gap_closed": gap}
+            job.logger.summary(gap_of(record.directory) | flat_metrics(record.metrics))
 
 
 def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> RunConfig:

@@ -9,8 +9,6 @@ from permllm.report.metrics import FP8, PERPLEXITY
 from permllm.settings.config import METHOD_GROUPS
 
 GAP = "gap closed"
-# Columns of a table's long frame that say which run a line belongs to.
-OF_RUN = ["run", "row", "model", "seed", "seeds"]
 # Settings that belong to a method, without the pruner's. The row from which a gap is measured may
 # have other values.
 _OF_METHODS = {"method", *METHOD_GROUPS[1:], "temperature", "block_size"}

@@ -8,21 +8,23 @@ The long frame `Table.measured` has a line for each run and metric. Two seeds of
     1    1    1     2      wikitext2 perplexity (window 2048)  perplexity  22.0   NaN     10.0
     1    1    1     2      gap closed                          share       0.47   NaN     NaN
 
-`Table.means` and `Table.errors` are the same numbers over the seeds, rows by metrics.
+`Table.means` and `Table.errors` are made of it, rows by metrics.
 """
 
 import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.report.gaps import GAP, OF_RUN, closed_gaps, row_means, start_rows, texts_of_gaps
+from permllm.report.gaps import GAP, closed_gaps, row_means, start_rows, texts_of_gaps
 from permllm.report.metrics import AVERAGE, FACTS, FP8, OF_SPARSITY, number, setting_text
-from permllm.report.read import Run
+from permllm.report.read import Run, collect
 from permllm.settings.config import IDLE
 
 # Row of the dense model, before the rows of the runs.
@@ -52,12 +54,6 @@ class Table:
         labels: texts of each row's settings; empty: the row has no such setting.
         measured: a line for each run and metric, as above, with the `Metric` behind it as
             `detail`; a gap has none.
-        metrics: by metric, in the order of their columns: `kind`, `heading`, and `asked_for` (True:
-            shown only if it is named).
-        means: means over the seeds, rows by metrics; NaN: a run of the row lacks the metric. The
-            row `DENSE_ROW` has the metrics of the dense model that all runs share; it is absent
-            if there are none.
-        errors: standard deviations over the seeds, as `means`; of a single run its standard error.
         starts: for each row with a gap the row from which the gap is measured.
         gaps: for each metric of a gap the perplexities over which it is the mean.
         baseline: row with which others are compared; None: there is none.
@@ -67,12 +63,47 @@ class Table:
     rows: list[int]
     labels: pd.DataFrame
     measured: pd.DataFrame
-    metrics: pd.DataFrame
-    means: pd.DataFrame
-    errors: pd.DataFrame
     starts: dict[int, int]
     gaps: dict[str, list[str]]
     baseline: int | None
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Return kind, heading and `asked_for` by metric, without zeros that all runs share.
+
+        They are in the order of their columns. A metric with `asked_for` is shown only if named.
+        """
+        grouped = self.measured.groupby("metric", sort=False)
+        metrics = grouped.agg({"kind": "first", "limited": "any", "asked_for": "all"})
+        limited = metrics.pop("limited") & (metrics["kind"] != "perplexity")
+        metrics["heading"] = metrics.index + limited.map({True: " (limited)", False: ""})
+        values = self.measured["value"].round(4).groupby(self.measured["metric"]).nunique()
+        metrics = metrics.drop(index=[name for name in OF_SPARSITY if values[name] == 1])
+        # Perplexities come first, then gaps.
+        metrics["later"] = ~metrics.index.isin(self.gaps) & (metrics["kind"] != "perplexity")
+        return metrics.sort_values(["asked_for", "later"], kind="stable")
+
+    @cached_property
+    def _numbers(self) -> pd.DataFrame:
+        numbers = row_means(self.measured, ["value"])
+        grouped = self.measured.groupby(["row", "metric"])
+        errors = grouped["value"].std().fillna(grouped["stderr"].first())
+        numbers["error"] = errors.where(numbers["value"].notna())
+        return pd.concat([numbers, pd.concat({DENSE_ROW: shared_dense(self.measured)})]).unstack()
+
+    @property
+    def means(self) -> pd.DataFrame:
+        """Return means over the seeds, rows by metrics; NaN: a run of the row lacks the metric.
+
+        The row `DENSE_ROW` has the metrics of the dense model that all runs share; it is absent if
+        there are none.
+        """
+        return self._numbers["value"]
+
+    @property
+    def errors(self) -> pd.DataFrame:
+        """Return standard deviations over the seeds; of a single run its standard error."""
+        return self._numbers["error"]
 
     @property
     def usual(self) -> list[str]:
@@ -121,30 +152,13 @@ def table_of(runs: list[Run], baseline: str | None = None) -> Table:
     measured = _measured(runs, rows)
     closed = closed_gaps(measured, starts)
     gaps = texts_of_gaps(closed)
-    of_runs = measured[OF_RUN].drop_duplicates("run").set_index("run")
+    of_runs = measured[["run", "row", "model", "seed", "seeds"]].drop_duplicates("run")
     for gap, texts in gaps.items():
-        values = closed[texts].mean(axis=1, skipna=False).rename("value")
-        lines = of_runs.join(values, how="inner").reset_index()
+        shares = closed[texts].mean(axis=1, skipna=False).rename("value")
+        lines = of_runs.join(shares, on="run", how="inner")
         lines = lines.assign(metric=gap, kind="share", limited=False, asked_for=False)
         measured = pd.concat([measured, lines], ignore_index=True)
-
-    numbers = row_means(measured, ["value"])
-    grouped = measured.groupby(["row", "metric"])
-    errors = grouped["value"].std().fillna(grouped["stderr"].first())
-    numbers["error"] = errors.where(numbers["value"].notna())
-    numbers = pd.concat([numbers, pd.concat({DENSE_ROW: shared_dense(measured)})])
-    return Table(
-        runs=runs,
-        rows=rows,
-        labels=labels,
-        measured=measured,
-        metrics=_metrics(measured, gaps),
-        means=numbers["value"].unstack(),
-        errors=numbers["error"].unstack(),
-        starts=starts,
-        gaps=gaps,
-        baseline=start,
-    )
+    return Table(runs, rows, labels, measured, starts, gaps, start)
 
 
 def _labels(runs: list[Run], keys: list[str]) -> pd.DataFrame:
@@ -184,35 +198,17 @@ def _measured(runs: list[Run], rows: list[int]) -> pd.DataFrame:
     )
 
 
-def _metrics(measured: pd.DataFrame, gaps: Collection[str]) -> pd.DataFrame:
-    """Return kind, heading and `asked_for` by metric, without zeros that all runs share."""
-    grouped = measured.groupby("metric", sort=False)
-    metrics = grouped.agg({"kind": "first", "limited": "any", "asked_for": "all"})
-    limited = metrics.pop("limited") & (metrics["kind"] != "perplexity")
-    metrics["heading"] = metrics.index + limited.map({True: " (limited)", False: ""})
-    values = measured["value"].round(4).groupby(measured["metric"]).nunique()
-    metrics = metrics.drop(index=[name for name in OF_SPARSITY if values[name] == 1])
-    # Perplexities come first, then gaps.
-    metrics["later"] = ~metrics.index.isin(gaps) & (metrics["kind"] != "perplexity")
-    return metrics.sort_values(["asked_for", "later"], kind="stable")
-
-
 def shared_dense(measured: pd.DataFrame) -> pd.DataFrame:
     """Return `value` and `error` of the dense model by metric, if all runs have the same ones."""
-    lines = measured.dropna(subset="dense")
-    dense = lines.groupby("metric").agg(
-        value=("dense", "first"),
-        error=("dense_stderr", "first"),
-        least=("dense", "min"),
-        most=("dense", "max"),
-        runs=("run", "size"),
-    )
+    grouped = measured.dropna(subset="dense").groupby("metric")
+    dense = grouped.agg(value=("dense", "first"), error=("dense_stderr", "first"))
+    values = grouped["dense"]
     # Machines differ in the order of sums.
-    shared = np.isclose(dense["least"], dense["most"], rtol=1e-4, atol=0)
+    shared = np.isclose(values.min(), values.max(), rtol=1e-4, atol=0)
     # A run of the only model may lack the metric, because it calibrates on the text.
     if measured["model"].nunique() > 1:
-        shared &= dense["runs"] == measured["run"].nunique()
-    return dense.loc[shared, ["value", "error"]]
+        shared &= values.size() == measured["run"].nunique()
+    return dense[shared]
 
 
 def by_run(table: Table) -> pd.DataFrame:
@@ -225,6 +221,14 @@ def by_run(table: Table) -> pd.DataFrame:
     values = table.measured.pivot(index="run", columns="metric", values=["value", "dense"])
     dense = values["dense"].dropna(axis=1, how="all").add_prefix("dense: ")
     return frame.assign(row=table.rows).join([values["value"], dense])
+
+
+def gap_of(directory: Path) -> dict[str, float]:
+    """Return `gap_closed` of a finished run; empty: its folder lacks the run that is the start."""
+    runs = by_run(table_of(collect([directory.parent]).runs)).set_index("directory")
+    gaps = runs.get(GAP, pd.Series()).dropna()
+    name = str(directory)
+    return {"gap_closed": gaps[name]} if name in gaps else {}
 
 
 def choose(table: Table, parts: str | None = None) -> list[str]:
@@ -294,10 +298,14 @@ def naming(labels: pd.DataFrame, columns: str | None = None) -> list[str]:
     equal rows apart. Raises ConfigError if a setting does not exist.
     """
     varied = varying(labels)
-    names = columns.split(",") if columns else {*varied} & {*_FIRST}
-    if unknown := [name for name in names if name not in labels]:
+    wanted = columns.split(",") if columns else {*varied} & {*_FIRST}
+    if unknown := [name for name in wanted if name not in labels]:
         raise ConfigError(f"--columns {unknown[0]}: expected settings, such as {', '.join(varied)}")
-    return telling_apart(labels, _ranked(names), varied)
+    names = _ranked(wanted)
+    for name in varied:
+        if name not in names and (not names or _differs(labels, name, names)):
+            names.append(name)
+    return names
 
 
 def details(labels: pd.DataFrame, columns: str | None = None) -> list[str]:
@@ -333,15 +341,6 @@ def varying(labels: pd.DataFrame) -> list[str]:
     if len(names) == 0 or labels[names].duplicated().any():
         names = settings.columns[settings.nunique() > 1]
     return _ranked(names) or ["pruner", "permutation"]
-
-
-def telling_apart(labels: pd.DataFrame, names: list[str], others: list[str]) -> list[str]:
-    """Return names of settings, and those other settings that tell equal rows apart."""
-    columns = [*names]
-    for name in others:
-        if name not in columns and (not columns or _differs(labels, name, columns)):
-            columns.append(name)
-    return columns
 
 
 def _differs(labels: pd.DataFrame, name: str, others: list[str]) -> bool:
