@@ -19,13 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import permllm.export  # noqa: F401 - lets transformers load gathered checkpoints
 from permllm.data.lookup import PERPLEXITY, calibration_text, text_named
 from permllm.data.texts import Documents
-from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.keep_zeros import keep_zeros  # noqa: F401 - part of `permllm`
 from permllm.export.masks import load_masked
 from permllm.export.write import PrunedSource, has_masks, read_summary, write_checkpoint
-from permllm.job import prune_model
+from permllm.job import job_windows, prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
 from permllm.models.source import DenseSource
@@ -122,7 +121,7 @@ def prune(
         record.set_compute_dtype(products)
         warn_if_pruned(model, groups.pruned, config.pattern)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
-        windows = _windows(texts, loaded, config, methods.further(config.calibration.samples))
+        windows = _windows(texts, job)
         # After an error some layers may be pruned and others not, which `save` must not write.
         setattr(model, _PRUNED, None)
         pruned = prune_model(job, windows)
@@ -133,23 +132,21 @@ def prune(
     return result
 
 
-def _windows(texts: Texts, loaded: LoadedModel, config: RunConfig, further: int) -> Tensor:
-    """Return the windows to calibrate on and `further` windows, int64 `(windows, seqlen)`."""
-    settings = config.calibration
-    if isinstance(texts, Tensor):
-        needed = settings.samples + further
-        if len(texts) < needed:
-            raise ConfigError(
-                f"texts: got {len(texts)} windows of tokens, expected {needed}: "
-                f"{settings.samples} to calibrate on, and {further} to learn from"
-            )
-        windows = texts[:needed].cpu().clone()  # a tensor of inference mode has no gradients
-    else:
+def _windows(texts: Texts, job: Job) -> Tensor:
+    """Return the windows to calibrate on and then those for learning, int64 `(windows, seqlen)`."""
+    settings = job.config.calibration
+    if not isinstance(texts, Tensor):
         text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
-        windows = calibration_windows(
-            loaded.tokenizer, text, settings, config.seed, loaded.bos, further
+        return job_windows(job, text, "texts")
+    further = job.methods.further(settings.samples)
+    needed = settings.samples + further
+    if len(texts) < needed:
+        raise ConfigError(
+            f"texts: got {len(texts)} windows of tokens, expected {needed}: "
+            f"{settings.samples} to calibrate on, and {further} to learn from"
         )
-    check_windows("texts", windows, loaded.model)
+    windows = texts[:needed].cpu().clone()  # a tensor of inference mode has no gradients
+    check_windows("texts", windows, job.loaded.model)
     return windows
 
 
@@ -199,7 +196,7 @@ def save(
     folder: str | Path,
     form: str | None = None,
     dtype: str | None = None,
-    shard_gb: float = 5.0,
+    shard_gb: float = ExportConfig.shard_gb,
     serve: str | None = None,
 ) -> dict[str, Any]:
     """Write a pruned model as a checkpoint, as `permllm export` does.

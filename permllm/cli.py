@@ -1,7 +1,8 @@
 """Command `permllm`. Hydra parses `permllm run`; argparse parses every other command.
 
 The module of a command is imported on demand. It has `work(options) -> Answer`, and also
-`arguments(parser)` if its import is fast. `run_tool` turns errors into lines and exit codes:
+`arguments(parser)` if its import is fast. The docstring of `arguments` is the help. `run_tool`
+turns errors into lines and exit codes:
 
 - 0: success;
 - 1: an error that the user can fix, as one line on stderr, or an answer that is no;
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from permllm.command import Answer, as_json, exit_on_error, is_first_rank, run_tool, tell
 from permllm.errors import SHORT_ERRORS, ConfigError, InUseError, one_line, tracebacks_wanted
@@ -72,9 +73,9 @@ def call(name: str, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"permllm {name}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    module = None if name in _ARGUMENTS else import_module(COMMANDS[name][1])
-    parser.description = inspect.getdoc(module or _ARGUMENTS[name])
-    (module.arguments if module else _ARGUMENTS[name])(parser)
+    arguments = _ARGUMENTS.get(name) or import_module(COMMANDS[name][1]).arguments
+    parser.description = inspect.getdoc(arguments)
+    arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
     options = parser.parse_args(words)
 
@@ -95,6 +96,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     With --form masks the folder has masks and permutations, but no weights. permllm.load(DIR) and
     permllm export DIR apply them to the dense model, which they fetch.
     """
+    from permllm.settings.config import ExportConfig
+
     forms = ("folded", "gathered", "simulate", "masks")
     add = parser.add_argument
     of_run = "directory of a run (with metrics.json), or of its masks (with permllm.json)"
@@ -104,7 +107,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     first = "default: the first form that the permutations allow"
     add("--form", choices=forms, default="none", help=first)
     add("--dtype", help="dtype of the weights (default: that of the run)")
-    add("--shard-gb", type=float, default=5.0, help="largest size of a file in GB (default: 5)")
+    size = "largest size of a file in GB (default: %(default)g)"
+    add("--shard-gb", type=float, default=ExportConfig.shard_gb, help=size)
     add("--serve", choices=("vllm",), help="also write the settings of this server")
 
 
@@ -240,6 +244,7 @@ def _job(composed: DictConfig) -> JobResult | None:
 
 def _job_of_sweep(composed: DictConfig) -> float:
     """Run a job of a sweep, write its outcome, and return its objective."""
+    from permllm.report.metrics import objective
     from permllm.report.printed import print_job
     from permllm.runtime import parallel
     from permllm.store import sweep
@@ -264,19 +269,3 @@ def _job_of_sweep(composed: DictConfig) -> float:
                 print_job(name, result.metrics, result.directory)
             return parallel.broadcast(objective(result.metrics))
     return math.inf
-
-
-def objective(metrics: dict[str, Any]) -> float:
-    """Return the number that a search minimises: the perplexity of the sparse model.
-
-    With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
-    task too infinity.
-    """
-    from permllm.report.metrics import mean_accuracy
-
-    texts = metrics.get("perplexity", {}).get("sparse", {})
-    perplexities = [float(values["value"]) for values in texts.values()]
-    if perplexities:
-        return math.prod(perplexities) ** (1 / len(perplexities))
-    accuracy = mean_accuracy(metrics.get("tasks", {}).get("sparse", {}))
-    return math.inf if math.isnan(accuracy) else 1 - accuracy

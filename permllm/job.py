@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from permllm.data.hub import hub_snapshot
 from permllm.data.lookup import JobTexts, texts_of_job
+from permllm.data.texts import Text
 from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.lm_eval import download_tasks
@@ -177,7 +178,7 @@ def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int
     record.metrics["placement"] = config.model.placement
     record.metrics["planned_memory_bytes"] = planned
     warn_if_pruned(job.loaded.model, job.groups.pruned, config.pattern)
-    windows = _calibration_windows(config, job.methods, texts, job.loaded)
+    windows = job_windows(job, texts.calibration, "calibration")
     digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
     _check_same(record, "texts", {"calibration": digest})
     record.begin()
@@ -295,19 +296,21 @@ def _perplexity_windows(
     }
 
 
-def _calibration_windows(
-    config: RunConfig, methods: Methods, texts: JobTexts, loaded: LoadedModel
-) -> Tensor:
-    """Return the windows of the calibration text."""
+def job_windows(job: Job, text: Text, called: str) -> Tensor:
+    """Return the windows of a text on which a job calibrates, and then those for learning alone.
+
+    `called` is the name of the text in an error.
+    """
+    settings = job.config.calibration
     windows = calibration_windows(
-        loaded.tokenizer,
-        texts.calibration,
-        config.calibration,
-        config.seed,
-        config.model.bos,
-        methods.further(config.calibration.samples),
+        job.loaded.tokenizer,
+        text,
+        settings,
+        job.config.seed,
+        job.loaded.bos,
+        job.methods.further(settings.samples),
     )
-    check_windows("calibration", windows, loaded.model)
+    check_windows(called, windows, job.loaded.model)
     return windows
 
 

@@ -323,6 +323,20 @@ def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
     return statistics.fmean(map(statistics.fmean, accuracies.values())) if accuracies else math.nan
 
 
+def objective(metrics: dict[str, Any]) -> float:
+    """Return the number that a search minimises: the perplexity of the sparse model.
+
+    With several texts it is their geometric mean, without a text 1 - mean accuracy, and without a
+    task too infinity.
+    """
+    texts = _part(metrics, "perplexity", "sparse")
+    perplexities = [float(values["value"]) for values in texts.values()]
+    if perplexities:
+        return math.prod(perplexities) ** (1 / len(perplexities))
+    accuracy = mean_accuracy(_part(metrics, "tasks", "sparse"))
+    return math.inf if math.isnan(accuracy) else 1 - accuracy
+
+
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
     """Return the minutes of the phases that make the pruned model. A cache hit takes none."""
     return sum(seconds.get(phase, 0.0) for phase in PRUNING_PHASES) / 60

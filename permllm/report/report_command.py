@@ -1,16 +1,4 @@
-"""Page or picture of many runs, or a table of the paper from the runs in W&B.
-
-permllm report runs --to report.html
-permllm report experiments/table1 --to result.png
-permllm report --wandb permllm --table table6
-permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*'
-
-The page shows quality over minutes, and the table, which can be sorted and searched. It needs no
-network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg or .pdf,
-sets the format.
-
-The table from W&B has the paper's numbers beside ours.
-"""
+"""Command `permllm report`: a page or a picture of many runs, or a table of the runs in W&B."""
 
 import argparse
 from fnmatch import fnmatchcase
@@ -34,7 +22,19 @@ _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("na
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+    """Write a page or a picture of many runs, or print a table of the paper from the runs in W&B.
+
+    permllm report runs --to report.html
+    permllm report experiments/table1 --to result.png
+    permllm report --wandb permllm --table table6
+    permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*'
+
+    The page shows quality over minutes, and the table, which can be sorted and searched. It needs
+    no network. The picture has a point for each row, and the Pareto front. Its suffix, .png, .svg
+    or .pdf, sets the format.
+
+    The table from W&B has the paper's numbers beside ours.
+    """
     add = parser.add_argument
     add("places", nargs="*", type=Path, metavar="DIR", help=PLACES)
     written = "write the page (FILE.html) or quality over minutes (FILE.png, .svg, .pdf)"

@@ -1,11 +1,4 @@
-"""Table of runs, with a column for each setting that varies, and means over seeds.
-
-permllm results runs --baseline permutation=none
-permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
-
-With --jsonl the runs are written to a file of records instead, one run in each line. Commands read
-such a file like the run directories.
-"""
+"""Command `permllm results`: one table of many runs, or one file."""
 
 import argparse
 import sys
@@ -27,7 +20,14 @@ PAPER = "show the paper's numbers beside ours, such as table6"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+    """Print a table of runs, with a column for each setting that varies, and means over seeds.
+
+    permllm results runs --baseline permutation=none
+    permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
+
+    With --jsonl the runs are written to a file of records instead, one run in each line. Commands
+    read such a file like the run directories.
+    """
     add = parser.add_argument
     settings = "NAME=VALUE,..."
     add("places", nargs="+", type=Path, metavar="DIR", help=PLACES)

@@ -87,14 +87,15 @@ def overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _outcome_file() -> Path:
+def outcome_file() -> Path:
+    """Return the file of this job's outcome."""
     return Path(os.environ[FOLDER_VARIABLE]) / "jobs" / f"{HydraConfig.get().job.num:04d}.json"
 
 
 def remove_outcome() -> None:
     """Remove the outcome of this job from an earlier start of the same sweep, in rank 0."""
     if is_first_rank():
-        _outcome_file().unlink(missing_ok=True)
+        outcome_file().unlink(missing_ok=True)
 
 
 def write_outcome(outcome: str, reason: str = "", directory: Path | None = None) -> None:
@@ -103,7 +104,7 @@ def write_outcome(outcome: str, reason: str = "", directory: Path | None = None)
     The path of the run is relative, so that the sweep and its runs can be moved together.
     """
     if is_first_rank():
-        file = _outcome_file()
+        file = outcome_file()
         relative = None if directory is None else os.path.relpath(directory, file.parents[1])
         write_json(file, asdict(Outcome(overrides(), outcome, reason, relative)))
         if reason:

@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from permllm import cli
-from permllm.cli import objective
 from permllm.errors import SHORT_ERRORS, ConfigError
+from permllm.report.metrics import objective
 from permllm.report.read import collect
 from permllm.settings.composition import SWEEP_VARIABLE
 from permllm.store import sweep
@@ -98,7 +98,7 @@ def test_outcomes_move_with_their_folder_and_what_cannot_be_read_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = tmp_path / "old" / "sweeps" / "a" / "jobs"
-    monkeypatch.setattr(sweep, "_outcome_file", lambda: jobs / "0000.json")
+    monkeypatch.setattr(sweep, "outcome_file", lambda: jobs / "0000.json")
     monkeypatch.setattr(sweep, "overrides", lambda: ["a=1"])
     sweep.write_outcome("ran", directory=tmp_path / "old" / "run")
     (jobs / "0001.json").write_text('{"overrides": [')
