@@ -97,7 +97,7 @@ def run(config: RunConfig) -> JobResult | None:
 
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweeping()):
-        skipped = record.finished
+        skipped = record.is_finished()
         if skipped and not sweeping():
             log.info("%s is finished already; force=true runs and logs it again", record.directory)
         if not skipped:

@@ -221,7 +221,7 @@ def half_pruned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None
         raise DataError("no second layer")
 
     model.load_state_dict(tiny_model("llama").state_dict())  # dense again
-    monkeypatch.setattr("permllm.pruning.layerwise._figures", broken)
+    monkeypatch.setattr("permllm.job.record_pruning", broken)
     with pytest.raises(DataError, match="no second layer"):
         permllm.prune(model, None, texts=WINDOWS, permutation="heuristic")
 

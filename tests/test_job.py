@@ -51,7 +51,7 @@ def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
 def test_data_that_the_hub_does_not_give_end_a_job_before_the_model_is_loaded(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("data.texts.hub_file", "evaluation.lm_eval._loaded_task"):
+    for place in ("data.texts.hub_file", "evaluation.lm_eval.task_manager"):
         monkeypatch.setattr(f"permllm.{place}", Mock(side_effect=DataError("no network")))
     monkeypatch.setattr(job, "load_model", None)
     tasks = "evaluation.tasks=[hellaswag] evaluation.lm_eval.source=hub"

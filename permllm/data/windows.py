@@ -15,10 +15,10 @@ from permllm.settings.config import CalibrationConfig
 
 # Characters of the largest text that is tokenised as a whole. WikiText-2's training text has 11
 # million.
-_SMALL_TEXT = 1 << 24
+LARGEST_WHOLE_TEXT = 1 << 24
 # Characters of a piece of a larger text, and characters that are read for each token that windows
 # take. English has four or five characters in a token.
-_PIECE = 1 << 16
+PIECE = 1 << 16
 _CHARACTERS_A_TOKEN = 64
 
 
@@ -99,11 +99,11 @@ def _part_of(documents: Sequence[str], tokens: int, generator: random.Random) ->
 
     Tokenising a text of a gigabyte would take minutes and tens of gigabytes.
     """
-    wanted = max(_SMALL_TEXT, _CHARACTERS_A_TOKEN * tokens)
+    wanted = max(LARGEST_WHOLE_TEXT, _CHARACTERS_A_TOKEN * tokens)
     if sum(map(len, documents)) <= wanted:
         return list(documents)
     pieces = [
-        text[start : start + _PIECE] for text in documents for start in range(0, len(text), _PIECE)
+        text[start : start + PIECE] for text in documents for start in range(0, len(text), PIECE)
     ]
     generator.shuffle(pieces)
     part = []

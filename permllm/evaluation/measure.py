@@ -82,8 +82,17 @@ def _add(
     if key in measured:
         return
     results = parallel.on_main(lambda: _results_of_others(record, kind, key, which))
-    if not results:
-        results = _measured(loaded, kind, key, which, run)
+    if not results and which == "dense":
+        key_of_cache = {
+            "model": loaded.identity,
+            "dtype": str(loaded.model.dtype),
+            # Results of a GPU and of a CPU differ by rounding.
+            "device": loaded.model.device.type,
+            "measure": key,
+        }
+        results = cached(kind, key_of_cache, run)
+    elif not results:
+        results = parallel.broadcast(run())
     for name, values in results.items():
         scores = values.pop("scores", None)
         if scores:
@@ -91,20 +100,6 @@ def _add(
         _part(evaluation, kind, which)[name] = values
     measured[key] = list(results)
     record.save()
-
-
-def _measured(loaded: LoadedModel, kind: str, key: str, which: str, run: Run) -> Results:
-    """Measure the model; results of a dense one are in the cache."""
-    if which != "dense":
-        return parallel.broadcast(run())
-    key_of_cache = {
-        "model": loaded.identity,
-        "dtype": str(loaded.model.dtype),
-        # Results of a GPU and of a CPU differ by rounding.
-        "device": loaded.model.device.type,
-        "measure": key,
-    }
-    return cached(kind, key_of_cache, run)
 
 
 def _results_of_others(record: RunDirectory, kind: str, key: str, which: str) -> Results:

@@ -22,7 +22,7 @@ from permllm.store.files import MASKS, read_json
 from permllm.store.tensors import load_tensor, tensor_formats
 
 # Keys of config.json that no checkpoint may have, and why.
-_REFUSED = {
+_REFUSALS = {
     "quantization_config": "quantised models cannot be pruned",
     "transformers_weights": "its weights must lie in the files that transformers looks for",
 }
@@ -73,7 +73,7 @@ def checkpoint_config(folder: Path) -> PreTrainedConfig:
     # The config of a gathered checkpoint contains the dense model's config.
     if isinstance(settings.get("dense_config"), dict):
         settings |= settings["dense_config"]
-    for key, reason in _REFUSED.items():
+    for key, reason in _REFUSALS.items():
         if settings.get(key):
             raise DataError(f"{file}: {key}: {reason}")
     for key in ("attn_implementation", "_attn_implementation"):

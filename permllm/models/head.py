@@ -20,13 +20,15 @@ _STATES = 8
 _SIZES = (1e-2, 1e4)
 # Up to this vocabulary, the logits of all tokens are in memory together. For a larger one, this
 # number of logits is. With fewer logits, reading the weight would take longer than the products.
-_VOCABULARY = 160_000
-_LOGITS = 1 << 26
+LARGE_VOCABULARY = 160_000
+LOGITS_AT_A_TIME = 1 << 26
 
 
 def tokens_at_a_time(vocabulary: int, tokens: int) -> int:
     """Return for how many of `tokens` tokens the logits are in memory at a time."""
-    return tokens if vocabulary <= _VOCABULARY else min(tokens, max(1, _LOGITS // vocabulary))
+    if vocabulary <= LARGE_VOCABULARY:
+        return tokens
+    return min(tokens, max(1, LOGITS_AT_A_TIME // vocabulary))
 
 
 def head_path(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from permllm.errors import DataError, first_line
 
 # Size in bytes of files whose digests are kept. Smaller ones are read each time, because they may
 # be written twice in the same tick of the clock.
-_LARGE = 1 << 24
+LARGE_FILE = 1 << 24
 
 
 def cache_directory() -> Path:
@@ -29,7 +29,7 @@ def cache_lock(name: str) -> BaseFileLock:
 def input_sha256(file: Path) -> str:
     """Return the sha256 of a file. A large file is read only if it has changed. Errors as above."""
     state = file.stat()
-    if state.st_size < _LARGE:
+    if state.st_size < LARGE_FILE:
         return file_sha256(file)
     version = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     digest = cache_directory() / "digests" / "-".join(map(str, version))

@@ -22,8 +22,8 @@ _M_MMAP_THRESHOLD = -3
 USUAL = 32 << 20
 SPARING = 1 << 20
 # Control groups of this process, and the folder of all control groups.
-_MINE = Path("/proc/self/cgroup")
-_GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+ALL_GROUPS = Path("/sys/fs/cgroup")
 # Files of a control group with the limit and the use of memory, in versions 2 and 1.
 _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
@@ -106,10 +106,10 @@ def available_host_memory() -> int:
 def _control_groups() -> Iterator[Path]:
     """Yield the folders of this process's control groups for memory, each with its parents."""
     with contextlib.suppress(OSError):
-        for line in _MINE.read_text().splitlines():
+        for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers or "memory" in controllers.split(","):
-                top = _GROUPS / "memory" if controllers else _GROUPS
+                top = ALL_GROUPS / "memory" if controllers else ALL_GROUPS
                 # A container may name a group that only its host has; `top` is then its own.
                 folder = top / path.lstrip("/")
                 yield folder

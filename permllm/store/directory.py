@@ -178,9 +178,8 @@ class RunDirectory(Record):
         """True: the model is pruned, so that only its evaluation may be missing."""
         return "sparsity" in self.metrics
 
-    @property
-    def finished(self) -> bool:
-        """True: every phase and the evaluation are finished, and each tensor file is there."""
+    def is_finished(self) -> bool:
+        """Tell in all ranks if the phases and the evaluation are finished and have their files."""
         if self.metrics["status"] != "finished" or "finished" not in self.evaluation:
             return False
         files = [self.directory / name for name in self.metrics["sha256"]]
@@ -200,11 +199,9 @@ class RunDirectory(Record):
 
         Raises ConfigError if the directory belongs to another run, DataError if it is damaged.
         """
-        is_new = False
         with ExitStack() as locks:
 
             def lock_and_read() -> tuple[Any, ...]:
-                nonlocal is_new
                 self._lock(locks, wait)
                 is_new = not self.directory.exists()
                 self.directory.mkdir(exist_ok=True)
@@ -213,15 +210,15 @@ class RunDirectory(Record):
                     self._read()
                 if not (self.directory / CONFIG).exists():
                     self._write_config()
-                return self.metrics, self.evaluation, self.history
+                return is_new, self.metrics, self.evaluation, self.history
 
             self._has_begun = not force
-            self.metrics, self.evaluation, self.history = parallel.on_main(lock_and_read)
+            is_new, self.metrics, self.evaluation, self.history = parallel.on_main(lock_and_read)
             try:
                 yield
             except (ConfigError, DataError):
                 has_result = any((self.directory / name).exists() for name in RESULTS)
-                if is_new and not has_result:  # new in rank 0 alone
+                if is_new and not has_result and parallel.rank() == 0:
                     shutil.rmtree(self.directory, ignore_errors=True)
                 raise
 
@@ -280,7 +277,7 @@ class RunDirectory(Record):
         path = self.directory / CONFIG
         earlier = read_yaml(path) if path.exists() else {}
         config = self.config
-        if self.pruned:
+        if earlier and self.pruned:
             inputs = earlier.get("inputs", {}) | config["inputs"]
             config = earlier | {"evaluation": config["evaluation"], "inputs": inputs}
         # The same settings without a name do not take the run its name.

@@ -66,8 +66,8 @@ class Counting(ByT5Tokenizer):
 def test_a_large_text_is_read_in_part_from_everywhere(
     sampling: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "_SMALL_TEXT", 20_000)
-    monkeypatch.setattr(windows, "_PIECE", 500)
+    monkeypatch.setattr(windows, "LARGEST_WHOLE_TEXT", 20_000)
+    monkeypatch.setattr(windows, "PIECE", 500)
     text = "".join(chr(0x4E00 + place // 100) for place in range(100_000))
     size = len(text) // count
     documents = [text[start : start + size] for start in range(0, len(text), size)]

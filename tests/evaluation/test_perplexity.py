@@ -44,8 +44,8 @@ def test_a_large_vocabulary_has_logits_of_some_tokens_at_a_time(
     windows = torch.randint(0, 259, (3, 10), generator=torch.Generator().manual_seed(0))
     log_p = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
     expected = -log_p.gather(-1, windows[:, 1:, None]).sum((1, 2))
-    monkeypatch.setattr(head, "_VOCABULARY", 8)
-    monkeypatch.setattr(head, "_LOGITS", 3 * 259 + 1)
+    monkeypatch.setattr(head, "LARGE_VOCABULARY", 8)
+    monkeypatch.setattr(head, "LOGITS_AT_A_TIME", 3 * 259 + 1)
     at_a_time = []
 
     def counted(_: object, __: object, output: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from permllm.runtime.files import file_sha256, input_sha256
 def test_a_large_file_is_read_again_only_after_a_change(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_LARGE", 4)
+    monkeypatch.setattr(files, "LARGE_FILE", 4)
     read = []
 
     def reading(file: Path) -> str:

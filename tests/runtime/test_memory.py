@@ -55,8 +55,8 @@ def test_a_control_group_bounds_what_the_host_has(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, group: str, limit: str, use: str
 ) -> None:
     whole = memory.available_host_memory()
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_MINE", tmp_path / "mine")
+    monkeypatch.setattr(memory, "ALL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "mine")
     (tmp_path / "mine").write_text(f"1:cpu:/\n{line}\n")
     folder = tmp_path / group
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
 def is_finished(config: RunConfig) -> bool:
     record = RunDirectory(run_directory(config), config)
     with record.opened():
-        return record.finished
+        return record.is_finished()
 
 
 def begun(
