@@ -5,13 +5,16 @@ or cap the logits, under settings of different names. A head is called plain if 
 gives the same logits as the product.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from permllm.models.families import after_layers, family_of
+from permllm.models.families import family_of
 from permllm.models.layers import replaced_forwards
+from permllm.runtime.precision import product_dtype
 
 # Numbers of vocabulary tokens and hidden states that are compared with the plain product.
 _ROWS = 64
@@ -45,34 +48,30 @@ class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 
 class Head:
-    """Final norm and head of a causal language model.
-
-    Args:
-        model: the model.
+    """Head of a causal language model.
 
     Attributes:
+        model: the model.
         weight: `(vocabulary, hidden)`.
-        plain: True: the logits are the product with the weight and nothing else.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         self._module: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         # The module with the layers and the final norm; the forward calls it and then the head.
         self._body = model.get_submodule(family_of(model).layers.rpartition(".")[0])
         self.weight: Tensor = self._module.weight  # type: ignore[assignment]
         self._rounded = self.weight.detach()
-        self.plain = self._is_plain()
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in the dtype of products; it is rounded once, because it is frozen."""
+    def product(self, states: Tensor) -> Tensor:
+        """Return the logits of a plain head, `(tokens, vocabulary)`, for inputs of the head.
+
+        They have the dtype of products. The weight is rounded to it once, because it is frozen.
+        """
+        dtype = product_dtype(states)
         if self._rounded.dtype != dtype:
             self._rounded = self.weight.detach().to(dtype)
-        return self._rounded
-
-    def input_of(self, output: Tensor) -> Tensor:
-        """Return the input of the head for an output `(..., hidden)` of the last layer."""
-        return after_layers(self._model, output)
+        return states.to(dtype) @ self._rounded.t()
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the model's logits `(..., vocabulary)` for inputs of the head.
@@ -89,16 +88,18 @@ class Head:
         body = _BodyOutput(last_hidden_state=windows)  # type: ignore[arg-type]
         with replaced_forwards([self._body], lambda *_, **__: body):
             output = functional_call(
-                self._model,
+                self.model,
                 replaced,
                 kwargs={"input_ids": ids, "use_cache": False, "return_dict": True},
             )
         return output.logits
 
+    @cached_property
     @torch.no_grad()
-    def _is_plain(self) -> bool:
+    def plain(self) -> bool:
+        """Tell whether the logits are the product with the weight and nothing else."""
         # Part of the vocabulary is compared, in float64, because rounding would hide differences.
-        name = head_path(self._model)
+        name = head_path(self.model)
         part = {
             f"{name}.{key}": value[:_ROWS].double()
             for key, value in self._module.named_parameters()

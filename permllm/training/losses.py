@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permllm.models.families import after_layers
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import compiled
-from permllm.runtime.precision import product_dtype
 
 # Logits of all steps from which compiling saves time: it takes 10 s, and saves 12 ns a logit on one
 # core.
@@ -18,9 +18,9 @@ _COMPILE_FROM = 1e9
 _LOGITS = 1 << 25
 
 # Function `(sparse, dense, labels, with_gradient)`: returns the divergence and the gradient of
-# `sparse`. Both first inputs are logits `(tokens, vocabulary)` or inputs of the head `(tokens,
-# hidden)`. `labels` are the next tokens, int64 `(tokens,)`, -1 where there is none. Both results
-# are sums over tokens, because the gradient of a mean would vanish in float16.
+# `sparse`. Both first inputs are logits `(tokens, vocabulary)`. `labels` are the next tokens, int64
+# `(tokens,)`, -1 where there is none. Both results are sums over tokens, because the gradient of a
+# mean would vanish in float16.
 _Divergence = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -52,9 +52,7 @@ def loss_named(
         return lambda output, target, windows: cosine_loss(output, target)
     head = Head(model)
     wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
-    divergence = _divergence_of(cross_entropy)
-    if wanted and head.plain:
-        divergence = _compiled(divergence)
+    divergence = _divergence_of(cross_entropy, head.plain and wanted)
     return partial(head_divergence, head, divergence)
 
 
@@ -66,10 +64,10 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 @cache
-def _divergence_of(share: float) -> _Divergence:
+def _divergence_of(share: float, compile_: bool) -> _Divergence:
     """Return the divergence from the dense model, mixed with a share of the text's cross entropy.
 
-    The function is always the same for a share, so that it is compiled once.
+    The function is always the same for the same arguments, so that it is compiled once.
     """
 
     def divergence(
@@ -98,11 +96,8 @@ def _divergence_of(share: float) -> _Divergence:
             gradient = ((1 - share) * gradient + weight * q).scatter_add(-1, label, -weight)
         return divergences.sum(), gradient.to(sparse.dtype)
 
-    return divergence
-
-
-@cache
-def _compiled(divergence: _Divergence) -> _Divergence:
+    if not compile_:
+        return divergence
     return compiled(divergence, "the divergence is computed without a compiled kernel")
 
 
@@ -112,23 +107,17 @@ def head_divergence(
     """Return a divergence of the next-token distributions, mean over tokens.
 
     Args:
-        head: final norm and head of the model.
+        head: head of the model.
         divergence: function of logits.
         output, target: sparse and dense output of the last decoder layer, `(batch, tokens,
             hidden)`.
         windows: the tokens, int64 `(batch, tokens)`.
     """
     with torch.no_grad():
-        dense = head.input_of(target).flatten(0, -2)
-    sparse = head.input_of(output).flatten(0, -2)
+        dense = after_layers(head.model, target).flatten(0, -2)
+    sparse = after_layers(head.model, output).flatten(0, -2)
     labels = nn.functional.pad(windows[:, 1:], (0, 1), value=-1).flatten().to(sparse.device)
-    if head.plain:
-        weight = head.weight_in(product_dtype(sparse))
-        of_states: _Divergence = partial(_plain_divergence, weight, divergence)
-    else:
-        of_states = partial(_own_divergence, head, divergence)
-    chunk = chunk_of(sparse.device, len(head.weight))
-    return _HeadDivergence.apply(sparse, dense, labels, of_states, chunk)
+    return _HeadDivergence.apply(sparse, dense, labels, head, divergence)
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -140,21 +129,27 @@ class _HeadDivergence(torch.autograd.Function):
         sparse: Tensor,
         dense: Tensor,
         labels: Tensor,
-        of_states: _Divergence,
-        chunk: int,
+        head: Head,
+        divergence_of: _Divergence,
     ) -> Tensor:
-        """Return the mean of the divergence `of_states`, for `chunk` tokens at a time."""
+        """Return the mean divergence for inputs of the head, `(tokens, hidden)`."""
+        logits_of = head.product if head.plain else head.logits
         with_gradient = ctx.needs_input_grad[0]
         total = _wide(sparse.new_zeros(()))
         grad = torch.empty_like(sparse) if with_gradient else sparse.new_empty(0)
+        chunk = chunk_of(sparse.device, len(head.weight))
         for first in range(0, len(sparse), chunk):
             tokens = slice(first, first + chunk)
-            divergence, gradient = of_states(
-                sparse[tokens], dense[tokens], labels[tokens], with_gradient
+            states = sparse[tokens].detach().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                logits = logits_of(states)
+            divergence, gradient = divergence_of(
+                logits.detach(), logits_of(dense[tokens]), labels[tokens], with_gradient
             )
             total += divergence
             if gradient is not None:
-                grad[tokens] = gradient
+                grad[tokens] = torch.autograd.grad(logits, states, gradient)[0]
+            del logits, gradient  # frees their memory before the next chunk
         ctx.save_for_backward(grad)
         ctx.tokens = len(sparse)
         return total / len(sparse)
@@ -164,40 +159,6 @@ class _HeadDivergence(torch.autograd.Function):
         """Scale the gradient that forward has made."""
         (grad,) = ctx.saved_tensors
         return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None, None
-
-
-def _plain_divergence(
-    weight: Tensor,
-    divergence: _Divergence,
-    sparse: Tensor,
-    dense: Tensor,
-    labels: Tensor,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the divergence for a head that only multiplies by `weight (vocabulary, hidden)`."""
-    logits = sparse.to(weight.dtype) @ weight.t()
-    of_dense = dense.to(weight.dtype) @ weight.t()
-    total, gradient = divergence(logits, of_dense, labels, with_gradient)
-    return total, None if gradient is None else gradient @ weight
-
-
-def _own_divergence(
-    head: Head,
-    divergence: _Divergence,
-    sparse: Tensor,
-    dense: Tensor,
-    labels: Tensor,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the divergence for any other head, by the model's own forward and backward."""
-    states = sparse.detach().requires_grad_()
-    with torch.set_grad_enabled(with_gradient):
-        logits = head.logits(states)
-    total, gradient = divergence(logits.detach(), head.logits(dense), labels, with_gradient)
-    if gradient is None:
-        return total, None
-    (grad,) = torch.autograd.grad(logits, states, gradient)
-    return total, grad
 
 
 def _wide(values: Tensor) -> Tensor:

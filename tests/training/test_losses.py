@@ -61,7 +61,7 @@ def test_a_share_of_the_next_tokens_and_its_gradient_against_the_plain_formula(
     form: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)
-    monkeypatch.setattr(Head, "_is_plain", lambda _: form != "own")
+    monkeypatch.setattr(Head, "plain", form != "own")
     model = tiny_model("llama", dtype=torch.float64)
     windows = tokens(samples=2, length=7)
     target = random(2, 7, model.config.hidden_size, seed=2)
