@@ -40,12 +40,12 @@ from permllm.sparsity.nm import nm_mask, saliency_sum
 from permllm.training.problem import LearningProblem
 
 # Rows whose scores are summed at a time, which limits the float32 copies of a large group.
-_ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = 4096
 # Share of a GPU's free memory for the saliencies of searches that run together.
 _SHARE_OF_FREE = 0.5
 # Rows, and pairs of a row and a group, that fit into the cache of a CPU.
-_ROWS_IN_CACHE = 256
-_PAIRS_IN_CACHE = 1 << 19
+ROWS_IN_CACHE = 256
+PAIRS_IN_CACHE = 1 << 19
 # Function that yields the saliency `(rows, C)` of some rows at a time, because all rows of a shared
 # permutation may not fit into memory.
 Parts = Callable[[], Iterable[Tensor]]
@@ -206,7 +206,7 @@ class Search:
         """Return the saliency that the masks of permuted channels retain."""
         retained = 0.0
         for part in self._saliency():
-            for rows in part.split(_ROWS_AT_A_TIME):
+            for rows in part.split(ROWS_AT_A_TIME):
                 permuted = rows[:, permutation.to(rows.device)]
                 retained += saliency_sum(permuted, nm_mask(permuted, self._pattern))
         return retained
@@ -241,7 +241,7 @@ def assignment_scores(
     moving = places[:, position]
     others = places[:, [place for place in range(pattern.m) if place != position]]
     scores = torch.zeros(len(places), len(places), dtype=saliency.dtype, device=saliency.device)
-    for part in saliency.split(_ROWS_AT_A_TIME):
+    for part in saliency.split(ROWS_AT_A_TIME):
         part_t = part.t()
         # The N-th largest of the M - 1 other entries in each row.
         threshold = part_t[others].topk(pattern.n, dim=1).values[:, -1]
@@ -255,11 +255,11 @@ def sums_of_larger(u: Tensor, v: Tensor) -> Tensor:
         # max(u, v) = (u + v + |u - v|) / 2 takes two sums and a matrix of L1 distances.
         return (u.sum(1)[:, None] + v.sum(1)[None, :] + torch.cdist(u, v, p=1.0)) / 2
     sums = torch.zeros(len(u), len(v), dtype=u.dtype)
-    for first in range(0, u.shape[1], _ROWS_IN_CACHE):
-        rows = slice(first, first + _ROWS_IN_CACHE)
+    for first in range(0, u.shape[1], ROWS_IN_CACHE):
+        rows = slice(first, first + ROWS_IN_CACHE)
         u_rows = u[:, rows].contiguous()
         v_rows = v[:, rows].contiguous()
-        at_a_time = max(1, _PAIRS_IN_CACHE // v_rows.numel())
+        at_a_time = max(1, PAIRS_IN_CACHE // v_rows.numel())
         parts = zip(u_rows.split(at_a_time), sums.split(at_a_time), strict=True)
         for u_part, sums_part in parts:
             sums_part += torch.maximum(u_part[:, None], v_rows).sum(2)

@@ -32,7 +32,7 @@ from permllm.training.problem import LearningProblem
 log = logging.getLogger(__name__)
 
 # Most bytes of dense states that are stored for weights to learn from; a `Teacher` computes more.
-_MOST_STATES = 4e9
+MOST_STATES = 4e9
 # Base class of the methods of each group.
 METHODS = {
     "pruner": Pruner,
@@ -229,7 +229,7 @@ def needs_teacher(method: Method, calibration: int, window_bytes: int) -> bool:
         window_bytes: bytes of the states of a window.
     """
     span = windows_for(method, calibration)
-    return (span.stop - span.start) * window_bytes > _MOST_STATES
+    return (span.stop - span.start) * window_bytes > MOST_STATES
 
 
 def learning_problem(

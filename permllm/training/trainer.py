@@ -30,8 +30,8 @@ MaskOf: TypeAlias = Callable[[ChannelGroup, str], Tensor]
 """Function of a group and a linear's path; returns its mask, bool `(C_out, C_in)`, unpermuted."""
 
 # Least seconds between checkpoints within an epoch; the same as a multiple of the time of writing.
-_EVERY = 120.0
-_TIMES_WRITING = 50.0
+CHECKPOINT_SECONDS = 120.0
+CHECKPOINT_TIMES_WRITING = 50.0
 
 
 class StageSchedule:
@@ -176,7 +176,7 @@ class Trainer:
         self.history = [] if history is None else history
         self._losses: list[float] = []  # of the steps in the present epoch
         self._file = file
-        self._next_checkpoint = time.perf_counter() + _EVERY
+        self._next_checkpoint = time.perf_counter() + CHECKPOINT_SECONDS
 
     def run(self) -> None:
         """Train all epochs that are not trained yet; the learner has kept the best result."""
@@ -310,7 +310,9 @@ class Trainer:
         }
         save_state(self.problem.directory / self._file, state)
         now = time.perf_counter()
-        self._next_checkpoint = now + max(_EVERY, _TIMES_WRITING * (now - started))
+        self._next_checkpoint = now + max(
+            CHECKPOINT_SECONDS, CHECKPOINT_TIMES_WRITING * (now - started)
+        )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same stage (see `read_checkpoint`)."""

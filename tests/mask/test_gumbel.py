@@ -181,8 +181,8 @@ def test_the_penalty_favours_large_weights_until_it_is_gone() -> None:
 def test_an_interrupted_training_has_the_noise_of_its_step_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_EVERY", 0.0)
-    monkeypatch.setattr(trainer, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_TIMES_WRITING", 0.0)
     steps: list[int] = []
 
     def stop(step: int, values: dict[str, float]) -> None:

@@ -83,8 +83,8 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
 def test_an_interrupted_training_continues_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str | int
 ) -> None:
-    monkeypatch.setattr(trainer, "_EVERY", 0.0)
-    monkeypatch.setattr(trainer, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_TIMES_WRITING", 0.0)
     # With a scaler of gradients, which is a part of what goes on: it falls from a large start.
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**20)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)

@@ -40,7 +40,7 @@ def random_parts(count: int, rows: int, channels: int) -> Tensor:
 def test_each_assignment_step_is_the_best_of_all_and_never_lowers(
     text: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heuristic, "_ROWS_AT_A_TIME", 4)  # of six
+    monkeypatch.setattr(heuristic, "ROWS_AT_A_TIME", 4)  # of six
     groups, pattern = 4, NMPattern.parse(text)
     m = pattern.m
     parts = random_parts(count, 6, groups * m)
@@ -89,8 +89,8 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
 
 
 def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristic, "_ROWS_IN_CACHE", 7)
-    monkeypatch.setattr(heuristic, "_PAIRS_IN_CACHE", 60)  # three of five at a time
+    monkeypatch.setattr(heuristic, "ROWS_IN_CACHE", 7)
+    monkeypatch.setattr(heuristic, "PAIRS_IN_CACHE", 60)  # three of five at a time
     left, right = random(5, 30), random(3, 30, seed=1)
     expected = torch.stack([torch.stack([torch.max(a, b).sum() for b in right]) for a in left])
     torch.testing.assert_close(sums_of_larger(left, right), expected, rtol=1e-12, atol=0)

@@ -139,8 +139,8 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
         if state["scheduler"]["last_epoch"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_EVERY", 0.0)
-    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_TIMES_WRITING", 0.0)
     monkeypatch.setattr(training, "save_state", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         distilled(tmp_path)
@@ -149,7 +149,7 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     assert f"continuing after step {step} of 10" in caplog.text
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
-    monkeypatch.setattr(training, "_EVERY", math.inf)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", math.inf)
     monkeypatch.setattr(training, "save_state", lambda *_: None)
     assert same(whole, distilled(tmp_path))
     assert "learning starts over" in caplog.text
@@ -196,7 +196,7 @@ def test_a_teacher_gives_the_same_targets_as_states_that_are_stored(
     monkeypatch.setattr(layerwise, "Teacher", teacher)
     assert same(distilled(), stored)
     assert not teacher.called
-    monkeypatch.setattr(methods, "_MOST_STATES", 0)
+    monkeypatch.setattr(methods, "MOST_STATES", 0)
     torch.testing.assert_close(distilled(), stored)
     assert teacher.called
 

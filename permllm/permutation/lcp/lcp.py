@@ -21,7 +21,6 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.permutation.foldable import (
-    BlockStack,
     SharedPermutation,
     check_segments,
     expanded,
@@ -100,12 +99,11 @@ class LCP(LearningSettings, LearnedPermutation):
         """Return the plan for a model with these pruned groups and this number of layers."""
         shared = shared_permutations(groups, self.constraint)
         spans = self.spans(layers)
-        learning = [
-            permutation for span in spans for permutation in permutations_within(shared, span)
-        ]
-        learned = sum(
-            _count_logits(permutation.stacks(self.block_size)) for permutation in learning
-        )
+        learned = 0
+        for span in spans:
+            for permutation in permutations_within(shared, span):
+                for stack in permutation.stacks(self.block_size):
+                    learned += stack.count * stack.size**2
         return LearningPlan(spans, learned)
 
     @override
@@ -248,7 +246,3 @@ class LCP(LearningSettings, LearnedPermutation):
             blocks = BlockLogits(permutations[permutation.name], stacks, start, scale)
             logits[permutation.name] = blocks.to(problem.device, dtype)
         return logits
-
-
-def _count_logits(stacks: list[BlockStack]) -> int:
-    return sum(stack.count * stack.size**2 for stack in stacks)
