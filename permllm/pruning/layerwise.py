@@ -252,16 +252,16 @@ class _Layers:
         config = self.job.config
         pruner = self.job.methods.pruner
         mask = None if self.masks is None else self.masks[path].to(dense.device)
-        weight = None
         if pruner.updates_weights:
             weight, mask = pruner.update(dense, statistics, columns, config.pattern, mask)
-        elif mask is None:
-            mask = permuted_nm_mask(scores, columns, config.pattern)
+        else:
+            if mask is None:
+                mask = permuted_nm_mask(scores, columns, config.pattern)
+            weight = masked(mask, dense)
         if self.reconstruction is not None:
-            start = masked(mask, dense) if weight is None else weight
-            pruned = PrunedLinear(dense, start, mask, columns, config.pattern, statistics)
+            pruned = PrunedLinear(dense, weight, mask, columns, config.pattern, statistics)
             weight = self.reconstruction.linear(pruned)
-        if weight is None:
+        if not self.changes:
             return mask, None
         weight = self.job.rounded(weight)
         names = f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}"
