@@ -121,10 +121,10 @@ def prune(
         record.set_compute_dtype(products)
         warn_if_pruned(model, groups.pruned, config.pattern)
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
-        windows = _windows(texts, job)
+        job.windows = _windows(texts, job)
         # After an error some layers may be pruned and others not, which `save` must not write.
         setattr(model, _PRUNED, None)
-        pruned = prune_model(job, windows)
+        pruned = prune_model(job)
     named = {"name": config.name, "config_hash": config.hash}
     report = named | record.metrics | {"history": record.history}
     result = Pruned(pruned.permutations, pruned.masks, report)

@@ -35,7 +35,6 @@ from permllm.pruning.methods import Job, Methods, ModelGroups, checked_groups, m
 from permllm.pruning.phases import (
     allocate,
     calibrate,
-    dense_factors,
     find_masks,
     find_permutations,
 )
@@ -136,8 +135,8 @@ def _work(
             text_windows = _perplexity_windows(config, texts, loaded)
             # A logger follows when the record has begun, which removes files of an earlier run.
             job = Job(config, methods, record, NO_LOGGER, loaded, footprint.groups, compute_dtype)
-            # None: an earlier process has pruned the model.
-            windows = None if record.pruned else _begin_pruning(job, record, texts, planned)
+            if not record.pruned:
+                _begin_pruning(job, record, texts, planned)
         if texts.perplexity:
             record.evaluation["evaluated_texts"] = parallel.on_main(texts.perplexity_digests)
         if parallel.rank() == 0:
@@ -147,11 +146,11 @@ def _work(
 
         with record.phase("evaluate dense", device):
             evaluate(loaded, config.evaluation, text_windows, "dense", record)
-        if windows is None:
+        if record.pruned:
             log.info("continuing %s after pruning", record.directory)
             apply_record(loaded.model, loaded.identity, record.directory)
         else:
-            prune_model(job, windows)
+            prune_model(job)
         with record.phase("evaluate sparse", device):
             evaluate(loaded, config.evaluation, text_windows, "sparse", record)
         record.finish()
@@ -167,8 +166,8 @@ def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> Ru
     return replace(config, model=replace(config.model, placement=placement))
 
 
-def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int) -> Tensor:
-    """Return the windows of the calibration text, and begin the record of a run that prunes.
+def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int) -> None:
+    """Give the job the windows of the calibration text, and begin the record of a run that prunes.
 
     With `force=true` files of an earlier run are replaced here, when the job has all that it needs.
     `planned` is the memory of the plan in bytes.
@@ -178,16 +177,15 @@ def _begin_pruning(job: Job, record: RunDirectory, texts: JobTexts, planned: int
     record.metrics["placement"] = config.model.placement
     record.metrics["planned_memory_bytes"] = planned
     warn_if_pruned(job.loaded.model, job.groups.pruned, config.pattern)
-    windows = job_windows(job, texts.calibration, "calibration")
+    job.windows = job_windows(job, texts.calibration, "calibration")
     digest = parallel.on_main(lambda: texts.calibration.digest(calibration=True))
     _check_same(record, "texts", {"calibration": digest})
     record.begin()
     if parallel.rank() == 0:
         write_json(record.directory / ENVIRONMENT, environment(config.seed, job.device))
-    return windows
 
 
-def prune_model(job: Job, windows: Tensor) -> PrunedModel:
+def prune_model(job: Job) -> PrunedModel:
     """Prune the job's model in place: calibrate, allocate, permute, mask, prune.
 
     Statistics of the dense model give the permutations and masks of all layers at once. Sequential
@@ -195,20 +193,19 @@ def prune_model(job: Job, windows: Tensor) -> PrunedModel:
     finds its own while it is pruned.
 
     Args:
-        job: job with model and methods. Its record keeps seconds, metrics and files.
-        windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
-            from which methods learn.
+        job: job with model, methods and windows. Its record keeps seconds, metrics and files.
     """
-    calibration = calibrate(job, windows)
+    calibration = calibrate(job)
     if job.methods.allocation is not None:
-        job = allocate(job, windows, calibration)
+        job = allocate(job, calibration)
         _check_kernels(job.config, job.loaded.model, job.groups)
-    permutations = find_permutations(job, windows, calibration)
-    masks = find_masks(job, windows, calibration, permutations)
-    factors = dense_factors(job, calibration)
+    permutations = find_permutations(job, calibration)
+    masks = find_masks(job, calibration, permutations)
+    is_sequential = job.config.calibration.statistics == "sequential"
+    factors = None if is_sequential else calibration.factors
     del calibration  # frees the dense states, the targets of learning
     with job.record.phase("prune", job.device):
-        pruned = prune_layers(job, windows, factors=factors, permutations=permutations, masks=masks)
+        pruned = prune_layers(job, factors=factors, permutations=permutations, masks=masks)
         if permutations is None:
             job.record.write(PERMUTATIONS, pruned.permutations, save_tensors)
         if masks is None:

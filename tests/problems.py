@@ -127,11 +127,12 @@ def pruned(model: Any, pruner: Pruner, permutation: Any = None, **more: Any) -> 
     loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
     products = more.get("products") or model.dtype
     model_groups = ModelGroups(channel_groups(model), groups)
-    job = Job(config, methods, record, NO_LOGGER, loaded, model_groups, products)
+    windows = more.get("windows", tokens())
+    job = Job(config, methods, record, NO_LOGGER, loaded, model_groups, products, windows)
     before = {key: more.get(key) for key in ("factors", "permutations", "masks")}
     if permutation is None and before["permutations"] is None:
         before["permutations"] = identities(groups)
-    return prune_layers(job, more.get("windows", tokens()), **before)
+    return prune_layers(job, **before)
 
 
 def states_of(model: nn.Module, layers: int = 2) -> Tensor:

@@ -60,7 +60,6 @@ class PrunedModel(PrunedLayer):
 
 def prune_layers(
     job: Job,
-    windows: Tensor,
     *,
     factors: Mapping[str, SaliencyFactors] | None = None,
     permutations: Mapping[str, Tensor] | None = None,
@@ -73,8 +72,6 @@ def prune_layers(
     Args:
         job: job with the model. Its record keeps each pruned layer, so that a stopped run continues
             after the last one.
-        windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
-            from which methods learn.
         factors: saliency factors of every linear in the dense model; None: they are computed from
             the inputs after the earlier layers are pruned.
         permutations: permutations, int64 `(C_in,)` by group; None: the permutation method finds
@@ -83,6 +80,7 @@ def prune_layers(
             them.
     """
     model = job.loaded.model
+    windows = job.windows
     samples = job.config.calibration.samples
     reconstruction = job.methods.learned.get("reconstruction")
     target: Tensor | Teacher | None = None
@@ -102,7 +100,7 @@ def prune_layers(
         if target is None:
             target = layers.dense.states()[learned_from]
         del layers  # frees the states of all windows
-        problem = learning_problem(job, "reconstruction", windows, factors or {}, target)
+        problem = learning_problem(job, "reconstruction", factors or {}, target)
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.compute_dtype, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,8 +64,7 @@ class Methods:
     @property
     def all(self) -> list[Method]:
         """All methods that there are, in the order of the attributes."""
-        groups = (self.pruner, self.allocation, self.permutation, self.mask, self.reconstruction)
-        return [method for method in groups if method is not None]
+        return [method for method in vars(self).values() if method is not None]
 
     @property
     def change_weights(self) -> bool:
@@ -123,6 +122,8 @@ class Job:
         loaded: the model, dense until it is pruned.
         groups: channel groups of the model.
         compute_dtype: dtype of matrix products before the evaluation.
+        windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
+            from which methods learn; empty: nothing is left to prune.
     """
 
     config: RunConfig
@@ -132,6 +133,14 @@ class Job:
     loaded: LoadedModel
     groups: ModelGroups
     compute_dtype: torch.dtype
+    windows: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Tell whether each layer is calibrated, and permuted, only while it is pruned."""
+        permutation = self.methods.permutation
+        is_local = permutation is None or permutation.local
+        return self.config.calibration.statistics == "sequential" and is_local
 
     @property
     def device(self) -> torch.device:
@@ -187,26 +196,19 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     """
     check_dense(config.model.path or config.model.name, model.config)
     every = channel_groups(model)
-    pruned = pruned_groups(every, config.keep_dense)
-    check_pruned(config, methods, pruned, len(decoder_layers(model)))
-    return ModelGroups(every, pruned)
+    groups = ModelGroups(every, pruned_groups(every, config.keep_dense))
+    check_groups(config, methods, model, groups)
+    return groups
 
 
-def check_pruned(
-    config: RunConfig, methods: Methods, pruned: list[ChannelGroup], layers: int
+def check_groups(
+    config: RunConfig, methods: Methods, model: PreTrainedModel, groups: ModelGroups
 ) -> None:
-    """Raise ConfigError if M does not divide a group's channels, or a method cannot work on them.
-
-    Args:
-        config: settings of the job.
-        methods: methods of the settings.
-        pruned: groups to prune.
-        layers: number of decoder layers.
-    """
-    for group in pruned:
+    """Raise ConfigError if M does not divide some channels, or a method cannot take the groups."""
+    for group in groups.pruned:
         check_divides(config.pattern, group.channels, group.name)
     for method in methods.all:
-        method.check_groups(config, pruned, layers)
+        method.check_groups(config, groups.pruned, len(decoder_layers(model)))
 
 
 def windows_for(method: Method, calibration: int) -> slice:
@@ -235,7 +237,6 @@ def needs_teacher(method: Method, calibration: int, window_bytes: int) -> bool:
 def learning_problem(
     job: Job,
     group: str,
-    windows: Tensor,
     factors: Mapping[str, SaliencyFactors],
     target: Tensor | Teacher,
 ) -> LearningProblem:
@@ -244,7 +245,6 @@ def learning_problem(
     Args:
         job: job of the method.
         group: group of the method.
-        windows: all windows of the text, int64 `(windows, tokens)`.
         factors: saliency factors of the linears, from the calibration windows.
         target: dense output of the last layer for the windows that the method learns from,
             `(windows, tokens, hidden)`, or its teacher.
@@ -266,10 +266,10 @@ def learning_problem(
     return LearningProblem(
         model=job.loaded.model,
         groups=job.groups.pruned,
-        tokens=windows[windows_for(getattr(job.methods, group), samples)],
+        tokens=job.windows[windows_for(getattr(job.methods, group), samples)],
         factors=dict(factors),
         target=target,
-        calibration=windows[:samples],
+        calibration=job.windows[:samples],
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,

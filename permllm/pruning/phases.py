@@ -1,7 +1,6 @@
 """Phases before the pruning of the layers: calibration, allocation, permutation, mask.
 
-The phases share arguments: `windows` of the text, int64 `(windows, tokens)`, the calibration
-windows first, and `calibration`, the result of `calibrate`.
+The later phases take `calibration`, the result of `calibrate`.
 """
 
 import logging
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from permllm.allocation.base import Allocation
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.selection import recorded_patterns, without_dense
 from permllm.pruner.base import Pruner
@@ -24,7 +23,7 @@ from permllm.pruning.checks import check_result
 from permllm.pruning.methods import (
     Job,
     ModelGroups,
-    check_pruned,
+    check_groups,
     learning_problem,
     windows_for,
 )
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class DenseCalibration:
-    """Result of the calibration pass through the dense model.
+    """Result of the calibration pass through the dense model; empty: nothing needed the pass.
 
     Attributes:
         factors: saliency factors of every linear, by module path, on the CPU.
@@ -54,108 +53,89 @@ class DenseCalibration:
     target: Tensor
 
 
-def calibrate(job: Job, windows: Tensor) -> DenseCalibration | None:
-    """Calibrate the dense model; None: the job takes all statistics while it prunes."""
-    with job.record.phase("calibrate", job.device):
-        permutation = job.methods.permutation
-        is_local = permutation is None or permutation.local
-        if job.config.calibration.statistics == "sequential" and is_local:
-            return None
-        return _calibration_of_dense(job, windows)
-
-
-def _calibration_of_dense(job: Job, windows: Tensor) -> DenseCalibration:
+def calibrate(job: Job) -> DenseCalibration:
     """Calibrate all linears of the dense model, or read the result from the cache.
 
     Factors and targets are apart in the cache, and of all linears, so that jobs with another pruner
     or `keep_dense` can use them.
     """
-    samples = job.config.calibration.samples
-    tokens = windows[:samples]
-    pruner = job.methods.pruner
-    permutation = job.methods.permutation
-    norm_tokens = (permutation.norm_tokens if permutation else 1) or windows.shape[1]
+    with job.record.phase("calibrate", job.device):
+        if job.is_layerwise:
+            return DenseCalibration({}, torch.empty(0))
+        tokens = job.windows[: job.config.calibration.samples]
+        pruner = job.methods.pruner
+        permutation = job.methods.permutation
+        norm_tokens = (permutation.norm_tokens if permutation else 1) or tokens.shape[1]
 
-    @cache  # one pass gives factors and target
-    def calibrated() -> DenseCalibration:
-        return calibrate_dense(
-            job.loaded.model,
-            job.groups.every,
+        @cache  # one pass gives factors and target
+        def calibrated() -> DenseCalibration:
+            return calibrate_dense(
+                job.loaded.model,
+                job.groups.every,
+                tokens,
+                pruner,
+                batch_size=job.config.calibration.batch_size,
+                compute_dtype=job.compute_dtype,
+                norm_tokens=norm_tokens,
+            )
+
+        packed = _cached_values(
+            job,
             tokens,
+            "saliency",
+            lambda: packed_factors(calibrated().factors),
             pruner,
-            batch_size=job.config.calibration.batch_size,
-            compute_dtype=job.compute_dtype,
+            pruner=dict(job.config.pruner),
             norm_tokens=norm_tokens,
         )
-
-    packed = _cached_values(
-        job,
-        tokens,
-        "saliency",
-        lambda: packed_factors(calibrated().factors),
-        pruner,
-        pruner=dict(job.config.pruner),
-        norm_tokens=norm_tokens,
-    )
-    target = _cached_values(job, tokens, "target", lambda: {"target": calibrated().target})
-    targets = _with_further_targets(job, windows, target["target"])
-    return DenseCalibration(unpacked_factors(packed), targets)
+        target = _cached_values(job, tokens, "target", lambda: {"target": calibrated().target})
+        targets = _with_further_targets(job, target["target"])
+        return DenseCalibration(unpacked_factors(packed), targets)
 
 
-def dense_factors(
-    job: Job, calibration: DenseCalibration | None
-) -> dict[str, SaliencyFactors] | None:
-    """Return the saliency factors in the dense model; None: the job takes sequential ones."""
-    if calibration is None or job.config.calibration.statistics == "sequential":
-        return None
-    return calibration.factors
-
-
-def _dense_problem(
-    job: Job, group: str, windows: Tensor, calibration: DenseCalibration
-) -> LearningProblem:
+def _dense_problem(job: Job, group: str, calibration: DenseCalibration) -> LearningProblem:
     """Return the problem of a method that works on the dense model."""
     learned_from = windows_for(getattr(job.methods, group), job.config.calibration.samples)
     target = calibration.target[learned_from]
-    return learning_problem(job, group, windows, calibration.factors, target)
+    return learning_problem(job, group, calibration.factors, target)
 
 
-def allocate(job: Job, windows: Tensor, calibration: DenseCalibration | None) -> Job:
+def allocate(job: Job, calibration: DenseCalibration) -> Job:
     """Return the job with the channel groups that its allocation prunes.
 
     Raises ConfigError if it prunes none, or one that a method cannot work on.
     """
     method = job.methods.allocation
-    if method is None or calibration is None:
+    if method is None:
         return job
     with job.record.phase("allocate", job.device):
         allocation = job.record.get_or_compute(
             ALLOCATION,
-            lambda: _found_allocation(job, method, windows, calibration),
+            lambda: _found_allocation(job, method, calibration),
             write_json,
             read_json,
         )
     if allocation["sensitivity"]:
         job.record.metrics["sensitivity"] = allocation["sensitivity"]
     every = job.groups.every
-    pruned = without_dense(job.groups.pruned, allocation["dense"])
-    if not pruned:
+    groups = ModelGroups(every, without_dense(job.groups.pruned, allocation["dense"]))
+    if not groups.pruned:
         raise ConfigError(
             f"allocation={job.config.allocation['name']} keeps every linear dense: nothing is left "
             "to prune"
         )
-    check_pruned(job.config, job.methods, pruned, len(decoder_layers(job.loaded.model)))
-    sparse = sum(group.weights for group in pruned)
+    check_groups(job.config, job.methods, job.loaded.model, groups)
+    sparse = sum(group.weights for group in groups.pruned)
     share = 1 - sparse / sum(group.weights for group in every)
     log.info("%.1f %% of the linears' weights stay dense", 100 * share)
-    return replace(job, groups=ModelGroups(every, pruned))
+    return replace(job, groups=groups)
 
 
 def _found_allocation(
-    job: Job, method: Allocation, windows: Tensor, calibration: DenseCalibration
+    job: Job, method: Allocation, calibration: DenseCalibration
 ) -> dict[str, Any]:
     """Return `sensitivity` by channel group, and the paths of the linears to keep `dense`."""
-    problem = _dense_problem(job, "allocation", windows, calibration)
+    problem = _dense_problem(job, "allocation", calibration)
 
     def measured() -> dict[str, float]:
         with products_in(job.compute_dtype, job.device):
@@ -177,45 +157,40 @@ def _found_allocation(
     return {"sensitivity": sensitivity, "dense": sorted(dense)}
 
 
-def find_permutations(
-    job: Job, windows: Tensor, calibration: DenseCalibration | None
-) -> Mapping[str, Tensor] | None:
+def find_permutations(job: Job, calibration: DenseCalibration) -> Mapping[str, Tensor] | None:
     """Return the permutations of the channel groups, int64 `(C_in,)` by their names.
 
     None: each is found while its layer is pruned.
     """
     method = job.methods.permutation
+    if method is not None and job.is_layerwise:
+        return None
 
     def compute() -> dict[str, Tensor]:
-        if method is None or calibration is None:
+        if method is None:
             return {group.name: torch.arange(group.channels) for group in job.groups.pruned}
-        problem = _dense_problem(job, "permutation", windows, calibration)
+        problem = _dense_problem(job, "permutation", calibration)
         with products_in(job.compute_dtype, job.device):
             permutations = method.permutations(problem)
         return {group.name: permutations[group.name].cpu() for group in job.groups.pruned}
 
-    if method is not None and calibration is None:
-        return None
     with job.record.phase("permute", job.device):
         return job.record.get_or_compute(PERMUTATIONS, compute, save_tensors, load_permutations)
 
 
 def find_masks(
-    job: Job,
-    windows: Tensor,
-    calibration: DenseCalibration | None,
-    permutations: Mapping[str, Tensor] | None,
+    job: Job, calibration: DenseCalibration, permutations: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor] | None:
     """Return the masks of all linears under the permutations, bool `(C_out, C_in)` by path.
 
     None: the pruner chooses each mask.
     """
     method = job.methods.mask
-    if method is None or calibration is None or permutations is None:
+    if method is None or permutations is None:
         return None
 
     def compute() -> Mapping[str, Tensor]:
-        problem = _dense_problem(job, "mask", windows, calibration)
+        problem = _dense_problem(job, "mask", calibration)
         with products_in(job.compute_dtype, job.device):
             masks = method.masks(problem, permutations)
         for group in job.groups.pruned:
@@ -261,10 +236,10 @@ def calibrate_dense(
     return DenseCalibration(factors, stream.states())
 
 
-def _with_further_targets(job: Job, windows: Tensor, target: Tensor) -> Tensor:
+def _with_further_targets(job: Job, target: Tensor) -> Tensor:
     """Return the targets of all windows from which permutations and masks learn."""
     samples = len(target)
-    further = windows[samples : samples + job.methods.further_targets(samples)]
+    further = job.windows[samples : samples + job.methods.further_targets(samples)]
     if not len(further):
         return target
     batch_size = job.config.calibration.batch_size

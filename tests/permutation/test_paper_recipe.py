@@ -41,9 +41,11 @@ def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     """Return the problem that a job gives the method."""
     loaded = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny")
     groups = ModelGroups(channel_groups(model), channel_groups(model))
-    job = Job(settings, methods_of(settings), Record(), NO_LOGGER, loaded, groups, model.dtype)
-    dense = calibrate(job, tokens())
-    return learning_problem(job, "permutation", tokens(), dense.factors, dense.target)
+    methods = methods_of(settings)
+    dtype = model.dtype
+    job = Job(settings, methods, Record(), NO_LOGGER, loaded, groups, dtype, tokens())
+    dense = calibrate(job)
+    return learning_problem(job, "permutation", dense.factors, dense.target)
 
 
 def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:

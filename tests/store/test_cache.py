@@ -103,7 +103,8 @@ def test_a_run_records_whether_the_cache_had_its_results_when_it_began(cache: Pa
         )
         methods = methods_of(settings)
         groups = checked_groups(settings, methods, loaded.model)
-        calibrate(Job(settings, methods, record, NO_LOGGER, loaded, groups, torch.float32), TOKENS)
+        job = Job(settings, methods, record, NO_LOGGER, loaded, groups, torch.float32, TOKENS)
+        calibrate(job)
         facts: dict[str, bool] = record.metrics["cached"]
         return facts
 
@@ -125,8 +126,8 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
         settings = config("model=tiny-random", f"pruner={pruner}", samples, *words)
         methods = methods_of(settings)
         groups = checked_groups(settings, methods, loaded.model)
-        job = Job(settings, methods, Record(), NO_LOGGER, loaded, groups, torch.float32)
-        return calibrate(job, tokens)
+        job = Job(settings, methods, Record(), NO_LOGGER, loaded, groups, torch.float32, tokens)
+        return calibrate(job)
 
     first = {pruner: share(pruner) for pruner in ("wanda", "ria")}
     assert len(list((cache / "results").glob("target-*.pt"))) == 1
