@@ -39,16 +39,15 @@ class Kernels:
     """
 
     def __init__(self, compile_: bool = False) -> None:
-        functions: list[Callable[..., Any]] = [
-            masked_chunk,
-            softmax_gradients,
-            swap_thresholds,
-            swap_changes,
-        ]
-        if compile_:
-            failure = "learning runs without a compiled kernel"
-            functions = [compiled(function, failure) for function in functions]
-        self._masked, self._softmax_gradients, self._swap_thresholds, self._swap_changes = functions
+        def ready(function: Callable[..., Any]) -> Callable[..., Any]:
+            if not compile_:
+                return function
+            return compiled(function, "learning runs without a compiled kernel")
+
+        self._masked = ready(masked_chunk)
+        self._softmax_gradients = ready(softmax_gradients)
+        self._swap_thresholds = ready(swap_thresholds)
+        self._swap_changes = ready(swap_changes)
         self.chunk_size = 1 << 20 if compile_ else 1 << 17
         # Eager code would allocate a tensor that compares the channels with all groups.
         self._all_groups_at_once = compile_
