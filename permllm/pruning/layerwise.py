@@ -255,12 +255,12 @@ class _Layers:
         else:
             if mask is None:
                 mask = permuted_nm_mask(scores, columns, config.pattern)
+            if self.reconstruction is None:
+                return mask, None
             weight = masked(mask, dense)
         if self.reconstruction is not None:
             pruned = PrunedLinear(dense, weight, mask, columns, config.pattern, statistics)
             weight = self.reconstruction.linear(pruned)
-        if not self.changes:
-            return mask, None
         weight = self.job.rounded(weight)
         names = f"pruner={config.pruner['name']} reconstruction={config.reconstruction['name']}"
         check_result(f"{names}: {path}", dense.shape, mask, columns, config.pattern, weight)
