@@ -27,7 +27,6 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.permutation.foldable import shared_permutations
-from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.sinkhorn import soft_batches
@@ -50,8 +49,6 @@ from permllm.training.trainer import Trainer
 SEQUENCE = 128
 _PATTERN = NMPattern(2, 4)
 _VARIANTS = ("plain", "lcp", "checkpoint", "dense")
-# Number of groups for which the loop over groups is timed; its time is scaled to all groups.
-_TIMED = 16
 
 
 @dataclass(frozen=True)
@@ -63,14 +60,11 @@ class Settings:
         block_sizes: block sizes B of LCP.
         repeats: number of measurements after a first one that does not count; medians are
             reported, and variants take turns.
-        heuristic_channels: size of a square matrix of saliencies, for which the heuristic's scores
-            of one position are timed, and a loop over its groups; 0: neither is.
     """
 
     tokens: list[int] = field(default_factory=lambda: [512, 2048])
     block_sizes: list[int] = field(default_factory=lambda: [32, 64, 128])
     repeats: int = 5
-    heuristic_channels: int = 0
 
     def __post_init__(self) -> None:
         for tokens in self.tokens:
@@ -82,11 +76,10 @@ class Settings:
         for size in self.block_sizes:
             check_whole("measure.block_sizes", size, 4)
         check_whole("measure.repeats", self.repeats, 1)
-        check_whole("measure.heuristic_channels", self.heuristic_channels, 0)
 
 
 def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
-    """Measure seconds of all variants, and of the heuristic if the settings ask for it."""
+    """Measure seconds of all variants."""
     if device.type == "cpu":
         keep_freed_memory()
     rows = [
@@ -94,14 +87,11 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         for tokens in own.tokens
         for size in own.block_sizes
     ]
-    found: dict[str, Any] = {"repeats": own.repeats, "rows": rows}
-    if own.heuristic_channels:
-        found["heuristic"] = _heuristic(own.heuristic_channels, device, own.repeats)
-    return found
+    return {"repeats": own.repeats, "rows": rows}
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return a table of steps, and a line about the heuristic."""
+    """Return a table of steps."""
     columns = ["layer", "tokens", "B", "products", "plain s", "LCP s", "LCP / plain"]
     columns += ["recomputed s", "dense s", "dense / LCP", "hardening", "peak"]
     lines = [f"Medians of {results['repeats']} repeats.", ""]
@@ -117,16 +107,6 @@ def lines(results: dict[str, Any]) -> list[str]:
         )
         cells += [f"{row['harden_s'] / row['lcp_s']:.1%}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
         lines.append(f"| {' | '.join(cells)} |")
-    if "heuristic" in results:
-        row = results["heuristic"]
-        lines += [
-            "",
-            f"Heuristic scores of one position, {row['rows']} x {row['channels']}: "
-            f"{row['ours_s']:.2f} s; the loop over groups {row['loop_s']:.0f} s "
-            f"({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
-            f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference of "
-            f"the scores {row['relative_difference']:.0e}.",
-        ]
     return lines
 
 
@@ -393,48 +373,6 @@ def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
     if device.type == "cuda":
         return needed < 0.8 * torch.cuda.get_device_properties(device).total_memory
     return needed < 0.8 * int(hardware(device)["memory_bytes"])
-
-
-def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Time the heuristic's scores of one position, and a loop over groups that makes the same.
-
-    The loop runs over `_TIMED` groups; its time is scaled to all groups.
-    """
-    scores = (
-        torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)).pow(3).to(device)
-    )
-    perm = torch.randperm(channels, generator=torch.Generator().manual_seed(1))
-    places = perm.view(-1, _PATTERN.m).to(device)
-    count = len(places)
-    timed = min(_TIMED, count)
-    moving = scores[:, places[:, 0]]
-
-    def loop() -> Tensor:
-        rows = []
-        for group in range(timed):
-            others = scores[:, places[group, 1:]].unsqueeze(1).expand(-1, count, -1)
-            candidates = torch.cat([moving.unsqueeze(2), others], dim=2)
-            rows.append(candidates.topk(_PATTERN.n, dim=2).values.sum((0, 2)))
-        return torch.stack(rows, dim=1)
-
-    ours, theirs = [], []
-    for _ in range(repeats):
-        ours.append(clock(lambda: assignment_scores(scores, perm, 0, _PATTERN), device))
-        theirs.append(clock(loop, device) * count / timed)
-    found = assignment_scores(scores.double(), perm, 0, _PATTERN)[:, :timed]
-    difference = loop().double() - found
-    difference = difference - difference[:1]  # scores may differ by a constant for each group
-    return {
-        "channels": channels,
-        "rows": channels,
-        "device": str(device),
-        "ours_s": statistics.median(ours),
-        "loop_s": statistics.median(theirs),
-        "loop_over_ours": statistics.median(theirs) / statistics.median(ours),
-        "loop_groups_timed": timed,
-        "loop_groups_scaled_to": count,
-        "relative_difference": float(difference.abs().max() / found.abs().max()),
-    }
 
 
 if __name__ == "__main__":
