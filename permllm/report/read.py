@@ -242,8 +242,8 @@ def _of_directory(directory: Path) -> Run:
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     """Write runs to a file of records, without paths of the machine, and return their names.
 
-    A record has the values that tables need, without weights, permutations and masks. The file is
-    replaced.
+    A record has the values that tables need, without weights, permutations and masks. A run that is
+    there with its record is kept once. The file is replaced.
 
     Raises ConfigError if a run is not finished or not readable, or there is no run, or the file has
     another suffix, so that no command would read it.
@@ -253,7 +253,7 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     collection = collect(places, apart=True)
     if collection.notes:
         raise ConfigError(f"--jsonl {file}: {collection.notes[0]}")
-    lines = []
+    lines = set()
     for run in collection.runs:
         config = {key: value for key, value in run.config.items() if key not in _OF_MACHINE}
         # The settings say what the command said, without folders of the machine.
@@ -270,7 +270,7 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
         line = json.dumps(record)
         for task in filter(is_task_file, run.config.get("evaluation", {}).get("tasks", {})):
             line = line.replace(json.dumps(task)[1:-1], json.dumps(Path(task).name)[1:-1])
-        lines.append((name, line))
-    lines.sort()
-    write_text(file, "".join(f"{line}\n" for _, line in lines))
-    return [name for name, _ in lines]
+        lines.add((name, line))
+    ordered = sorted(lines)
+    write_text(file, "".join(f"{line}\n" for _, line in ordered))
+    return [name for name, _ in ordered]

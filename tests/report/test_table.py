@@ -376,6 +376,9 @@ def test_kept_records_are_read_like_the_folders_that_they_are_of(
     for line in read_lines(THREE_RUNS / "records.jsonl"):
         as_folder(line, tmp_path / "folders" / line["run"])
     assert keep(tmp_path / "folders", to=tmp_path / "kept" / "records.jsonl") == 0
+    assert keep(tmp_path / "folders", tmp_path / "kept", to=tmp_path / "both.jsonl") == 0
+    assert (tmp_path / "both.jsonl").read_text() == (tmp_path / "kept/records.jsonl").read_text()
+    (tmp_path / "both.jsonl").unlink()
     capsys.readouterr()
     tables = set()
     for place in ("folders", "kept", "kept/records.jsonl", "."):
