@@ -1,4 +1,4 @@
-"""Table of a GPU's memory by method and model, estimated by `plan=true`."""
+"""Tables of a GPU's memory and minutes, estimated as `plan=true` does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from permllm.models.load import meta_model
 from permllm.planning.footprint import Footprint
-from permllm.planning.placement import placements
+from permllm.planning.placement import FITS, placements
+from permllm.planning.speed import CARDS, speed_of
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.render import as_text
 from permllm.settings.composition import composed
@@ -50,13 +51,29 @@ def gigabytes(name: str, words: str) -> str:
         name: option of the group `model`.
         words: further words that are typed after `run.py`, with spaces.
     """
+    job = _footprint(name, words)
+    places = (place for place in placements(job) if place in ("device", "host"))
+    return " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in places)
+
+
+def minutes_on_cards(name: str, words: str) -> dict[str, str]:
+    """Return the minutes of a job by card, where it fits with the layers on the device."""
+    job = _footprint(name, words)
+    minutes = {}
+    for card, (_, _, gigabytes) in CARDS.items():
+        if job.needs("device").device <= gigabytes * 1e9 * FITS:
+            speed = speed_of(card, job.device, {job.compute_dtype, torch.float32})
+            minutes[card] = f"{sum(job.minutes('device', speed).values()):.0f}"
+    return minutes
+
+
+def _footprint(name: str, words: str) -> Footprint:
+    """Return the estimates of a job on a GPU."""
     config = read_config(composed([f"model={name}", *words.split()]))
     model = _shape(name)
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
-    job = Footprint(config, model, methods, groups, torch.device("cuda"))
-    places = (place for place in placements(job) if place in ("device", "host"))
-    return " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in places)
+    return Footprint(config, model, methods, groups, torch.device("cuda"))
 
 
 @cache

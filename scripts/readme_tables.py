@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
+from scipy.stats import linregress
+from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -40,10 +42,10 @@ from permllm.report.read import Run, collect
 from permllm.report.render import as_text, changes_from, markdown, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, choose, find, naming, table_of
 from permllm.settings.composition import composed
-from permllm.settings.config import METHOD_GROUPS, NMPattern
+from permllm.settings.config import METHOD_GROUPS, NMPattern, read_config
 from permllm.settings.options import options as options_of
 from permllm.store.files import RECORDS, read_json, read_lines, read_yaml, write_text
-from scripts.memory_table import gigabytes, memory
+from scripts.memory_table import gigabytes, memory, minutes_on_cards
 from scripts.provenance import machine, processor
 from scripts.reruns import reruns
 from scripts.two_of_four import stored_share, window_count
@@ -322,6 +324,52 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     return f"{markdown(frame)}\n{_machine(used)}"
 
 
+def tokens(folder: Path, records: str, method: str, model: str, amounts: str) -> str:
+    """Return the gap that a method closes by the tokens of text that it learns from.
+
+    Beside it are the minutes of another model on the cards that it fits, estimated. The gap of an
+    amount that was not measured is on the line through the others, over the logarithm.
+
+    Args:
+        records: files of records of one model.
+        method: option of the group `method`, whose reconstruction learns.
+        model: option of the group `model`, for the minutes.
+        amounts: values of `budget.tokens`.
+    """
+    found = table_of(_runs(folder, records), "method=wanda")
+    methods = found.labels["method"].str.partition(", ")[0]
+    measured = methods.index[methods == method]
+    gaps = found.means.loc[measured, GAP]
+    logarithms = np.log10(tokens_learned(found)[measured])
+    line = linregress(logarithms, gaps)
+    rows = []
+    for amount in amounts.split():
+        words = f"method={method} budget=quick budget.tokens={amount}"
+        logarithm = np.log10(float(amount))
+        of_amount = gaps[np.isclose(logarithms, logarithm)]
+        gap = f"{line.intercept + line.slope * logarithm:.0%}, not measured"
+        if len(of_amount):
+            gap = f"{of_amount.item():.0%}"
+        config = read_config(composed(words.split()))
+        learning, windows = config.reconstruction, config.calibration.seqlen
+        row = {"what to type": f"`{words}`", f"{GAP}, {found.runs[0].config['model']['name']}": gap}
+        row["steps"] = f"{learning['steps']}"
+        row["tokens a step"] = f"{learning['batch_size'] * windows}"
+        row["learning rate"] = f"{learning['learning_rate']:g}"
+        minutes = minutes_on_cards(model, words)
+        rows.append(row | {f"minutes, {model}, {card}": minutes[card] for card in minutes})
+    width = student_t.ppf(0.975, len(gaps) - 2) * line.stderr
+    slope = f"{100 * line.slope:.1f} ± {100 * width:.1f}"
+    text = as_text(pd.DataFrame(rows), "md")
+    return f"{text}\nA factor of ten closes {slope} points more (95 %, {len(gaps)} amounts)."
+
+
+def tokens_learned(found: Table) -> pd.Series:
+    """Return by row the tokens of text that its method learns from, `budget.tokens`; NaN: none."""
+    budgets = {row: found.members(row)[0].config["budget"] for row in found.labels.index}
+    return pd.Series({row: budget.get("tokens") for row, budget in budgets.items()}, dtype=float)
+
+
 def options(
     folder: Path, groups: str, records: str = "", baseline: str = "", measured: str = ""
 ) -> str:
@@ -564,6 +612,7 @@ _TABLES = (
     methods,
     shares,
     bounds,
+    tokens,
     options,
     study,
     verified,

@@ -1,6 +1,6 @@
 """Write text of the dense model itself, for a pruned model to learn from.
 
-python scripts/write_text.py own.jsonl --documents 2400 calibration=manuals model.dtype=bfloat16
+python scripts/write_text.py own.jsonl --documents 1200 calibration=manuals model.dtype=float32
 python run.py calibration=text calibration.data_files=own.jsonl
 
 Each document is a window that begins as one of the calibration text, and that the model continues
@@ -24,14 +24,14 @@ from permllm.settings.composition import composed
 from permllm.settings.config import read_config
 
 BEGINNING = 16  # tokens of a document that are not the model's
-BATCH = 256
+BATCH = 64
 
 
 def main(words: list[str]) -> int:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--documents", type=int, default=2400)
+    parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("settings", nargs="*", help="of run.py: model, calibration, seed")
     options = parser.parse_intermixed_args(words)
     config = read_config(composed([*options.settings, f"calibration.samples={options.documents}"]))

@@ -7,13 +7,14 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from permllm.errors import ConfigError
 from permllm.report.read import keep_runs
-from scripts.readme_tables import bounds, claims, landscape, main, needs, sizes, with_views
+from scripts.readme_tables import bounds, claims, landscape, main, needs, sizes, tokens, with_views
 from tests.conftest import ROOT
 from tests.kept import evaluation, make_run
 
@@ -138,3 +139,28 @@ def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None
         shares = [f"{stored * (bits + 2) / (8 * bits):.1%}" for bits in (16, 8)]
         assert [half, eight, speed] == [*shares, f"{8 / stored:.2f}"]
     assert [cell[0] for cell in cells] == ["2:4", "2:4", "6:8", "6:8"]
+
+
+def test_an_amount_of_text_that_was_not_measured_is_on_the_line_through_the_others(
+    tmp_path: Path,
+) -> None:
+    def run(name: str, gap: float, **settings: Any) -> None:
+        # From a loss of 4 to one of 3.
+        texts = {"wikitext2": {"dense": math.exp(3.0), "sparse": math.exp(4.0 - gap)}}
+        make_run(tmp_path / "runs" / name, 0.0, evaluation(texts), **settings)
+
+    run("wanda", 0.0, method="wanda", budget={})
+    for amount, gap in {1e5: 0.60, 1e6: 0.70, 1e7: 0.86}.items():
+        learned = {"name": "distill", "samples": amount / 128}
+        run(f"{amount:g}", gap, method="deploy", budget={"tokens": amount}, reconstruction=learned)
+    keep_runs([tmp_path / "runs"], tmp_path / "records.jsonl")
+    shown = tokens(tmp_path, "records.jsonl", "deploy", "qwen2.5-7b", "1e5 1e8")
+    measured, other = (line.strip("| ").split(" | ") for line in shown.splitlines()[2:4])
+    assert measured[1] == "60%"
+    # The line through three points: their mean, and half of the outer difference as slope.
+    assert other[1].startswith(f"{0.72 + 2 * 0.13:.0%}")
+    assert [measured[2], other[2]] == ["196", "195313"]
+    # Student's t of one degree of freedom, and the residuals -0.03 + 0.06 / 3 and so on.
+    residuals = np.array([0.60, 0.70, 0.86]) - (0.72 + 0.13 * np.array([-1.0, 0.0, 1.0]))
+    width = 12.7062 * math.sqrt(residuals @ residuals / 2)
+    assert f"closes 13.0 ± {100 * width:.1f} points more" in shown
