@@ -83,7 +83,10 @@ def recovery(runs: list[Run], file: Path) -> None:
     with picture(file) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 5))
         _lines(axis, rows.dropna(subset="tokens"), "tokens")
-        axis.set(xlabel="tokens of text to learn from", ylabel=GAP, xscale="log")
+        axis.set(xlabel="million tokens of text to learn from", ylabel=GAP, xscale="log")
+        amounts = sorted(rows["tokens"].dropna().unique())
+        axis.set_xticks(amounts, [f"{amount / 1e6:g}" for amount in amounts])
+        axis.minorticks_off()
         axis.legend()
 
 
