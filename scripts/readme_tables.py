@@ -337,10 +337,8 @@ def tokens(folder: Path, records: str, method: str, model: str, amounts: str) ->
         amounts: values of `budget.tokens`.
     """
     found = table_of(_runs(folder, records), "method=wanda")
-    methods = found.labels["method"].str.partition(", ")[0]
-    measured = methods.index[methods == method]
-    gaps = found.means.loc[measured, GAP]
-    logarithms = np.log10(tokens_learned(found)[measured])
+    logarithms = np.log10(tokens_learned(found, method))
+    gaps = found.means.loc[logarithms.index, GAP]
     line = linregress(logarithms, gaps)
     rows = []
     for amount in amounts.split():
@@ -364,10 +362,39 @@ def tokens(folder: Path, records: str, method: str, model: str, amounts: str) ->
     return f"{text}\nA factor of ten closes {slope} points more (95 %, {len(gaps)} amounts)."
 
 
-def tokens_learned(found: Table) -> pd.Series:
-    """Return by row the tokens of text that its method learns from, `budget.tokens`; NaN: none."""
-    budgets = {row: found.members(row)[0].config["budget"] for row in found.labels.index}
-    return pd.Series({row: budget.get("tokens") for row, budget in budgets.items()}, dtype=float)
+def longest(folder: Path, records: str, method: str, text: str) -> str:
+    """Return what a method reaches from the most tokens that it learned from, and what that took.
+
+    Args:
+        records: files of records of one model.
+        method: option of the group `method`.
+        text: perplexity that is shown.
+    """
+    found = table_of(_runs(folder, records), "method=wanda")
+    amounts = tokens_learned(found, method)
+    row = amounts.idxmax()
+    run = _fastest(found, row)
+    values, dense = found.means.loc[row], found.means.loc[DENSE_ROW]
+    typed = f"method={method} budget=quick budget.tokens={amounts[row]:g}"
+    learned = f"From {amounts[row] / 1e6:g} million tokens, in {run.minutes / 60:.1f} hours on"
+    reached = f"closes {values[GAP]:.0%} of the gap: a perplexity of {values[text]:.1f},"
+    return f"{learned} two CPU cores, `{typed}` {reached} {dense[text]:.1f} for the dense model."
+
+
+def tokens_learned(found: Table, method: str = "") -> pd.Series:
+    """Return by row the tokens of text that its method learns from, `budget.tokens`; NaN: none.
+
+    Args:
+        found: the table.
+        method: option of the group `method`, whose rows alone are returned; empty: all rows.
+    """
+    configs = {row: found.members(row)[0].config for row in found.labels.index}
+    amounts = {
+        row: config["budget"].get("tokens")
+        for row, config in configs.items()
+        if method in ("", config["method"])
+    }
+    return pd.Series(amounts, dtype=float)
 
 
 def options(
@@ -613,6 +640,7 @@ _TABLES = (
     shares,
     bounds,
     tokens,
+    longest,
     options,
     study,
     verified,

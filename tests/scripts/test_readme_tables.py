@@ -14,7 +14,17 @@ import pytest
 
 from permllm.errors import ConfigError
 from permllm.report.read import keep_runs
-from scripts.readme_tables import bounds, claims, landscape, main, needs, sizes, tokens, with_views
+from scripts.readme_tables import (
+    bounds,
+    claims,
+    landscape,
+    longest,
+    main,
+    needs,
+    sizes,
+    tokens,
+    with_views,
+)
 from tests.conftest import ROOT
 from tests.kept import evaluation, make_run
 
@@ -164,3 +174,6 @@ def test_an_amount_of_text_that_was_not_measured_is_on_the_line_through_the_othe
     residuals = np.array([0.60, 0.70, 0.86]) - (0.72 + 0.13 * np.array([-1.0, 0.0, 1.0]))
     width = 12.7062 * math.sqrt(residuals @ residuals / 2)
     assert f"closes 13.0 ± {100 * width:.1f} points more" in shown
+    sentence = longest(tmp_path, "records.jsonl", "deploy", "wikitext2 perplexity (window 2048)")
+    assert sentence.startswith("From 10 million tokens")
+    assert f"86% of the gap: a perplexity of {math.exp(4.0 - 0.86):.1f}," in sentence
