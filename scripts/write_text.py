@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
             attention_mask=torch.ones_like(batch),
             do_sample=True,
             top_k=0,
-            min_length=length,
+            suppress_tokens=loaded.tokenizer.all_special_ids,
             max_length=length,
         )
         documents += loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -17,5 +17,8 @@ def test_each_document_is_a_window_that_begins_as_the_text(tmp_path: Path) -> No
     assert text == (tmp_path / "again").read_text()
     documents = [json.loads(line)["text"] for line in text.splitlines()]
     assert len(documents) == 300
-    assert {len(document.encode()) for document in documents} == {32 + 16}  # a token is a byte
+    lengths = [len(document.encode()) for document in documents]
+    # A token is a byte, and a byte that is no character is left out.
+    assert max(lengths) == 32 + 16
+    assert lengths.count(32 + 16) > 290
     assert len({document[16:] for document in documents}) > 290
