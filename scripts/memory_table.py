@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from permllm.models.load import meta_model
 from permllm.planning.footprint import Footprint
-from permllm.planning.placement import FITS, placements
+from permllm.planning.placement import first_that_fits, placements
 from permllm.planning.speed import CARDS, speed_of
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.render import as_text
@@ -58,10 +58,10 @@ def gigabytes(name: str, words: str) -> str:
 
 def minutes_on_cards(name: str, words: str) -> dict[str, str]:
     """Return the minutes of a job by card, where it fits with the layers on the device."""
-    job = _footprint(name, words)
     minutes = {}
-    for card, (_, _, gigabytes) in CARDS.items():
-        if job.needs("device").device <= gigabytes * 1e9 * FITS:
+    for card in CARDS:
+        job = _footprint(name, f"{words} plan=true plan_on={card}")
+        if first_that_fits(job) == "device":
             speed = speed_of(card, job.device, {job.compute_dtype, torch.float32})
             minutes[card] = f"{sum(job.minutes('device', speed).values()):.0f}"
     return minutes
