@@ -1,6 +1,6 @@
 """Write text of the dense model itself, for a pruned model to learn from.
 
-python scripts/write_text.py own.jsonl --documents 1200 calibration=manuals model.dtype=float32
+python scripts/write_text.py own.jsonl --documents 1200 calibration=manuals
 python run.py calibration=text calibration.data_files=own.jsonl
 
 Each document is a window that begins as one of the calibration text, and that the model continues
@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
             attention_mask=torch.ones_like(batch),
             do_sample=True,
             top_k=0,
-            suppress_tokens=loaded.tokenizer.all_special_ids,
+            min_length=length,
             max_length=length,
         )
         documents += loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
