@@ -67,7 +67,7 @@ def main(file: str, *named: str) -> None:
     )
     written = {"dense": answers(dense, prompts)}
     lines = [
-        f"Answers {digest_of(written)} of {settings.name}.",
+        f"# Answers of {settings.name}, digest {digest_of(written)}",
         "",
         "| model | divergence on the dense model's answers, nats a token, ± standard error |",
         "| --- | --- |",
