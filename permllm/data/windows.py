@@ -1,5 +1,6 @@
 """Windows for calibration: pieces of a text with the same number of tokens."""
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,8 @@ from permllm.data.texts import Text
 from permllm.errors import ConfigError, DataError
 from permllm.runtime import parallel
 from permllm.settings.config import CalibrationConfig
+
+log = logging.getLogger(__name__)
 
 # Characters of the largest text that is tokenised as a whole. WikiText-2's training text has 11
 # million.
@@ -118,19 +121,23 @@ def _part_of(documents: Sequence[str], tokens: int, generator: random.Random) ->
 def _disjoint(
     tokens: Tensor, piece: int, config: CalibrationConfig, further: int, generator: random.Random
 ) -> list[Tensor]:
-    """Draw windows that do not overlap."""
-    needed = (config.samples + further) * piece
+    """Draw windows that do not overlap, and read the text again if it has too few further ones."""
+    needed = config.samples * piece
     if len(tokens) < needed:
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but calibration.samples="
-            f"{config.samples} windows of calibration.seqlen={config.seqlen}, with {further} "
-            f"further ones to learn from, need {needed}"
+            f"{config.samples} windows of calibration.seqlen={config.seqlen} need {needed}"
         )
     offset = generator.randrange(len(tokens) % piece + 1)
     places = range(offset, len(tokens) - piece + 1, piece)
     starts = generator.sample(places, config.samples)
-    if further:
-        starts += generator.sample(sorted(set(places) - set(starts)), further)
+    count = config.samples + further
+    if count > len(places):
+        log.warning("the text has %d windows and is read again for %d", len(places), count)
+    unread: Sequence[int] = sorted(set(places) - set(starts))
+    while len(starts) < count:
+        starts += generator.sample(unread, min(len(unread), count - len(starts)))
+        unread = places
     return [tokens[start : start + piece] for start in starts]
 
 

@@ -52,8 +52,8 @@ def register_resolvers() -> None:
     `either:VALUE,CASE,A,B`: A if VALUE is CASE, or is in the list CASE; otherwise B.
     `windows_of:TOKENS`: windows of calibration text for so many tokens, at least 128.
     `learning_steps:SHARE` and `learning_windows:SHARE`: steps of a method that learns, and windows
-    of text for it, so that it reads `budget.tokens` once; without them its share of `budget.steps`
-    and `budget.learning_windows`; null if these are not given either.
+    of text for it, so that it reads `budget.tokens`; without them its share of `budget.steps` and
+    `budget.learning_windows`; null if these are not given either.
     `help:PLACES`: the options of all groups.
     """
     resolvers: dict[str, Callable[..., Any]] = {

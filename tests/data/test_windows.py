@@ -119,6 +119,16 @@ def test_further_windows_follow_those_that_are_drawn_without_them(sampling: str)
         assert all(b - a >= 40 for a, b in itertools.pairwise(starts))
 
 
+def test_a_text_that_is_too_short_to_learn_from_is_read_again() -> None:
+    documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
+    windows = drawn(documents, 2, 500, "disjoint", further=17)
+    assert torch.equal(windows[:2], drawn(documents, 2, 500, "disjoint"))
+    # The text has seven windows of 500 tokens.
+    epochs = windows.split(7)
+    assert [len(epoch.unique(dim=0)) for epoch in epochs] == [7, 7, 5]
+    assert len(windows.unique(dim=0)) == 7
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
