@@ -66,7 +66,8 @@ def calibration_windows(
         seed: seed of the windows.
         bos: True: each window begins with the tokenizer's BOS, and has no other special token.
         further: number of windows after the `calibration.samples`; it does not
-            change the others, unless the text is so large that its pieces are drawn.
+            change the others, unless the text is so large that its pieces are drawn. They repeat
+            if the text is too short.
 
     Returns:
         The windows, int64 `(samples + further, seqlen)` on the CPU, in all ranks those of rank 0.
