@@ -238,6 +238,7 @@ def _loaded(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            use_kernels=False,  # they would replace modules, and refuse the meta device
             **options,
         )
     model, report = loaded
