@@ -1,6 +1,6 @@
 """Write text of the dense model itself, for a pruned model to learn from.
 
-python scripts/write_text.py own.jsonl --documents 1200 calibration=manuals
+python scripts/write_text.py own.jsonl --documents 1200 calibration=reading-tasks
 python run.py calibration=text calibration.data_files=own.jsonl
 
 Each document is a window that begins as one of the calibration text, and that the model continues

