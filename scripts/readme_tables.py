@@ -328,7 +328,8 @@ def tokens(folder: Path, records: str, method: str, model: str, amounts: str) ->
     """Return the gap that a method closes by the tokens of text that it learns from.
 
     Beside it are the minutes of another model on the cards that it fits, estimated. The gap of an
-    amount that was not measured is on the line through the others, over the logarithm.
+    amount that was not measured follows a power law: the share of the gap that stays open falls by
+    the same factor for each factor of ten.
 
     Args:
         records: files of records of one model.
@@ -339,13 +340,13 @@ def tokens(folder: Path, records: str, method: str, model: str, amounts: str) ->
     found = table_of(_runs(folder, records), "method=wanda")
     logarithms = np.log10(tokens_learned(found, method))
     gaps = found.means.loc[logarithms.index, GAP]
-    line = linregress(logarithms, gaps)
+    line = linregress(logarithms, np.log10(1 - gaps))
     rows = []
     for amount in amounts.split():
         words = f"method={method} budget=quick budget.tokens={amount}"
         logarithm = np.log10(float(amount))
         of_amount = gaps[np.isclose(logarithms, logarithm)]
-        gap = f"{line.intercept + line.slope * logarithm:.0%}, not measured"
+        gap = f"{1 - 10 ** (line.intercept + line.slope * logarithm):.0%}, not measured"
         if len(of_amount):
             gap = f"{of_amount.item():.0%}"
         config = read_config(composed(words.split()))
@@ -357,9 +358,10 @@ def tokens(folder: Path, records: str, method: str, model: str, amounts: str) ->
         minutes = minutes_on_cards(model, words)
         rows.append(row | {f"minutes, {model}, {card}": minutes[card] for card in minutes})
     width = student_t.ppf(0.975, len(gaps) - 2) * line.stderr
-    slope = f"{100 * line.slope:.1f} ± {100 * width:.1f}"
+    closed, low, high = (1 - 10 ** (line.slope + shift) for shift in (0, width, -width))
     text = as_text(pd.DataFrame(rows), "md")
-    return f"{text}\nA factor of ten closes {slope} points more (95 %, {len(gaps)} amounts)."
+    slope = f"{closed:.0%} [{low:.0%}, {high:.0%}] of the gap that is still open"
+    return f"{text}\nTen times the tokens close {slope} (95 %, {len(gaps)} amounts)."
 
 
 def longest(folder: Path, records: str, method: str, text: str) -> str:
@@ -375,7 +377,8 @@ def longest(folder: Path, records: str, method: str, text: str) -> str:
     row = amounts.idxmax()
     run = _fastest(found, row)
     values, dense = found.means.loc[row], found.means.loc[DENSE_ROW]
-    typed = f"method={method} budget=quick budget.tokens={amounts[row]:g}"
+    amount = f"{amounts[row]:.0e}".replace("+0", "")
+    typed = f"experiment=recovery method={method} budget.tokens={amount}"
     learned = f"From {amounts[row] / 1e6:g} million tokens, in {run.minutes / 60:.1f} hours on"
     reached = f"closes {values[GAP]:.0%} of the gap: a perplexity of {values[text]:.1f},"
     return f"{learned} two CPU cores, `{typed}` {reached} {dense[text]:.1f} for the dense model."

@@ -87,7 +87,7 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
 
 
 # All take texts of the hub, but for the last, which takes any checkpoint.
-OTHERS = ("peers", "frontier", "serving", "allocation", "sizes", "scale")
+OTHERS = ("peers", "frontier", "serving", "allocation", "sizes", "scale", "recovery")
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in OTHERS])
@@ -110,6 +110,21 @@ def test_experiments_with_texts_or_a_checkpoint_of_their_own_compose(experiment:
     for config in jobs(f"experiment={experiment}", *given, few=True):
         methods_of(config)
         assert not config.evaluation.tasks
+
+
+def test_all_methods_of_the_recovery_learn_from_the_same_tokens() -> None:
+    found = set()
+    for config in jobs("experiment=recovery"):
+        (learning,) = [
+            method
+            for method in (config.permutation, config.mask, config.reconstruction)
+            if "steps" in method
+        ]
+        tokens = learning["steps"] * learning["batch_size"] * config.calibration.seqlen
+        found.add((config.method, round(tokens, -3)))
+        methods_of(config)
+    amounts = (100_000, 500_000)
+    assert found == {(name, tokens) for name in ("deploy", "masks-cp", "lcp") for tokens in amounts}
 
 
 def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> None:

@@ -151,7 +151,7 @@ def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None
     assert [cell[0] for cell in cells] == ["2:4", "2:4", "6:8", "6:8"]
 
 
-def test_an_amount_of_text_that_was_not_measured_is_on_the_line_through_the_others(
+def test_an_amount_of_text_that_was_not_measured_follows_the_power_law_of_the_others(
     tmp_path: Path,
 ) -> None:
     def run(name: str, gap: float, **settings: Any) -> None:
@@ -168,12 +168,16 @@ def test_an_amount_of_text_that_was_not_measured_is_on_the_line_through_the_othe
     measured, other = (line.strip("| ").split(" | ") for line in shown.splitlines()[2:4])
     assert measured[1] == "60%"
     # The line through three points: their mean, and half of the outer difference as slope.
-    assert other[1].startswith(f"{0.72 + 2 * 0.13:.0%}")
+    still_open = np.log10([0.40, 0.30, 0.14])
+    mean, slope = still_open.mean(), (still_open[2] - still_open[0]) / 2
+    assert other[1].startswith(f"{1 - 10 ** (mean + 2 * slope):.0%}")
     assert [measured[2], other[2]] == ["196", "195313"]
-    # Student's t of one degree of freedom, and the residuals -0.03 + 0.06 / 3 and so on.
-    residuals = np.array([0.60, 0.70, 0.86]) - (0.72 + 0.13 * np.array([-1.0, 0.0, 1.0]))
+    # Student's t of one degree of freedom.
+    residuals = still_open - (mean + slope * np.array([-1.0, 0.0, 1.0]))
     width = 12.7062 * math.sqrt(residuals @ residuals / 2)
-    assert f"closes 13.0 ± {100 * width:.1f} points more" in shown
+    low, high = (f"{1 - 10 ** (slope + shift):.0%}" for shift in (width, -width))
+    assert f"close {1 - 10**slope:.0%} [{low}, {high}] of the gap that is still open" in shown
     sentence = longest(tmp_path, "records.jsonl", "deploy", "wikitext2 perplexity (window 2048)")
     assert sentence.startswith("From 10 million tokens")
+    assert "`experiment=recovery method=deploy budget.tokens=1e7`" in sentence
     assert f"86% of the gap: a perplexity of {math.exp(4.0 - 0.86):.1f}," in sentence
