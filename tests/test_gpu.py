@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from permllm import job
 from permllm.permutation.lcp.assignment import harden
+from permllm.pruning import methods
 from permllm.settings.config import read_config
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.files import read_lines
@@ -32,7 +33,6 @@ def run(directory: Path, *overrides: str) -> list[float]:
     settings = (
         "model=tiny-random",
         "logger=none",
-        "permutation.compile=true",
         f"run_dir={directory}",
     )
     assert job.run(read_config(composed(*settings, *overrides))) is not None
@@ -41,9 +41,11 @@ def run(directory: Path, *overrides: str) -> list[float]:
 
 def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        there = run(tmp_path / "cuda", "compute_dtype=float32")
+        there = run(tmp_path / "cuda", "permutation.compile=true", "compute_dtype=float32")
     assert "Triton kernel" not in caplog.text
-    here = run(tmp_path / "cpu", "compute_dtype=float32", "model.device=cpu")
+    here = run(
+        tmp_path / "cpu", "permutation.compile=true", "compute_dtype=float32", "model.device=cpu"
+    )
     assert there == pytest.approx(here, rel=1e-2)
     metrics = json.loads((tmp_path / "cuda" / "metrics.json").read_text())
     hardware = json.loads((tmp_path / "cuda" / "environment.json").read_text())["hardware"]
@@ -53,6 +55,45 @@ def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptur
     assert 0 < metrics["peak_memory_bytes"] < 1 << 30
     for order in load_file(tmp_path / "cuda" / "permutations.safetensors").values():
         assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+@pytest.mark.parametrize("most_states", [4e9, 0.0], ids=["stored", "teacher"])
+def test_weights_learn_from_stored_states_and_from_a_teacher(
+    most_states: float, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "MOST_STATES", most_states)
+    assert_finished(tmp_path, "permutation=none", "reconstruction=distill")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["permutation=lcp", "model.placement=host"],
+        ["mask=score"],
+        ["mask=gumbel"],
+        ["mask=lowrank", "permutation=none"],
+        ["mask=score", "model.placement=host"],
+        ["allocation=sensitive", "allocation.share=0.3"],
+        ["permutation=lcp", "model.dtype=float16"],
+        ["reconstruction=distill", "model.dtype=bfloat16"],
+        ["permutation=lcp", "permutation.constraint=foldable", "export=folded"],
+        ["permutation=lcp", "export=gathered"],
+        ["permutation=none", "evaluation.weights=fp8"],
+    ],
+    ids="_".join,
+)
+def test_methods(words: list[str], cache: Path, tmp_path: Path) -> None:
+    assert_finished(tmp_path, *words)
+
+
+def assert_finished(directory: Path, *words: str) -> None:
+    """Run a job on the GPU, and check that it pruned to finite perplexities."""
+    run(directory, *words)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["status"] == "finished"
+    assert metrics["sparsity"]["violations"] == 0
+    for values in metrics["perplexity"]["sparse"].values():
+        assert 1 < values["value"] < float("inf")
 
 
 def test_blocks_are_solved_where_they_are() -> None:

@@ -124,8 +124,8 @@ def _cached_pages(folder: Path) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device; to a GPU without waiting, through pinned memory."""
-    if device.type != "cuda":
+    """Copy a tensor to a device; from the host to a GPU without waiting, through pinned memory."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
