@@ -125,8 +125,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return summary["metrics"], summary["settings"]
     metrics = read_json(directory / METRICS)
     config = read_yaml(directory / CONFIG)
-    if config["model"]["source"] == "hub":
-        # The commit, because the branch may have moved.
+    if config["model"]["source"] == "hub" and "model" in metrics:
+        # The commit, because the branch may have moved. A run that still loads has none.
         config["model"]["revision"] = metrics["model"].split(":")[2]
     return metrics, config
 

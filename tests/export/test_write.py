@@ -317,6 +317,13 @@ def test_bad_requests(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(out.iterdir())
 
 
+def test_a_run_of_the_hub_that_still_loads_its_model_is_not_finished(tmp_path: Path) -> None:
+    write_json(tmp_path / "metrics.json", {"status": "running"})
+    write_text(tmp_path / "config.yaml", "model: {source: hub, name: qwen2.5-7b}")
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        export_run(tmp_path, ExportConfig(), tmp_path / "out")
+
+
 def test_of_two_exports_to_one_folder_the_first_gets_it(
     exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
