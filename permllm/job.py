@@ -18,7 +18,7 @@ from permllm.data.hub import hub_snapshot
 from permllm.data.lookup import JobTexts, texts_of_job
 from permllm.data.texts import Text
 from permllm.data.windows import calibration_windows
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.lm_eval import download_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
@@ -155,7 +155,16 @@ def _work(
             evaluate(loaded, config.evaluation, text_windows, "sparse", record)
         record.finish()
         if job.logger is not NO_LOGGER:
-            job.logger.summary(gap_of(record.directory) | flat_metrics(record.metrics))
+            job.logger.summary(_gap(record.directory) | flat_metrics(record.metrics))
+
+
+def _gap(directory: Path) -> dict[str, float]:
+    """Return `gap_closed` of a finished run; empty: the runs beside it do not give it."""
+    try:
+        return gap_of(directory)
+    except Exception as error:  # files of other runs must not fail a finished one
+        log.warning("gap_closed is not logged: %s", first_line(error))
+        return {}
 
 
 def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> RunConfig:

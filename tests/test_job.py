@@ -228,6 +228,15 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
 
 
+def test_no_file_beside_a_finished_run_makes_it_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permllm.job.gap_of", Mock(side_effect=PermissionError("of a stranger")))
+    small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
+    metrics, _ = run(tmp_path, *small, "logger=tensorboard")
+    assert metrics["status"] == "finished"
+
+
 def test_the_log_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,16 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     return Collection(runs, notes)
 
 
+def runs_beside(directory: Path) -> list[Run]:
+    """Return the finished runs whose directories lie in the same folder as a run directory."""
+    notes: list[str] = []
+    runs = []
+    for file in sorted(directory.parent.glob(f"*/{METRICS}")):
+        with skipping(str(file.parent), notes):
+            runs.append(_read_once(file.parent, file.stat().st_mtime_ns))
+    return without_repeated(runs, notes)
+
+
 def without_repeated(runs: Iterable[Run], notes: list[str]) -> list[Run]:
     """Return the first run of each identity, and add a line to the notes for each other run.
 
@@ -218,6 +229,12 @@ def skipping(place: str, notes: list[str]) -> Iterator[None]:
         notes.append(f"skipped {place}: {error}")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         notes.append(f"skipped {place}: not as a run leaves it: {error!r}")
+
+
+@cache  # because each job of a sweep reads the runs of the jobs before it
+def _read_once(directory: Path, modified: int) -> Run:
+    """Return the run of a directory, whose `metrics.json` was `modified` at this time in ns."""
+    return _of_directory(directory)
 
 
 def _of_directory(directory: Path) -> Run:

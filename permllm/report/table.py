@@ -24,7 +24,7 @@ import pandas as pd
 from permllm.errors import ConfigError
 from permllm.report.gaps import GAP, closed_gaps, row_means, start_rows, texts_of_gaps
 from permllm.report.metrics import AVERAGE, FACTS, FP8, OF_SPARSITY, number, setting_text
-from permllm.report.read import Run, collect
+from permllm.report.read import Run, runs_beside
 from permllm.settings.config import IDLE
 
 # Row of the dense model, before the rows of the runs.
@@ -224,8 +224,8 @@ def by_run(table: Table) -> pd.DataFrame:
 
 
 def gap_of(directory: Path) -> dict[str, float]:
-    """Return `gap_closed` of a finished run; empty: its folder lacks the run that is the start."""
-    runs = by_run(table_of(collect([directory.parent]).runs)).set_index("directory")
+    """Return `gap_closed` of a finished run; empty: no run beside it is the start of its gap."""
+    runs = by_run(table_of(runs_beside(directory))).set_index("directory")
     gaps = runs.get(GAP, pd.Series()).dropna()
     name = str(directory)
     return {"gap_closed": gaps[name]} if name in gaps else {}

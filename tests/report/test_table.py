@@ -9,6 +9,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import yaml
 
 from permllm.cli import call
 from permllm.errors import ConfigError
+from permllm.report import read as reader
 from permllm.report.printed import print_run
 from permllm.report.published import Comparison, published
 from permllm.report.read import collect
@@ -26,6 +28,7 @@ from permllm.report.table import (
     Table,
     choose,
     find,
+    gap_of,
     main_metric,
     notes,
     row_names,
@@ -316,6 +319,24 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     assert gaps(table)["lcp"] == pytest.approx(alone[0])
     assert noted(table)[0] == f"gap closed: the mean over {PERPLEXITY}"
     assert main_metric(table, table.usual) == PERPLEXITY
+
+
+def test_the_gap_of_a_run_reads_the_runs_beside_it_alone_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    make_run(home / "none", 40.0, permutation="none")
+    lcp = make_run(home / "lcp", 20.0)
+    make_run(home / "photos" / "deep" / "seed", 30.0, seed=1)
+    (home / "broken").mkdir()
+    (home / "broken" / "metrics.json").write_text("7")
+    read = Mock(wraps=read_json)
+    monkeypatch.setattr(reader, "read_json", read)
+    for _ in range(3):
+        assert gap_of(lcp) == {"gap_closed": pytest.approx(0.5)}
+    files = [call.args[0] for call in read.call_args_list]
+    assert not any("photos" in file.parts for file in files)
+    assert files.count(home / "none" / "metrics.json") == 1
 
 
 def test_measures_by_fp8_stand_beside_the_others_with_a_gap_of_their_own(tmp_path: Path) -> None:
