@@ -85,7 +85,7 @@ def run(config: RunConfig) -> JobResult | None:
     """
     model = parallel.on_main(lambda: with_dtype(config.model))
     config = replace(config, model=model)
-    texts = texts_of_job(config.calibration, config.evaluation.perplexity)
+    texts = texts_of_job(config.calibration, config.evaluation)
     methods = methods_of(config)
     export = export_of(config, methods)
     device = _prepared_device(config)
@@ -253,7 +253,7 @@ def _download(config: RunConfig, texts: JobTexts, pruned: bool) -> None:
     if config.model.source == "hub":  # first, so that without the hub the error names the model
         hub_snapshot(config.model.hub_name or "", config.model.revision, ["config.json"])
     texts.download(calibration=not pruned)
-    download_tasks(config.evaluation)
+    texts.check_tasks(download_tasks(config.evaluation))
 
 
 def export_of(config: RunConfig, methods: Methods) -> ExportConfig | None:

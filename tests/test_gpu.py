@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from permllm.sparsity.saliency import SaliencyFactors
 from permllm.store.files import read_lines
 from permllm.training.elementwise import ChannelChunk
 from permllm.training.kernels import EAGER, ON_GPU
+from tests.conftest import ROOT
 from tests.settings.test_config import composed
 
 pytestmark = [
@@ -84,6 +87,14 @@ def test_weights_learn_from_stored_states_and_from_a_teacher(
 )
 def test_methods(words: list[str], cache: Path, tmp_path: Path) -> None:
     assert_finished(tmp_path, *words)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks(cache: Path, tmp_path: Path) -> None:
+    words = ["run.py", "model=tiny-random", "permutation=lcp", "logger=none", f"run_dir={tmp_path}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, *words], cwd=ROOT, check=True)
+    assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "finished"
 
 
 def assert_finished(directory: Path, *words: str) -> None:

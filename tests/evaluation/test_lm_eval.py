@@ -257,8 +257,7 @@ def test_a_task_that_is_a_part_of_another_one_is_refused(
     manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
     monkeypatch.setattr("permllm.evaluation.lm_eval.task_manager", lambda few: manager)
     for known in (["both"], ["sums", "colours"]):
-        download_tasks(
-            config("model=tiny-random", f"evaluation.tasks=[{','.join(known)}]").evaluation
-        )
+        settings = config("model=tiny-random", f"evaluation.tasks=[{','.join(known)}]").evaluation
+        assert download_tasks(settings) == {*known, "sums", "colours"}
     with pytest.raises(ConfigError, match=r"^evaluation\.tasks: .*sums"):
         download_tasks(config("model=tiny-random", "evaluation.tasks=[sums,both]").evaluation)
