@@ -138,12 +138,12 @@ def _windows(texts: Texts, job: Job) -> Tensor:
     if not isinstance(texts, Tensor):
         text = calibration_text(settings) if isinstance(texts, str) else Documents(texts)
         return job_windows(job, text, "texts")
-    further = job.methods.further(settings.samples)
-    needed = settings.samples + further
+    extra = job.methods.extra_windows(settings.samples)
+    needed = settings.samples + extra
     if len(texts) < needed:
         raise ConfigError(
             f"texts: got {len(texts)} windows of tokens, expected {needed}: "
-            f"{settings.samples} to calibrate on, and {further} to learn from"
+            f"{settings.samples} to calibrate on, and {extra} to learn from"
         )
     windows = texts[:needed].cpu().clone()  # a tensor of inference mode has no gradients
     check_windows("texts", windows, job.loaded.model)

@@ -314,7 +314,7 @@ def job_windows(job: Job, text: Text, called: str) -> Tensor:
         settings,
         job.config.seed,
         job.loaded.bos,
-        job.methods.further(settings.samples),
+        job.methods.extra_windows(settings.samples),
     )
     check_windows(called, windows, job.loaded.model)
     return windows

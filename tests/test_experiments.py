@@ -155,7 +155,7 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
     # Without a budget they learn from the calibration samples.
     for method in sorted({config.method for config in jobs("experiment=frontier")}):
         job = jobs(f"method={method}")[0]
-        assert methods_of(job).further(job.calibration.samples) == 0
+        assert methods_of(job).extra_windows(job.calibration.samples) == 0
 
 
 def test_serving_measures_each_method_of_the_frontier_in_both_ways() -> None:

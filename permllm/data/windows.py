@@ -55,7 +55,7 @@ def calibration_windows(
     config: CalibrationConfig,
     seed: int,
     bos: bool = False,
-    further: int = 0,
+    extra: int = 0,
 ) -> Tensor:
     """Draw calibration windows by the method that `calibration.sampling` names.
 
@@ -65,12 +65,12 @@ def calibration_windows(
         config: settings of the calibration.
         seed: seed of the windows.
         bos: True: each window begins with the tokenizer's BOS, and has no other special token.
-        further: number of windows after the `calibration.samples`; it does not
+        extra: number of windows after the `calibration.samples`; it does not
             change the others, unless the text is so large that its pieces are drawn. They repeat
             if the text is too short.
 
     Returns:
-        The windows, int64 `(samples + further, seqlen)` on the CPU, in all ranks those of rank 0.
+        The windows, int64 `(samples + extra, seqlen)` on the CPU, in all ranks those of rank 0.
 
     Raises:
         ConfigError: the tokenizer has no BOS.
@@ -79,7 +79,7 @@ def calibration_windows(
     first = bos_of(tokenizer, bos)
     generator = random.Random(seed)
     piece = config.seqlen if first is None else config.seqlen - 1
-    count = config.samples + further
+    count = config.samples + extra
     tokens_of = partial(encode, tokenizer, special=first is None)
 
     def draw() -> Tensor:
@@ -92,7 +92,7 @@ def calibration_windows(
                 windows = _overlapping(tokens_of(" ".join(part)), piece, count, generator)
             else:
                 generator.shuffle(part)
-                windows = _disjoint(tokens_of("\n\n".join(part)), piece, config, further, generator)
+                windows = _disjoint(tokens_of("\n\n".join(part)), piece, config, extra, generator)
         return with_bos(torch.stack(windows), first)
 
     return parallel.on_main(draw)
@@ -120,9 +120,9 @@ def _part_of(documents: Sequence[str], tokens: int, generator: random.Random) ->
 
 
 def _disjoint(
-    tokens: Tensor, piece: int, config: CalibrationConfig, further: int, generator: random.Random
+    tokens: Tensor, piece: int, config: CalibrationConfig, extra: int, generator: random.Random
 ) -> list[Tensor]:
-    """Draw windows that do not overlap, and read the text again if it has too few further ones."""
+    """Draw windows that do not overlap, and read the text again if it has too few extra ones."""
     needed = config.samples * piece
     if len(tokens) < needed:
         raise DataError(
@@ -132,7 +132,7 @@ def _disjoint(
     offset = generator.randrange(len(tokens) % piece + 1)
     places = range(offset, len(tokens) - piece + 1, piece)
     starts = generator.sample(places, config.samples)
-    count = config.samples + further
+    count = config.samples + extra
     if count > len(places):
         log.warning("the text has %d windows and is read again for %d", len(places), count)
     unread: Sequence[int] = sorted(set(places) - set(starts))

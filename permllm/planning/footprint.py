@@ -14,7 +14,7 @@ from permllm.models.families import decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.permutation.foldable import shared_permutations
 from permllm.planning.speed import Speed
-from permllm.pruning.methods import Methods, ModelGroups, needs_teacher
+from permllm.pruning.methods import Methods, ModelGroups, needs_teacher, stored_windows
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -88,7 +88,7 @@ class Footprint:
         largest: weights of the largest channel group.
         pruned: number of weights in the groups to prune.
         plans: plan of a permutation and of a mask that learn, by group.
-        teaches: True: a copy of the dense layers teaches the weights in each step.
+        window_bytes: bytes of the states of a calibration window.
         text: tokens of the calibration text that a rank reads.
         forward: operations of a rank in their forward through all layers.
         measured: tokens of each evaluated text that a rank reads.
@@ -130,9 +130,7 @@ class Footprint:
                 self.plans[group] = method.plan(groups.pruned, self.layers, config.pattern)
         self.samples = config.calibration.samples
         self.seqlen = config.calibration.seqlen
-        weights = methods.learned.get("reconstruction")
-        window = self.seqlen * self.hidden * self.item
-        self.teaches = weights is not None and needs_teacher(weights, self.samples, window)
+        self.window_bytes = self.seqlen * self.hidden * self.item
         self.text = self.samples * self.seqlen / self.ranks
         self.forward = 2 * self.all_layers * self.text
         texts = config.evaluation.perplexity
@@ -265,8 +263,7 @@ class Footprint:
         # Positions of kept weights, and rounded copies of float32 weights.
         waiting = 4 + (2 * self.pruned // weights if self.item == 4 else 0)
         plan = LearningPlan([range(self.layers)], weights)
-        cost = self._learn(self.methods.reconstruction, plan, waiting, streams)
-        return cost._replace(memory=cost.memory + self.teaches * self.all_layers * self.item)
+        return self._learn(self.methods.reconstruction, plan, waiting, streams)
 
     def _learn(self, method: Any, plan: LearningPlan, waiting: int, streams: bool) -> PhaseCost:
         """Return a phase that learns; `waiting` bytes a parameter stay until backward."""
@@ -285,6 +282,8 @@ class Footprint:
             activations = together * states * self.item
         # Parameters, gradients and two moments; a layer's masked weight and its gradient.
         memory = (16 + waiting) * parameters + activations + 3 * self.largest * self.item
+        if needs_teacher(method, self.samples, self.window_bytes, streams):
+            memory += self.all_layers * self.item
         samples = method.samples or self.samples
         steps = method.steps_for(samples)
         tokens = steps * method.batch_size * self.seqlen / self.ranks
@@ -360,8 +359,8 @@ class Footprint:
         """Return the bytes on the host, in addition to the device's."""
         streams = self.streams(placement)
         # Targets of all windows, and this rank's states of two streams.
-        further = self.methods.further_targets if self.teaches else self.methods.further
-        tokens = (self.samples + further(self.samples)) * self.seqlen
+        stored = stored_windows(self.methods.all, self.samples, self.window_bytes, streams)
+        tokens = stored * self.seqlen
         states = ceil((1 + 2 / self.ranks) * tokens)
         if placement != "device" and self.config.evaluation.perplexity.names:  # states of a text
             states = max(states, ceil(self.measured))

@@ -86,8 +86,7 @@ def prune_layers(
     target: Tensor | Teacher | None = None
     if reconstruction is not None:
         learned_from = windows_for(reconstruction, samples)
-        window = windows.shape[1] * model.config.hidden_size * model.dtype.itemsize
-        if needs_teacher(reconstruction, samples, window):
+        if needs_teacher(reconstruction, samples, job.window_bytes, streams=False):
             target = Teacher(model, windows[learned_from])
         elif learned_from.start or learned_from.stop > samples:
             batch_size = job.config.calibration.batch_size

@@ -1,7 +1,7 @@
 """Methods of a job, checked before the job computes, and the problems that they learn from."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
 
-# Most bytes of dense states that are stored for weights to learn from; a `Teacher` computes more.
+# Most bytes of dense states that are stored for a method to learn from; a `Teacher` computes more.
 MOST_STATES = 4e9
 # Base class of the methods of each group.
 METHODS = {
@@ -77,19 +77,9 @@ class Methods:
         methods = {group: getattr(self, group) for group in LEARNING}
         return {group: method for group, method in methods.items() if method and method.learned}
 
-    def further(self, calibration: int) -> int:
-        """Return the number of windows after the `calibration` first ones that methods learn from.
-
-        Args:
-            calibration: number of calibration windows.
-        """
+    def extra_windows(self, calibration: int) -> int:
+        """Return how many windows methods learn from beyond the `calibration` first ones."""
         return max(windows_for(method, calibration).stop for method in self.all) - calibration
-
-    def further_targets(self, calibration: int) -> int:
-        """Return the number of those windows that permutations and masks learn from."""
-        before_pruning = [self.learned.get("permutation"), self.learned.get("mask")]
-        stops = [windows_for(method, calibration).stop for method in before_pruning if method]
-        return max([calibration, *stops]) - calibration
 
     @property
     def needs_device(self) -> str | None:
@@ -122,8 +112,8 @@ class Job:
         loaded: the model, dense until it is pruned.
         groups: channel groups of the model.
         compute_dtype: dtype of matrix products before the evaluation.
-        windows: int64 `(windows, tokens)`, the calibration windows and then the further windows
-            from which methods learn; empty: nothing is left to prune.
+        windows: int64 `(windows, tokens)`, the calibration windows and then the extra windows from
+            which methods learn; empty: nothing is left to prune.
     """
 
     config: RunConfig
@@ -146,6 +136,12 @@ class Job:
     def device(self) -> torch.device:
         """Return the device of the model."""
         return self.loaded.model.device
+
+    @property
+    def window_bytes(self) -> int:
+        """Return the bytes of the states of a window."""
+        model = self.loaded.model
+        return int(self.windows.shape[1] * model.config.hidden_size * model.dtype.itemsize)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a changed weight, rounded to the dtype of the record (`model.dtype`)."""
@@ -222,16 +218,34 @@ def windows_for(method: Method, calibration: int) -> slice:
     return slice(start, start + (method.samples or calibration))
 
 
-def needs_teacher(method: Method, calibration: int, window_bytes: int) -> bool:
-    """Tell whether the states that weights learn from are too large to be stored.
+def needs_teacher(method: Method, calibration: int, window_bytes: int, streams: bool) -> bool:
+    """Tell whether a `Teacher` computes the dense states that a method learns from.
+
+    It does if they are too large to be stored, and its copy of the layers fits on the device.
 
     Args:
-        method: the reconstruction.
+        method: the method.
         calibration: number of calibration windows.
         window_bytes: bytes of the states of a window.
+        streams: the placement streams weights to the device.
     """
     span = windows_for(method, calibration)
-    return (span.stop - span.start) * window_bytes > MOST_STATES
+    return not streams and (span.stop - span.start) * window_bytes > MOST_STATES
+
+
+def stored_windows(
+    methods: Iterable[Method], calibration: int, window_bytes: int, streams: bool
+) -> int:
+    """Return how many windows, the first of the text, need stored dense states for some methods.
+
+    The arguments are those of `needs_teacher`.
+    """
+    stops = [
+        windows_for(method, calibration).stop
+        for method in methods
+        if not needs_teacher(method, calibration, window_bytes, streams)
+    ]
+    return max([calibration, *stops])
 
 
 def learning_problem(

@@ -16,7 +16,8 @@ from permllm.allocation.base import Allocation
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.models.layers import LayerStream, last_states
+from permllm.models.layers import LayerStream, Teacher, last_states
+from permllm.models.offload import placement_of
 from permllm.models.selection import recorded_patterns, without_dense
 from permllm.pruner.base import Pruner
 from permllm.pruning.checks import check_result
@@ -25,6 +26,7 @@ from permllm.pruning.methods import (
     ModelGroups,
     check_groups,
     learning_problem,
+    stored_windows,
     windows_for,
 )
 from permllm.runtime.precision import products_in
@@ -46,7 +48,7 @@ class DenseCalibration:
     Attributes:
         factors: saliency factors of every linear, by module path, on the CPU.
         target: target of learning, the output of the last decoder layer, `(windows, tokens,
-            hidden)` on the host.
+            hidden)` on the host, of the first windows. A `Teacher` computes that of others.
     """
 
     factors: dict[str, SaliencyFactors]
@@ -89,14 +91,18 @@ def calibrate(job: Job) -> DenseCalibration:
             norm_tokens=norm_tokens,
         )
         target = _cached_values(job, tokens, "target", lambda: {"target": calibrated().target})
-        targets = _with_further_targets(job, target["target"])
+        targets = _with_extra_targets(job, target["target"])
         return DenseCalibration(unpacked_factors(packed), targets)
 
 
 def _dense_problem(job: Job, group: str, calibration: DenseCalibration) -> LearningProblem:
     """Return the problem of a method that works on the dense model."""
     learned_from = windows_for(getattr(job.methods, group), job.config.calibration.samples)
-    target = calibration.target[learned_from]
+    target: Tensor | Teacher
+    if learned_from.stop > len(calibration.target):
+        target = Teacher(job.loaded.model, job.windows[learned_from])
+    else:
+        target = calibration.target[learned_from]
     return learning_problem(job, group, calibration.factors, target)
 
 
@@ -236,18 +242,22 @@ def calibrate_dense(
     return DenseCalibration(factors, stream.states())
 
 
-def _with_further_targets(job: Job, target: Tensor) -> Tensor:
-    """Return the targets of all windows from which permutations and masks learn."""
+def _with_extra_targets(job: Job, target: Tensor) -> Tensor:
+    """Return the targets that permutations and masks need stored, after those of calibration."""
     samples = len(target)
-    further = job.windows[samples : samples + job.methods.further_targets(samples)]
-    if not len(further):
+    learned = job.methods.learned
+    before_pruning = [learned[group] for group in ("permutation", "mask") if group in learned]
+    streams = placement_of(job.loaded.model).streams
+    stored = stored_windows(before_pruning, samples, job.window_bytes, streams)
+    extra = job.windows[samples:stored]
+    if not len(extra):
         return target
     batch_size = job.config.calibration.batch_size
     computed = _cached_values(
         job,
-        further,
+        extra,
         "target",
-        lambda: {"target": last_states(job.loaded.model, further, batch_size, job.compute_dtype)},
+        lambda: {"target": last_states(job.loaded.model, extra, batch_size, job.compute_dtype)},
     )
     return torch.cat([target, computed["target"]])
 

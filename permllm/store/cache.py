@@ -1,12 +1,14 @@
 """Cache of results that several jobs need.
 
 Jobs that run at the same time wait for the first one by a lock for each result. The cache directory
-can be deleted at any time; its results are then computed again.
+can be deleted at any time; its results are then computed again. `PERMLLM_CACHE_GB` limits it, 20 GB
+by default: results that were not read for longest leave.
 """
 
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from permllm.errors import DataError
 from permllm.runtime import parallel
-from permllm.runtime.files import cache_directory
+from permllm.runtime.files import cache_directory, cache_lock
 from permllm.store.environment import git_commit, versions
 from permllm.store.tensors import load_state, save_state
 
@@ -71,7 +73,9 @@ def cached(
 
 def _read(file: Path) -> Any:
     """Return a result; None: there is none, or it cannot be read."""
-    if not file.exists():
+    try:
+        os.utime(file)
+    except FileNotFoundError:
         return None
     try:
         return load_state(file, torch.device("cpu"))
@@ -85,6 +89,21 @@ def _write(file: Path, values: Mapping[str, Any]) -> None:
         save_state(file, dict(values))
     except DataError as error:  # the job has its result although the disk is full
         log.warning("not kept for other jobs: %s", error)
+    with cache_lock("results"):
+        _remove_oldest(file.parent)
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Remove the results that were not read for longest until the others are within the limit."""
+    limit = 1e9 * float(os.environ.get("PERMLLM_CACHE_GB", "20"))
+    results = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
+    total = sum(file.stat().st_size for file in results)
+    for file in results:
+        if total <= limit:
+            break
+        total -= file.stat().st_size
+        file.unlink(missing_ok=True)
+        log.info("%s left the cache, which has a limit of %.0f GB", file.name, limit / 1e9)
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -22,10 +22,10 @@ SAMPLINGS = ("disjoint", "documents", "overlapping")
 
 
 def drawn(
-    documents: list[str], samples: int, length: int, sampling: str, seed: int = 0, further: int = 0
+    documents: list[str], samples: int, length: int, sampling: str, seed: int = 0, extra: int = 0
 ) -> Tensor:
     config = CalibrationConfig("text", samples=samples, seqlen=length, sampling=sampling)
-    return calibration_windows(TOKENIZER, Documents(documents), config, seed, further=further)
+    return calibration_windows(TOKENIZER, Documents(documents), config, seed, extra=extra)
 
 
 def test_disjoint_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
@@ -109,9 +109,9 @@ def test_overlapping_windows_are_drawn_as_in_the_released_code() -> None:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_further_windows_follow_those_that_are_drawn_without_them(sampling: str) -> None:
+def test_extra_windows_follow_those_that_are_drawn_without_them(sampling: str) -> None:
     documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
-    more = drawn(documents, 8, 40, sampling, further=6)
+    more = drawn(documents, 8, 40, sampling, extra=6)
     assert torch.equal(more[:8], drawn(documents, 8, 40, sampling))
     assert len(more.unique(dim=0)) == len(more) == 14
     if sampling == "disjoint":
@@ -121,7 +121,7 @@ def test_further_windows_follow_those_that_are_drawn_without_them(sampling: str)
 
 def test_a_text_that_is_too_short_to_learn_from_is_read_again() -> None:
     documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
-    windows = drawn(documents, 2, 500, "disjoint", further=17)
+    windows = drawn(documents, 2, 500, "disjoint", extra=17)
     assert torch.equal(windows[:2], drawn(documents, 2, 500, "disjoint"))
     # The text has seven windows of 500 tokens.
     epochs = windows.split(7)

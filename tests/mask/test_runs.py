@@ -15,7 +15,7 @@ from permllm.export.verify import verify
 from permllm.mask.score import MaskLearner
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
-from permllm.pruning import phases
+from permllm.pruning import methods, phases
 from permllm.pruning.methods import methods_of
 from permllm.store.files import read_json, read_lines
 from permllm.training.learner import Progress
@@ -120,7 +120,7 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     loaded = load_model(settings.model, settings.seed)
     text = calibration_text(settings.calibration)
     drawn = calibration_windows(
-        loaded.tokenizer, text, settings.calibration, settings.seed, further=2
+        loaded.tokenizer, text, settings.calibration, settings.seed, extra=2
     )
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
@@ -140,7 +140,23 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     monkeypatch.setattr(Trainer, "__init__", watched)
     monkeypatch.setattr(phases, "last_states", watched_states)
     run(tmp_path, *words)
-    assert methods_of(settings).further(8) == 2
+    assert methods_of(settings).extra_windows(8) == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])
     assert [len(tokens) for tokens in seen] == [4, 10, 4]
     assert all(map(torch.equal, seen, (drawn[:4], drawn[:10], drawn[6:10])))
+
+
+@pytest.mark.parametrize("words", [["permutation=lcp"], ["permutation=none", "mask=score"]])
+def test_a_teacher_gives_the_same_losses_as_targets_that_are_stored(
+    words: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = words[-1].partition("=")[0]
+    words = [*words, "calibration.samples=4", f"{group}.samples=10", "compute_dtype=float32"]
+    losses = []
+    for most_states in (0, 4e9):
+        monkeypatch.setattr(methods, "MOST_STATES", most_states)
+        _, directory = run(tmp_path / str(most_states), *words)
+        losses.append([line["loss"] for line in read_lines(directory / "history.jsonl")])
+        stored = [torch.load(file)["target"] for file in (cache / "results").glob("target-*.pt")]
+        assert sum(map(len, stored)) == (10 if most_states else 4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -170,8 +170,8 @@ def test_samples_and_skip_ask_for_windows_after_those_of_the_calibration() -> No
     words = ("model=tiny-random", "calibration.samples=4", "calibration.seqlen=16")
     words += ("reconstruction=distill",)
     whole, asked = config(*words), config(*words, "reconstruction.samples=7")
-    for word, further in (("samples=7", 3), ("samples=2", 0), ("samples=null", 0), ("skip=4", 4)):
-        assert methods_of(config(*words, f"reconstruction.{word}")).further(4) == further
+    for word, extra in (("samples=7", 3), ("samples=2", 0), ("samples=null", 0), ("skip=4", 4)):
+        assert methods_of(config(*words, f"reconstruction.{word}")).extra_windows(4) == extra
     assert config(*words, "reconstruction.skip=0").hash == whole.hash
     assert config(*words, "reconstruction.samples=null").hash == whole.hash != asked.hash
 

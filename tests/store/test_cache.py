@@ -73,6 +73,21 @@ def test_an_unreadable_result_is_computed_again(cache: Path) -> None:
         assert cached("kind", {"a": 1}, compute) == {"x": torch.ones(1)}
 
 
+def test_what_was_not_read_for_longest_leaves_a_cache_over_its_limit(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        cached("kind", {"a": number}, lambda: {"x": torch.zeros(100_000)})  # 0.4 MB
+        time.sleep(0.02)  # of the file system's clock
+    cached("kind", {"a": 0}, refuse)
+    monkeypatch.setenv("PERMLLM_CACHE_GB", "0.0013")
+    cached("kind", {"a": 3}, lambda: {"x": torch.zeros(100_000)})
+    for number in (0, 2, 3):
+        cached("kind", {"a": number}, refuse)
+    with pytest.raises(AssertionError):
+        cached("kind", {"a": 1}, refuse)
+
+
 def test_changed_code_neither_reads_nor_keeps_results(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
