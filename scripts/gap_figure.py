@@ -1,8 +1,7 @@
-"""Draw the gap that methods close over speed, over the size of models, or over tokens of text.
+"""Draw the gap that methods close over speed, or over the size of models.
 
 python scripts/gap_figure.py allocation RECORDS.jsonl CURVE.png
 python scripts/gap_figure.py sizes RECORDS.jsonl SIZES.png
-python scripts/gap_figure.py recovery RECORDS.jsonl CURVE.png
 """
 
 import argparse
@@ -20,7 +19,7 @@ from permllm.report.plots import picture
 from permllm.report.read import Run, collect
 from permllm.report.table import table_of
 from permllm.settings.config import NMPattern
-from scripts.readme_tables import tables_by_model, tokens_learned
+from scripts.readme_tables import tables_by_model
 from scripts.two_of_four import stored_share
 
 # Settings of the row at which the gap is 0 %.
@@ -72,24 +71,6 @@ def sizes(runs: list[Run], file: Path) -> None:
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def recovery(runs: list[Run], file: Path) -> None:
-    """Draw the gap over the tokens of text that a method learns from, `budget.tokens`."""
-    table = table_of(runs, "method=wanda")
-    rows = table.labels.rename(columns={"method": "line"}).assign(
-        tokens=tokens_learned(table),
-        gap=table.means[GAP],
-        error=table.errors[GAP].fillna(0.0),
-    )
-    with picture(file) as pyplot:
-        _, axis = pyplot.subplots(figsize=(8, 5))
-        _lines(axis, rows.dropna(subset="tokens"), "tokens")
-        axis.set(xlabel="million tokens of text to learn from", ylabel=GAP, xscale="log")
-        amounts = sorted(rows["tokens"].dropna().unique())
-        axis.set_xticks(amounts, [f"{amount / 1e6:g}" for amount in amounts])
-        axis.minorticks_off()
-        axis.legend()
-
-
 def _size(model: str) -> float:
     """Return the number of parameters that a model's name ends with, such as 135m or 0.5b."""
     *_, ending = model.split("-")
@@ -107,7 +88,7 @@ def _lines(axis: Any, rows: pd.DataFrame, over: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    figures = {"allocation": allocation, "sizes": sizes, "recovery": recovery}
+    figures = {"allocation": allocation, "sizes": sizes}
     parser.add_argument("figure", choices=figures)
     parser.add_argument("records", type=Path)
     parser.add_argument("picture", type=Path)

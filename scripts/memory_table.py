@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from permllm.models.load import meta_model
 from permllm.planning.footprint import Footprint
-from permllm.planning.placement import first_that_fits, placements
-from permllm.planning.speed import CARDS, speed_of
+from permllm.planning.placement import placements
 from permllm.pruning.methods import checked_groups, methods_of
 from permllm.report.render import as_text
 from permllm.settings.composition import composed
@@ -54,17 +53,6 @@ def gigabytes(name: str, words: str) -> str:
     job = _footprint(name, words)
     places = (place for place in placements(job) if place in ("device", "host"))
     return " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in places)
-
-
-def minutes_on_cards(name: str, words: str) -> dict[str, str]:
-    """Return the minutes of a job by card, where it fits with the layers on the device."""
-    minutes = {}
-    for card in CARDS:
-        job = _footprint(name, f"{words} plan=true plan_on={card}")
-        if first_that_fits(job) == "device":
-            speed = speed_of(card, job.device, {job.compute_dtype, torch.float32})
-            minutes[card] = f"{sum(job.minutes('device', speed).values()):.0f}"
-    return minutes
 
 
 def _footprint(name: str, words: str) -> Footprint:

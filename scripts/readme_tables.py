@@ -26,8 +26,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
-from scipy.stats import linregress
-from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -42,10 +40,10 @@ from permllm.report.read import Run, collect
 from permllm.report.render import as_text, changes_from, markdown, table_cells, texts
 from permllm.report.table import DENSE_ROW, Table, choose, find, naming, table_of
 from permllm.settings.composition import composed
-from permllm.settings.config import METHOD_GROUPS, NMPattern, read_config
+from permllm.settings.config import METHOD_GROUPS, NMPattern
 from permllm.settings.options import options as options_of
 from permllm.store.files import RECORDS, read_json, read_lines, read_yaml, write_text
-from scripts.memory_table import gigabytes, memory, minutes_on_cards
+from scripts.memory_table import gigabytes, memory
 from scripts.provenance import machine, processor
 from scripts.reruns import reruns
 from scripts.two_of_four import stored_share, window_count
@@ -324,82 +322,6 @@ def bounds(folder: Path, methods: str, records: str) -> str:
     return f"{markdown(frame)}\n{_machine(used)}"
 
 
-def tokens(folder: Path, records: str, method: str, model: str, amounts: str) -> str:
-    """Return the gap that a method closes by the tokens of text that it learns from.
-
-    Beside it are the minutes of another model on the cards that it fits, estimated. The gap of an
-    amount that was not measured follows a power law: the share of the gap that stays open falls by
-    the same factor for each factor of ten.
-
-    Args:
-        records: files of records of one model.
-        method: option of the group `method`, whose reconstruction learns.
-        model: option of the group `model`, for the minutes.
-        amounts: values of `budget.tokens`.
-    """
-    found = table_of(_runs(folder, records), "method=wanda")
-    logarithms = np.log10(tokens_learned(found, method))
-    gaps = found.means.loc[logarithms.index, GAP]
-    line = linregress(logarithms, np.log10(1 - gaps))
-    rows = []
-    for amount in amounts.split():
-        words = f"method={method} budget=quick budget.tokens={amount}"
-        logarithm = np.log10(float(amount))
-        of_amount = gaps[np.isclose(logarithms, logarithm)]
-        gap = f"{1 - 10 ** (line.intercept + line.slope * logarithm):.0%}, not measured"
-        if len(of_amount):
-            gap = f"{of_amount.item():.0%}"
-        config = read_config(composed(words.split()))
-        learning, windows = config.reconstruction, config.calibration.seqlen
-        row = {"what to type": f"`{words}`", f"{GAP}, {found.runs[0].config['model']['name']}": gap}
-        row["steps"] = f"{learning['steps']}"
-        row["tokens a step"] = f"{learning['batch_size'] * windows}"
-        row["learning rate"] = f"{learning['learning_rate']:g}"
-        minutes = minutes_on_cards(model, words)
-        rows.append(row | {f"minutes, {model}, {card}": minutes[card] for card in minutes})
-    width = student_t.ppf(0.975, len(gaps) - 2) * line.stderr
-    closed, low, high = (1 - 10 ** (line.slope + shift) for shift in (0, width, -width))
-    text = as_text(pd.DataFrame(rows), "md")
-    slope = f"{closed:.0%} [{low:.0%}, {high:.0%}] of the gap that is still open"
-    return f"{text}\nTen times the tokens close {slope} (95 %, {len(gaps)} amounts)."
-
-
-def longest(folder: Path, records: str, method: str, text: str) -> str:
-    """Return what a method reaches from the most tokens that it learned from, and what that took.
-
-    Args:
-        records: files of records of one model.
-        method: option of the group `method`.
-        text: perplexity that is shown.
-    """
-    found = table_of(_runs(folder, records), "method=wanda")
-    amounts = tokens_learned(found, method)
-    row = amounts.idxmax()
-    run = _fastest(found, row)
-    values, dense = found.means.loc[row], found.means.loc[DENSE_ROW]
-    amount = f"{amounts[row]:.0e}".replace("+0", "")
-    typed = f"experiment=recovery method={method} budget.tokens={amount}"
-    learned = f"From {amounts[row] / 1e6:g} million tokens, in {run.minutes / 60:.1f} hours on"
-    reached = f"closes {values[GAP]:.0%} of the gap: a perplexity of {values[text]:.1f},"
-    return f"{learned} two CPU cores, `{typed}` {reached} {dense[text]:.1f} for the dense model."
-
-
-def tokens_learned(found: Table, method: str = "") -> pd.Series:
-    """Return by row the tokens of text that its method learns from, `budget.tokens`; NaN: none.
-
-    Args:
-        found: the table.
-        method: option of the group `method`, whose rows alone are returned; empty: all rows.
-    """
-    configs = {row: found.members(row)[0].config for row in found.labels.index}
-    amounts = {
-        row: config["budget"].get("tokens")
-        for row, config in configs.items()
-        if method in ("", config["method"])
-    }
-    return pd.Series(amounts, dtype=float)
-
-
 def options(
     folder: Path, groups: str, records: str = "", baseline: str = "", measured: str = ""
 ) -> str:
@@ -642,8 +564,6 @@ _TABLES = (
     methods,
     shares,
     bounds,
-    tokens,
-    longest,
     options,
     study,
     verified,

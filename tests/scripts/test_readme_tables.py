@@ -7,7 +7,6 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +17,9 @@ from scripts.readme_tables import (
     bounds,
     claims,
     landscape,
-    longest,
     main,
     needs,
     sizes,
-    tokens,
     with_views,
 )
 from tests.conftest import ROOT
@@ -149,35 +146,3 @@ def test_the_bytes_of_2_4_kernels_are_those_of_values_and_their_places() -> None
         shares = [f"{stored * (bits + 2) / (8 * bits):.1%}" for bits in (16, 8)]
         assert [half, eight, speed] == [*shares, f"{8 / stored:.2f}"]
     assert [cell[0] for cell in cells] == ["2:4", "2:4", "6:8", "6:8"]
-
-
-def test_an_amount_of_text_that_was_not_measured_follows_the_power_law_of_the_others(
-    tmp_path: Path,
-) -> None:
-    def run(name: str, gap: float, **settings: Any) -> None:
-        # From a loss of 4 to one of 3.
-        texts = {"wikitext2": {"dense": math.exp(3.0), "sparse": math.exp(4.0 - gap)}}
-        make_run(tmp_path / "runs" / name, 0.0, evaluation(texts), **settings)
-
-    run("wanda", 0.0, method="wanda", budget={})
-    for amount, gap in {1e5: 0.60, 1e6: 0.70, 1e7: 0.86}.items():
-        learned = {"name": "distill", "samples": amount / 128}
-        run(f"{amount:g}", gap, method="deploy", budget={"tokens": amount}, reconstruction=learned)
-    keep_runs([tmp_path / "runs"], tmp_path / "records.jsonl")
-    shown = tokens(tmp_path, "records.jsonl", "deploy", "qwen2.5-7b", "1e5 1e8")
-    measured, other = (line.strip("| ").split(" | ") for line in shown.splitlines()[2:4])
-    assert measured[1] == "60%"
-    # The line through three points: their mean, and half of the outer difference as slope.
-    still_open = np.log10([0.40, 0.30, 0.14])
-    mean, slope = still_open.mean(), (still_open[2] - still_open[0]) / 2
-    assert other[1].startswith(f"{1 - 10 ** (mean + 2 * slope):.0%}")
-    assert [measured[2], other[2]] == ["196", "195313"]
-    # Student's t of one degree of freedom.
-    residuals = still_open - (mean + slope * np.array([-1.0, 0.0, 1.0]))
-    width = 12.7062 * math.sqrt(residuals @ residuals / 2)
-    low, high = (f"{1 - 10 ** (slope + shift):.0%}" for shift in (width, -width))
-    assert f"close {1 - 10**slope:.0%} [{low}, {high}] of the gap that is still open" in shown
-    sentence = longest(tmp_path, "records.jsonl", "deploy", "wikitext2 perplexity (window 2048)")
-    assert sentence.startswith("From 10 million tokens")
-    assert "`experiment=recovery method=deploy budget.tokens=1e7`" in sentence
-    assert f"86% of the gap: a perplexity of {math.exp(4.0 - 0.86):.1f}," in sentence
