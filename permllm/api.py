@@ -22,8 +22,7 @@ from permllm.data.texts import Documents
 from permllm.errors import ConfigError
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
 from permllm.export.keep_zeros import keep_zeros  # noqa: F401 - part of `permllm`
-from permllm.export.masks import load_masked
-from permllm.export.write import PrunedSource, has_masks, read_summary, write_checkpoint
+from permllm.export.write import PrunedSource, write_checkpoint
 from permllm.job import job_windows, prune_model
 from permllm.models.checkpoint import read_weights, skeleton_like
 from permllm.models.load import LoadedModel, check_layers, check_windows, dense_folder
@@ -244,7 +243,6 @@ def save(
 def load(
     place: str | Path,
     *,
-    dense: str | Path | PreTrainedModel | None = None,
     accept_terms: bool = False,
     dtype: torch.dtype | str | None = None,
     **options: Any,
@@ -254,24 +252,17 @@ def load(
     The tokenizer is `AutoTokenizer.from_pretrained(model.name_or_path)`.
 
     Args:
-        place: folder of the checkpoint, or of masks; or an option of the group `model`
-            (`"smollm2-135m"`), whose files are downloaded.
-        dense: for masks, their dense model: a loaded one, to which they are applied in place, or
-            the folder or GGUF file of a local one; None: it is fetched.
-        accept_terms: as `model.accept_terms`, for a dense model that is fetched.
-        dtype: dtype of the weights, or its name; None: that of the files, or of the run for masks.
+        place: folder of the checkpoint, or an option of the group `model` (`"smollm2-135m"`), whose
+            files are downloaded.
+        accept_terms: as `model.accept_terms`, for a model that is downloaded.
+        dtype: dtype of the weights, or its name; None: that of the files.
         options: further arguments of `AutoModelForCausalLM.from_pretrained`, such as `device_map`.
 
     Raises:
-        ConfigError: terms are not accepted, or masks of a local model come without `dense`.
-        DataError: the model cannot be downloaded, the masks belong to another model, or the
-            checkpoint is damaged.
+        ConfigError: terms are not accepted.
+        DataError: the model cannot be downloaded, or the checkpoint is damaged.
     """
     folder = Path(place)
-    if has_masks(read_summary(folder)):
-        return load_masked(folder, dtype, dense, accept_terms, **options).eval()
-    if dense is not None:
-        raise ConfigError(f"dense: {place} is no folder of masks")
     if not folder.is_dir() and str(place) in options_of("model"):
         words = [f"model={place}", f"model.accept_terms={accept_terms}"]
         folder = dense_folder(read_config(_composed_apart(words)).model) or folder

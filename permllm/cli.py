@@ -91,19 +91,13 @@ def call(name: str, words: Sequence[str]) -> int:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR.
-
-    With --form masks the folder has masks and permutations, but no weights. permllm.load(DIR) and
-    permllm export DIR apply them to the dense model, which they fetch.
-    """
+    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --to DIR."""
     from permllm.settings.config import ExportConfig
 
-    forms = ("folded", "gathered", "simulate", "masks")
+    forms = ("folded", "gathered", "simulate")
     add = parser.add_argument
-    of_run = "directory of a run (with metrics.json), or of its masks (with permllm.json)"
-    add("run", type=Path, help=of_run)
+    add("run", type=Path, help="directory of a run, with metrics.json")
     add("--to", type=Path, required=True, help="new or empty folder")
-    add("--dense", type=Path, help="local dense model (default: where the run found it)")
     first = "default: the first form that the permutations allow"
     add("--form", choices=forms, default="none", help=first)
     add("--dtype", help="dtype of the weights (default: that of the run)")

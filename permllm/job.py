@@ -22,7 +22,7 @@ from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.lm_eval import download_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.export.masks import apply_record
+from permllm.export.apply import apply_record
 from permllm.export.serve import check_serve, groups_on_kernels
 from permllm.export.write import export_run, present_export, write_card
 from permllm.models.load import LoadedModel, check_windows, load_model, meta_model, with_dtype

@@ -19,7 +19,7 @@ from transformers import pipeline
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.data.package_index import wheel_arrow
-from permllm.export.masks import apply_record
+from permllm.export.apply import apply_record
 from permllm.export.write import dense_model, finished_record
 from permllm.models.load import LoadedModel, load_model
 from permllm.settings.identity import digest_of

@@ -74,19 +74,9 @@ def test_an_error_is_one_line_and_in_json_too(
     assert answer.err == plain.err
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "results x --jsonl y.jsonl --columns pruner",
-        "export x --to y --form masks --dtype float16",
-    ],
-)
-def test_an_option_that_would_do_nothing_is_refused(
-    words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command, *rest = words.split()
-    assert call(command, rest) == 1
-    assert capsys.readouterr().err.startswith(f"error: {rest[-2]}={rest[-1]}: ")
+def test_an_option_that_would_do_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("results", ["x", "--jsonl", "y.jsonl", "--columns", "pruner"]) == 1
+    assert capsys.readouterr().err.startswith("error: --columns=pruner: ")
 
 
 def test_an_error_in_json_reaches_a_pipe(tmp_path: Path) -> None:

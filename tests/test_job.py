@@ -21,7 +21,7 @@ from permllm import job
 from permllm.data.texts import TEXTS
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import measure_perplexity, perplexity_windows
-from permllm.export.masks import apply_record
+from permllm.export.apply import apply_record
 from permllm.export.verify import verify
 from permllm.models.checkpoint import read_weights
 from permllm.models.families import channel_groups, linear_at

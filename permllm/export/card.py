@@ -19,17 +19,7 @@ _FORMS = {
     "gathered": "Its stored weights are N:M. It gathers activations where a permutation cannot be "
     "folded into neighbouring weights, so transformers loads it only after `import permllm.export` "
     "from a checkout of PermLLM. Tried with transformers 5.24.0.",
-    "masks": "It has no weights, but a bit for each weight of the pruned linears, and "
-    "permutations. They belong to the weights of one dense model alone.",
 }
-# Lines that apply masks, in Python and in a shell.
-_APPLY = """\
-With a checkout of PermLLM, beside a folder `masks` with these files:
-
-    import permllm
-    model = permllm.load("masks")  # fetches the dense model; a local one: dense=DIR
-
-    permllm export masks --to my-model  # the same (--dense DIR), folded or gathered"""
 
 
 def model_notice(config: dict[str, Any]) -> str | None:
@@ -61,17 +51,9 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], summary: dict[st
         f"Pruned with PermLLM {__version__} (arXiv 2510.10136): {', '.join(methods)}.",
         _FORMS[summary["form"]],
     ]
-    if summary["form"] == "masks":
-        paragraphs.append(
-            f"Dense model: {metadata.base_model or model['name']}, `{metrics['model']}`."
-        )
-        if model.get("terms"):
-            paragraphs.append(f"Its terms: {model['terms']}")
-        paragraphs += [_APPLY, f"Masks and permutations: {size}."]
-    else:
-        if notice := model_notice(config):
-            paragraphs.append(f"{notice} The terms: {model['terms']}")
-        paragraphs.append(f"Weights: {size}, {summary['dtype']}.")
+    if notice := model_notice(config):
+        paragraphs.append(f"{notice} The terms: {model['terms']}")
+    paragraphs.append(f"Weights: {size}, {summary['dtype']}.")
     if summary.get("patterns"):
         paragraphs.append(f"Pattern of its linears: {sparsity_text(metrics['sparsity'])}.")
     if served := summary.get("served"):

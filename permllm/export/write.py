@@ -40,9 +40,6 @@ from permllm.store.files import (
 )
 from permllm.store.tensors import PrunedTensors, save_tensors
 
-# Form of a folder with masks and permutations alone (`permllm.export.masks`).
-MASKS_ALONE = "masks"
-
 
 @dataclass(frozen=True)
 class PrunedSource:
@@ -64,76 +61,38 @@ class PrunedSource:
 
 
 def export_run(
-    directory: Path,
-    settings: ExportConfig,
-    target: Path,
-    overwrite: bool = False,
-    dense: Path | None = None,
+    directory: Path, settings: ExportConfig, target: Path, overwrite: bool = False
 ) -> dict[str, Any]:
     """Write the pruned model of a run.
 
     Args:
-        directory: directory of a finished run, or a folder with its masks.
+        directory: directory of a finished run.
         settings: settings of the export.
         target: folder to write, new or empty. It appears when it is complete.
         overwrite: True: replace an earlier checkpoint in the target once the new one is complete.
-        dense: folder or GGUF file of the dense model; None: where the run found the model.
 
     Returns the summary, which is also in the target: form, pattern, bytes, seconds and more.
 
     Raises:
-        ConfigError: the directory has no finished run, the permutations do not fold, the target is
-            not empty, or masks of a local model come without `dense`.
+        ConfigError: the directory has no finished run, the permutations do not fold, or the target
+            is not empty.
         DataError: the dense model is not the model that was pruned, or a file is damaged.
     """
     metrics, config = finished_record(directory)
-    original = dense_source(dense_model(config, dense), config["seed"])
+    original = dense_source(validated(ModelConfig, config["model"], "model"), config["seed"])
     pruned = PrunedTensors(directory, metrics, original.identity)
     source = PrunedSource(original, config, metrics, pruned.permutations, pruned.weight)
     return write_checkpoint(source, settings, target, overwrite)
 
 
-def dense_model(
-    config: dict[str, Any], place: str | Path | None, accept_terms: bool = False
-) -> ModelConfig:
-    """Return the settings of a run's dense model.
-
-    Args:
-        config: settings of the run.
-        place: folder or GGUF file of the model; None: where the run found it.
-        accept_terms: True: the user accepts the terms of the model, as the run may have done.
-
-    Raises ConfigError if a local model has no place, or terms are not accepted.
-    """
-    settings = dict(config["model"])
-    if place:
-        settings |= {"source": "local", "path": str(place)}
-    if accept_terms:
-        settings["accept_terms"] = True
-    model = validated(ModelConfig, settings, "model")
-    model.check_terms()
-    return model
-
-
 def read_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the metrics and the settings of a run, from its directory or its masks.
-
-    Raises DataError if a file is missing or damaged.
-    """
-    summary: Any = read_summary(directory)
-    if has_masks(summary):
-        return summary["metrics"], summary["settings"]
+    """Return the metrics and settings of a run. Raise DataError if a file is missing or damaged."""
     metrics = read_json(directory / METRICS)
     config = read_yaml(directory / CONFIG)
     if config["model"]["source"] == "hub" and "model" in metrics:
         # The commit, because the branch may have moved. A run that still loads has none.
         config["model"]["revision"] = metrics["model"].split(":")[2]
     return metrics, config
-
-
-def has_masks(summary: dict[str, Any] | None) -> bool:
-    """Tell if the summary is that of a folder with masks and no weights; None: no summary."""
-    return summary is not None and summary.get("form") == MASKS_ALONE
 
 
 def finished_record(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

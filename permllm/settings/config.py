@@ -117,8 +117,7 @@ class ModelConfig:
             raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository on the hub")
         if self.source == "local" and not self.path:
             raise ConfigError(
-                "model=local needs model.path=DIR, a folder with a checkpoint, or FILE.gguf "
-                "(for masks: dense=DIR or --dense DIR)"
+                "model=local needs model.path=DIR, a folder with a checkpoint, or FILE.gguf"
             )
         if self.dtype == "auto" and self.source != "local":
             raise ConfigError(f"model.dtype=auto: model={self.name} has no dtype of its own")

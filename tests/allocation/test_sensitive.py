@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from permllm.allocation.sensitive import Sensitive
 from permllm.cli import call
 from permllm.errors import ConfigError, TrainingError
-from permllm.export.masks import apply_record
+from permllm.export.apply import apply_record
 from permllm.job import run
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.load import load_model

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
-from permllm.export.masks import apply_record
+from permllm.export.apply import apply_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import folder_identity
 from permllm.models.selection import pruned_groups, recorded_patterns
