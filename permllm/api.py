@@ -316,7 +316,7 @@ def _config(
     values: dict[str, Any] = {
         "model": "local",
         "model.name": Path(path).name,
-        "model.path": path,
+        "model.source": "random",  # its weights are in memory, and no files are read
         "model.dtype": _dtype(model),
         "model.device": str(model.device),
         "logger": "none",

@@ -47,6 +47,16 @@ def tokenizer() -> ByT5Tokenizer:
     return ByT5Tokenizer(extra_ids=0, bos_token="<unk>")
 
 
+def test_the_files_of_a_model_in_memory_are_not_read(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = permllm.load(tmp_path)
+    monkeypatch.setattr("permllm.settings.identity.input_sha256", pytest.fail)
+    words = {"permutation__block_size": 16, "budget__steps": 2}
+    permllm.prune(loaded, None, texts=WINDOWS, **words)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
