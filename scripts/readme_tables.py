@@ -224,23 +224,30 @@ def needs(folder: Path, records: str, baseline: str, model: str, **uses: str) ->
     return as_text(frame, "md")
 
 
-def methods(folder: Path, records: str, baseline: str, model: str, text: str, **rows: str) -> str:
+def methods(
+    folder: Path, records: str, baseline: str, model: str, text: str, others: str, **rows: str
+) -> str:
     """Return perplexity and gap closed of methods in one model, and what to type for each.
 
     Args:
         records: files of records, in which a method of a model is one row.
         baseline: option of the group `method`, from which the gap is measured.
         model: name of the model.
-        text: perplexity that is shown.
+        text: text whose perplexity is shown, and without which the gap is shown too.
+        others: metrics of the gap in the other texts, with commas.
         rows: options of the group `method` by their labels.
     """
     found = tables_by_model(_runs(folder, records), baseline)[model]
-    lines = [["dense", f"{found.means.at[DENSE_ROW, text]:.0f}", "", ""]]
+    perplexity = f"{text} perplexity (window 256)"
+    lines = [["dense", f"{found.means.at[DENSE_ROW, perplexity]:.0f}", "", "", ""]]
     for label, method in rows.items():
         row = found.labels.index[found.labels["method"] == method][0]
-        gap = f"{found.means.at[row, GAP]:z.0%}"
-        lines.append([label, f"{found.means.at[row, text]:.0f}", gap, f"`method={method}`"])
-    columns = [f"{model} at 2:4", "perplexity", f"{GAP}, mean of three texts", ""]
+        gaps = [found.means.at[row, GAP], found.means.loc[row, others.split(", ")].mean()]
+        shown = [f"{gap:z.0%}" for gap in gaps]
+        measured = f"{found.means.at[row, perplexity]:.0f}"
+        lines.append([label, measured, *shown, f"`method={method}`"])
+    columns = ["perplexity", f"{GAP}, mean of three texts", f"without {text}", "what to type"]
+    columns.insert(0, f"{model} at 2:4")
     return as_text(pd.DataFrame(lines, columns=columns), "md")
 
 

