@@ -265,7 +265,7 @@ def load(
     folder = Path(place)
     if not folder.is_dir() and str(place) in options_of("model"):
         words = [f"model={place}", f"model.accept_terms={accept_terms}"]
-        folder = dense_folder(read_config(_composed_apart(words)).model) or folder
+        folder = dense_folder(read_config(_composed_outside_hydra(words)).model) or folder
     return read_weights(folder, dtype, torch.device("cpu"), **options).eval()
 
 
@@ -279,7 +279,6 @@ def results(*places: str | Path) -> pd.DataFrame:
 
 
 def _dtype(model: PreTrainedModel) -> str:
-    """Return the dtype of a model as settings have it."""
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -336,13 +335,13 @@ def _config(
         f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
         for key, value in (values | overrides).items()
     ]
-    composed_settings = _composed_apart(words)
+    composed_settings = _composed_outside_hydra(words)
     config = read_config(composed_settings)
     check_amounts(overrides, composed_settings, config)
     return config
 
 
-def _composed_apart(words: Sequence[str]) -> DictConfig:
+def _composed_outside_hydra(words: Sequence[str]) -> DictConfig:
     """Compose settings as the command line would, beside a Hydra of the caller's application."""
     callers_hydra = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()

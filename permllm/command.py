@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from permllm.errors import ConfigError, is_told, one_line
+from permllm.errors import ConfigError, is_user_error, one_line
 from permllm.runtime.signals import exit_code
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run_tool(work: Callable[[], int | None], failed: int = 1, in_json: bool = Fa
         tell(error)
         return exit_code(error)
     except Exception as error:
-        if not is_told(error):
+        if not is_user_error(error):
             raise
         line = tell(error)
         if in_json:
@@ -99,7 +99,7 @@ def tell(error: BaseException) -> str:
         return line
     if isinstance(error, KeyboardInterrupt):
         print(line, file=sys.stderr)
-    elif is_told(error):
+    elif is_user_error(error):
         print(f"error: {line}", file=sys.stderr)
     else:
         traceback.print_exception(error)

@@ -63,7 +63,7 @@ def tracebacks_wanted() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1" and SHORT_ERRORS not in os.environ
 
 
-def is_told(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Return True for an error that the user can fix, unless the user wants tracebacks."""
     fixable = isinstance(error, PermLLMError | OSError) or _lacks_memory(error)
     return fixable and not tracebacks_wanted()

@@ -168,7 +168,6 @@ def _gap(directory: Path) -> dict[str, float]:
 
 
 def _placed(config: RunConfig, footprint: Footprint, device: torch.device) -> RunConfig:
-    """Return the settings with the placement of the weights that fits."""
     placement = parallel.broadcast(placement_for(footprint))
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
@@ -224,7 +223,6 @@ def prune_model(job: Job) -> PrunedModel:
 
 
 def _prepared_device(config: RunConfig) -> torch.device:
-    """Return the device of the job, ready for it."""
     device = resolve_device(config.model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -235,7 +233,6 @@ def _prepared_device(config: RunConfig) -> torch.device:
 
 
 def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
-    """Return the sizes of a job whose methods can work on its model."""
     model = meta_model(config.model)
     groups = checked_groups(config, methods, model)
     _check_kernels(config, model, groups)
@@ -294,7 +291,6 @@ def _check_same(record: RunDirectory, key: str, identity: Any) -> None:
 def _perplexity_windows(
     config: RunConfig, texts: JobTexts, loaded: LoadedModel
 ) -> dict[str, Tensor]:
-    """Return the windows of each text for perplexity."""
     settings = config.evaluation.perplexity
     return {
         name: perplexity_windows(loaded, text, settings, f"evaluation.perplexity: {name}")
@@ -302,10 +298,10 @@ def _perplexity_windows(
     }
 
 
-def job_windows(job: Job, text: Text, called: str) -> Tensor:
+def job_windows(job: Job, text: Text, name: str) -> Tensor:
     """Return the windows of a text on which a job calibrates, and then those for learning alone.
 
-    `called` is the name of the text in an error.
+    Errors begin with `name`.
     """
     settings = job.config.calibration
     windows = calibration_windows(
@@ -316,7 +312,7 @@ def job_windows(job: Job, text: Text, called: str) -> Tensor:
         job.loaded.bos,
         job.methods.extra_windows(settings.samples),
     )
-    check_windows(called, windows, job.loaded.model)
+    check_windows(name, windows, job.loaded.model)
     return windows
 
 

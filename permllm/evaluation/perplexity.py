@@ -23,7 +23,7 @@ from permllm.settings.config import PerplexityConfig
 
 
 def perplexity_windows(
-    loaded: LoadedModel, text: Text, config: PerplexityConfig, called: str
+    loaded: LoadedModel, text: Text, config: PerplexityConfig, name: str
 ) -> Tensor:
     """Cut a text for perplexity into windows, and drop the remainder.
 
@@ -32,7 +32,7 @@ def perplexity_windows(
             the text are predicted.
         text: the text.
         config: settings of the windows.
-        called: name of the text in errors.
+        name: beginning of errors.
 
     Returns:
         The windows, int64 `(windows, seqlen)` on the CPU, in all ranks those of rank 0.
@@ -50,13 +50,13 @@ def perplexity_windows(
     count = len(tokens) // piece
     if count == 0:
         raise DataError(
-            f"{called}: it has {len(tokens)} tokens, fewer than one window of "
+            f"{name}: it has {len(tokens)} tokens, fewer than one window of "
             f"evaluation.perplexity.seqlen={config.seqlen}: take shorter windows, or another text"
         )
     limits = (count, text.max_windows, config.limit)
     count = min(limit for limit in limits if limit is not None)
     windows = with_bos(tokens[: count * piece].view(count, piece), first)
-    check_windows(called, windows, loaded.model)
+    check_windows(name, windows, loaded.model)
     return windows
 
 
@@ -136,7 +136,7 @@ def _streamed_states(
     model: PreTrainedModel, batches: Sequence[Tensor], label: str
 ) -> Iterator[Tensor]:
     """Yield the same as `_states`, after all windows have gone through one layer, then the next."""
-    stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]), dealt=False)
+    stream = LayerStream(model, torch.cat(list(batches)), len(batches[0]), already_split=True)
     stream.to_the_end(label)
     for hidden in stream.states().split(len(batches[0])):
         yield after_layers(model, hidden.to(batches[0].device))

@@ -128,7 +128,6 @@ def _put_producers(
     group: ChannelGroup,
     permutation: Tensor,
 ) -> None:
-    """Permute the rows of a group's producers that are its channels."""
     for producer, part in group.table.produced():
         for name in (f"{group.prefix}{producer}.weight", f"{group.prefix}{producer}.bias"):
             if name in parameters:

@@ -107,7 +107,6 @@ def _checked(
 
 
 def _zeros(weights: list[Tensor]) -> float:
-    """Return the share of zeros in several weights."""
     nonzeros = sum(int(weight.count_nonzero()) for weight in weights)
     return 1 - nonzeros / sum(weight.numel() for weight in weights)
 

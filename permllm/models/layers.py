@@ -200,7 +200,7 @@ class LayerStream:
         batch_size: windows per forward.
         compute_dtype: dtype of matrix products (`permllm.runtime.precision`); None: the dtype that
             the caller has set.
-        dealt: False: this rank has all of the windows, because the caller has dealt them.
+        already_split: True: this rank has all of the windows, because the caller has split them.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class LayerStream:
         tokens: Tensor,
         batch_size: int,
         compute_dtype: torch.dtype | None = None,
-        dealt: bool = True,
+        already_split: bool = False,
     ) -> None:
         self._placement = placement_of(model)
         self._layers = decoder_layers(model)
@@ -219,11 +219,11 @@ class LayerStream:
         self._tokens = tokens
         self._batch_size = batch_size
         indices = torch.arange(len(tokens))
-        if dealt:
-            portions = parallel.portions(indices, batch_size)
-        else:
+        if already_split:
             portions = [(part, len(part)) for part in indices.split(batch_size)]
-        self._dealt = dealt
+        else:
+            portions = parallel.portions(indices, batch_size)
+        self._already_split = already_split
         # Windows of this rank in each of its batches.
         self._windows = [part for part, counted in portions if counted]
         # Arguments that batches share, by size of the batch, because the last may be smaller. Where
@@ -286,7 +286,7 @@ class LayerStream:
         Advancing may overwrite them.
         """
         own = self._states.cpu()
-        if not self._dealt or parallel.world_size() == 1:
+        if self._already_split or parallel.world_size() == 1:
             return own
         count = len(self._tokens)
         windows = torch.cat([torch.arange(0), *self._windows])

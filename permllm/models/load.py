@@ -90,7 +90,7 @@ def load_model(
     """
     device = resolve_device(config.device)
     placement = "device" if config.placement == "auto" else config.placement
-    called = config.path or config.hub_name or config.name
+    source = config.path or config.hub_name or config.name
     folder = dense_folder(config)
     read = None
     if folder is None:
@@ -106,7 +106,7 @@ def load_model(
         else:
             onto = device if placement == "device" else torch.device("cpu")
             model = read_weights(folder, getattr(torch, config.dtype), onto)
-        log.info("%s: weights in %s (model.dtype)", called, config.dtype)
+        log.info("%s: weights in %s (model.dtype)", source, config.dtype)
         tokenizer = _tokenizer(folder)
         identity = folder_identity(config, folder)
     if head_of_its_own(model):
@@ -117,7 +117,7 @@ def load_model(
     if computes_in is not None and model.dtype != computes_in:
         model.to(computes_in)  # type: ignore[arg-type]
         name = str(computes_in).removeprefix("torch.")
-        log.info("%s: computed in %s, because this CPU is slow in %s", called, name, config.dtype)
+        log.info("%s: computed in %s, because this CPU is slow in %s", source, name, config.dtype)
     if placement == "sharded":
         from permllm.models.sharded import Sharded  # here, because the import takes seconds
 
@@ -128,8 +128,8 @@ def load_model(
         if not tensor.is_meta:  # else it is a weight of a layer that is not on the device
             tensor.data = tensor.data.to(device)
     with placement_of(model).whole():
-        check_runs(called, model)
-    check_layers(called, model)
+        check_runs(source, model)
+    check_layers(source, model)
     return LoadedModel(model, tokenizer, identity, config.bos)
 
 
@@ -190,13 +190,11 @@ def dense_folder(config: ModelConfig) -> Path | None:
 
 
 def _is_gguf(config: ModelConfig) -> bool:
-    """Tell if a local model is a GGUF file."""
     path = _path(config)
     return config.source == "local" and path.suffix == ".gguf" and path.is_file()
 
 
 def _path(config: ModelConfig) -> Path:
-    """Return the path of a local model."""
     return Path(config.path or "")
 
 
@@ -220,7 +218,7 @@ def check_layers(what: str, model: PreTrainedModel) -> None:
     tokens = torch.arange(3, device=model.device)[None] % vocabulary_of(model)
     with placement_of(model).whole():
         whole = model(input_ids=tokens, use_cache=False).logits
-    stream = LayerStream(model, tokens, batch_size=1, dealt=False)
+    stream = LayerStream(model, tokens, batch_size=1, already_split=True)
     stream.to_the_end("layers")
     states = after_layers(model, stream.states().to(model.device))
     if not close(Head(model).logits(states), whole):
@@ -273,7 +271,6 @@ def _architecture_in(folder: Path, config: ModelConfig) -> PreTrainedConfig:
 
 
 def _built(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model with new weights."""
     with transformers_reads(config.name):
         return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
 

@@ -66,7 +66,6 @@ def without_dense(groups: list[ChannelGroup], dense: Collection[str]) -> list[Ch
 
 
 def _named(name: str, groups: list[ChannelGroup]) -> set[str]:
-    """Return the paths of the linears that a name fits."""
     layers = 1 + groups[-1].layer
     is_index = name.removeprefix("-").isdigit()
     paths = set()

@@ -203,7 +203,6 @@ class Search:
         return identity
 
     def _retained(self, permutation: Tensor) -> float:
-        """Return the saliency that the masks of permuted channels retain."""
         retained = 0.0
         for part in self._saliency():
             for rows in part.split(ROWS_AT_A_TIME):

@@ -208,14 +208,12 @@ class Footprint:
         return 2.0 * self.text * sum(group.channels**2 for group in self.groups.every)
 
     def _forward_memory(self, statistics: Statistics) -> int:
-        """Return the bytes of a layer's forward that sums statistics."""
         tokens = self.config.calibration.batch_size * self.seqlen
         widest = max(group.channels for group in self.groups.every)
         sums = sum(kind.memory(widest) for kind in set(statistics))
         return tokens * (6 * self.hidden + 2 * self.widest) * self.item + sums
 
     def _calibrate(self) -> PhaseCost:
-        """Return the calibration of the dense model."""
         statistics = self.methods.pruner.statistics
         return PhaseCost(
             self._forward_memory(statistics),
@@ -225,7 +223,6 @@ class Footprint:
         )
 
     def _allocate(self, windows: int) -> PhaseCost:
-        """Return the forwards with one pruned group each."""
         tokens = min(windows, self.samples) * self.seqlen / self.ranks
         # From the layer of the group on; on average half of the layers.
         passes = len(self.groups.pruned) / 2
@@ -257,7 +254,6 @@ class Footprint:
         return PhaseCost(memory, self.forward, single=products)
 
     def _learn_weights(self, streams: bool) -> PhaseCost:
-        """Return the phase in which the kept weights of all layers learn."""
         pattern = self.config.pattern
         weights = self.pruned * pattern.n // pattern.m
         # Positions of kept weights, and rounded copies of float32 weights.
@@ -299,7 +295,6 @@ class Footprint:
         return PhaseCost(memory, products, seconds=_START_SECONDS, passes=passes)
 
     def _prune(self) -> PhaseCost:
-        """Return the phase that prunes."""
         reconstruction = self.methods.reconstruction
         statistics = self.methods.pruner.statistics
         iterations = 0
@@ -328,7 +323,6 @@ class Footprint:
         )
 
     def _evaluate(self) -> PhaseCost:
-        """Return the evaluation of one model."""
         texts = self.config.evaluation.perplexity
         # Logits of a batch; of a window float32 logarithms, and float32 logits for another dtype.
         longest = max(texts.batch_tokens, texts.seqlen)
@@ -356,7 +350,6 @@ class Footprint:
         )
 
     def _on_the_host(self, placement: str) -> int:
-        """Return the bytes on the host, in addition to the device's."""
         streams = self.streams(placement)
         # Targets of all windows, and this rank's states of two streams.
         stored = stored_windows(self.methods.all, self.samples, self.window_bytes, streams)

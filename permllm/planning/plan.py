@@ -15,21 +15,22 @@ from permllm.planning.speed import speed_of
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 
 
-def print_plan(of: Footprint) -> None:
+def print_plan(footprint: Footprint) -> None:
     """Print the plan of a job. Raise ConfigError at its end if no placement fits."""
     console = terminal()
-    console.print(_groups(of))
-    pattern = of.config.pattern
-    zeros = of.pruned * (pattern.m - pattern.n) / pattern.m
-    share = zeros / sum(group.weights for group in of.groups.every)
+    console.print(_groups(footprint))
+    pattern = footprint.config.pattern
+    zeros = footprint.pruned * (pattern.m - pattern.n) / pattern.m
+    share = zeros / sum(group.weights for group in footprint.groups.every)
     console.print(
-        f"The model has {of.parameters} parameters. Pruned weights: {of.pruned} to {pattern}. "
+        f"The model has {footprint.parameters} parameters. Pruned weights: {footprint.pruned} to "
+        f"{pattern}. "
         f"{share:.2%} of the linears' weights in the decoder layers become zeros."
     )
-    fits = first_that_fits(of) is not None
-    console.print(_estimates(of, fits))
-    card = of.config.plan_on
-    where = f"{card} with 16 cores" if card else f"{of.device}, as measured now"
+    fits = first_that_fits(footprint) is not None
+    console.print(_estimates(footprint, fits))
+    card = footprint.config.plan_on
+    where = f"{card} with 16 cores" if card else f"{footprint.device}, as measured now"
     console.print(
         f"Estimates for {where}, without downloads. On CPUs memory was within 16 % of them. No GPU "
         "has confirmed them, and minutes are rough."
@@ -38,9 +39,9 @@ def print_plan(of: Footprint) -> None:
         raise ConfigError("plan=true: no model.placement fits")
 
 
-def _groups(of: Footprint) -> Table:
-    """Return the table of the channel groups that are pruned, alike ones in a row."""
-    title = f"{of.config.model.name}: channel groups of the {of.layers} decoder layers"
+def _groups(footprint: Footprint) -> Table:
+    name = footprint.config.model.name
+    title = f"{name}: channel groups of the {footprint.layers} decoder layers"
     headings = ("group", "members", "channels", "rows", "layers")
     table = Table(*headings, title=title, title_justify="left")
     rows = Counter(
@@ -50,21 +51,22 @@ def _groups(of: Footprint) -> Table:
             str(group.channels),
             " + ".join(map(str, group.rows)),
         )
-        for group in of.groups.pruned
+        for group in footprint.groups.pruned
     )
     for row, layers in rows.items():
         table.add_row(*row, str(layers))
     return table
 
 
-def _estimates(of: Footprint, fits: bool) -> Table:
-    """Return the table of memory, and of minutes if a placement fits."""
-    speed = speed_of(of.config.plan_on, of.device, {of.compute_dtype, torch.float32})
-    on_a_gpu = Footprint(of.config, of.model, of.methods, of.groups, torch.device("cuda"))
-    placement = placement_for(of)
-    names = placements(of)
-    needs = [of.needs(name) for name in names]
-    minutes = {name: of.minutes(name, speed) for name in names}
+def _estimates(footprint: Footprint, fits: bool) -> Table:
+    config = footprint.config
+    speed = speed_of(config.plan_on, footprint.device, {footprint.compute_dtype, torch.float32})
+    cuda = torch.device("cuda")
+    on_a_gpu = Footprint(config, footprint.model, footprint.methods, footprint.groups, cuda)
+    placement = placement_for(footprint)
+    names = placements(footprint)
+    needs = [footprint.needs(name) for name in names]
+    minutes = {name: footprint.minutes(name, speed) for name in names}
 
     title = "GB by phase and place of the layers' weights (model.placement)"
     table = Table("", title=title, title_justify="left")
@@ -91,6 +93,5 @@ def _gigabytes(size: int) -> str:
 
 
 def _card(size: int) -> str:
-    """Return the smallest card on which a job of `size` bytes fits."""
     suitable = (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS)
     return next(suitable, f"more than {_CARDS[-1]} GB")

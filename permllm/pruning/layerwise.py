@@ -91,7 +91,7 @@ def prune_layers(
         elif learned_from.start or learned_from.stop > samples:
             batch_size = job.config.calibration.batch_size
             target = last_states(model, windows[learned_from], batch_size, job.compute_dtype)
-    layers = _Layers(job, windows[:samples], factors, permutations, masks)
+    layers = _LayerPruner(job, windows[:samples], factors, permutations, masks)
     for index, members in by_layer(model, job.groups.pruned, "prune"):
         layers.prune(index, members)
     result = layers.result
@@ -110,7 +110,6 @@ def prune_layers(
 
 
 def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:
-    """Return the number of permuted groups of M with more than N nonzeros, in all layers."""
     total = 0
     for group in job.groups.pruned:
         with placement_of(job.loaded.model).layer(group.layer):
@@ -121,7 +120,7 @@ def _violations(job: Job, permutations: Mapping[str, Tensor]) -> int:
     return total
 
 
-class _Layers:
+class _LayerPruner:
     """Loop over the decoder layers of a job; the arguments are as in `prune_layers`.
 
     Attributes:
@@ -266,7 +265,6 @@ class _Layers:
         return mask, weight
 
     def _permutation(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
-        """Return the permutation of a group."""
         if self.permutations is not None:
             return self.permutations[group.name]
         job = self.job
@@ -322,7 +320,6 @@ def record_pruning(job: Job, pruned: PrunedModel) -> None:
 
 
 def _keep_weights(job: Job) -> None:
-    """Write the changed weights of each layer."""
     for index, groups in by_layer(job.loaded.model, job.groups.pruned, "keep"):
         paths = [path for group in groups for path in group.members]
         if paths:

@@ -295,7 +295,6 @@ def learning_problem(
 
 
 def _steps_of(job: Job, group: str) -> int:
-    """Return the number of steps of the method of a group."""
     method = getattr(job.methods, group)
     if not isinstance(method, LearningSettings):
         return 0

@@ -96,7 +96,6 @@ def calibrate(job: Job) -> DenseCalibration:
 
 
 def _dense_problem(job: Job, group: str, calibration: DenseCalibration) -> LearningProblem:
-    """Return the problem of a method that works on the dense model."""
     learned_from = windows_for(getattr(job.methods, group), job.config.calibration.samples)
     target: Tensor | Teacher
     if learned_from.stop > len(calibration.target):

@@ -117,5 +117,4 @@ def _error(difference: Tensor, product: Tensor) -> Tensor:
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return the ratio, or zero for a row that has converged."""
     return torch.where(below > 0, above / below, 0.0)

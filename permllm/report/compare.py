@@ -105,7 +105,7 @@ def _scores(metrics: Collection[Metric]) -> dict[Any, Numbers]:
     return {part: np.array(lines) for part, lines in scores.items()}
 
 
-def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
+def interval(parts: Sequence[Numbers], statistic: Callable[..., Any]) -> list[float]:
     """Return the ends of the 95 % interval of a mean over parts and seeds.
 
     The interval is Student's t with the variance of the seeds' values, divided by their number,
@@ -114,13 +114,14 @@ def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
 
     Args:
         parts: for each text or task float64 `(scores, seeds, windows)`.
-        of: function of the means of a part's scores. Its mean over the parts is a seed's value.
+        statistic: function of the means of a part's scores. Its mean over the parts is a seed's
+            value.
     """
     from scipy.stats import t  # here, because the import takes long
 
-    by_seed = np.mean([of(*part.mean(axis=2)) for part in parts], axis=0)
+    by_seed = np.mean([statistic(*part.mean(axis=2)) for part in parts], axis=0)
     mean = float(by_seed.mean())
-    variances = [_variance_of_windows(part, of) / len(parts) ** 2 for part in parts]
+    variances = [_variance_of_windows(part, statistic) / len(parts) ** 2 for part in parts]
     freedoms = [part.shape[2] - 1 for part in parts]
     if len(by_seed) > 1:
         variances.append(float(by_seed.var(ddof=1)) / len(by_seed))
@@ -134,11 +135,11 @@ def interval(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
     return [mean - half, mean + half]
 
 
-def _variance_of_windows(part: Numbers, of: Callable[..., Any]) -> float:
+def _variance_of_windows(part: Numbers, statistic: Callable[..., Any]) -> float:
     """Return the jackknife's variance of the mean over the seeds, which have the same windows."""
     count = part.shape[2]
     without_each = (part.sum(axis=2, keepdims=True) - part) / (count - 1)
-    values = of(*without_each).mean(axis=0)
+    values = statistic(*without_each).mean(axis=0)
     return float(values.var() * (count - 1))
 
 

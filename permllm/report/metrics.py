@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from permllm.settings.config import IDLE
+from permllm.settings.config import NEUTRAL_OPTIONS
 from permllm.settings.values import flatten
 from permllm.store.files import RECORD
 
@@ -123,7 +123,6 @@ def evaluation_metrics(evaluation: Mapping[str, Any], model: str) -> list[Metric
 
 
 def _of_model(evaluation: Mapping[str, Any], model: str, which: str) -> list[Metric]:
-    """Return the metrics of the `sparse` or the `dense` model."""
     results = _perplexities(evaluation, model, which)
     accuracies = {}
     for task, values in _part(evaluation, "tasks", which).items():
@@ -183,7 +182,6 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> list
 def _task(
     task: str, values: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any]
 ) -> dict[str, Metric]:
-    """Return the metrics of one task, by metric of lm-eval."""
     facts: dict[str, str | None] = {
         "items": f"{values['n']} items",
         "source": f"of the {settings.get('source', 'hub')}",
@@ -283,7 +281,7 @@ def change_text(change: float, kind: str, interval: list[float] | None = None) -
 def method_of(config: Mapping[str, Any]) -> str:
     """Return a run's permutation, and its other methods unless they do nothing."""
     names = [config["permutation"]["name"]]
-    for group, idle in IDLE.items():
+    for group, idle in NEUTRAL_OPTIONS.items():
         name = config.get(group, {}).get("name", idle)
         if name != idle:
             names.append(name)

@@ -73,7 +73,6 @@ def page(table: Table, notes: list[str], metric: str) -> str:
 
 
 def _table(frame: pd.DataFrame, numbers: list[int]) -> str:
-    """Return the HTML of a frame, some columns of which are sorted by number."""
     render = itables.JavascriptFunction(_BY_NUMBER)
     return str(
         itables.to_html_datatable(
@@ -112,7 +111,6 @@ def _quality(table: Table, first: str) -> str:
 
 
 def _svg(table: Table, name: str, model: str) -> str:
-    """Return the picture of a metric and a model as a part of a page."""
     file = StringIO()
     with rc_context({"svg.fonttype": "none", "savefig.format": "svg"}):
         plot_cost(table, file, name, model)

@@ -38,7 +38,7 @@ _SOURCES = {
     "±": "± is the standard deviation over the seeds of a row, or in a row of one seed the "
     "standard error over the items",
     r"\[[+-]": "a 95 % interval is Student's t over the seeds' differences, with the variance of "
-    "windows or items; that of one seed knows windows or items alone",
+    "windows or items; with one seed it covers only variation between windows or items",
 }
 
 

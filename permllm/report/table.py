@@ -25,7 +25,7 @@ from permllm.errors import ConfigError
 from permllm.report.gaps import GAP, closed_gaps, row_means, start_rows, texts_of_gaps
 from permllm.report.metrics import AVERAGE, FACTS, FP8, OF_SPARSITY, number, setting_text
 from permllm.report.read import Run, runs_beside
-from permllm.settings.config import IDLE
+from permllm.settings.config import NEUTRAL_OPTIONS
 
 # Row of the dense model, before the rows of the runs.
 DENSE_ROW = -1
@@ -41,7 +41,7 @@ _FIRST = [
     *("permutation.constraint", "mask", "reconstruction", "reconstruction.start"),
 ]
 # Values that the names of rows leave out.
-_USUAL = {**IDLE, "permutation.constraint": "free", "keep_dense": "none"}
+_USUAL = {**NEUTRAL_OPTIONS, "permutation.constraint": "free", "keep_dense": "none"}
 
 
 @dataclass(frozen=True)
@@ -381,7 +381,6 @@ def _ranked(names: Collection[str]) -> list[str]:
 
 
 def _is_spare(name: str) -> bool:
-    """Tell if a setting is redundant."""
     return not _SPARE.isdisjoint(name.split("."))
 
 

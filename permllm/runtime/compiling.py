@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]:
+def with_fallback(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]:
     """Return a function that calls `fast`, and after a failure always returns None.
 
     With `HYDRA_FULL_ERROR=1` the failure is raised, because it may be a defect of `fast`.
@@ -58,10 +58,9 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
     def fast(*arguments: Any) -> T:
         return compiled_once()(*arguments)
 
-    attempt = attempted(fast, otherwise)
+    attempt = with_fallback(fast, otherwise)
 
     def run(*arguments: Any) -> T:
-        """Return the result of the compiled function, or else of `function`."""
         value = attempt(*arguments)
         return function(*arguments) if value is None else value
 

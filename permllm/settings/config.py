@@ -56,7 +56,7 @@ LEARNING = ("permutation", "mask", "reconstruction")
 # All groups whose options are methods, in the order in which a job reads them.
 METHOD_GROUPS = ("pruner", "allocation", *LEARNING)
 # Options of these groups that do nothing.
-IDLE = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
+NEUTRAL_OPTIONS = {"allocation": "uniform", "mask": "pruner", "reconstruction": "none"}
 # Metadata of settings that do not determine the pruned model; see `identity_by_fields`.
 _NO_IDENTITY = {"identity": False}
 

@@ -69,7 +69,7 @@ class LearningSettings(DescentSettings):
     loss: Loss | None
     layers_per_stage: Literal["all"] | Count
     last_layers: Count | None
-    # In the identity null is 2, as before there was null.
+    # In the hash, null counts as 2, so that older runs keep theirs.
     select_from: Whole | None = field(
         metadata={"identity": lambda value: 2 if value is None else value}
     )

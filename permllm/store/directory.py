@@ -40,9 +40,9 @@ from permllm.store.files import (
 )
 
 # Logger of the file `run.log` alone, because a terminal has progress bars instead.
-noted = logging.getLogger("permllm.noted")
-noted.setLevel(logging.INFO)
-noted.propagate = False
+run_log = logging.getLogger("permllm.run_log")
+run_log.setLevel(logging.INFO)
+run_log.propagate = False
 
 Value = TypeVar("Value")
 
@@ -135,7 +135,7 @@ class Record:
             self._keep_peak("peak_memory_bytes", peak_memory(device))
             self._keep_peak("peak_host_memory_bytes", peak_host_memory())
             if outer is None:
-                noted.info("%s: %.1f s", name, seconds[name])
+                run_log.info("%s: %.1f s", name, seconds[name])
                 self.save()
 
     def _keep_peak(self, key: str, peak: int) -> None:
@@ -237,7 +237,6 @@ class RunDirectory(Record):
         locks.enter_context(FileLock(folder / f"{place.name}.lock"))
 
     def _check_config(self) -> None:
-        """Raise ConfigError if the directory has files of another kind or of another run."""
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
@@ -280,7 +279,7 @@ class RunDirectory(Record):
         if earlier and self.pruned:
             inputs = earlier.get("inputs", {}) | config["inputs"]
             config = earlier | {"evaluation": config["evaluation"], "inputs": inputs}
-        # The same settings without a name do not take the run its name.
+        # A run keeps its method's name when the same settings are typed without it.
         labels = {key: self.config.get(key) or earlier.get(key) for key in _LABELS}
         write_text(path, yaml.safe_dump(config | labels, sort_keys=False))
 
@@ -351,7 +350,7 @@ class RunDirectory(Record):
                 check_sha256(self.directory, name, digests[name])
             else:  # the earlier process ended after the file and before `metrics.json`
                 digests[name] = file_sha256(path)
-            noted.info("continuing with %s", name)
+            run_log.info("continuing with %s", name)
             return load(path)
 
         return parallel.on_main(read_here)

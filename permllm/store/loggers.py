@@ -12,10 +12,10 @@ from typing import Any
 
 from permllm.errors import ConfigError, first_line, one_line
 from permllm.settings.composition import SWEEP_VARIABLE
-from permllm.settings.config import IDLE, METHOD_GROUPS, RunConfig
+from permllm.settings.config import METHOD_GROUPS, NEUTRAL_OPTIONS, RunConfig
 from permllm.settings.values import flatten
 from permllm.store import sweep
-from permllm.store.directory import noted
+from permllm.store.directory import run_log
 from permllm.store.environment import command_line
 from permllm.store.files import RECORD, TENSORBOARD, WANDB_ID, write_text
 
@@ -40,15 +40,15 @@ def job_log(file: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # On a full disk the record raises the error that the user sees.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
-    loggers = (logging.getLogger(), noted)
+    loggers = (logging.getLogger(), run_log)
     for logger in loggers:
         logger.addHandler(handler)
     try:
-        noted.info("command: %s", command_line())
+        run_log.info("command: %s", command_line())
         yield
-        noted.info("finished")
+        run_log.info("finished")
     except BaseException as error:
-        noted.error("ended: %s", one_line(error))
+        run_log.error("ended: %s", one_line(error))
         raise
     finally:
         for logger in loggers:
@@ -171,7 +171,7 @@ def described(config: RunConfig, directory: Path, learns: bool) -> dict[str, Any
     """Return a run's name in W&B, its group, type of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     names = {group: getattr(config, group)["name"] for group in METHOD_GROUPS}
-    tags = {group: name for group, name in names.items() if name != IDLE.get(group)}
+    tags = {group: name for group, name in names.items() if name != NEUTRAL_OPTIONS.get(group)}
     evaluated = {key: config.resolved[key] for key in ("permutation", "evaluation")}
     settings = {
         f"{RECORD}.{key}" if value is None or _BOOKKEEPING.match(key) else key: value

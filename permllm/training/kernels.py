@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
-from permllm.runtime.compiling import attempted, compiled
+from permllm.runtime.compiling import compiled, with_fallback
 from permllm.settings.learning import LearningSettings
 from permllm.training.elementwise import (
     ChannelChunk,
@@ -57,7 +57,7 @@ class Kernels:
         _write(out, chunk, self._masked(chunk, out.dtype))
 
     def swap_gradient(self, out: Tensor, chunk: ChannelChunk, grad: Tensor, size: int) -> Tensor:
-        """Do as `mask`, and return how the loss, linear in the mask, changes by swaps.
+        """Write the mask as `mask` does, and return the first-order loss change of each swap.
 
         Args:
             out, chunk: as in `mask`.
@@ -97,8 +97,8 @@ class GPUKernels(Kernels):
     def __init__(self) -> None:
         super().__init__()
         self.chunk_size = 1 << 25  # so large that the work hides the launches
-        self._fast_mask = attempted(_triton_mask, "masks are made without a Triton kernel")
-        self._fast_swap = attempted(
+        self._fast_mask = with_fallback(_triton_mask, "masks are made without a Triton kernel")
+        self._fast_swap = with_fallback(
             _triton_swap_gradient, "gradients of swaps are computed without a Triton kernel"
         )
 

@@ -120,14 +120,12 @@ class Objective:
             return run_layer(layer, hidden, arguments)
 
     def _inputs(self, windows: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the input of the stage's first layer, and the keyword arguments of all layers."""
         hidden, arguments = layer_inputs(self.problem.model, self.problem.tokens[windows])
         if self.stage.inputs is not None:
             hidden = to_device(self.stage.inputs[windows], self.device)
         return hidden, arguments
 
     def _recompute(self, hidden: Tensor) -> bool:
-        """Tell whether backward recomputes each layer."""
         if self._recomputes is None:
             width = hidden.shape[-1]
             item = hidden.element_size()

@@ -293,7 +293,6 @@ class Trainer:
         return TrainingError(f"{self.name.upper()} stopped in epoch {progress.epoch + 1}: {reason}")
 
     def _save(self) -> None:
-        """Replace the checkpoint, on rank 0."""
         if self.problem.directory is None or parallel.rank():
             return
         started = time.perf_counter()

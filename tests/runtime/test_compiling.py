@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from permllm import errors
-from permllm.runtime.compiling import attempted, compiled
+from permllm.runtime.compiling import compiled, with_fallback
 
 
 @pytest.mark.usefixtures("kernels_may_fail")
@@ -26,13 +26,13 @@ def test_a_failure_is_one_warning_and_plain_code(
             raise RuntimeError("no driver\nand a long story")
         return value
 
-    attempt = attempted(broken, "slower without")
+    attempt = with_fallback(broken, "slower without")
     assert [attempt(1), attempt(2), attempt(3)] == [1, None, None]
     assert calls == [1, 2]
     assert caplog.messages == ["slower without: no driver"]
     monkeypatch.setattr(torch, "compile", Mock(return_value=broken))
     assert compiled(lambda value: 3 * value, "slower without")(2) == 6
-    full = attempted(Mock(side_effect=torch.OutOfMemoryError()), "slower without")
+    full = with_fallback(Mock(side_effect=torch.OutOfMemoryError()), "slower without")
     with pytest.raises(torch.OutOfMemoryError):  # which is not hidden
         full()
 
@@ -44,10 +44,10 @@ def test_a_failure_is_raised_for_somebody_who_wants_everything(
     monkeypatch.delenv(errors.SHORT_ERRORS, raising=False)
     failing = Mock(side_effect=RuntimeError("a defect of the kernel"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    assert attempted(failing, "slower without")() is None
+    assert with_fallback(failing, "slower without")() is None
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(RuntimeError):
-        attempted(failing, "slower without")()
+        with_fallback(failing, "slower without")()
 
 
 def test_equal_sizes_are_no_reason_to_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from permllm.runtime.compiling import attempted
+from permllm.runtime.compiling import with_fallback
 from permllm.runtime.memory import to_device, to_host
 
 # Least blocks for a thread: with fewer (about 0.05 ms each at B = 64), starting it takes longer.
@@ -58,11 +58,10 @@ def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
     return [assign(soft) for soft in softs]
 
 
-_on_gpu = attempted(_assigned_on_gpu, "the host solves the assignments, because the GPU cannot")
+_on_gpu = with_fallback(_assigned_on_gpu, "the host solves the assignments, because the GPU cannot")
 
 
 def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
-    """Solve blocks on the host."""
     # The sum of the columns' largest entries bounds the objective from above. If these entries form
     # a permutation, as in most blocks at low temperatures, it is the optimum.
     permutations = [soft.argmax(1) for soft in softs]
